@@ -1,0 +1,86 @@
+"""What top-Q means: k from q, the dq draw, and the rows that param_ndim makes of a tensor.
+
+Torch only; imports nothing of ours. Source: rai_toolbox's TopQGradientOptimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise naming `name` unless it is a number in [0, 1].
+
+    Raises TypeError for what is no real number, ValueError for NaN or a number out of range.
+    """
+    number = check_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}={value!r}: expected a number in [0, 1]")
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise naming `name` unless it is a finite real number."""
+    # bool is a Real; q=True is a slip of the pen, not a fraction
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+    return number
+
+
+def check_param_ndim(value: Any) -> int | None:
+    """Return `value` as int or None, or raise TypeError unless it is one of the two."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"param_ndim={value!r}: expected an integer or None, got {type(value).__name__}"
+        )
+    return int(value)
+
+
+def kept_count(q: float, numel: int) -> int:
+    """Return k, how many of `numel` elements top-Q keeps: round((1 - q) * numel), half to even."""
+    return round((1.0 - q) * numel)
+
+
+def draw_q(q: float, dq: float, generator: torch.Generator) -> float:
+    """Return q, or for dq > 0 one uniform draw from [q - dq, q + dq] cut to [0, 1].
+
+    Takes exactly one torch.rand(1) from `generator` when dq > 0, and none when dq is 0.
+    """
+    if dq <= 0.0:
+        return q
+    low, high = max(0.0, q - dq), min(1.0, q + dq)
+    unit = torch.rand(1, generator=generator, device=generator.device)
+    # the tensor arithmetic (fp32) is part of the seed's numbers: do not lift it into Python floats
+    return float((high - low) * unit + low)
+
+
+def row_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, int]:
+    """Return (N, n): a tensor of this shape is cut into N sub-tensors of n elements, in C order.
+
+    None takes the whole tensor as one; a positive param_ndim is the number of trailing dimensions
+    of a sub-tensor; a negative one is counted from the tensor's own ndim.
+
+    Raises ValueError where |param_ndim| exceeds the number of dimensions.
+    """
+    ndim = len(shape)
+    numel = math.prod(shape)
+    if param_ndim is None:
+        return 1, numel
+    if abs(param_ndim) > ndim:
+        raise ValueError(
+            f"param_ndim={param_ndim}: expected at most {ndim} in magnitude "
+            f"for a parameter of shape {tuple(shape)}"
+        )
+    trailing = param_ndim if param_ndim >= 0 else ndim + param_ndim
+    n = math.prod(shape[ndim - trailing :])
+    return math.prod(shape[: ndim - trailing]), n
