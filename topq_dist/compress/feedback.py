@@ -1,0 +1,88 @@
+"""Error feedback: what a step does not send is kept and added to the next gradient.
+
+Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which named tensors, in which order, make up a flat vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements in the flat vector."""
+        return sum(prod(shape) for shape in self.shapes)
+
+
+class Residuals:
+    """The unsent part of each named gradient, held as one contiguous vector per layout.
+
+    Keyed by NAME, because DDP rebuilds its buckets after the first backward: a new layout gathers
+    its vector from wherever the same names lie, and the old vector is freed with its last name.
+    """
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Tensor] = {}
+        self._flat: dict[Layout, Tensor] = {}
+
+    def flat(self, layout: Layout, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the residual of `layout` as a 1-D tensor that stays its home until it changes.
+
+        Names not seen before start at zero. Raises ValueError where a name is held in another
+        shape.
+        """
+        flat = self._flat.get(layout)
+        if flat is not None and flat.dtype == dtype and flat.device == device:
+            return flat
+        self._check_shapes(layout)
+        flat = torch.zeros(layout.numel, dtype=dtype, device=device)
+        homes: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            home = flat[start : start + prod(shape)].view(shape)
+            if name in self._by_name:
+                home.copy_(self._by_name[name])
+            homes[name] = home
+            start += prod(shape)
+        self._dissolve(set(layout.names))
+        self._by_name.update(homes)
+        self._flat[layout] = flat
+        return flat
+
+    def _dissolve(self, moved: set[str]) -> None:
+        for old in [known for known in self._flat if not moved.isdisjoint(known.names)]:
+            del self._flat[old]
+            for name in set(old.names) - moved:
+                # a view would keep the whole old vector alive until this name has moved too
+                self._by_name[name] = self._by_name[name].clone()
+
+    def _check_shapes(self, layout: Layout) -> None:
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            held = self._by_name.get(name)
+            if held is not None and tuple(held.shape) != tuple(shape):
+                raise ValueError(
+                    f"residual of {name!r} has shape {tuple(held.shape)}: "
+                    f"expected {tuple(shape)}, the shape of its gradient"
+                )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of each residual by name, shaped as its gradient."""
+        return {name: residual.clone() for name, residual in self._by_name.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace every residual by those of `state`; names it lacks start at zero again."""
+        # cloned, or two owners (and every slice of one saved storage) would share memory
+        self._by_name = {name: residual.detach().clone() for name, residual in state.items()}
+        self._flat = {}
