@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def _rank_main(
         store=dist.FileStore(str(folder / "store"), world_size),
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
+        timeout=dt.timedelta(seconds=TIMEOUT_S),
     )
     try:
         torch.save(scenario(rank, *arguments), folder / f"result{rank}.pt")

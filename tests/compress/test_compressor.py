@@ -1,0 +1,147 @@
+"""The four stages in a row: what is sent and what is kept add up, whatever the format."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topq_dist import Compressor, FrameError
+from topq_dist.compress.compressor import Cut, FlatCompressor, average
+from topq_dist.compress.feedback import Layout
+
+FORMATS = ["fp32", "fp16", "bf16", "int8", "int4", "int2"]
+
+
+def dense(compressor: Compressor, frame: Tensor, like: Tensor) -> Tensor:
+    return compressor.decompress(frame, torch.empty_like(like, dtype=torch.float32))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 12), max_size=3),
+    q=st.floats(0, 1),
+    value_format=st.sampled_from(FORMATS),
+    scale=st.sampled_from([1e-30, 1e-8, 1.0, 1e30]),
+    seed=st.integers(0, 2**31),
+)
+def test_sent_and_residual_make_up_gradient_and_previous_residual(
+    shape: list[int], q: float, value_format: str, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    compressor = Compressor(q=q, value_format=value_format)
+    owed = torch.zeros(shape)
+    for _ in range(4):
+        gradient = torch.randn(shape, generator=generator) * scale
+        frame = compressor.compress("w", gradient)
+        sent = dense(compressor, frame, gradient)
+        residual = compressor.state_dict()["w"]
+        compensated = gradient + owed
+        # the residual is the fp32 difference where something was sent, and the sum elsewhere
+        assert torch.equal(residual, torch.where(sent != 0, compensated - sent, compensated))
+        if value_format == "fp32":
+            assert torch.equal(sent + residual, compensated)
+        owed = residual
+
+
+def test_exactly_the_top_q_part_is_sent() -> None:
+    gradient = torch.tensor([[0.5, -4.0, 1.0], [3.0, -0.1, 2.0]])
+    compressor = Compressor(q=0.5, value_format="fp32")
+    sent = dense(compressor, compressor.compress("w", gradient), gradient)
+    assert sent.tolist() == [[0, -4, 0], [3, 0, 2]]
+    assert compressor.state_dict()["w"].tolist() == [[0.5, 0, 1], [0, pytest.approx(-0.1), 0]]
+
+
+def test_without_feedback_nothing_is_kept() -> None:
+    compressor = Compressor(q=0.5, value_format="fp32", error_feedback=False)
+    gradient = torch.tensor([1.0, 2.0])
+    for _ in range(2):
+        sent = dense(compressor, compressor.compress("w", gradient), gradient)
+        assert sent.tolist() == [0, 2]
+    assert compressor.state_dict() == {}
+    assert gradient.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_gradient_that_overflowed_arrives_as_nan_and_leaves_the_residual(
+    bad: float, feedback: bool
+) -> None:
+    compressor = Compressor(q=0.5, error_feedback=feedback)
+    compressor.compress("w", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    before = compressor.state_dict()
+    overflowed = torch.tensor([1.0, bad, 3.0, 4.0])
+    received = dense(compressor, compressor.compress("w", overflowed), overflowed)
+    assert not received.isfinite().any()
+    after = compressor.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_overflowing_stretch_keeps_every_residual_of_the_vector() -> None:
+    layout = Layout(names=("a", "b"), shapes=((2,), (2, 2)))
+    cuts = [
+        Cut(start=0, rows=1, row_numel=2, kept=1),
+        Cut(start=2, rows=2, row_numel=2, kept=1),
+    ]
+    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
+    frame = compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), layout, cuts)
+    assert average([frame], out=torch.empty(6)).tolist() == [0, 2, 4, 0, 0, 6]
+    compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, math.inf, 6.0]), layout, cuts)
+    state = compressor.residuals.state_dict()
+    assert state["a"].tolist() == [1, 0]
+    assert state["b"].tolist() == [[0, 3], [5, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_feed_back_in_at_least_single_precision(dtype: torch.dtype) -> None:
+    gradient = torch.randn(50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    compressor = Compressor(q=0.9, value_format="fp32")
+    frame = compressor.compress("w", gradient)
+    residual = compressor.state_dict()["w"]
+    assert residual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    out = compressor.decompress(frame, torch.empty(50, dtype=residual.dtype))
+    assert torch.equal(out + residual, gradient.to(residual.dtype))
+
+
+def test_state_moves_to_another_compressor() -> None:
+    one, other = Compressor(q=0.9), Compressor(q=0.9)
+    gradient = torch.randn(100, generator=torch.Generator().manual_seed(2))
+    one.compress("w", gradient)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.compress("w", gradient), other.compress("w", gradient))
+
+
+def test_average_divides_and_adds_in_the_order_of_the_frames() -> None:
+    compressor = Compressor(q=0.0, value_format="fp32", error_feedback=False)
+    gradients = [torch.tensor([1.0, 2.0**-24]), torch.tensor([2.0, 1.0]), torch.tensor([6.0, 1.0])]
+    frames = [compressor.compress(str(i), gradient) for i, gradient in enumerate(gradients)]
+    shares = [gradient / 3 for gradient in gradients]
+    assert torch.equal(average(frames, out=torch.ones(2)), shares[0] + shares[1] + shares[2])
+
+
+def test_bad_input_names_the_parameter() -> None:
+    with pytest.raises(ValueError, match=r"q=1.5: expected a number in \[0, 1\]"):
+        Compressor(q=1.5)
+    with pytest.raises(ValueError, match="value_format='fp8'"):
+        Compressor(value_format="fp8")
+    compressor = Compressor()
+    with pytest.raises(TypeError, match=r"torch.int64"):
+        compressor.compress("w", torch.ones(3, dtype=torch.int64))
+    compressor.compress("w", torch.ones(3))
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\)"):
+        compressor.compress("w", torch.ones(4))
+
+
+def test_a_bad_frame_leaves_out_as_it_was() -> None:
+    compressor = Compressor()
+    frame = compressor.compress("w", torch.ones(300))
+    out = torch.full((300,), 7.0)
+    frame[-1] += 1
+    with pytest.raises(FrameError):
+        compressor.decompress(frame, out)
+    assert out.tolist() == [7.0] * 300

@@ -1,0 +1,54 @@
+"""What a model must be before it takes the hook."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def check_model(ddp_model: DistributedDataParallel) -> None:
+    """Raise unless `ddp_model` is a DistributedDataParallel model that can take the hook.
+
+    TypeError for what is no such model, or has sparse or complex gradients; ValueError where a
+    hook is registered already.
+    """
+    if not isinstance(ddp_model, DistributedDataParallel):
+        raise TypeError(
+            f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel model"
+        )
+    # private, and read leniently: torch itself says no later, only less clearly
+    hooks = getattr(ddp_model, "_comm_hooks", None)
+    if hooks:
+        name = getattr(hooks[0][0], "__name__", repr(hooks[0][0]))
+        raise ValueError(
+            f"ddp_model has the communication hook {name!r} already: expected a model without "
+            "one, since DistributedDataParallel takes one hook, once"
+        )
+    sparse = sorted(_sparse_gradients(ddp_model.module) & set(trainable_names(ddp_model).values()))
+    if sparse:
+        raise TypeError(
+            f"the gradient of {', '.join(sparse)} is sparse: expected dense gradients, "
+            "so make the embedding with sparse=False"
+        )
+    for parameter, name in trainable_names(ddp_model).items():
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter"
+            )
+
+
+def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
+    """Return the name of each parameter whose gradient DistributedDataParallel exchanges."""
+    return {
+        parameter: name
+        for name, parameter in ddp_model.module.named_parameters()
+        if parameter.requires_grad and name not in ddp_model.parameters_to_ignore
+    }
+
+
+def _sparse_gradients(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, child in module.named_modules()
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse
+    }
