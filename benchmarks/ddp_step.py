@@ -1,0 +1,153 @@
+"""What the gradient exchange costs one DDP step, under each hook, on links of several speeds.
+
+    sudo python benchmarks/ddp_step.py
+
+Makes hosts out of network namespaces, starts one process a host, and times a step of a
+10.5 M-parameter MLP under dense DDP, torch's own hooks, the plain top-k hook and topq_dist's.
+"exchange" is the median step less the median of the same step under no_sync, the two taken in
+turn. Prints a table, writes runs/ddp_step.json and runs/ddp_step.png. Needs root and iproute2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+from console import integer_from, say
+from counters import busy_cores
+from crew import Crew, CrewError, crew
+from ddp_step_report import Row, draw, summarize, table
+from ddp_worker import BATCH, PARAMETERS
+from hosts import DEFAULT_BURST, INTERFACE, HostsError, hosts, missing_requirement
+from peers import DEFAULT_HOOKS, HOOKS
+
+LINK_RATES = {"loopback": None, "1gbit": "1gbit", "100mbit": "100mbit"}
+OUT = Path(__file__).resolve().parents[1] / "runs"
+BUSY_CORES_LIMIT = 0.2
+
+
+def measure_link(link: str, count: int, options: argparse.Namespace) -> list[Row]:
+    """Measure every asked hook on fresh hosts; a hook that fails leaves a row with its error."""
+    rows: list[Row] = []
+    left = list(options.hooks)
+    dense_ms: float | None = None
+    with hosts(count, rate=LINK_RATES[link], burst=options.burst) as made:
+        while left:
+            # a hook that fails takes its workers with it, and the next ones get new workers
+            with crew(count, interface=INTERFACE, command=made.command) as workers:
+                while left:
+                    hook = left.pop(0)
+                    say(f"{link}, {count} hosts: {HOOKS[hook].title}")
+                    row = _measure_hook(workers, link, count, hook, dense_ms, options)
+                    rows.append(row)
+                    if row.error is not None:
+                        say(f"failed: {row.error}")
+                        break
+                    if hook == "dense":
+                        dense_ms = row.exchange_ms
+    return rows
+
+
+def _measure_hook(
+    workers: Crew,
+    link: str,
+    count: int,
+    hook: str,
+    dense_ms: float | None,
+    options: argparse.Namespace,
+) -> Row:
+    try:
+        ranks = workers.measure(hook, max_pairs=options.steps, budget_s=options.budget_s)
+    except CrewError as error:
+        return Row(link=link, hosts=count, hook=hook, error=str(error))
+    return summarize(link, hook, ranks, dense_ms)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--links", nargs="+", choices=LINK_RATES, default=list(LINK_RATES))
+    parser.add_argument("--hosts", nargs="+", type=integer_from(2), default=[2, 4], metavar="N")
+    parser.add_argument(
+        "--hooks", nargs="+", choices=HOOKS, default=list(DEFAULT_HOOKS), help="dense is the base"
+    )
+    parser.add_argument("--steps", type=integer_from(3), default=15, help="pairs of steps at most")
+    parser.add_argument(
+        "--budget-s",
+        type=integer_from(0),
+        default=6,
+        help="past this, no more than 3 pairs",
+    )
+    parser.add_argument("--burst", default=DEFAULT_BURST, help="tbf's burst, in tc's words")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what was asked; return 0, 1 where a hook failed, 2 where hosts cannot be made."""
+    options = parse(argv)
+    reason = missing_requirement()
+    if reason is not None:
+        say(f"ddp_step: {reason}")
+        return 2
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _leave)
+    busy_before = busy_cores()
+    if busy_before > BUSY_CORES_LIMIT:
+        say(f"other work keeps {busy_before:.1f} of {os.cpu_count()} cores busy: expect noise")
+    start = time.monotonic()
+    rows: list[Row] = []
+    try:
+        for count in options.hosts:
+            for link in options.links:
+                rows += measure_link(link, count, options)
+    except HostsError as error:
+        say(f"ddp_step: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("ddp_step: interrupted, hosts removed")
+        return 130
+    report = {
+        "benchmark": "ddp_step",
+        "machine": {
+            "cores": os.cpu_count(),
+            "busy_cores_before": round(busy_before, 2),
+            "system": platform.system(),
+            "torch": torch.__version__,
+        },
+        "settings": {
+            "parameters": PARAMETERS,
+            "batch": BATCH,
+            "threads_a_rank": 1,
+            "tbf_burst": options.burst,
+            "duration_s": round(time.monotonic() - start, 1),
+        },
+        "hooks": {
+            name: {"title": HOOKS[name].title, "note": HOOKS[name].note} for name in options.hooks
+        },
+        "rows": [asdict(row) for row in rows],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "ddp_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(rows, options.out / "ddp_step.png")
+    print(table(rows))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
