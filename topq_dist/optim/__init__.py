@@ -1,0 +1,19 @@
+"""Optimizers that transform gradients and parameters around the step of another optimizer.
+
+Three layers, each with one duty:
+
+- ParamTransformingOptimizer wraps the inner optimizer, reshapes every parameter by param_ndim and
+  calls the two transforms that a subclass writes, before and after the inner step;
+- GradientTransformerOptimizer then multiplies each gradient by grad_scale and adds grad_bias;
+- TopQGradientOptimizer is the latter with the transform that keeps the top-Q part.
+
+Source of the behaviour: rai_toolbox.optim. The departures are listed in each class.
+"""
+
+from topq_dist.optim.gradient_transforming import (
+    GradientTransformerOptimizer,
+    TopQGradientOptimizer,
+)
+from topq_dist.optim.param_transforming import ParamTransformingOptimizer
+
+__all__ = ["GradientTransformerOptimizer", "ParamTransformingOptimizer", "TopQGradientOptimizer"]

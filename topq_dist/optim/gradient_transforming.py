@@ -1,0 +1,167 @@
+"""Optimizers that transform gradients only: the scaling base, and top-Q sparsification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.optimizer import required
+
+from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
+from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
+from topq_dist.topq import check_fraction, check_number, draw_q, keep_top_, kept_count
+
+_REQUIRED: Any = required  # shown as <required parameter> in the signature
+
+
+class GradientTransformerOptimizer(ParamTransformingOptimizer):
+    """Transform each gradient in place, then scale and shift it, before `InnerOpt.step()`.
+
+    Its part over `ParamTransformingOptimizer`, to which all else belongs: after
+    `_pre_step_transform_`, each gradient is multiplied by grad_scale unless that is 1, then
+    grad_bias is added unless that is 0, to zeroed elements too.
+
+    Args:
+        grad_scale, grad_bias: finite numbers; each group may have its own.
+        params, InnerOpt, param_ndim, defaults, inner_opt_kwargs: as in the base class.
+
+    Raises TypeError or ValueError for one that is not a finite number, and as the base class.
+
+    Departures from rai_toolbox: there the scale and the bias belong to ParamTransformingOptimizer,
+    and an infinite one, or NaN, is accepted. An optimizer of this kind as InnerOpt of another
+    reads the same group options, so that both scale.
+    """
+
+    def __init__(
+        self,
+        params: Params | None = None,
+        InnerOpt: InnerOptimizer = SGD,
+        *,
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            InnerOpt,
+            param_ndim=param_ndim,
+            defaults=with_defaults(defaults, grad_scale=grad_scale, grad_bias=grad_bias),
+            **inner_opt_kwargs,
+        )
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        for name in ("grad_scale", "grad_bias"):
+            check_number(name, option(group, name))
+
+    def _transform_gradient_(self, param: Tensor, group: ParamGroup) -> None:
+        super()._transform_gradient_(param, group)
+        scale, bias = float(group["grad_scale"]), float(group["grad_bias"])
+        if param.grad is not None and scale != 1.0:
+            param.grad.mul_(scale)
+        if param.grad is not None and bias != 0.0:
+            param.grad.add_(bias)
+
+
+class TopQGradientOptimizer(GradientTransformerOptimizer):
+    """Zero all but the top-Q part of each gradient in place, then let `InnerOpt.step()` use it.
+
+    In each of the sub-tensors that param_ndim makes of a gradient, exactly
+    k = round((1 - q) * numel) elements of largest magnitude survive, half rounded to even; which
+    of several equal ones is not specified. NaN ranks above infinity. Then come grad_scale and
+    grad_bias. Any floating or complex dtype, on any device.
+
+    Args:
+        q: in [0, 1]; q=0.9 keeps a tenth. Needed here, in `defaults` or in every group.
+        dq: in [0, 1]; where positive, q is drawn anew for each gradient in each step, uniformly
+            from [q - dq, q + dq] cut to [0, 1], in group then parameter order.
+        param_ndim: what is sparsified by itself. -1: each tensor along the first dimension, so
+            that a 1-D parameter is cut into single elements, all of which stay for q < 0.5 and
+            none for q >= 0.5. None: the whole tensor. m >= 0: the last m dimensions.
+        generator: torch.Generator that dq draws from; public as `generator`.
+        params, InnerOpt, grad_scale, grad_bias, defaults, inner_opt_kwargs: as in the bases.
+
+    q, dq, param_ndim, grad_scale and grad_bias can be set for each group, and changed in
+    `param_groups` between steps.
+
+    Raises TypeError for a missing q, an option of the wrong type or a generator that is none;
+    ValueError for one out of range; when and how is said in the base classes.
+
+    Source: rai_toolbox.optim.TopQGradientOptimizer, to the bit. Departures, beside those of the
+    bases: q is required (there 0.001 where torch is new); q=None and dq=None are errors; the
+    default generator is still the default one after pickling, another keeps its state;
+    `sparsified_elsewhere` is new.
+    """
+
+    def __init__(
+        self,
+        params: Params | None,
+        InnerOpt: InnerOptimizer = SGD,
+        *,
+        q: float = _REQUIRED,
+        dq: float = 0.0,
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        generator: torch.Generator = torch.default_generator,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator={generator!r}: expected a torch.Generator")
+        self.generator = generator
+        self._sparsified_elsewhere: set[Tensor] = set()
+        options = {"dq": dq} if q is _REQUIRED else {"q": q, "dq": dq}
+        super().__init__(
+            params,
+            InnerOpt,
+            param_ndim=param_ndim,
+            grad_scale=grad_scale,
+            grad_bias=grad_bias,
+            defaults=with_defaults(defaults, **options),
+            **inner_opt_kwargs,
+        )
+
+    def sparsified_elsewhere(self, params: Iterable[Tensor]) -> None:
+        """From now on take the gradients of these parameters as sparsified already.
+
+        For a communication hook that sparsifies before it averages: their gradients are left as
+        they come and draw no q; grad_scale and grad_bias still apply. Calls add up. The list is
+        of this object alone: a copy, pickled or deep, sparsifies everything again.
+
+        Raises TypeError for anything but an iterable of tensors.
+        """
+        added = set() if isinstance(params, Tensor) else set(params)
+        if isinstance(params, Tensor) or not all(isinstance(param, Tensor) for param in added):
+            raise TypeError(f"params={type(params).__name__}: expected an iterable of tensors")
+        self._sparsified_elsewhere |= added
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        for name in ("q", "dq"):
+            check_fraction(name, option(group, name))
+
+    def _is_transformed_here(self, param: Tensor) -> bool:
+        return param not in self._sparsified_elsewhere
+
+    def _pre_step_transform_(self, param: Tensor, optim_group: ParamGroup) -> None:
+        if param.grad is not None:
+            rows = param.grad.flatten(1)
+            q = draw_q(optim_group["q"], optim_group["dq"], self.generator)
+            keep_top_(rows, kept_count(q, rows.shape[1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_sparsified_elsewhere"]
+        if self.generator is torch.default_generator:
+            del state["generator"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._sparsified_elsewhere = set()
+        super().__setstate__({"generator": torch.default_generator, **state})
