@@ -3,8 +3,8 @@
 from topq_dist._version import __version__
 from topq_dist.compress.compressor import Compressor
 from topq_dist.compress.frame import FrameError
-from topq_dist.ddp.exchange import ExchangeError
 from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
+from topq_dist.ddp.messages import ExchangeError
 from topq_dist.optim import (
     GradientTransformerOptimizer,
     ParamTransformingOptimizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,35 +68,66 @@ class FlatCompressor:
         """Return the settings as text, the same for compressors that work alike."""
         return f"value_format={self.value_format} error_feedback={self.error_feedback}"
 
-    def compress(self, gradient: Tensor, layout: Layout, cuts: Sequence[Cut]) -> Tensor:
-        """Return the frame (1-D uint8, CPU) of the largest magnitudes of gradient + residual.
+    def compress(
+        self, gradient: Tensor, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
+    ) -> list[Tensor]:
+        """Return the largest magnitudes of gradient + residual as frames (1-D uint8, CPU).
 
         `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order.
-        The residual, fp32 or fp64, becomes gradient + residual - sent. Where the gradient is not
-        finite the frame says so, and the residual stays as it was.
+        There is one frame for each of `parts` stretches of the vector, cut at `part_edges`. The
+        residual, fp32 or fp64, becomes gradient + residual - sent. Where the gradient is not
+        finite every frame says so, and the residual stays as it was.
         """
         own_format = _own_format(gradient.dtype)
         value_format = self.value_format or own_format
+        edges = part_edges(gradient.numel(), parts)
         selectors = self._selectors.setdefault((layout.names, len(cuts)), [])
         selectors.extend(Selector() for _ in range(len(cuts) - len(selectors)))
+        residual = None
         if self.error_feedback:
-            residual = self.residuals.flat(
-                layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
-            )
-            parts = _compensated_parts(gradient, residual, cuts, selectors)
+            residual = self._residual(layout, gradient)
+            selected = _compensated_parts(gradient, residual, cuts, selectors)
         else:
-            residual = None
-            parts = _parts(gradient, cuts, selectors)
-        if parts is None:
-            return encode_non_finite_frame(gradient.numel(), value_format)
-        indices = torch.cat(
-            [part.indices + cut.start for part, cut in zip(parts, cuts, strict=True)]
+            selected = _parts(gradient, cuts, selectors)
+        if selected is None:
+            return [
+                encode_non_finite_frame(stop - start, value_format)
+                for start, stop in pairwise(edges)
+            ]
+        indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
+        values = torch.cat([s.values for s in selected])
+        frames = []
+        inner_edges = torch.searchsorted(indices, torch.tensor(edges, device=indices.device))
+        for (start, stop), (low, high) in zip(
+            pairwise(edges), pairwise(inner_edges.tolist()), strict=True
+        ):
+            sent = values[low:high]
+            frame, decoded = encode_frame(
+                stop - start, indices[low:high] - start, sent, value_format
+            )
+            frames.append(frame)
+            if residual is not None:
+                residual[indices[low:high]] = sent - decoded
+        return frames
+
+    def pay(self, layout: Layout, gradient: Tensor) -> None:
+        """Add all that is still owed to `gradient`, which then travels whole; owe nothing more.
+
+        Where the gradient is not finite nothing is added, and all is still owed.
+        """
+        if self.residuals.holds(layout) and bool(torch.isfinite(gradient).all()):
+            gradient += self._residual(layout, gradient)
+            self.residuals.drop(layout)
+
+    def _residual(self, layout: Layout, gradient: Tensor) -> Tensor:
+        return self.residuals.flat(
+            layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
         )
-        values = torch.cat([part.values for part in parts])
-        frame, decoded = encode_frame(gradient.numel(), indices, values, value_format)
-        if residual is not None:
-            residual[indices] = values - decoded
-        return frame
+
+
+def part_edges(numel: int, parts: int) -> list[int]:
+    """Return the parts + 1 edges that cut range(numel) into stretches as equal as can be."""
+    return [numel * part // parts for part in range(parts + 1)]
 
 
 class Compressor:
@@ -125,7 +157,8 @@ class Compressor:
         numel = gradient.numel()
         cut = Cut(start=0, rows=1, row_numel=numel, kept=at_least_one(q, numel))
         layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        return self._flat.compress(gradient.detach().reshape(-1), layout, [cut])
+        (frame,) = self._flat.compress(gradient.detach().reshape(-1), layout, [cut])
+        return frame
 
     def decompress(self, frame: Buffer, out: Tensor) -> Tensor:
         """Write the dense gradient of `frame` into `out`, zeros included, and return it.

@@ -61,6 +61,16 @@ class Residuals:
         self._flat[layout] = flat
         return flat
 
+    def holds(self, layout: Layout) -> bool:
+        """Return whether anything is kept for a name of `layout`."""
+        return any(name in self._by_name for name in layout.names)
+
+    def drop(self, layout: Layout) -> None:
+        """Forget what is kept for the names of `layout`, and free it."""
+        self._dissolve(set(layout.names))
+        for name in layout.names:
+            self._by_name.pop(name, None)
+
     def _dissolve(self, moved: set[str]) -> None:
         for old in [known for known in self._flat if not moved.isdisjoint(known.names)]:
             del self._flat[old]

@@ -8,9 +8,7 @@ happens on the thread of the backward pass, so every rank issues its collectives
 
 # no `from __future__ import annotations` here: DistributedDataParallel reads the hook's annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -18,27 +16,21 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist.compress.compressor import FlatCompressor, average
+from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.checks import check_model, trainable_names
 from topq_dist.ddp.density import Density, FixedDensity, PairedDensity, Scope
-from topq_dist.ddp.exchange import (
-    ExchangeError,
-    FrameGather,
-    SettingsDifferError,
-    Slot,
-    agree,
-    digest,
-)
+from topq_dist.ddp.exchange import AllGather, Exchange, Job, Link, Pending
+from topq_dist.ddp.messages import ExchangeError, SettingsDifferError, agree, digest
 from topq_dist.optim import TopQGradientOptimizer
-from topq_dist.telemetry import Stats
+from topq_dist.telemetry import Meter, Stats
 
 _STATE_VERSION = 1
 
 
 class _InFlight(NamedTuple):
     bucket: Tensor
-    gather: FrameGather
+    pending: Pending
     future: Future[Tensor]
 
 
@@ -74,14 +66,17 @@ class TopQState:
         self._names = trainable_names(ddp_model)
         self._density = _density(self._names, optimizer, q=q, scope=scope)
         self._compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
-        self._group: dist.ProcessGroup = ddp_model.process_group
-        self._device = next(iter(self._names)).device
-        self._slots: dict[Layout, Slot] = {}
+        self._meter = Meter()
+        self._link = Link(
+            group=ddp_model.process_group,
+            device=next(iter(self._names)).device,
+            meter=self._meter,
+        )
+        self._exchange: Exchange = AllGather(self._link)
         self._in_flight: list[_InFlight] = []
         self._failure: Exception | None = None
         self._settings_digest = 0
-        self._stats = Stats()
-        agree(self._describe(), group=self._group, device=self._device)
+        agree(self._describe(), group=self._link.group, device=self._link.device)
         if optimizer is not None:
             optimizer.sparsified_elsewhere(self._names)
 
@@ -101,7 +96,7 @@ class TopQState:
 
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
-        return self._stats
+        return self._meter.stats
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, settings, totals.
@@ -113,7 +108,7 @@ class TopQState:
             **self._identity(),
             "residuals": self._compressor.residuals.state_dict(),
             "density": self._density.state_dict(),
-            "stats": vars(self._stats).copy(),
+            "stats": vars(self._meter.stats).copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -135,13 +130,13 @@ class TopQState:
         stats = Stats(**state["stats"])
         self._density.load_state_dict(state["density"])
         self._compressor.residuals.load_state_dict(state["residuals"])
-        self._stats = stats
+        self._meter.stats = stats
 
     def _identity(self) -> dict[str, int]:
         return {
             "version": _STATE_VERSION,
-            "world_size": self._group.size(),
-            "rank": self._group.rank(),
+            "world_size": self._link.group.size(),
+            "rank": self._link.group.rank(),
         }
 
     def _settings(self) -> str:
@@ -152,24 +147,35 @@ class TopQState:
         return "\n".join([self._settings(), *model])
 
     def _launch(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Compress one bucket and start its exchange; the last bucket's call finishes them all."""
-        started_s = time.perf_counter()
-        layout = self._layout(bucket)
-        frame = self._compress(bucket, layout)
-        select_s = time.perf_counter() - started_s
-        gather = FrameGather(
-            frame,
+        """Start on one bucket; the last bucket's call finishes them all."""
+        if bucket.index() == 0:
+            self._begin_step()
+        buffer, layout, parameters = bucket.buffer(), self._layout(bucket), bucket.parameters()
+        job = Job(
+            bucket=buffer,
+            layout=layout,
             settings_digest=self._settings_digest,
-            slot=self._slots.setdefault(layout, Slot()),
-            group=self._group,
-            device=self._device,
+            frames=lambda parts: self._frames(buffer, layout, parameters, parts),
         )
-        flight = _InFlight(bucket.buffer(), gather, Future())
-        self._in_flight.append(flight)
-        self._count(select_s=select_s, dense_bytes=bucket.buffer().nbytes)
+        pending = self._exchange.launch(job)
+        self._meter.add(dense_bytes=buffer.nbytes)
+        if self._in_flight:
+            self._in_flight[-1].pending.advance()
+        future: Future[Tensor] = Future()
+        self._in_flight.append(_InFlight(buffer, pending, future))
         if bucket.is_last():
-            self._finish()
-        return flight.future
+            self._finish_step()
+        return future
+
+    def _begin_step(self) -> None:
+        # what an aborted backward pass left behind is of no use to anyone
+        self._in_flight.clear()
+        self._failure = None
+        try:
+            self._density.begin_step()
+            self._settings_digest = digest(self._settings())
+        except (TypeError, ValueError) as failure:
+            self._failure = failure
 
     def _layout(self, bucket: dist.GradBucket) -> Layout:
         parameters = bucket.parameters()
@@ -178,47 +184,33 @@ class TopQState:
             shapes=tuple(tuple(parameter.shape) for parameter in parameters),
         )
 
-    def _compress(self, bucket: dist.GradBucket, layout: Layout) -> Tensor | None:
-        """Return the bucket's frame, or None where this rank has failed in this step."""
-        if bucket.index() == 0:
-            # what an aborted backward pass left behind is of no use to anyone
-            self._in_flight.clear()
-            self._failure = None
+    def _frames(
+        self, buffer: Tensor, layout: Layout, parameters: list[Tensor], parts: int
+    ) -> list[Tensor] | None:
         if self._failure is not None:
             return None
         try:
-            if bucket.index() == 0:
-                self._density.begin_step()
-                self._settings_digest = digest(self._settings())
-            cuts = self._density.cuts(bucket.parameters())
-            return self._compressor.compress(bucket.buffer(), layout, cuts)
-        except Exception as failure:  # noqa: BLE001 - raised in _finish, after the peers are told
+            with self._meter.timed("select_s"):
+                cuts = self._density.cuts(parameters)
+                return self._compressor.compress(buffer, layout, cuts, parts=parts)
+        except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
             return None
 
-    def _finish(self) -> None:
-        """Average every bucket in flight, in the order in which they were launched."""
+    def _finish_step(self) -> None:
         in_flight, self._in_flight = self._in_flight, []
         try:
-            for bucket, gather, future in in_flight:
-                started_s = time.perf_counter()
-                frames = gather.frames()
-                self._count(wait_s=time.perf_counter() - started_s, sent_bytes=gather.sent_bytes)
-                average(frames, out=bucket)
+            in_flight[-1].pending.advance()
+            for bucket, pending, future in in_flight:
+                pending.finish()
                 future.set_result(bucket)
         except SettingsDifferError:
-            # every rank is here, having read the same digests, so it may ask for the particulars
-            agree(self._settings(), group=self._group, device=self._device)
+            # every rank is here, having read the same digests, and may ask for the particulars
+            agree(self._settings(), group=self._link.group, device=self._link.device)
             raise
         except ExchangeError as error:
             raise self._failure or error from None
-        self._stats = replace(self._stats, steps=self._stats.steps + 1)
-
-    def _count(self, **amounts: float) -> None:
-        self._stats = replace(
-            self._stats,
-            **{name: getattr(self._stats, name) + amount for name, amount in amounts.items()},
-        )
+        self._meter.add(steps=1)
 
 
 def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
