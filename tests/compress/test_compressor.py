@@ -89,9 +89,13 @@ def test_one_overflowing_stretch_keeps_every_residual_of_the_vector() -> None:
         Cut(start=2, rows=2, row_numel=2, kept=1),
     ]
     compressor = FlatCompressor(value_format="fp32", error_feedback=True)
-    frames = compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), layout, cuts)
-    assert average(frames, out=torch.empty(6)).tolist() == [0, 2, 4, 0, 0, 6]
-    compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, math.inf, 6.0]), layout, cuts)
+    compressed = compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), layout, cuts)
+    compressed.commit()
+    assert average(compressed.frames, out=torch.empty(6)).tolist() == [0, 2, 4, 0, 0, 6]
+    overflowed = torch.tensor([1.0, 2.0, 4.0, 3.0, math.inf, 6.0])
+    compressed = compressor.compress(overflowed, layout, cuts)
+    compressed.commit()
+    assert not average(compressed.frames, out=torch.empty(6)).isfinite().any()
     state = compressor.residuals.state_dict()
     assert state["a"].tolist() == [1, 0]
     assert state["b"].tolist() == [[0, 3], [5, 0]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,9 +15,10 @@ from topq_dist.compress.frame import (
     decode_frame,
     encode_frame,
     encode_non_finite_frame,
+    peek_header,
 )
 from topq_dist.compress.selection import Selection, Selector, select_rows
-from topq_dist.compress.values import check_value_format
+from topq_dist.compress.values import check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
 
 _OWN_FORMAT = {
@@ -43,9 +44,22 @@ class Cut:
         return slice(self.start, self.start + self.rows * self.row_numel)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """The frames of a vector; `commit`, called at most once, keeps what they leave out."""
+
+    frames: list[Tensor]
+    commit: Callable[[], None] = lambda: None
+
+
 def at_least_one(q: float, numel: int) -> int:
     """Return top-Q's k, but 1 where it is 0 and neither q is 1 nor the vector empty."""
     return max(kept_count(q, numel), int(q < 1.0 and numel > 0))
+
+
+def part_edges(numel: int, parts: int) -> list[int]:
+    """Return the parts + 1 edges that cut range(numel) into stretches as equal as can be."""
+    return [numel * part // parts for part in range(parts + 1)]
 
 
 class FlatCompressor:
@@ -62,7 +76,7 @@ class FlatCompressor:
         self.value_format = None if value_format is None else check_value_format(value_format)
         self.error_feedback = error_feedback
         self.residuals = Residuals()
-        self._selectors: dict[tuple[tuple[str, ...], int], list[Selector]] = {}
+        self._selectors: dict[tuple[tuple[str, ...], str], list[Selector]] = {}
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -70,64 +84,96 @@ class FlatCompressor:
 
     def compress(
         self, gradient: Tensor, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
-    ) -> list[Tensor]:
-        """Return the largest magnitudes of gradient + residual as frames (1-D uint8, CPU).
+    ) -> Compressed:
+        """Return the largest magnitudes of gradient + residual, as frames.
 
         `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order.
-        There is one frame for each of `parts` stretches of the vector, cut at `part_edges`. The
-        residual, fp32 or fp64, becomes gradient + residual - sent. Where the gradient is not
-        finite every frame says so, and the residual stays as it was.
+        There is one frame (1-D uint8, CPU) for each of `parts` stretches of the vector, cut at
+        `part_edges`; where the sum is not finite, each of them says so. Only `commit`, called
+        while `gradient` is still what it was, makes the residual, fp32 or fp64, gradient +
+        residual - sent: until then the step can be dropped as if it had not been.
         """
         own_format = _own_format(gradient.dtype)
         value_format = self.value_format or own_format
         edges = part_edges(gradient.numel(), parts)
-        selectors = self._selectors.setdefault((layout.names, len(cuts)), [])
-        selectors.extend(Selector() for _ in range(len(cuts) - len(selectors)))
-        residual = None
-        if self.error_feedback:
-            residual = self._residual(layout, gradient)
-            selected = _compensated_parts(gradient, residual, cuts, selectors)
-        else:
-            selected = _parts(gradient, cuts, selectors)
-        if selected is None:
-            return [
-                encode_non_finite_frame(stop - start, value_format)
-                for start, stop in pairwise(edges)
-            ]
-        indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
-        values = torch.cat([s.values for s in selected])
-        frames = []
-        inner_edges = torch.searchsorted(indices, torch.tensor(edges, device=indices.device))
-        for (start, stop), (low, high) in zip(
-            pairwise(edges), pairwise(inner_edges.tolist()), strict=True
-        ):
-            sent = values[low:high]
-            frame, decoded = encode_frame(
-                stop - start, indices[low:high] - start, sent, value_format
+        residual = self._residual(layout, gradient) if self.error_feedback else None
+        selectors = self._selectors_of(layout, "compress", len(cuts))
+        selected = _select(gradient, residual, cuts, selectors)
+        if not all(selection.finite for selection in selected):
+            numels = [stop - start for start, stop in pairwise(edges)]
+            return Compressed(
+                frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
-            frames.append(frame)
-            if residual is not None:
-                residual[indices[low:high]] = sent - decoded
-        return frames
+        indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
+        values = torch.cat([selection.values for selection in selected])
+        inner_edges = torch.searchsorted(indices, torch.tensor(edges, device=indices.device))
+        encoded = [
+            encode_frame(stop - start, indices[low:high] - start, values[low:high], value_format)
+            for (start, stop), (low, high) in zip(
+                pairwise(edges), pairwise(inner_edges.tolist()), strict=True
+            )
+        ]
+        frames = [part.frame for part in encoded]
+        if residual is None:
+            return Compressed(frames=frames)
+        rest = values - torch.cat([part.decoded for part in encoded]).to(values)
 
-    def pay(self, layout: Layout, gradient: Tensor) -> None:
-        """Add all that is still owed to `gradient`, which then travels whole; owe nothing more.
+        def commit() -> None:
+            residual.add_(gradient)
+            residual[indices] = rest
 
-        Where the gradient is not finite nothing is added, and all is still owed.
+        return Compressed(frames=frames, commit=commit)
+
+    def reduce(
+        self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int
+    ) -> Compressed:
+        """Return the mean of the ranks' frames of one of `parts` stretches, as one frame.
+
+        With error feedback it holds as many elements as those frames do on average, the largest,
+        and `commit` makes the rest this rank's to owe; without, it holds all.
         """
-        if self.residuals.holds(layout) and bool(torch.isfinite(gradient).all()):
+        start, stop = part_edges(layout.numel, parts)[part : part + 2]
+        headers = [peek_header(frame) for frame in frames]
+        value_format = headers[0].value_format
+        if not all(header.finite for header in headers):
+            return Compressed(frames=[encode_non_finite_frame(stop - start, value_format)])
+        mean = average(frames, out=torch.empty(stop - start, dtype=decoded_dtype(value_format)))
+        if not self.error_feedback:
+            indices = mean.nonzero().view(-1)
+            encoded = encode_frame(stop - start, indices, mean[indices], value_format)
+            return Compressed(frames=[encoded.frame])
+        (selector,) = self._selectors_of(layout, "reduce", 1)
+        sent = sum(header.k for header in headers)
+        selected = selector.select(mean, min(-(-sent // len(frames)), mean.numel()))
+        frame, decoded = encode_frame(stop - start, selected.indices, selected.values, value_format)
+
+        def commit() -> None:
+            mean[selected.indices] = selected.values - decoded.to(mean)
+            # owed by one rank of many, and divided by their number when it is paid
+            owed = self._residual(layout, mean)[start:stop]
+            owed.add_(mean.to(owed.device), alpha=len(frames))
+
+        return Compressed(frames=[frame], commit=commit)
+
+    def add_owed(self, layout: Layout, gradient: Tensor) -> bool:
+        """Add what is owed for `layout` to `gradient`, and return whether there was anything.
+
+        It stays in `residuals`, to be dropped once the gradient has arrived.
+        """
+        owed = self.residuals.holds(layout)
+        if owed:
             gradient += self._residual(layout, gradient)
-            self.residuals.drop(layout)
+        return owed
 
     def _residual(self, layout: Layout, gradient: Tensor) -> Tensor:
         return self.residuals.flat(
             layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
         )
 
-
-def part_edges(numel: int, parts: int) -> list[int]:
-    """Return the parts + 1 edges that cut range(numel) into stretches as equal as can be."""
-    return [numel * part // parts for part in range(parts + 1)]
+    def _selectors_of(self, layout: Layout, stage: str, count: int) -> list[Selector]:
+        selectors = self._selectors.setdefault((layout.names, stage), [])
+        selectors.extend(Selector() for _ in range(count - len(selectors)))
+        return selectors[:count]
 
 
 class Compressor:
@@ -157,8 +203,9 @@ class Compressor:
         numel = gradient.numel()
         cut = Cut(start=0, rows=1, row_numel=numel, kept=at_least_one(q, numel))
         layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        (frame,) = self._flat.compress(gradient.detach().reshape(-1), layout, [cut])
-        return frame
+        compressed = self._flat.compress(gradient.detach().reshape(-1), layout, [cut])
+        compressed.commit()
+        return compressed.frames[0]
 
     def decompress(self, frame: Buffer, out: Tensor) -> Tensor:
         """Write the dense gradient of `frame` into `out`, zeros included, and return it.
@@ -197,6 +244,11 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
     return out
 
 
+def is_finite(frame: Buffer) -> bool:
+    """Return whether the gradient that `frame` was made of was finite."""
+    return peek_header(frame).finite
+
+
 def _own_format(dtype: torch.dtype) -> str:
     if dtype not in _OWN_FORMAT:
         known = ", ".join(str(dtype) for dtype in _OWN_FORMAT)
@@ -208,34 +260,16 @@ def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _compensated_parts(
-    gradient: Tensor, residual: Tensor, cuts: Sequence[Cut], selectors: Sequence[Selector]
-) -> list[Selection] | None:
-    """residual += gradient, then select; None, and nothing added, where the sum is not finite."""
-    pairs = [(gradient[cut.stretch], residual[cut.stretch]) for cut in cuts]
-    # all of them before the first is added to: a frame is sent whole or not at all
-    if not all(
-        selector.sum_is_finite(*pair) for selector, pair in zip(selectors, pairs, strict=True)
-    ):
-        return None
-    parts = []
-    for cut, selector, (new, owed) in zip(cuts, selectors, pairs, strict=True):
-        if cut.rows == 1:
-            parts.append(selector.compensate_and_select(new, owed, cut.kept, checked=True))
+def _select(
+    gradient: Tensor, residual: Tensor | None, cuts: Sequence[Cut], selectors: Sequence[Selector]
+) -> list[Selection]:
+    selected = []
+    for cut, selector in zip(cuts, selectors, strict=True):
+        vector = gradient[cut.stretch]
+        if residual is not None:
+            vector = residual[cut.stretch] + vector
+        if cut.rows == 1 and cut.kept:
+            selected.append(selector.select(vector, cut.kept))
         else:
-            owed += new
-            parts.append(select_rows(owed.view(cut.rows, cut.row_numel), cut.kept))
-    return parts
-
-
-def _parts(
-    gradient: Tensor, cuts: Sequence[Cut], selectors: Sequence[Selector]
-) -> list[Selection] | None:
-    """Select from the gradient as it is; None where what is selected is not finite."""
-    parts = [
-        selector.select(gradient[cut.stretch], cut.kept)
-        if cut.rows == 1
-        else select_rows(gradient[cut.stretch].view(cut.rows, cut.row_numel), cut.kept)
-        for cut, selector in zip(cuts, selectors, strict=True)
-    ]
-    return parts if all(part.finite for part in parts) else None
+            selected.append(select_rows(vector.view(cut.rows, cut.row_numel), cut.kept))
+    return selected

@@ -1,7 +1,8 @@
 """Ways of turning every rank's gradient bucket into the average on every rank.
 
-Each is launched while the backward pass goes on, and finished when it is over. Between the two
-comes `advance`, called on every rank at the same point of its sequence of collectives.
+Each is launched while the backward pass goes on. When it is over every bucket is received, and
+only if all of them are finite is any delivered: a step that overflowed on any rank is void, and
+until then nothing that a rank owes has changed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import FlatCompressor, average
+from topq_dist.compress.compressor import Compressed, FlatCompressor, average, is_finite
 from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.messages import FrameGather, Slot
+from topq_dist.ddp.messages import FrameGather, Slot, member
 from topq_dist.telemetry import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What every exchange needs to know of the ranks it runs among."""
+    """The ranks that an exchange runs among."""
 
     group: dist.ProcessGroup
     device: torch.device
@@ -33,95 +34,124 @@ class Link:
         """Ranks in the group."""
         return self.group.size()
 
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return self.group.rank()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One bucket to be averaged in place.
 
-    frames(parts) compresses it into one frame for each of `parts` equal stretches of its index
-    space, or returns None where this rank has failed and must tell the others.
+    compress(parts) returns the frames of `parts` equal stretches of the bucket's index space, or
+    None where this rank has failed and must tell the others.
     """
 
     bucket: Tensor
     layout: Layout
     settings_digest: int
-    frames: Callable[[int], list[Tensor] | None]
+    compress: Callable[[int], Compressed | None]
 
 
 class Pending(Protocol):
-    """A bucket on its way."""
+    """A bucket on its way; every method is called once, on every rank in the same order."""
 
     def advance(self) -> None:
-        """Launch what must wait for a first collective; called once, in bucket order."""
+        """Launch what had to wait for a first collective; never raises ExchangeError."""
 
-    def finish(self) -> None:
-        """Write the average into the bucket; raises ExchangeError on every rank or on none."""
+    def receive(self) -> bool:
+        """Wait for the other ranks, and return whether the average is finite.
+
+        Raises ExchangeError on every rank or on none.
+        """
+
+    def deliver(self) -> None:
+        """Write the average into the bucket, and keep what was not sent."""
 
 
 class Exchange(Protocol):
     """A way of averaging buckets."""
 
     def launch(self, job: Job) -> Pending:
-        """Start on one bucket without waiting for other ranks where that can be helped."""
+        """Start on one bucket, without waiting for other ranks where that can be helped."""
 
 
 class AllGather:
-    """Every rank's frame goes to every rank: exact, and W - 1 frames on each link."""
+    """Every rank's frame goes to every rank: no further loss, and W - 1 frames on each link."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._slots: dict[Layout, Slot] = {}
 
     def launch(self, job: Job) -> Pending:
-        frames = job.frames(1)
+        compressed = job.compress(1)
         gather = FrameGather(
-            None if frames is None else frames[0],
+            None if compressed is None else compressed.frames[0],
             settings_digest=job.settings_digest,
             slot=self._slots.setdefault(job.layout, Slot()),
             group=self._link.group,
             device=self._link.device,
             meter=self._link.meter,
         )
-        return _Gathering(job.bucket, gather)
+        return _Gathering(job.bucket, compressed, gather)
 
 
-@dataclass(frozen=True)
 class _Gathering:
-    bucket: Tensor
-    gather: FrameGather
+    def __init__(self, bucket: Tensor, compressed: Compressed | None, gather: FrameGather) -> None:
+        self._bucket = bucket
+        self._compressed = compressed
+        self._gather = gather
+        self._frames: list[Tensor] = []
 
     def advance(self) -> None:
         pass
 
-    def finish(self) -> None:
-        average(self.gather.frames(), out=self.bucket)
+    def receive(self) -> bool:
+        self._frames = self._gather.frames()
+        return all(is_finite(frame) for frame in self._frames)
+
+    def deliver(self) -> None:
+        if self._compressed is not None:
+            self._compressed.commit()
+        average(self._frames, out=self._bucket)
 
 
 class Dense:
-    """Plain all-reduce, for links on which nothing beats it; what is still owed is paid first."""
+    """Plain all-reduce, where nothing beats it; what is still owed is paid with the gradient."""
 
     def __init__(self, link: Link, compressor: FlatCompressor) -> None:
         self._link = link
         self._compressor = compressor
 
     def launch(self, job: Job) -> Pending:
-        self._compressor.pay(job.layout, job.bucket)
-        job.bucket.div_(self._link.size)
-        work = dist.all_reduce(job.bucket, group=self._link.group, async_op=True)
-        sent_bytes = job.bucket.nbytes
-        size = self._link.size
-        self._link.meter.add(sent_bytes=sent_bytes, wire_bytes=2 * sent_bytes * (size - 1) // size)
-        return _Reducing(work, self._link.meter)
+        return _Reducing(job, self._link, self._compressor)
 
 
-@dataclass(frozen=True)
 class _Reducing:
-    work: dist.Work
-    meter: Meter
+    def __init__(self, job: Job, link: Link, compressor: FlatCompressor) -> None:
+        self._job = job
+        self._link = link
+        self._compressor = compressor
+        self._paying = compressor.add_owed(job.layout, job.bucket)
+        job.bucket.div_(link.size)
+        work = dist.all_reduce(job.bucket, group=link.group, async_op=True)
+        self._work = member(work)
+        sent_bytes = job.bucket.nbytes
+        link.meter.add(
+            sent_bytes=sent_bytes, wire_bytes=2 * sent_bytes * (link.size - 1) // link.size
+        )
 
     def advance(self) -> None:
         pass
 
-    def finish(self) -> None:
-        with self.meter.timed("wait_s"):
-            self.work.wait()
+    def receive(self) -> bool:
+        with self._link.meter.timed("wait_s"):
+            self._work.wait()
+        # with nothing owed there is nothing to protect: overflow shows in the gradient, as it
+        # does without a hook
+        return not self._paying or bool(torch.isfinite(self._job.bucket).all())
+
+    def deliver(self) -> None:
+        if self._paying:
+            self._compressor.residuals.drop(self._job.layout)

@@ -11,12 +11,13 @@ happens on the thread of the backward pass, so every rank issues its collectives
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.checks import check_model, trainable_names
 from topq_dist.ddp.density import Density, FixedDensity, PairedDensity, Scope
@@ -155,7 +156,7 @@ class TopQState:
             bucket=buffer,
             layout=layout,
             settings_digest=self._settings_digest,
-            frames=lambda parts: self._frames(buffer, layout, parameters, parts),
+            compress=lambda parts: self._compress(buffer, layout, parameters, parts),
         )
         pending = self._exchange.launch(job)
         self._meter.add(dense_bytes=buffer.nbytes)
@@ -184,9 +185,9 @@ class TopQState:
             shapes=tuple(tuple(parameter.shape) for parameter in parameters),
         )
 
-    def _frames(
+    def _compress(
         self, buffer: Tensor, layout: Layout, parameters: list[Tensor], parts: int
-    ) -> list[Tensor] | None:
+    ) -> Compressed | None:
         if self._failure is not None:
             return None
         try:
@@ -201,15 +202,21 @@ class TopQState:
         in_flight, self._in_flight = self._in_flight, []
         try:
             in_flight[-1].pending.advance()
-            for bucket, pending, future in in_flight:
-                pending.finish()
-                future.set_result(bucket)
+            finite = [pending.receive() for _, pending, _ in in_flight]
         except SettingsDifferError:
             # every rank is here, having read the same digests, and may ask for the particulars
             agree(self._settings(), group=self._link.group, device=self._link.device)
             raise
         except ExchangeError as error:
             raise self._failure or error from None
+        if self._failure is not None:
+            raise self._failure
+        for bucket, pending, future in in_flight:
+            if all(finite):
+                pending.deliver()
+            else:
+                bucket.fill_(torch.nan)
+            future.set_result(bucket)
         self._meter.add(steps=1)
 
 

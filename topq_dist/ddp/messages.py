@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from topq_dist.telemetry import Meter
 
-# frame length in bytes, digest of the settings it was made with, 1 where the rank has failed
-_PREAMBLE = struct.Struct("<QII")
+# frame length, digest of the settings it was made with, 1 where the rank has failed, a note
+_PREAMBLE = struct.Struct("<QIIQ")
 _SLOT_ALIGN_BYTES = 64
+NO_FRAME = torch.empty(0, dtype=torch.uint8)
 
 
 class ExchangeError(RuntimeError):
@@ -35,11 +37,24 @@ def digest(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
+class Head(NamedTuple):
+    """What a slot says about the frame in it."""
+
+    frame_bytes: int
+    settings_digest: int
+    failed: int
+    note: int
+
+
 class Slot:
     """How many bytes each rank reserves for its frame of one bucket, the same on every rank."""
 
     def __init__(self) -> None:
         self.bytes = _SLOT_ALIGN_BYTES
+
+    def holds(self, frame_bytes: int) -> bool:
+        """Return whether a frame of this length fits."""
+        return _PREAMBLE.size + frame_bytes <= self.bytes
 
     def fit(self, frame_lengths_bytes: Sequence[int]) -> None:
         """Make room for the longest of these frames and for 2 % more, in whole cache lines."""
@@ -48,11 +63,55 @@ class Slot:
         self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
 
 
+def pack(row: Tensor, frame: Tensor | None, settings_digest: int, note: int = 0) -> None:
+    """Write a slot: its head, and the frame where it fits; None says that this rank has failed."""
+    length = 0 if frame is None else frame.numel()
+    head = _PREAMBLE.pack(length, settings_digest, int(frame is None), note)
+    row[: _PREAMBLE.size] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    if frame is not None and _PREAMBLE.size + length <= row.numel():
+        row[_PREAMBLE.size : _PREAMBLE.size + length] = frame
+
+
+def unpack(row: Tensor) -> Head:
+    """Read a slot's head."""
+    return Head(*_PREAMBLE.unpack(row[: _PREAMBLE.size].numpy().tobytes()))
+
+
+def frame_in(row: Tensor, head: Head) -> Tensor:
+    """Return the frame in a slot, sharing its memory."""
+    return row[_PREAMBLE.size : _PREAMBLE.size + head.frame_bytes]
+
+
+def check_heads(heads: Sequence[Head]) -> None:
+    """Raise ExchangeError where a rank has failed or has other settings than rank 0."""
+    failed = [str(rank) for rank, head in enumerate(heads) if head.failed]
+    if failed:
+        raise ExchangeError(
+            f"rank {', '.join(failed)} could not compress its gradient, and says why in an "
+            "error of its own; this rank stops with it"
+        )
+    others = [
+        str(rank)
+        for rank, head in enumerate(heads)
+        if head.settings_digest != heads[0].settings_digest
+    ]
+    if others:
+        raise SettingsDifferError(f"rank {', '.join(others)} has other settings than rank 0")
+
+
+def member(work: dist.Work | None) -> dist.Work:
+    """Return `work`, which torch leaves out for a process outside the group."""
+    if work is None:
+        raise RuntimeError("this process is no member of the process group it trains in")
+    return work
+
+
 class FrameGather:
     """The frames of one bucket on their way to every rank.
 
     Starts an asynchronous all-gather at once; `frames` waits for it. A frame of None says that
-    this rank has failed, and lets the others know instead of leaving them to wait.
+    this rank has failed, and lets the others know instead of leaving them to wait. `note` is a
+    number for the other ranks, of which `highest_note` is the highest once they have come.
     """
 
     def __init__(
@@ -64,30 +123,28 @@ class FrameGather:
         group: dist.ProcessGroup,
         device: torch.device,
         meter: Meter,
+        note: int = 0,
     ) -> None:
         self._group = group
         self._slot = slot
         self._device = device
         self._meter = meter
-        self._frame = frame if frame is not None else torch.empty(0, dtype=torch.uint8)
-        preamble = _PREAMBLE.pack(self._frame.numel(), settings_digest, int(frame is None))
-        self._preamble = torch.frombuffer(bytearray(preamble), dtype=torch.uint8)
+        self._frame = frame
+        self._settings_digest = settings_digest
+        self._note = note
+        self.highest_note = note
         self._received, self._work = self._gather()
 
     def _gather(self) -> tuple[Tensor, dist.Work]:
         outgoing = torch.zeros(self._slot.bytes, dtype=torch.uint8)
-        outgoing[: _PREAMBLE.size] = self._preamble
-        if _PREAMBLE.size + self._frame.numel() <= self._slot.bytes:
-            outgoing[_PREAMBLE.size : _PREAMBLE.size + self._frame.numel()] = self._frame
+        pack(outgoing, self._frame, self._settings_digest, self._note)
         peers = self._group.size()
         received = torch.empty((peers, outgoing.numel()), dtype=torch.uint8, device=self._device)
         work = dist.all_gather(
             list(received.unbind()), outgoing.to(self._device), group=self._group, async_op=True
         )
-        if work is None:
-            raise ExchangeError("this process is no member of the process group it trains in")
         self._meter.add(sent_bytes=outgoing.numel(), wire_bytes=outgoing.numel() * (peers - 1))
-        return received, work
+        return received, member(work)
 
     def frames(self) -> list[Tensor]:
         """Return the frames in rank order, each a 1-D uint8 tensor on the CPU.
@@ -97,30 +154,17 @@ class FrameGather:
         with self._meter.timed("wait_s"):
             self._work.wait()
             slots = self._received.cpu()
-            lengths = self._lengths(slots)
-            fits = _PREAMBLE.size + max(lengths) <= self._slot.bytes
-            self._slot.fit(lengths)
+            heads = [unpack(row) for row in slots]
+            check_heads(heads)
+            longest = max(head.frame_bytes for head in heads)
+            fits = self._slot.holds(longest)
+            self._slot.fit([longest])
             if not fits:
                 self._received, self._work = self._gather()
                 self._work.wait()
                 slots = self._received.cpu()
-        return [
-            slots[rank, _PREAMBLE.size : _PREAMBLE.size + length]
-            for rank, length in enumerate(lengths)
-        ]
-
-    def _lengths(self, slots: Tensor) -> list[int]:
-        heads = [_PREAMBLE.unpack(bytes(row[: _PREAMBLE.size].numpy().data)) for row in slots]
-        failed = [str(rank) for rank, (_, _, failed) in enumerate(heads) if failed]
-        if failed:
-            raise ExchangeError(
-                f"rank {', '.join(failed)} could not compress its gradient, and says why in an "
-                "error of its own; this rank stops with it"
-            )
-        others = [str(rank) for rank, (_, used, _) in enumerate(heads) if used != heads[0][1]]
-        if others:
-            raise SettingsDifferError(f"rank {', '.join(others)} has other settings than rank 0")
-        return [length for length, _, _ in heads]
+        self.highest_note = max(head.note for head in heads)
+        return [frame_in(row, head) for row, head in zip(slots, heads, strict=True)]
 
 
 def gather_texts(text: str, *, group: dist.ProcessGroup, device: torch.device) -> list[str]:
