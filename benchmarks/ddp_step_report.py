@@ -127,6 +127,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(counts), figsize=(1.5 + 5.5 * len(counts), 5.0), sharey=True, squeeze=False
     )
+    slowest_ms = max([AXIS_FLOOR_MS, *(r.exchange_ms for r in rows if r.exchange_ms is not None)])
     bar_width = 0.86 / len(hooks)
     for axis, count in zip(axes[0], counts, strict=True):
         for place, hook in enumerate(hooks):
@@ -143,7 +144,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.bar_label(bars, labels=labels, fontsize=7, padding=1)
         axis.set_title(f"{count} hosts")
         axis.set_yscale("log")
-        axis.set_ylim(bottom=AXIS_FLOOR_MS)
+        axis.set_ylim(AXIS_FLOOR_MS, 2.0 * slowest_ms)
         axis.set_xticks(range(len(links)), [LINK_TITLES[link] for link in links])
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("exchange, ms a step (log scale)")
