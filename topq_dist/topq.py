@@ -140,7 +140,7 @@ def keep_top_(rows: Tensor, k: int) -> None:
 
 
 def _keep_top_on_cpu_(rows: Tensor, k: int) -> None:
-    """Do `keep_top_` by numpy's vectorised partition, some ten times as fast as torch.topk."""
+    """Do `keep_top_` by numpy, whose partition is vectorised; see benchmarks/optimizer_step.py."""
     rows[:0].zero_()  # writes made through numpy are not counted: this lets autograd notice them
     dense = rows.detach().contiguous()
     bits = dense.view(_SAME_BITS[rows.dtype]).numpy()
