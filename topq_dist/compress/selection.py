@@ -1,45 +1,60 @@
-"""Exact top-k by magnitude of a flat vector: exactly k elements, indices ascending.
+"""Exact top-k by magnitude of gradient + residual: exactly k elements, indices ascending.
 
 One step's k-th magnitude is close to the last step's, so a pass over the vector keeps only the few
 candidates above a slightly lower threshold, and only those are partitioned. A wrong threshold
 costs time, never exactness. Order is that of the bit patterns with the sign cleared: NaN above
 infinity, denormals whole. Among equal magnitudes at the k-th place the lowest indices are kept.
+
+Selecting changes nothing; `settle` does, once the step is sure to count.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from topq_dist.compress.blocks import (
+    BLOCK_NUMEL,
     KEY_DTYPES,
-    Candidates,
+    SIGNED_DTYPES,
+    CompensatedGradient,
     Indices,
     Keys,
     add_in_place,
-    bits_of,
-    find_candidates,
-    magnitude_mask,
+    blocks,
+    key_of,
     number_of,
-    peak_magnitude,
+    sign_cleared,
+    spans,
+    tensor_of,
 )
+from topq_dist.compress.candidates import (
+    Candidates,
+    all_candidates,
+    filled_with_zeros,
+    find_candidates,
+    most_candidates,
+    sampled_threshold,
+)
+from topq_dist.compress.workers import run_all
 
 # up to here a partition of everything is cheaper than a search
 _SMALL_NUMEL = 16_384
-_SAMPLE_NUMEL = 32_768
+# how far below last step's threshold to begin, as a fraction of it: the lower, the more candidates,
+# but to have missed the k-th costs a second pass
 _FIRST_SLACK = 0.03
 _LARGEST_SLACK = 0.5
-_SMALLEST_SLACK = 0.005
+_SMALLEST_SLACK = 0.002
 
 
 class Selection(NamedTuple):
-    """The k largest magnitudes: `indices` int64 ascending, `values` of the vector's dtype, (k,).
+    """The k largest magnitudes: `indices` int64 ascending, `values` of the sum's dtype, both (k,).
 
-    `finite` is False where the selected values hold NaN or infinity; from compensate_and_select it
-    says that the sum is not finite, nothing is selected and the residual is as it was.
+    `finite` is False where the vector holds NaN or infinity anywhere.
     """
 
     indices: Tensor
@@ -57,228 +72,198 @@ class Selector:
     def __init__(self) -> None:
         self._threshold: float | None = None
         self._slack = _FIRST_SLACK
-        self._residual_peak: tuple[int, int, float] | None = None
 
-    def select(self, vector: Tensor, k: int) -> Selection:
-        """Return the k elements of `vector` largest in magnitude.
+    def select(self, gradient: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
+        """Return the k elements of gradient + residual largest in magnitude; change neither.
 
-        `vector` is 1-D contiguous of any float dtype, 0 <= k <= its length. Raises ValueError
-        otherwise.
+        `gradient` is 1-D, contiguous, of any float dtype; `residual`, where there is one, is like
+        it but fp64 for an fp64 gradient and fp32 for every other. Raises ValueError otherwise, or
+        where k is not in [0, numel].
         """
-        _check_vector("vector", vector)
-        _check_k(k, vector.numel())
-        return self._select(vector, k, None)
-
-    def sum_is_finite(self, gradient: Tensor, residual: Tensor) -> bool:
-        """Return whether gradient + residual holds neither NaN nor infinity, changing nothing.
-
-        Reads the gradient once, and the residual only when something other than this selector has
-        written to it, or when magnitudes come near the dtype's largest.
-        """
-        _check_pair(gradient, residual)
-        peak = _peak(gradient)
-        if not np.isfinite(peak):
-            return False
-        if self._residual_peak is None or self._residual_peak[:2] != _identity(residual):
-            self._residual_peak = (*_identity(residual), _peak(residual))
-        # a rounding of the sum of the peaks is the most that any element's sum can be
-        total = torch.tensor(peak, dtype=residual.dtype) + torch.tensor(
-            self._residual_peak[2], dtype=residual.dtype
-        )
-        if bool(torch.isfinite(total)):
-            return True
-        if not np.isfinite(self._residual_peak[2]):
-            return False
-        blocks = (slice(at, at + 65_536) for at in range(0, residual.numel(), 65_536))
-        return all(bool(torch.isfinite(residual[at] + gradient[at]).all()) for at in blocks)
-
-    def compensate_and_select(
-        self, gradient: Tensor, residual: Tensor, k: int, *, checked: bool = False
-    ) -> Selection:
-        """residual += gradient, then return the k elements of the sum largest in magnitude.
-
-        `gradient` and `residual` are 1-D contiguous of one length on one device; the residual is
-        fp64 for an fp64 gradient, else fp32. Where the sum is not finite the residual stays as it
-        was; with `checked` the caller has had True from sum_is_finite and it is not asked again.
-        The values stay in the residual until `settle` takes them out.
-        """
-        _check_pair(gradient, residual)
-        _check_k(k, residual.numel())
-        if not checked and not self.sum_is_finite(gradient, residual):
-            nothing = torch.zeros(0, dtype=torch.int64, device=residual.device)
-            return Selection(nothing, nothing.to(residual.dtype), finite=False)
-        return self._select(residual, k, gradient)
-
-    def settle(self, residual: Tensor, selection: Selection, decoded: Tensor | None = None) -> None:
-        """Leave in the residual what the receivers will not get: the value less `decoded`.
-
-        `decoded` is (k,) of any float dtype, or None where values travel as they are.
-        """
-        if decoded is None:
-            rest = torch.zeros_like(selection.values)
-        else:
-            rest = selection.values - decoded.to(selection.values)
-        if residual.device.type == "cpu":
-            residual.detach().numpy()[selection.indices.numpy()] = rest.numpy()
-        else:
-            residual.index_copy_(0, selection.indices, rest)
-
-    def _select(self, vector: Tensor, k: int, gradient: Tensor | None) -> Selection:
-        if vector.device.type != "cpu":
-            return select_with_torch(vector, k, gradient)
-        numel = vector.numel()
-        if k in (0, numel) or numel <= _SMALL_NUMEL:
-            if gradient is not None:
-                add_in_place(vector, gradient)
+        _check_vectors(gradient, residual)
+        _check_k(k, gradient.numel())
+        if gradient.device.type != "cpu":
+            return select_with_torch(gradient, k, residual=residual)
+        vector = CompensatedGradient(gradient, residual)
+        with np.errstate(over="ignore", invalid="ignore"):
             if k == 0:
-                self._residual_peak = None
-            everything = np.arange(numel if k else 0, dtype=np.int64)
-            return self._finish(vector, everything, bits_of(vector)[: everything.size], k)
-        candidates = self._search(vector, k, gradient)
-        return self._finish(vector, candidates.indices, candidates.bits, k)
+                return _nothing_of(vector)
+            small = vector.numel <= _SMALL_NUMEL or k == vector.numel
+            found = all_candidates(vector) if small else self._search(vector, k)
+        return self._largest_of(found, k, vector.dtype)
 
-    def _search(self, vector: Tensor, k: int, gradient: Tensor | None) -> Candidates:
-        """Return k candidates or more: by last step's threshold, a sample's, or all."""
-        limit = 4 * k + 65_536
-        if self._threshold is None:
-            if gradient is not None:
-                add_in_place(vector, gradient)
-        else:
-            low = self._threshold * (1.0 - self._slack)
-            candidates = find_candidates(vector, _key(low, vector), limit, gradient=gradient)
-            if candidates.complete and candidates.indices.size >= k:
-                self._slack = max(self._slack * 0.98, _SMALLEST_SLACK)
-                return candidates
-            self._slack = min(self._slack * 2.0, _LARGEST_SLACK)
-            if self._threshold == 0.0 and candidates.complete:
-                return _with_zeros(candidates, k)
-        threshold = _sampled_threshold(vector, k)
-        candidates = find_candidates(vector, threshold, limit)
-        if candidates.complete and candidates.indices.size >= k:
-            return candidates
-        if candidates.complete and threshold == 1:
-            return _with_zeros(candidates, k)
-        bits = bits_of(vector)
-        return Candidates(np.arange(bits.size, dtype=np.int64), bits, complete=True)
+    def _search(self, vector: CompensatedGradient, k: int) -> Candidates:
+        """Return k candidates or more: by last step's threshold, by a sample's, or everything."""
+        limit = most_candidates(k)
+        for attempt in range(2):
+            if attempt == 0 and self._threshold is not None:
+                # not below the smallest number there is, or zeros would be candidates
+                low = max(1, key_of(self._threshold * (1.0 - self._slack), vector.dtype))
+            else:
+                low = sampled_threshold(vector, k)
+            found = find_candidates(vector, low, limit)
+            if k <= found.reached <= limit:
+                return found
+            if found.reached < k and low == 1:
+                return filled_with_zeros(vector, found, k)
+        return all_candidates(vector)
 
-    def _finish(self, vector: Tensor, indices: Indices, bits: Keys, k: int) -> Selection:
-        keys = bits & magnitude_mask(vector.dtype)
+    def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
+        """Keep the k largest candidates, and remember where the k-th lies."""
+        indices, bits = candidates.indices, candidates.bits
+        keys = bits & sign_cleared(dtype)
+        kth = self._kth_largest(keys, k, dtype)
+        finite = bool(keys.max() < key_of(np.inf, dtype))
         if keys.size > k:
-            kth = np.partition(keys, keys.size - k)[keys.size - k]
             keep = keys >= kth
-            spare = int(np.count_nonzero(keep)) - k
-            if spare:
-                keep[(keys == kth).nonzero()[0][-spare:]] = False
-            indices, bits = indices.compress(keep), bits.compress(keep)
-        elif k:
-            kth = keys.min()
-            bits = bits.copy()
-        if k:
-            self._threshold = number_of(int(kth), vector.dtype)
-            peak = number_of(int(keys.max()), vector.dtype)
-            self._residual_peak = (*_identity(vector), peak)
-        values = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(vector.dtype)
-        return Selection(torch.from_numpy(indices), values, finite=not k or bool(np.isfinite(peak)))
+            ties_over = int(np.count_nonzero(keep)) - k
+            if ties_over:
+                keep[(keys == kth).nonzero()[0][-ties_over:]] = False
+            kept = keep.nonzero()[0]
+            indices, bits = indices.take(kept, mode="clip"), bits.take(kept, mode="clip")
+        if finite:
+            self._remember(number_of(int(kth), dtype))
+        return Selection(torch.from_numpy(indices), tensor_of(bits, dtype), finite)
+
+    def _kth_largest(self, keys: Keys, k: int, dtype: torch.dtype) -> Any:
+        """Return the k-th largest key, from a partition of those near last step's if it can be."""
+        if self._threshold is not None and keys.size > k:
+            near = keys < key_of(self._threshold * (1.0 + self._slack), dtype)
+            surely = keys.size - int(np.count_nonzero(near))
+            if surely < k:
+                keys, k = keys.compress(near), k - surely
+        return np.partition(keys, keys.size - k)[keys.size - k]
+
+    def _remember(self, threshold: float) -> None:
+        if self._threshold:
+            drop = 1.0 - threshold / self._threshold
+            slack = max(0.95 * self._slack, 2.0 * drop, _SMALLEST_SLACK)
+            self._slack = min(slack, _LARGEST_SLACK)
+        self._threshold = threshold
 
 
-def select_with_torch(vector: Tensor, k: int, gradient: Tensor | None = None) -> Selection:
-    """Select by torch operations only, on any device; with `gradient`, of vector += gradient."""
-    if gradient is not None:
-        vector += gradient
-    indices = _torch_keys(vector).topk(k, sorted=False).indices.sort().values
-    values = vector.index_select(0, indices)
-    return Selection(indices, values, finite=bool(torch.isfinite(values).all()))
+def settle(residual: Tensor, gradient: Tensor, indices: Tensor, rest: Tensor) -> None:
+    """residual += gradient, then residual[indices] = rest: what the receivers did not get.
 
-
-def select_rows(matrix: Tensor, k: int) -> Selection:
-    """Return exactly k elements of every row, the largest in magnitude, as flat indices.
-
-    `matrix` is (N, n), contiguous, of any float dtype. The result holds N * k elements, ascending.
-    Raises ValueError otherwise.
+    `residual` and `gradient` are those of the selection; `rest` is of the residual's dtype, the
+    selected values less what they decode to.
     """
-    if matrix.dim() != 2 or not matrix.is_contiguous() or matrix.dtype not in KEY_DTYPES:
-        raise ValueError(
-            f"matrix has shape {tuple(matrix.shape)}, strides {matrix.stride()} and dtype "
-            f"{matrix.dtype}: expected a contiguous (N, n) of one of {[*KEY_DTYPES]}"
-        )
+    _check_vectors(gradient, residual)
+    if residual.device.type != "cpu":
+        residual += gradient
+        residual.index_copy_(0, indices, rest)
+        return
+    add_in_place(residual, gradient)
+    residual.detach().numpy()[indices.numpy()] = rest.numpy()
+
+
+def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
+    """Return exactly k elements of every row of matrix + residual, the largest in magnitude.
+
+    `matrix` and `residual` are (N, n) and contiguous, of the dtypes that Selector.select takes.
+    The result holds N * k elements at flat indices, ascending over the whole matrix. Raises
+    ValueError otherwise, or where k is not in [0, n].
+    """
+    if matrix.dim() != 2:
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}: expected (N, n)")
     rows, row_numel = matrix.shape
     _check_k(k, row_numel)
-    if k == row_numel:
-        indices = torch.arange(matrix.numel(), device=matrix.device)
-    elif k == 0 or rows == 0:
-        indices = torch.zeros(0, dtype=torch.int64, device=matrix.device)
-    else:
-        within = _torch_keys(matrix).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-        starts = torch.arange(rows, device=matrix.device) * row_numel
-        indices = (within + starts[:, None]).reshape(-1)
-    values = matrix.reshape(-1).index_select(0, indices)
-    return Selection(indices, values, finite=bool(torch.isfinite(values).all()))
+    gradient = matrix.reshape(-1)
+    flat_residual = None if residual is None else residual.reshape(-1)
+    _check_vectors(gradient, flat_residual)
+    if matrix.device.type != "cpu":
+        return select_with_torch(gradient, k, residual=flat_residual, row_numel=row_numel)
+    vector = CompensatedGradient(gradient, flat_residual)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if k * rows == 0:
+            return _nothing_of(vector)
+        if k == row_numel:
+            indices = np.arange(vector.numel, dtype=np.int64)
+        else:
+            parts = run_all(
+                [
+                    partial(_rows_of_span, vector, k, row_numel, *span)
+                    for span in spans(rows, max(1, BLOCK_NUMEL // row_numel))
+                ]
+            )
+            indices = np.concatenate(parts)
+        bits = vector.bits_at(indices)
+    finite = bool((bits & sign_cleared(vector.dtype)).max() < key_of(np.inf, vector.dtype))
+    return Selection(torch.from_numpy(indices), tensor_of(bits, vector.dtype), finite)
 
 
-def _torch_keys(vector: Tensor) -> Tensor:
-    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[vector.dtype.itemsize]
-    return vector.detach().view(signed) & torch.iinfo(signed).max
+def select_with_torch(
+    gradient: Tensor, k: int, *, residual: Tensor | None = None, row_numel: int | None = None
+) -> Selection:
+    """Do what Selector.select, or with `row_numel` select_rows, does, by torch on any device.
+
+    Which of several equal magnitudes at the k-th place is kept is not specified.
+    """
+    vector = gradient.detach() if residual is None else residual.detach() + gradient.detach()
+    signed = SIGNED_DTYPES[vector.dtype.itemsize]
+    rows = vector.view(1, -1) if row_numel is None else vector.view(-1, row_numel)
+    keys = rows.view(signed) & torch.iinfo(signed).max
+    within = keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    starts = torch.arange(0, vector.numel(), max(1, rows.shape[1]), device=vector.device)
+    indices = (within + starts[: rows.shape[0], None]).reshape(-1)
+    finite = bool(torch.isfinite(vector).all())
+    return Selection(indices, vector.index_select(0, indices), finite)
 
 
-def _peak(vector: Tensor) -> float:
-    if vector.device.type == "cpu":
-        return peak_magnitude(vector)
-    return float(torch.linalg.vector_norm(vector, torch.inf)) if vector.numel() else 0.0
+def _rows_of_span(
+    vector: CompensatedGradient, k: int, row_numel: int, first_row: int, end_row: int
+) -> Indices:
+    found = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start, stop in blocks(
+            first_row * row_numel, end_row * row_numel, max(1, BLOCK_NUMEL // row_numel) * row_numel
+        ):
+            rows = _keys_of_rows(vector, start, stop).reshape(-1, row_numel)
+            kth = np.partition(rows, row_numel - k, axis=1)[:, row_numel - k, None]
+            keep = rows >= kth
+            tied = (np.count_nonzero(keep, axis=1) > k).nonzero()[0]
+            if tied.size:
+                above, equal = rows[tied] > kth[tied], rows[tied] == kth[tied]
+                room = k - np.count_nonzero(above, axis=1)[:, None]
+                keep[tied] = above | (equal & (np.cumsum(equal, axis=1) <= room))
+            indices = keep.reshape(-1).nonzero()[0]
+            indices += start
+            found.append(indices)
+    return np.concatenate(found)
 
 
-def _identity(residual: Tensor) -> tuple[int, int]:
-    # the version counts torch's own writes: a rescaled or loaded residual is measured again
-    return residual.data_ptr(), residual._version
+def _keys_of_rows(vector: CompensatedGradient, start: int, stop: int) -> Keys:
+    if stop - start <= BLOCK_NUMEL:
+        return vector.keys(start, stop)
+    # a row longer than a block
+    return vector.bits_at(slice(start, stop)) & sign_cleared(vector.dtype)
 
 
-def _key(number: float, vector: Tensor) -> int:
-    """Return the key of a magnitude, never below that of the smallest number above zero."""
-    return max(1, int(bits_of(torch.tensor([number], dtype=vector.dtype))[0]))
+def _nothing_of(vector: CompensatedGradient) -> Selection:
+    """Select nothing; what is left to find out is whether the vector is finite."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    beyond = find_candidates(vector, key_of(np.inf, vector.dtype), limit=0).reached
+    return Selection(nothing, nothing.to(vector.dtype), finite=beyond == 0)
 
 
-def _sampled_threshold(vector: Tensor, k: int) -> int:
-    """Return a key that somewhat more than k of the vector's keys reach, by a regular sample."""
-    # an odd stride, or a power-of-two row length would show the sample one column only
-    stride = max(1, vector.numel() // _SAMPLE_NUMEL) | 1
-    sample = bits_of(vector)[::stride] & magnitude_mask(vector.dtype)
-    expected = k / vector.numel() * sample.size
-    rank = int(expected + 4.0 * expected**0.5 + 4.0)
-    if rank >= sample.size:
-        return 1
-    return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
-
-
-def _with_zeros(candidates: Candidates, k: int) -> Candidates:
-    """Fill up to k with zeros, lowest indices first, where every number but zero is a candidate."""
-    free = np.ones(k, dtype=bool)
-    free[candidates.indices[candidates.indices < k]] = False
-    zeros = free.nonzero()[0][: k - candidates.indices.size]
-    indices = np.concatenate([candidates.indices, zeros])
-    bits = np.concatenate([candidates.bits, np.zeros(zeros.size, dtype=candidates.bits.dtype)])
-    order = np.argsort(indices)
-    return Candidates(indices[order], bits[order], complete=True)
-
-
-def _check_vector(name: str, vector: Tensor) -> None:
-    if vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES:
+def _check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
+    for name, vector in (("gradient", gradient), ("residual", residual)):
+        if vector is not None and (
+            vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES
+        ):
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)} and dtype {vector.dtype}: expected one "
+                f"contiguous dimension of one of {[*KEY_DTYPES]}"
+            )
+    if residual is None:
+        return
+    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    expected = (gradient.shape, dtype, gradient.device)
+    if (residual.shape, residual.dtype, residual.device) != expected:
         raise ValueError(
-            f"{name} has shape {tuple(vector.shape)} and dtype {vector.dtype}: expected one "
-            f"contiguous dimension of one of {[*KEY_DTYPES]}"
-        )
-
-
-def _check_pair(gradient: Tensor, residual: Tensor) -> None:
-    _check_vector("gradient", gradient)
-    _check_vector("residual", residual)
-    expected = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    if residual.dtype != expected or residual.shape != gradient.shape:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)} and dtype {residual.dtype}: expected "
-            f"{tuple(gradient.shape)} of {expected} for a gradient of {gradient.dtype}"
-        )
-    if residual.device != gradient.device:
-        raise ValueError(
-            f"residual is on {residual.device}: expected the gradient's {gradient.device}"
+            f"residual has shape {tuple(residual.shape)}, dtype {residual.dtype} and device "
+            f"{residual.device}: expected {tuple(gradient.shape)}, {dtype} and {gradient.device} "
+            f"for a gradient of {gradient.dtype}"
         )
 
 

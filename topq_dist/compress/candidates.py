@@ -1,0 +1,111 @@
+"""The few elements of a vector that can be among its k largest, found by a threshold."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from topq_dist.compress.bitmap import count_set_bits, set_bits
+from topq_dist.compress.blocks import (
+    BLOCK_NUMEL,
+    KEY_DTYPES,
+    CompensatedGradient,
+    Indices,
+    Keys,
+    blocks,
+    scratch,
+    sign_cleared,
+    spans,
+)
+from topq_dist.compress.workers import run_all
+
+_SAMPLE_NUMEL = 32_768
+
+
+class Candidates(NamedTuple):
+    """Where a vector's magnitudes reach a threshold (ascending), and the bits of its numbers there.
+
+    Both are empty where `reached`, how many do, is over the limit that the search was given.
+    """
+
+    indices: Indices
+    bits: Keys
+    reached: int
+
+
+def most_candidates(k: int) -> int:
+    """Return how many candidates for k places are worth having; past it, a better threshold is."""
+    return 4 * k + _SAMPLE_NUMEL
+
+
+def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> Candidates:
+    """Return where the vector's keys reach `threshold`, if there are no more than `limit`."""
+    parts = run_all(
+        [
+            partial(_search, vector, threshold, limit, *span)
+            for span in spans(vector.numel, BLOCK_NUMEL)
+        ]
+    )
+    if len(parts) == 1:
+        return parts[0]
+    reached = sum(part.reached for part in parts)
+    if reached > limit:
+        return _none(vector, reached)
+    return Candidates(
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.bits for part in parts]),
+        reached,
+    )
+
+
+def all_candidates(vector: CompensatedGradient) -> Candidates:
+    """Return the whole vector."""
+    bits = vector.bits_at(slice(0, vector.numel))
+    return Candidates(np.arange(vector.numel, dtype=np.int64), bits, vector.numel)
+
+
+def filled_with_zeros(vector: CompensatedGradient, found: Candidates, k: int) -> Candidates:
+    """Return k candidates where `found`, fewer, are all that is not zero: zeros from the front."""
+    free = np.ones(k, dtype=bool)
+    free[found.indices[found.indices < k]] = False
+    zeros = free.nonzero()[0][: k - found.indices.size]
+    indices = np.sort(np.concatenate([found.indices, zeros]))
+    return Candidates(indices, vector.bits_at(indices), k)
+
+
+def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
+    """Return a key, at least 1, that somewhat more than k keys should reach: from a sample."""
+    # an odd stride, or a power-of-two row length would show the sample one column only
+    stride = max(1, vector.numel // _SAMPLE_NUMEL) | 1
+    sample = vector.bits_at(slice(0, vector.numel, stride)) & sign_cleared(vector.dtype)
+    expected = k / vector.numel * sample.size
+    rank = int(expected + 4.0 * expected**0.5 + 4.0)
+    if rank >= sample.size:
+        return 1
+    return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
+
+
+def _search(
+    vector: CompensatedGradient, threshold: int, limit: int, start: int, stop: int
+) -> Candidates:
+    lowest = KEY_DTYPES[vector.dtype](threshold)
+    mask, bitmap = scratch.mask, scratch.bitmap(stop - start)
+    # a thread has an errstate of its own
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at, end in blocks(start, stop):
+            reached = np.greater_equal(vector.keys(at, end), lowest, out=mask[: end - at])
+            packed = np.packbits(reached, bitorder="little")
+            first_byte = (at - start) // 8
+            bitmap[first_byte : first_byte + packed.size] = packed
+        count = count_set_bits(bitmap)
+        if count > limit:
+            return _none(vector, count)
+        indices = set_bits(bitmap, count)
+        indices += start
+        return Candidates(indices, vector.bits_at(indices), count)
+
+
+def _none(vector: CompensatedGradient, reached: int) -> Candidates:
+    return Candidates(np.zeros(0, np.int64), np.zeros(0, KEY_DTYPES[vector.dtype]), reached)
