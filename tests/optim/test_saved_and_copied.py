@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 from topq_dist.optim import ParamTransformingOptimizer, TopQGradientOptimizer
@@ -138,6 +138,40 @@ def test_hooks_and_the_step_of_a_scheduler_stay_behind(copier: Copier) -> None:
     twin.register_step_post_hook(lambda *_: called.append("own hook"))
     go_on(twin, steps=1)
     assert called == ["own hook"]
+
+
+@copiers
+def test_a_copy_around_lbfgs_steps(copier: Copier) -> None:
+    original = TopQGradientOptimizer([torch.ones(2, 3, requires_grad=True)], LBFGS, q=0.5)
+    results = []
+    for optimizer in (original, copier(original)):
+        param = optimizer.param_groups[0]["params"][0]
+
+        def closure(optimizer: Any = optimizer, param: Tensor = param) -> float:
+            optimizer.zero_grad()
+            loss = (param * param * torch.arange(6.0).view(2, 3)).sum()
+            torch.autograd.backward(loss)
+            return loss.item()
+
+        for _ in range(2):
+            optimizer.step(closure)
+        results.append(param)
+    assert results[0] is not results[1]
+    assert not torch.equal(results[0], torch.ones(2, 3))
+    assert torch.equal(*results)
+
+
+@copiers
+def test_a_wrapped_wrapper_is_copied_whole(copier: Copier) -> None:
+    param = torch.ones(1, 4, requires_grad=True)
+    inner = TopQGradientOptimizer([param], q=0.5, lr=1.0)
+    inner.sparsified_elsewhere([param])
+    twin = copier(ParamTransformingOptimizer(None, inner))
+    assert twin.state is twin.inner_opt.inner_opt.state
+    [twin_param] = twin.param_groups[0]["params"]
+    twin_param.grad = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    twin.step()
+    assert twin_param.grad.tolist() == [[0.0, 0.0, 3.0, 4.0]]
 
 
 class Clamped(ParamTransformingOptimizer):

@@ -65,8 +65,7 @@ class ParamTransformingOptimizer(Optimizer):
     tensors and non-contiguous parameters and gradients work; a sparse gradient is an error that
     names the parameter; `add_param_group`, `state_dict` and `load_state_dict` go through the
     inner optimizer's own; group dicts and `defaults` given are copied, never written to; keyword
-    values beside an InnerOpt instance are an error. Of the attributes of an instance all but
-    hooks survive pickling.
+    values beside an InnerOpt instance are an error.
     """
 
     def __init__(
@@ -217,17 +216,15 @@ class ParamTransformingOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # hooks stay behind, as with any torch optimizer, and so does the step that an LR
-        # scheduler puts on the instance: it is bound to this object
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if not name.startswith("_optimizer_") and name not in ("step", "_opt_called")
-        }
+        wrapped = isinstance(self.inner_opt, ParamTransformingOptimizer)
+        inner = {} if wrapped else _attributes(self.inner_opt)
+        return {**_attributes(self), "inner_attributes": inner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            if name != "inner_attributes":
+                setattr(self, name, value)
+        vars(self.inner_opt).update(state.get("inner_attributes", {}))
         super().__setstate__({})
 
     def __repr__(self) -> str:
@@ -285,6 +282,20 @@ class ParamTransformingOptimizer(Optimizer):
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"parameter group {number}: {error}") from error
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a copy needs beside what torch copies, which forgets LBFGS's list for one.
+
+    Hooks stay behind, as with any torch optimizer, and so does the step that an LR scheduler puts
+    on the instance: it is bound to this object.
+    """
+    left = ("state", "param_groups", "defaults", "step", "_opt_called")
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in left and not name.startswith("_optimizer_")
+    }
 
 
 def _check_dense(param: Tensor, number: int, index: int, group: ParamGroup) -> None:
