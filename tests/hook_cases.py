@@ -31,8 +31,8 @@ def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype = torch.f
 
 
 def keep_top(matrix: Tensor, kept: int) -> Tensor:
-    """Zero all but the `kept` largest magnitudes of each row, the plain way."""
-    top = matrix.abs().topk(kept, dim=1).indices
+    """Zero all but the `kept` largest magnitudes of each row, of equal ones the first."""
+    top = matrix.abs().sort(dim=1, descending=True, stable=True).indices[:, :kept]
     return torch.zeros_like(matrix).scatter(1, top, matrix.gather(1, top))
 
 

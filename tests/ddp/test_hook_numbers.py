@@ -95,8 +95,6 @@ def trained_by_ranks(rank: int, error_feedback: bool) -> dict[str, dict[str, Ten
 @pytest.mark.parametrize("error_feedback", [False, True])
 def test_four_ranks_equal_a_single_process_reference(tmp_path: Path, error_feedback: bool) -> None:
     ranks = run_ranks(4, trained_by_ranks, tmp_path, error_feedback)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for kind, choose in (("paired", by_rows(0.8, None)), ("unpaired", whole(0.9))):
         reference = Reference(small_model(), 4, choose, error_feedback=error_feedback)
         optimizer = sgd(reference.model)
@@ -105,7 +103,6 @@ def test_four_ranks_equal_a_single_process_reference(tmp_path: Path, error_feedb
             optimizer.step()
         for rank in ranks:
             assert_same(rank[kind], parameters_of(reference.model))
-    torch.set_num_threads(threads)
     for rank, result in enumerate(ranks):
         if error_feedback:
             assert_same(result["residuals"], reference.residuals[rank])

@@ -17,7 +17,7 @@ from topq_dist.compress.frame import (
     encode_non_finite_frame,
     peek_header,
 )
-from topq_dist.compress.selection import Selection, Selector, select_rows
+from topq_dist.compress.selection import Selection, Selector, select_rows, settle
 from topq_dist.compress.values import check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
 
@@ -119,8 +119,7 @@ class FlatCompressor:
         rest = values - torch.cat([part.decoded for part in encoded]).to(values)
 
         def commit() -> None:
-            residual.add_(gradient)
-            residual[indices] = rest
+            settle(residual, gradient, indices, rest)
 
         return Compressed(frames=frames, commit=commit)
 
@@ -266,10 +265,11 @@ def _select(
     selected = []
     for cut, selector in zip(cuts, selectors, strict=True):
         vector = gradient[cut.stretch]
-        if residual is not None:
-            vector = residual[cut.stretch] + vector
-        if cut.rows == 1 and cut.kept:
-            selected.append(selector.select(vector, cut.kept))
+        owed = None if residual is None else residual[cut.stretch]
+        if cut.rows == 1:
+            selected.append(selector.select(vector, cut.kept, residual=owed))
         else:
-            selected.append(select_rows(vector.view(cut.rows, cut.row_numel), cut.kept))
+            matrix = (cut.rows, cut.row_numel)
+            owed = None if owed is None else owed.view(matrix)
+            selected.append(select_rows(vector.view(matrix), cut.kept, residual=owed))
     return selected

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist.topq import check_number
 
 
 def check_model(ddp_model: DistributedDataParallel) -> None:
@@ -35,6 +38,22 @@ def check_model(ddp_model: DistributedDataParallel) -> None:
             raise TypeError(
                 f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter"
             )
+
+
+def check_positive(name: str, value: float | None) -> float | None:
+    """Return `value`, or raise naming `name` unless it is None or a finite number above zero."""
+    if value is not None and check_number(name, value) <= 0.0:
+        raise ValueError(f"{name}={value!r}: expected a number above zero, or None")
+    return value
+
+
+def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
+    """Return `grad_scaler`, or raise TypeError unless it is None or a GradScaler."""
+    if not isinstance(grad_scaler, GradScaler | None):
+        raise TypeError(
+            f"grad_scaler is a {type(grad_scaler).__name__}: expected a torch.amp.GradScaler"
+        )
+    return grad_scaler
 
 
 def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:

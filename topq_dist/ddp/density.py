@@ -34,6 +34,30 @@ class Density(Protocol):
         """Take up what `state_dict` returned."""
 
 
+def make_density(
+    names: Mapping[Tensor, str],
+    optimizer: TopQGradientOptimizer | None,
+    *,
+    q: float | None,
+    scope: Scope,
+) -> Density:
+    """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
+    if optimizer is None:
+        if q is None:
+            raise ValueError("q=None: expected a number in [0, 1], or a TopQGradientOptimizer")
+        return FixedDensity(q, scope)
+    if not isinstance(optimizer, TopQGradientOptimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: expected a TopQGradientOptimizer to read q "
+            "from, or None with q=... for any other optimizer"
+        )
+    if q is not None:
+        raise ValueError(f"q={q!r} with an optimizer: expected None, since its groups hold q")
+    if scope != "parameter":
+        raise ValueError(f"scope={scope!r} with an optimizer: expected 'parameter'")
+    return PairedDensity(optimizer, names)
+
+
 class FixedDensity:
     """One q for every parameter; `q` may be set anew between steps.
 

@@ -84,7 +84,7 @@ class AllGather:
         self._link = link
         self._slots: dict[Layout, Slot] = {}
 
-    def launch(self, job: Job) -> Pending:
+    def launch(self, job: Job) -> Gathering:
         compressed = job.compress(1)
         gather = FrameGather(
             None if compressed is None else compressed.frames[0],
@@ -94,27 +94,29 @@ class AllGather:
             device=self._link.device,
             meter=self._link.meter,
         )
-        return _Gathering(job.bucket, compressed, gather)
+        return Gathering(job.bucket, compressed, gather)
 
 
-class _Gathering:
+class Gathering:
+    """Frames on their way to every rank; `frames` are those of the group, once received."""
+
     def __init__(self, bucket: Tensor, compressed: Compressed | None, gather: FrameGather) -> None:
         self._bucket = bucket
         self._compressed = compressed
         self._gather = gather
-        self._frames: list[Tensor] = []
+        self.frames: list[Tensor] = []
 
     def advance(self) -> None:
         pass
 
     def receive(self) -> bool:
-        self._frames = self._gather.frames()
-        return all(is_finite(frame) for frame in self._frames)
+        self.frames = self._gather.frames()
+        return all(is_finite(frame) for frame in self.frames)
 
     def deliver(self) -> None:
         if self._compressed is not None:
             self._compressed.commit()
-        average(self._frames, out=self._bucket)
+        average(self.frames, out=self._bucket)
 
 
 class Dense:

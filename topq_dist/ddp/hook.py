@@ -1,38 +1,28 @@
-"""The DistributedDataParallel communication hook: compress, exchange, average.
-
-One bucket's way: `topq_hook` compresses it and starts its all-gather, and the backward pass goes
-on while the frames travel; in the hook of the last bucket, when there is nothing left to
-overlap with, the frames are decoded, bucket by bucket, into the averaged gradient. All of it
-happens on the thread of the backward pass, so every rank issues its collectives in one order.
-"""
+"""The DistributedDataParallel communication hook: what a user registers, tunes, saves and reads."""
 
 # no `from __future__ import annotations` here: DistributedDataParallel reads the hook's annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.checks import check_model, trainable_names
-from topq_dist.ddp.density import Density, FixedDensity, PairedDensity, Scope
-from topq_dist.ddp.exchange import AllGather, Exchange, Job, Link, Pending
-from topq_dist.ddp.messages import ExchangeError, SettingsDifferError, agree, digest
+from topq_dist.ddp.auto import Auto
+from topq_dist.ddp.checks import check_grad_scaler, check_model, check_positive, trainable_names
+from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
+from topq_dist.ddp.density import FixedDensity, Scope, make_density
+from topq_dist.ddp.exchange import Link
+from topq_dist.ddp.messages import agree
+from topq_dist.ddp.pipeline import Bucket, Pipeline
+from topq_dist.ddp.saved import check_states, merged_residuals
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
-
-_STATE_VERSION = 1
-
-
-class _InFlight(NamedTuple):
-    bucket: Tensor
-    pending: Pending
-    future: Future[Tensor]
 
 
 class TopQState:
@@ -44,9 +34,19 @@ class TopQState:
         q: fraction of each gradient that is not sent, in [0, 1]; only without an optimizer.
             `state.q = ...` changes it between steps, on every rank alike.
         error_feedback: keep what was not sent and add it to the next gradient.
-        value_format: how the kept values travel; None is the gradient's own dtype, lossless.
+        value_format: how the kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
+            "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless.
+        exchange: "allgather" sends every frame to every rank, exactly; "split" reduces each part
+            of the index space on one rank, for many ranks; "hierarchical" sums inside a node and
+            sends frames between nodes; "dense" sends all. "auto" measures them in the first
+            steps and keeps the cheapest; it tries what would change a result, "split" and
+            "dense", only with error feedback, and "hierarchical" never.
         scope: keep the top-Q part of each "parameter", or of each "bucket" (fewer and larger
             selections; what is kept then depends on DDP's bucketing). Only without an optimizer.
+        clip_norm: scale this rank's gradient down to this norm before it is compressed. Its
+            buckets then wait for the end of the backward pass, which knows the norm.
+        grad_scaler: the GradScaler in use, so that what is kept is kept in unscaled units.
+        ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
 
     A collective: every rank of the model's process group makes its state at the same point.
     Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
@@ -61,23 +61,37 @@ class TopQState:
         q: float | None = None,
         error_feedback: bool = True,
         value_format: str | None = None,
+        exchange: ExchangeName = "auto",
         scope: Scope = "parameter",
+        clip_norm: float | None = None,
+        grad_scaler: GradScaler | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         check_model(ddp_model)
         self._names = trainable_names(ddp_model)
-        self._density = _density(self._names, optimizer, q=q, scope=scope)
-        self._compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
         self._meter = Meter()
         self._link = Link(
             group=ddp_model.process_group,
             device=next(iter(self._names)).device,
             meter=self._meter,
         )
-        self._exchange: Exchange = AllGather(self._link)
-        self._in_flight: list[_InFlight] = []
-        self._failure: Exception | None = None
-        self._settings_digest = 0
-        agree(self._describe(), group=self._link.group, device=self._link.device)
+        check_exchange(exchange, self._link, ranks_per_node)
+        self._density = make_density(self._names, optimizer, q=q, scope=scope)
+        self._compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
+        self._pipeline = Pipeline(
+            self._link,
+            self._density,
+            self._compressor,
+            clip_norm=check_positive("clip_norm", clip_norm),
+            grad_scaler=check_grad_scaler(grad_scaler),
+        )
+        model = [f"{name} {tuple(p.shape)} {p.dtype}" for p, name in self._names.items()]
+        settings = [f"exchange={exchange}", self._pipeline.settings(), *model]
+        agree("\n".join(settings), group=self._link.group, device=self._link.device)
+        # only now: ranks that disagree would make groups that the others do not know of
+        self._pipeline.exchange = self._exchange = make_exchange(
+            exchange, self._link, self._compressor, ranks_per_node
+        )
         if optimizer is not None:
             optimizer.sparsified_elsewhere(self._names)
 
@@ -95,9 +109,26 @@ class TopQState:
             raise AttributeError("q lives in the optimizer's groups: use group['q']")
         return self._density
 
+    @property
+    def chosen_exchange(self) -> str | None:
+        """What exchange="auto" has chosen; None until it has, and where it was not asked to."""
+        return self._exchange.chosen if isinstance(self._exchange, Auto) else None
+
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
         return self._meter.stats
+
+    def push(
+        self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
+    ) -> Future[Tensor]:
+        """Take the next bucket of a backward pass: what `topq_hook` does."""
+        layout = Layout(
+            names=tuple(self._names[parameter] for parameter in parameters),
+            shapes=tuple(tuple(parameter.shape) for parameter in parameters),
+        )
+        bucket = Bucket(flat, layout, parameters, Future())
+        self._pipeline.push(bucket, first=first, last=last)
+        return bucket.future
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, settings, totals.
@@ -106,118 +137,38 @@ class TopQState:
         Each rank's is its own: save one a rank.
         """
         return {
-            **self._identity(),
+            "version": 1,
+            "world_size": self._link.size,
+            "rank": self._link.rank,
             "residuals": self._compressor.residuals.state_dict(),
             "density": self._density.state_dict(),
+            "chosen_exchange": self.chosen_exchange,
             "stats": vars(self._meter.stats).copy(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what the same rank's `state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Resume from what the same rank's `state_dict` returned, or from those of all ranks.
 
-        Raises ValueError, and changes nothing, where it is another model's, rank's or world
-        size's.
+        A sequence holds the states of every rank of the old run, and the world size may have
+        changed since: each residual goes to the rank numbered as its old one modulo the new world
+        size, so that the sum over the ranks stays what it was.
+
+        Raises ValueError, and changes nothing, for states of another model, or a single one of
+        another rank or world size.
         """
-        for key, expected in self._identity().items():
-            if state.get(key) != expected:
-                raise ValueError(f"state has {key}={state.get(key)!r}: expected {expected}")
+        alone = isinstance(state, Mapping)
+        states = [state] if isinstance(state, Mapping) else list(state)
         shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        for name, residual in state["residuals"].items():
-            if tuple(residual.shape) != shapes.get(name):
-                raise ValueError(
-                    f"state has a residual of {name!r} with shape {tuple(residual.shape)}: "
-                    f"expected {shapes.get(name, 'no such parameter in this model')}"
-                )
-        stats = Stats(**state["stats"])
-        self._density.load_state_dict(state["density"])
-        self._compressor.residuals.load_state_dict(state["residuals"])
+        check_states(states, shapes, self._link if alone else None)
+        mine = states if alone else states[self._link.rank :: self._link.size]
+        residuals = merged_residuals(mine)
+        stats = Stats(**mine[0]["stats"]) if mine else Stats()
+        self._density.load_state_dict((mine or states)[0]["density"])
+        self._compressor.residuals.load_state_dict(residuals)
         self._meter.stats = stats
-
-    def _identity(self) -> dict[str, int]:
-        return {
-            "version": _STATE_VERSION,
-            "world_size": self._link.group.size(),
-            "rank": self._link.group.rank(),
-        }
-
-    def _settings(self) -> str:
-        return f"{self._density.settings()}\n{self._compressor.settings()}"
-
-    def _describe(self) -> str:
-        model = [f"{name} {tuple(p.shape)} {p.dtype}" for p, name in self._names.items()]
-        return "\n".join([self._settings(), *model])
-
-    def _launch(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Start on one bucket; the last bucket's call finishes them all."""
-        if bucket.index() == 0:
-            self._begin_step()
-        buffer, layout, parameters = bucket.buffer(), self._layout(bucket), bucket.parameters()
-        job = Job(
-            bucket=buffer,
-            layout=layout,
-            settings_digest=self._settings_digest,
-            compress=lambda parts: self._compress(buffer, layout, parameters, parts),
-        )
-        pending = self._exchange.launch(job)
-        self._meter.add(dense_bytes=buffer.nbytes)
-        if self._in_flight:
-            self._in_flight[-1].pending.advance()
-        future: Future[Tensor] = Future()
-        self._in_flight.append(_InFlight(buffer, pending, future))
-        if bucket.is_last():
-            self._finish_step()
-        return future
-
-    def _begin_step(self) -> None:
-        # what an aborted backward pass left behind is of no use to anyone
-        self._in_flight.clear()
-        self._failure = None
-        try:
-            self._density.begin_step()
-            self._settings_digest = digest(self._settings())
-        except (TypeError, ValueError) as failure:
-            self._failure = failure
-
-    def _layout(self, bucket: dist.GradBucket) -> Layout:
-        parameters = bucket.parameters()
-        return Layout(
-            names=tuple(self._names[parameter] for parameter in parameters),
-            shapes=tuple(tuple(parameter.shape) for parameter in parameters),
-        )
-
-    def _compress(
-        self, buffer: Tensor, layout: Layout, parameters: list[Tensor], parts: int
-    ) -> Compressed | None:
-        if self._failure is not None:
-            return None
-        try:
-            with self._meter.timed("select_s"):
-                cuts = self._density.cuts(parameters)
-                return self._compressor.compress(buffer, layout, cuts, parts=parts)
-        except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
-            self._failure = failure
-            return None
-
-    def _finish_step(self) -> None:
-        in_flight, self._in_flight = self._in_flight, []
-        try:
-            in_flight[-1].pending.advance()
-            finite = [pending.receive() for _, pending, _ in in_flight]
-        except SettingsDifferError:
-            # every rank is here, having read the same digests, and may ask for the particulars
-            agree(self._settings(), group=self._link.group, device=self._link.device)
-            raise
-        except ExchangeError as error:
-            raise self._failure or error from None
-        if self._failure is not None:
-            raise self._failure
-        for bucket, pending, future in in_flight:
-            if all(finite):
-                pending.deliver()
-            else:
-                bucket.fill_(torch.nan)
-            future.set_result(bucket)
-        self._meter.add(steps=1)
+        chosen = states[0]["chosen_exchange"]
+        if chosen is not None and isinstance(self._exchange, Auto):
+            self._exchange.choose(chosen)
 
 
 def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -228,7 +179,9 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
 
     Raises ExchangeError, on every rank, where ranks disagree on the settings or one has failed.
     """
-    return state._launch(bucket)
+    return state.push(
+        bucket.buffer(), bucket.parameters(), first=bucket.index() == 0, last=bucket.is_last()
+    )
 
 
 def register_topq_hook(
@@ -238,7 +191,11 @@ def register_topq_hook(
     q: float | None = None,
     error_feedback: bool = True,
     value_format: str | None = None,
+    exchange: ExchangeName = "auto",
     scope: Scope = "parameter",
+    clip_norm: float | None = None,
+    grad_scaler: GradScaler | None = None,
+    ranks_per_node: int | None = None,
 ) -> TopQState:
     """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
 
@@ -251,30 +208,11 @@ def register_topq_hook(
         q=q,
         error_feedback=error_feedback,
         value_format=value_format,
+        exchange=exchange,
         scope=scope,
+        clip_norm=clip_norm,
+        grad_scaler=grad_scaler,
+        ranks_per_node=ranks_per_node,
     )
     ddp_model.register_comm_hook(state, topq_hook)
     return state
-
-
-def _density(
-    names: Mapping[Tensor, str],
-    optimizer: TopQGradientOptimizer | None,
-    *,
-    q: float | None,
-    scope: Scope,
-) -> Density:
-    if optimizer is None:
-        if q is None:
-            raise ValueError("q=None: expected a number in [0, 1], or a TopQGradientOptimizer")
-        return FixedDensity(q, scope)
-    if not isinstance(optimizer, TopQGradientOptimizer):
-        raise TypeError(
-            f"optimizer={type(optimizer).__name__}: expected a TopQGradientOptimizer to read q "
-            "from, or None with q=... for any other optimizer"
-        )
-    if q is not None:
-        raise ValueError(f"q={q!r} with an optimizer: expected None, since its groups hold q")
-    if scope != "parameter":
-        raise ValueError(f"scope={scope!r} with an optimizer: expected 'parameter'")
-    return PairedDensity(optimizer, names)

@@ -1,0 +1,174 @@
+"""Every exchange against what it must arrive at, on four ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hook_cases import Reference, keep_top, loss_of, small_model, whole
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist import TopQState, register_topq_hook
+from topq_dist.ddp.choices import ExchangeName
+
+pytestmark = pytest.mark.gloo
+STEPS = 6
+EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")
+
+
+def hooked(
+    exchange: ExchangeName, **options: Any
+) -> tuple[DistributedDataParallel, TopQState, torch.optim.Optimizer]:
+    model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
+    if exchange == "hierarchical":
+        options["ranks_per_node"] = 2
+    state = register_topq_hook(model, q=0.9, exchange=exchange, **options)
+    return model, state, torch.optim.SGD(model.parameters(), lr=0.2)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def backward(model: nn.Module, step: int, rank: int) -> None:
+    model.zero_grad()
+    loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]
+
+
+def without_feedback(rank: int) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for exchange in EXCHANGES[:3]:
+        model, _, optimizer = hooked(exchange, error_feedback=False)
+        for step in range(STEPS):
+            backward(model, step, rank)
+            optimizer.step()
+        results[exchange] = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+    return results
+
+
+class NodeReference(Reference):
+    """Two nodes of two ranks: the node's mean is masked, not each rank's gradient."""
+
+    def backward(self, step: int) -> None:
+        totals: dict[str, Tensor] = {}
+        for node in range(2):
+            self.model.zero_grad()
+            for rank in (2 * node, 2 * node + 1):
+                loss_of(self.model, step, rank).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in self.model.named_parameters():
+                assert parameter.grad is not None
+                _, numel, kept = self.choose(name, parameter)
+                mean = (parameter.grad / 2).reshape(1, numel)
+                share = keep_top(mean, kept).view_as(parameter) / 2
+                totals[name] = totals[name] + share if node else share
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = totals[name]
+
+
+def test_without_feedback_each_exchange_is_exact(tmp_path: Path) -> None:
+    ranks = run_ranks(4, without_feedback, tmp_path)
+    for exchange in EXCHANGES[:3]:
+        kind = NodeReference if exchange == "hierarchical" else Reference
+        reference = kind(small_model(), 4, whole(0.9), error_feedback=False)
+        optimizer = torch.optim.SGD(reference.model.parameters(), lr=0.2)
+        for step in range(STEPS):
+            reference.backward(step)
+            optimizer.step()
+        for rank in ranks:
+            for name, parameter in reference.model.named_parameters():
+                assert torch.equal(rank[exchange][name], parameter), (exchange, name)
+
+
+def conserving(rank: int) -> dict[str, list[dict[str, Any]]]:
+    """What each step brought and left, with one rank overflowing in the last but one step."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for exchange in EXCHANGES:
+        model, state, optimizer = hooked(exchange, value_format="fp16")
+        steps = []
+        for step in range(STEPS):
+            with model.no_sync():
+                backward(model, step, rank)
+            own = gradients(model.module)
+            before = state.state_dict()["residuals"]
+            overflow = step == STEPS - 2 and rank == 1
+            handle = model.module[2].weight.register_hook(  # type: ignore[union-attr, operator]
+                lambda g, overflow=overflow: g.clone().fill_(torch.inf) if overflow else g
+            )
+            backward(model, step, rank)
+            handle.remove()
+            average = gradients(model.module)
+            after = state.state_dict()["residuals"]
+            if step == STEPS - 2:
+                assert before.keys() == after.keys()
+                assert all(torch.equal(before[name], after[name]) for name in before), exchange
+                finite = [bool(g.isfinite().all()) for g in average.values()]
+                # dense has nothing to protect, and marks what overflowed as DDP does
+                assert not any(finite) or (exchange == "dense" and not all(finite))
+                continue
+            steps.append({"own": own, "before": before, "average": average, "after": after})
+            optimizer.step()
+        results[exchange] = steps
+    return results
+
+
+def test_with_feedback_nothing_is_lost_and_an_overflow_voids_the_step(tmp_path: Path) -> None:
+    ranks = run_ranks(4, conserving, tmp_path)
+    for exchange in EXCHANGES:
+        for step in range(STEPS - 1):
+            parts = [rank[exchange][step] for rank in ranks]
+            for name, average in parts[0]["average"].items():
+                assert all(torch.equal(part["average"][name], average) for part in parts)
+                brought = torch.zeros_like(average, dtype=torch.float64)
+                left = 4 * average.double()
+                # a node's gradient enters as the mean of its two ranks, and so is owed
+                weight = 0.5 if exchange == "hierarchical" else 1.0
+                if exchange == "hierarchical":
+                    left = left / 2
+                for part in parts:
+                    brought += weight * part["own"][name].double()
+                    brought += part["before"].get(name, torch.zeros(()))
+                    left += part["after"].get(name, torch.zeros(()))
+                torch.testing.assert_close(left, brought, rtol=1e-4, atol=1e-6, msg=exchange)
+
+
+def dense_is_ddp(rank: int) -> bool:
+    plain = DistributedDataParallel(small_model())
+    model, state, _ = hooked("dense")
+    for step in range(3):
+        backward(plain, step, rank)
+        backward(model, step, rank)
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    assert state.stats().ratio == 1.0
+    return True
+
+
+def auto_agrees(rank: int) -> str:
+    model, state, optimizer = hooked("auto")
+    assert state.chosen_exchange is None
+    for step in range(60):
+        backward(model, step, rank)
+        optimizer.step()
+    chosen = state.chosen_exchange
+    assert chosen is not None
+    _, resumed, _ = hooked("auto")
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.chosen_exchange == chosen
+    _, exact, _ = hooked("auto", error_feedback=False)
+    assert exact.chosen_exchange == "allgather"
+    return chosen
+
+
+def dense_and_auto(rank: int) -> str:
+    assert dense_is_ddp(rank)
+    return auto_agrees(rank)
+
+
+def test_dense_is_plain_ddp_and_auto_chooses_alike_on_every_rank(tmp_path: Path) -> None:
+    chosen = run_ranks(4, dense_and_auto, tmp_path)
+    assert len(set(chosen)) == 1
+    assert chosen[0] in {"split", "dense"}

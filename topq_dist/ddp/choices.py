@@ -1,0 +1,61 @@
+"""The exchanges by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, get_args
+
+from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.ddp.auto import Auto
+from topq_dist.ddp.exchange import AllGather, Dense, Exchange, Link
+from topq_dist.ddp.hierarchy import Hierarchical
+from topq_dist.ddp.split import SplitReduce
+
+ExchangeName = Literal["auto", "allgather", "split", "hierarchical", "dense"]
+
+
+def check_exchange(name: ExchangeName, link: Link, ranks_per_node: int | None) -> None:
+    """Raise ValueError unless `make_exchange` can make this."""
+    if name not in get_args(ExchangeName):
+        known = ", ".join(get_args(ExchangeName))
+        raise ValueError(f"exchange={name!r}: expected one of {known}")
+    if name == "hierarchical":
+        per_node = _ranks_per_node(ranks_per_node)
+        if per_node < 1 or link.size % per_node:
+            raise ValueError(
+                f"ranks_per_node={per_node}: expected a divisor of the {link.size} ranks"
+            )
+    elif ranks_per_node is not None:
+        raise ValueError(
+            f"ranks_per_node={ranks_per_node} with exchange={name!r}: expected None, since only "
+            "exchange='hierarchical' knows nodes"
+        )
+
+
+def make_exchange(
+    name: ExchangeName, link: Link, compressor: FlatCompressor, ranks_per_node: int | None
+) -> Exchange:
+    """Return the exchange of this name; "hierarchical" makes process groups, a collective."""
+    if name == "allgather":
+        return AllGather(link)
+    if name == "split":
+        return SplitReduce(link, compressor)
+    if name == "dense":
+        return Dense(link, compressor)
+    if name == "hierarchical":
+        return Hierarchical(link, _ranks_per_node(ranks_per_node))
+    sparse: dict[str, Exchange] = {"allgather": AllGather(link)}
+    dense: dict[str, Exchange] = {}
+    if compressor.error_feedback:
+        # with two ranks a split sends as much, in twice as many messages
+        if link.size > 2:
+            sparse["split"] = SplitReduce(link, compressor)
+        dense["dense"] = Dense(link, compressor)
+    return Auto(link, sparse=sparse, dense=dense)
+
+
+def _ranks_per_node(ranks_per_node: int | None) -> int:
+    if ranks_per_node is not None:
+        return ranks_per_node
+    # set by torchrun
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
