@@ -40,7 +40,7 @@ def backward(model: nn.Module, step: int, rank: int) -> None:
 
 
 def without_feedback(rank: int) -> dict[str, dict[str, Tensor]]:
-    results = {}
+    results: dict[str, dict[str, Tensor]] = {}
     for exchange in EXCHANGES[:3]:
         model, _, optimizer = hooked(exchange, error_feedback=False)
         for step in range(STEPS):
@@ -95,7 +95,7 @@ def conserving(rank: int) -> dict[str, list[dict[str, Any]]]:
             own = gradients(model.module)
             before = state.state_dict()["residuals"]
             overflow = step == STEPS - 2 and rank == 1
-            handle = model.module[2].weight.register_hook(  # type: ignore[union-attr, operator]
+            handle = model.module[2].weight.register_hook(
                 lambda g, overflow=overflow: g.clone().fill_(torch.inf) if overflow else g
             )
             backward(model, step, rank)

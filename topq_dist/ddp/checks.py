@@ -57,9 +57,12 @@ def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
 
 
 def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
-    """Return the name of each parameter whose gradient DistributedDataParallel exchanges."""
+    """Return the name of each parameter whose gradient DistributedDataParallel exchanges.
+
+    torch.compile's prefix is left out, so that a state fits the model compiled or not.
+    """
     return {
-        parameter: name
+        parameter: name.replace("_orig_mod.", "")
         for name, parameter in ddp_model.module.named_parameters()
         if parameter.requires_grad and name not in ddp_model.parameters_to_ignore
     }
