@@ -1,7 +1,8 @@
 """Positions of the set bits of a sparse bitmap, in whole-array operations.
 
-A bitmap of comparisons costs an eighth of a mask to write and to read again, and taking whole words
-avoids the mispredicted branch that a mask's nonzero() pays at every hit.
+numpy's nonzero() pays a mispredicted branch at every hit where hits are few, and none where they
+are more than one in ten. So the search goes down in three levels, words, bytes and bits, each among
+what the level above has hit, where hits are frequent.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import numpy.typing as npt
 from topq_dist.compress.bits import Bytes
 
 Positions = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint32]
 
-_WORD_BITS_LOG2 = 5
-# from here on most words are hit, many of them more than once
-_DENSE = 0.06
+_FREQUENT = 0.1
 
 
 def count_set_bits(bitmap: Bytes) -> int:
@@ -29,41 +27,20 @@ def set_bits(bitmap: Bytes, count: int) -> Positions:
 
     The bitmap's length is a multiple of 8 bytes.
     """
-    if count > _DENSE * bitmap.size * 8:
+    if count > _FREQUENT * bitmap.size * 8:
         return np.unpackbits(bitmap, bitorder="little").view(bool).nonzero()[0]
-    words: Words = bitmap.view("<u4")
-    hit = (words != 0).nonzero()[0]
-    left = words.take(hit, mode="clip")
-    starts = hit << _WORD_BITS_LOG2
-    first = _take_lowest(left, starts)
-    if hit.size == count:
-        return first
+    words = bitmap.view(np.uint64)
+    word_at = (words != 0).nonzero()[0]
+    inner_bytes = words.take(word_at, mode="clip").view(np.uint8)
+    byte_in_words = (inner_bytes != 0).nonzero()[0]
+    inner_bits = np.unpackbits(inner_bytes.take(byte_in_words, mode="clip"), bitorder="little")
+    bit_in_bytes = inner_bits.view(bool).nonzero()[0]
+    return _below(_below(word_at, byte_in_words), bit_in_bytes)
 
-    # words with several bits: round r takes bit r of each, which comes r places after the word's
-    # first in the result
-    again = left.nonzero()[0]
-    left, starts = left.take(again, mode="clip"), starts.take(again, mode="clip")
-    more = np.zeros(hit.size, dtype=np.int64)
-    rounds = []
-    while again.size:
-        rounds.append((again, _take_lowest(left, starts)))
-        more[again] += 1
-        still = left.nonzero()[0]
-        again, left = again.take(still, mode="clip"), left.take(still, mode="clip")
-        starts = starts.take(still, mode="clip")
-    places = np.cumsum(more)
-    places -= more
-    places += np.arange(hit.size)
-    positions = np.empty(count, dtype=np.int64)
-    positions[places] = first
-    for place, (words_at, found) in enumerate(rounds, start=1):
-        positions[places.take(words_at, mode="clip") + place] = found
+
+def _below(parents: Positions, children: Positions) -> Positions:
+    """Return positions eight to a parent, from positions eight to an entry of `parents`."""
+    positions: Positions = parents.take(children >> 3, mode="clip")
+    positions <<= 3
+    positions += children & 7
     return positions
-
-
-def _take_lowest(words: Words, starts: Positions) -> Positions:
-    """Return starts + the position of each word's lowest set bit, and clear that bit in place."""
-    below = words - np.uint32(1)
-    trailing_zeros = np.bitwise_count(~words & below)
-    words &= below
-    return starts + trailing_zeros

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.bits import Bytes
+from topq_dist.compress.casts import cast
 from topq_dist.compress.workers import run_all, thread_count
 
 # a block's sum and its mask stay in a core's cache; below 65,536 call overhead shows
-BLOCK_NUMEL = 131_072
-# torch runs an elementwise operation of at most this many elements in the calling thread
-_SERIAL_NUMEL = 32_768
+BLOCK_NUMEL = 262_144
+# a stretch of a few blocks stays in the cache that cores share: short work at random indices waits
+# for its end
+STRETCH_NUMEL = 4 * BLOCK_NUMEL
 
 Keys = npt.NDArray[np.unsignedinteger[Any]]
 Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating[Any]]
 
 KEY_DTYPES: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
     torch.float16: np.uint16,
@@ -57,7 +60,9 @@ class CompensatedGradient:
         bits = self._gradient_bits[start:stop]
         if self._residual is not None:
             owed = self._residual[start:stop]
-            np.add(owed, self._as_summand(bits), out=keys.view(owed.dtype))
+            np.add(
+                owed, _as_summand(bits, self._gradient_dtype, self.dtype), out=keys.view(owed.dtype)
+            )
             bits = keys
         np.bitwise_and(bits, sign_cleared(self.dtype), out=keys)
         return keys
@@ -67,12 +72,9 @@ class CompensatedGradient:
         bits = _pick(self._gradient_bits, where)
         if self._residual is None:
             return bits
-        return (_pick(self._residual, where) + self._as_summand(bits)).view(KEY_DTYPES[self.dtype])
-
-    def _as_summand(self, bits: Keys) -> npt.NDArray[np.floating[Any]]:
-        if self._gradient_dtype == self.dtype:
-            return bits.view(f"f{bits.itemsize}")
-        return _widened(tensor_of(bits, self._gradient_dtype)).numpy()
+        return (
+            _pick(self._residual, where) + _as_summand(bits, self._gradient_dtype, self.dtype)
+        ).view(KEY_DTYPES[self.dtype])
 
 
 def bits_of(vector: Tensor) -> Keys:
@@ -115,11 +117,10 @@ def blocks(start: int, stop: int, numel: int = BLOCK_NUMEL) -> Iterator[tuple[in
         yield at, min(at + numel, stop)
 
 
-def add_in_place(residual: Tensor, gradient: Tensor) -> None:
-    """residual += gradient, where the gradient may be of half precision."""
-    run_all(
-        [partial(_add, residual, gradient, *span) for span in spans(residual.numel(), BLOCK_NUMEL)]
-    )
+def settle_blocks(residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats) -> None:
+    """residual += gradient, then residual[indices] = rest; the indices ascend."""
+    terms = residual.detach(), gradient.detach(), indices, rest
+    run_all([partial(_settle, *terms, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
 
 
 class _Scratch(threading.local):
@@ -154,17 +155,22 @@ def _pick(array: npt.NDArray[Any], where: Indices | slice) -> npt.NDArray[Any]:
 def _widened(narrow: Tensor) -> Tensor:
     """Return half-precision numbers as fp32; of a block, in the calling thread's scratch."""
     numel = narrow.numel()
-    single = scratch.single[:numel] if numel <= BLOCK_NUMEL else torch.empty(numel)
-    for at, end in blocks(0, numel, _SERIAL_NUMEL):
-        single[at:end].copy_(narrow[at:end])
-    return single
+    return cast(narrow, torch.float32, out=scratch.single[:numel] if numel <= BLOCK_NUMEL else None)
 
 
-def _add(residual: Tensor, gradient: Tensor, start: int, stop: int) -> None:
-    total = residual.detach().numpy()
-    if gradient.dtype == residual.dtype:
-        same = gradient.detach().numpy()
-        np.add(total[start:stop], same[start:stop], out=total[start:stop])
-        return
-    for at, end in blocks(start, stop):
-        np.add(total[at:end], _widened(gradient[at:end]).numpy(), out=total[at:end])
+def _settle(
+    residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats, start: int, stop: int
+) -> None:
+    owed, bits = residual.numpy(), bits_of(gradient)
+    # from the end, which the selection read last and left in the cache
+    for at, end in reversed(list(blocks(start, stop))):
+        summand = _as_summand(bits[at:end], gradient.dtype, residual.dtype)
+        np.add(owed[at:end], summand, out=owed[at:end])
+        low, high = np.searchsorted(indices, (at, end))
+        owed[indices[low:high]] = rest[low:high]
+
+
+def _as_summand(bits: Keys, dtype: torch.dtype, sum_dtype: torch.dtype) -> Floats:
+    if dtype == sum_dtype:
+        return bits.view(f"f{bits.itemsize}")
+    return _widened(tensor_of(bits, dtype)).numpy()

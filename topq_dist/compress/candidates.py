@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from topq_dist.compress.bitmap import count_set_bits, set_bits
+from topq_dist.compress.bits import Bytes
 from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
     KEY_DTYPES,
+    STRETCH_NUMEL,
     CompensatedGradient,
     Indices,
     Keys,
@@ -27,7 +29,8 @@ _SAMPLE_NUMEL = 32_768
 class Candidates(NamedTuple):
     """Where a vector's magnitudes reach a threshold (ascending), and the bits of its numbers there.
 
-    Both are empty where `reached`, how many do, is over the limit that the search was given.
+    `reached` says how many do; where it is over the limit that the search was given, it is a lower
+    bound, and the other two are empty.
     """
 
     indices: Indices
@@ -51,13 +54,7 @@ def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> 
     if len(parts) == 1:
         return parts[0]
     reached = sum(part.reached for part in parts)
-    if reached > limit:
-        return _none(vector, reached)
-    return Candidates(
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.bits for part in parts]),
-        reached,
-    )
+    return _joined(parts, reached) if reached <= limit else _none(vector, reached)
 
 
 def all_candidates(vector: CompensatedGradient) -> Candidates:
@@ -90,21 +87,39 @@ def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
 def _search(
     vector: CompensatedGradient, threshold: int, limit: int, start: int, stop: int
 ) -> Candidates:
-    lowest = KEY_DTYPES[vector.dtype](threshold)
-    mask, bitmap = scratch.mask, scratch.bitmap(stop - start)
+    found, reached = [_none(vector, 0)], 0
     # a thread has an errstate of its own
     with np.errstate(over="ignore", invalid="ignore"):
-        for at, end in blocks(start, stop):
-            reached = np.greater_equal(vector.keys(at, end), lowest, out=mask[: end - at])
-            packed = np.packbits(reached, bitorder="little")
-            first_byte = (at - start) // 8
-            bitmap[first_byte : first_byte + packed.size] = packed
-        count = count_set_bits(bitmap)
-        if count > limit:
-            return _none(vector, count)
-        indices = set_bits(bitmap, count)
-        indices += start
-        return Candidates(indices, vector.bits_at(indices), count)
+        for stretch in blocks(start, stop, STRETCH_NUMEL):
+            bitmap = _mark(vector, threshold, *stretch)
+            count = count_set_bits(bitmap)
+            reached += count
+            if reached > limit:
+                return _none(vector, reached)
+            indices = set_bits(bitmap, count)
+            indices += stretch[0]
+            found.append(Candidates(indices, vector.bits_at(indices), count))
+    return _joined(found, reached)
+
+
+def _mark(vector: CompensatedGradient, threshold: int, start: int, stop: int) -> Bytes:
+    """Return a bitmap, in kept scratch, of where the keys reach the threshold."""
+    lowest = KEY_DTYPES[vector.dtype](threshold)
+    mask, bitmap = scratch.mask, scratch.bitmap(stop - start)
+    for at, end in blocks(start, stop):
+        reached = np.greater_equal(vector.keys(at, end), lowest, out=mask[: end - at])
+        packed = np.packbits(reached, bitorder="little")
+        first_byte = (at - start) // 8
+        bitmap[first_byte : first_byte + packed.size] = packed
+    return bitmap
+
+
+def _joined(parts: list[Candidates], reached: int) -> Candidates:
+    return Candidates(
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.bits for part in parts]),
+        reached,
+    )
 
 
 def _none(vector: CompensatedGradient, reached: int) -> Candidates:

@@ -24,10 +24,10 @@ from topq_dist.compress.blocks import (
     CompensatedGradient,
     Indices,
     Keys,
-    add_in_place,
     blocks,
     key_of,
     number_of,
+    settle_blocks,
     sign_cleared,
     spans,
     tensor_of,
@@ -153,8 +153,7 @@ def settle(residual: Tensor, gradient: Tensor, indices: Tensor, rest: Tensor) ->
         residual += gradient
         residual.index_copy_(0, indices, rest)
         return
-    add_in_place(residual, gradient)
-    residual.detach().numpy()[indices.numpy()] = rest.numpy()
+    settle_blocks(residual, gradient, indices.numpy(), rest.numpy())
 
 
 def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
