@@ -233,8 +233,8 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
     decoded = [decode_frame(frame, numel=out.numel()) for frame in frames]
     flat = out.view(-1)
     # half precision would round once a frame
-    total = torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype)) if len(frames) > 1 else flat
-    total.zero_()
+    whole = flat.dtype == _residual_dtype(flat.dtype) or len(frames) == 1
+    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
     for frame in decoded:
         frame.values.div_(len(frames))
         frame.add_to(total)
