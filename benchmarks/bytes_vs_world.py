@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ COLORS = {
     "topq_split": "#e0a458",
     "topq": "#c0392b",
 }
+MARKERS = {"topq_allgather": "s", "topq_split": "^", "topq": "o"}
 DENSE_BYTES = 4 * PARAMETERS
 
 
@@ -43,15 +44,18 @@ DENSE_BYTES = 4 * PARAMETERS
 class Row:
     """Bytes of one step at one world size, of the rank that sends most, or the error that came.
 
-    `tcp_bytes` is payload that left the rank's sockets; `handed_bytes` topq_dist's own count of
-    what it handed to collectives; `ring_bytes` what a dense ring all-reduce sends in theory.
+    `tcp_bytes` is payload that left the rank's sockets, `wire_bytes` topq_dist's own count of the
+    same and `handed_bytes` of what it handed to collectives, `ring_bytes` what a dense ring
+    all-reduce sends in theory.
     """
 
     world_size: int
     hook: str
     ring_bytes: float
     tcp_bytes: float | None = None
+    wire_bytes: float | None = None
     handed_bytes: float | None = None
+    chosen_exchange: str | None = None
     error: str | None = None
 
 
@@ -77,41 +81,63 @@ def measure_world(world_size: int, hooks: Sequence[str]) -> list[Row]:
                     say(f"failed: {error}")
                     rows.append(replace(row, error=str(error)))
                     break
-                handed = [r.handed_bytes for r in ranks if r.handed_bytes is not None]
+                busiest = max(ranks, key=lambda rank: rank.tcp_bytes)
                 rows.append(
                     replace(
                         row,
-                        tcp_bytes=max(r.tcp_bytes for r in ranks),
-                        handed_bytes=max(handed) if handed else None,
+                        tcp_bytes=busiest.tcp_bytes,
+                        wire_bytes=busiest.wire_bytes,
+                        handed_bytes=busiest.handed_bytes,
+                        chosen_exchange=busiest.chosen_exchange,
                     )
                 )
     return rows
 
 
+def frame_bytes(rows: Sequence[Row]) -> float | None:
+    """Return the bytes of one rank's frames of a step, which an all-gather is handed as they are.
+
+    None where no all-gather was measured.
+    """
+    frames = [row.handed_bytes for row in rows if row.hook == "topq_allgather"]
+    return max((frame for frame in frames if frame is not None), default=None)
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Return kB a rank and step, by world size and hook, as each of the two counted it."""
-    hooks = list(dict.fromkeys(row.hook for row in rows))
+    """Return bytes a rank and step by world size and hook, counted twice, and in frames."""
     worlds = list(dict.fromkeys(row.world_size for row in rows))
-    cells = {(row.hook, row.world_size): row for row in rows}
     heads = [f"W = {world}" for world in worlds]
     theory = {"dense ring, 2n(W-1)/W": [_kilobytes(ring_bytes(world)) for world in worlds]}
-    sent = {
-        HOOKS[hook].title: [_kilobytes(cells[hook, world].tcp_bytes) for world in worlds]
-        for hook in hooks
-    }
-    handed = {
-        HOOKS[hook].title: [_kilobytes(cells[hook, world].handed_bytes) for world in worlds]
-        for hook in hooks
-        if any(row.handed_bytes is not None for row in rows if row.hook == hook)
-    }
-    blocks = [text_table("left its sockets, kB a rank and step", heads, theory | sent)]
-    if handed:
-        blocks.append(text_table("handed to collectives, kB a rank and step", heads, handed))
+    counted = _lines(rows, lambda row: _kilobytes(row.tcp_bytes))
+    own = _lines(rows, lambda row: _kilobytes(row.wire_bytes))
+    blocks = [
+        text_table("left its sockets, kB a rank and step", heads, theory | counted),
+        text_table("the same by topq_dist's own count, kB", heads, own),
+    ]
+    frame = frame_bytes(rows)
+    if frame is not None:
+        title = f"left its sockets, in frames of {_kilobytes(frame)} kB"
+        blocks.append(text_table(title, heads, _lines(rows, lambda row: _frames(row, frame))))
     return "\n\n".join(blocks)
 
 
+def _lines(rows: Sequence[Row], show: Callable[[Row], str]) -> dict[str, list[str]]:
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        cell = "failed" if row.error is not None else show(row)
+        lines.setdefault(HOOKS[row.hook].title, []).append(cell)
+    return lines
+
+
 def _kilobytes(count: float | None) -> str:
-    return "failed" if count is None else f"{count / 1e3:.0f}"
+    return "-" if count is None else f"{count / 1e3:.0f}"
+
+
+def _frames(row: Row, frame: float) -> str:
+    if row.tcp_bytes is None:
+        return "-"
+    chosen = f"{row.chosen_exchange} " if row.chosen_exchange is not None else ""
+    return f"{chosen}{row.tcp_bytes / frame:.2f}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -131,9 +157,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             [row.world_size for row in mine],
             [row.tcp_bytes / 1e6 for row in mine if row.tcp_bytes is not None],
             color=COLORS.get(hook),
-            marker="o",
+            marker=MARKERS.get(hook, "."),
+            # "auto" lies on the exchange that it chose
+            linestyle="none" if HOOKS[hook].chooses else "-",
             label=HOOKS[hook].title,
         )
+    frame = frame_bytes(rows)
+    if frame is not None:
+        axis.axhline(4 * frame / 1e6, color=COLORS["topq_split"], linestyle=":", label="4 frames")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(worlds, [str(world) for world in worlds])

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-COLUMN = 18
+COLUMN = 26
 
 
 def integer_from(low: int) -> Callable[[str], int]:

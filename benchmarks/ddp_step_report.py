@@ -23,8 +23,10 @@ COLORS = {
     "powersgd4": "#9cc3e6",
     "topk": "#e0a458",
     "topq": "#c0392b",
+    "topq_allgather": "#e8837a",
+    "topq_split": "#7b4173",
+    "topq_dense": "#c994c7",
 }
-OTHER_COLOR = "#7b4173"
 # a log axis has no room for an exchange that costs nothing
 AXIS_FLOOR_MS = 1.0
 
@@ -35,7 +37,7 @@ class Row:
 
     A step is as long as its slowest rank's; times are medians over the steps. `ratio_to_dense` is
     this exchange over dense's on the same hosts. `sent_bytes` left the busiest rank's interface;
-    `handed_bytes`, `select_ms` and `wait_ms` are topq_dist's own account.
+    `handed_bytes`, `select_ms`, `wait_ms` and `chosen_exchange` are topq_dist's own account.
     """
 
     link: str
@@ -50,6 +52,7 @@ class Row:
     handed_bytes: float | None = None
     select_ms: float | None = None
     wait_ms: float | None = None
+    chosen_exchange: str | None = None
     error: str | None = None
 
 
@@ -73,6 +76,7 @@ def summarize(link: str, hook: str, ranks: Sequence[Measurement], dense_ms: floa
         handed_bytes=_largest([r.handed_bytes for r in ranks]),
         select_ms=_largest([r.select_s for r in ranks], 1e3),
         wait_ms=_largest([r.wait_s for r in ranks], 1e3),
+        chosen_exchange=ranks[0].chosen_exchange,
     )
 
 
@@ -108,7 +112,8 @@ def _exchange(row: Row) -> str:
     if row.exchange_ms is None:
         return "failed"
     share = f" ({row.ratio_to_dense:.3f})" if row.ratio_to_dense is not None else ""
-    return f"{row.exchange_ms:.1f}{share}"
+    chosen = f"{row.chosen_exchange} " if row.chosen_exchange is not None else ""
+    return f"{chosen}{row.exchange_ms:.1f}{share}"
 
 
 def _sent(row: Row) -> str:
@@ -138,7 +143,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 [max(t, AXIS_FLOOR_MS) if t is not None else float("nan") for t in times_ms],
                 width=bar_width,
                 label=HOOKS[hook].title,
-                color=COLORS.get(hook, OTHER_COLOR),
+                color=COLORS[hook],
             )
             labels = [f"{t:.0f}" if t is not None else "" for t in times_ms]
             axis.bar_label(bars, labels=labels, fontsize=7, padding=1)

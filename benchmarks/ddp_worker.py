@@ -52,8 +52,9 @@ class Measurement:
     """Seconds of each measured step on this rank, and what a step that exchanges costs it.
 
     `sent_bytes` is what left the interface a step, barriers and TCP acknowledgements included;
-    `tcp_bytes` the payload that left this rank's own sockets. `select_s`, `wait_s` and
-    `handed_bytes` are topq_dist's own account of a step, None for the other hooks.
+    `tcp_bytes` the payload that left this rank's own sockets. The rest is topq_dist's own account
+    of a step, None for the other hooks: `handed_bytes` to collectives, `wire_bytes` forwarded by
+    them, and the exchange that "auto" chose.
     """
 
     step_s: list[float]
@@ -63,6 +64,8 @@ class Measurement:
     select_s: float | None = None
     wait_s: float | None = None
     handed_bytes: float | None = None
+    wire_bytes: float | None = None
+    chosen_exchange: str | None = None
 
 
 class Training:
@@ -112,6 +115,8 @@ def _measure(job: Job) -> Measurement:
     hook = HOOKS[job.hook]
     training = Training(job.rank, hook.bucket_cap_mb)
     state = hook.register(training.model)
+    while hook.chooses and state is not None and state.chosen_exchange is None:
+        training.step_s(exchange=True)
     for _ in range(hook.warmup_steps):
         pair_s = training.step_s(exchange=True)
     pair_s += training.step_s(exchange=False)
@@ -136,6 +141,8 @@ def _measure(job: Job) -> Measurement:
         select_s=(after.select_s - before.select_s) / pairs,
         wait_s=(after.wait_s - before.wait_s) / pairs,
         handed_bytes=(after.sent_bytes - before.sent_bytes) / pairs,
+        wire_bytes=(after.wire_bytes - before.wire_bytes) / pairs,
+        chosen_exchange=state.chosen_exchange,
     )
 
 

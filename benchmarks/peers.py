@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQState, register_topq_hook
+from topq_dist.ddp.choices import ExchangeName
 
 DENSITY = 0.01
 # the first step makes the buckets, PowerSGD refuses to start before its second
@@ -29,6 +30,8 @@ class Hook:
     register: Callable[[DistributedDataParallel], TopQState | None]
     bucket_cap_mb: int | None = None
     warmup_steps: int = 2
+    # whether warm-up must go on until the hook has made up its mind
+    chooses: bool = False
     note: str = ""
 
 
@@ -97,8 +100,8 @@ def _register_plain_topk(model: DistributedDataParallel) -> None:
     model.register_comm_hook(PlainTopKState(density=DENSITY), plain_topk_hook)
 
 
-def _register_topq(model: DistributedDataParallel) -> TopQState:
-    return register_topq_hook(model, q=1.0 - DENSITY, value_format="fp16")
+def _register_topq(model: DistributedDataParallel, *, exchange: ExchangeName) -> TopQState:
+    return register_topq_hook(model, q=1.0 - DENSITY, value_format="fp16", exchange=exchange)
 
 
 def _powersgd(rank: int) -> Hook:
@@ -111,6 +114,16 @@ def _powersgd(rank: int) -> Hook:
     )
 
 
+def _topq(exchange: ExchangeName) -> Hook:
+    return Hook(
+        title=f"topq_dist, {exchange}",
+        register=functools.partial(_register_topq, exchange=exchange),
+        warmup_steps=6,
+        chooses=exchange == "auto",
+        note=f"q = {1.0 - DENSITY:.2f}, fp16 values" if exchange == "auto" else "",
+    )
+
+
 HOOKS: dict[str, Hook] = {
     "dense": Hook(title="dense", register=_register_nothing),
     "fp16": Hook(title="fp16_compress_hook", register=_register_fp16),
@@ -119,7 +132,10 @@ HOOKS: dict[str, Hook] = {
     "topk": Hook(
         title="torch.topk + all_gather, 1 %", register=_register_plain_topk, warmup_steps=3
     ),
-    "topq": Hook(title="topq_dist, q=.99, fp16", register=_register_topq, warmup_steps=5),
+    "topq": _topq("auto"),
+    "topq_allgather": _topq("allgather"),
+    "topq_split": _topq("split"),
+    "topq_dense": _topq("dense"),
 }
-# what a user gets comes first; the single exchanges are there to be compared with it
+# the single exchanges are there to explain what "auto" chose
 DEFAULT_HOOKS = ("dense", "fp16", "powersgd1", "powersgd4", "topk", "topq")
