@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or not there: a folder a step, renamed into place once it is on disk.
+
+    DIR/step-00000200/config.json   what the run is, for people and for checks before the start
+                      shared.pt     model, optimizer, history: the same for every rank
+                      rank-0.pt     what rank 0 alone knows: its residuals and generator
+                      rank-1.pt     ...
+
+A run that dies while it writes leaves step-00000200.tmp, which nothing reads and the next one
+removes. All ranks write to one file system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+
+KEPT = 2
+_CONFIG = "config.json"
+_SHARED = "shared.pt"
+
+Config = Mapping[str, Any]
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, broken or another run's."""
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the newest whole checkpoint in `directory`, or None where there is none."""
+    whole = _whole(directory)
+    return whole[-1] if whole else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return how many steps had been taken when `checkpoint` was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save(
+    directory: Path, step: int, *, config: Config, shared: dict[str, Any], own: dict[str, Any]
+) -> None:
+    """Write a checkpoint; a collective. `shared` and `config` are taken from rank 0.
+
+    Whatever kills the run, the newest whole checkpoint stays the last one or becomes this one.
+    """
+    rank = dist.get_rank()
+    partial = directory / f"step-{step:08d}.tmp"
+    if rank == 0:
+        for torn in directory.glob("step-*.tmp"):
+            shutil.rmtree(torn)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    _write(partial / _rank_file(rank), lambda file: torch.save(own, file))
+    if rank == 0:
+        _write(partial / _SHARED, lambda file: torch.save(shared, file))
+        text = json.dumps(dict(config), indent=1)
+        _write(partial / _CONFIG, lambda file: file.write(text.encode()))
+    dist.barrier()
+    if rank == 0:
+        _sync_folder(partial)
+        partial.rename(partial.with_suffix(""))
+        _sync_folder(directory)
+        for old in _whole(directory)[:-KEPT]:
+            # under its own name, a half-removed checkpoint would pass for a whole one
+            doomed = old.with_suffix(".tmp")
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def check(checkpoint: Path, config: Config) -> None:
+    """Raise CheckpointError, naming both sides, unless `checkpoint` is of the run `config` is."""
+    try:
+        written = json.loads((checkpoint / _CONFIG).read_bytes())
+        if not isinstance(written, dict):
+            raise TypeError(f"{_CONFIG} holds a {type(written).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise _broken(checkpoint, error) from error
+    # what json makes of it, so that tuples and lists compare equal
+    expected = json.loads(json.dumps(dict(config)))
+    differences = _differences(written, expected)
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of another run: "
+            + "; ".join(f"{what} {there}, here {here}" for what, there, here in differences)
+        )
+
+
+def load(checkpoint: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (shared, own) as `save` was given them on `rank`."""
+    return _read(checkpoint, _SHARED), _read(checkpoint, _rank_file(rank))
+
+
+def _differences(written: Config, expected: Config) -> list[tuple[str, Any, Any]]:
+    differences: list[tuple[str, Any, Any]] = []
+    for key in {**expected, **written}:
+        there, here = written.get(key, "unknown"), expected.get(key, "unknown")
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            # of a whole other model the first difference says enough
+            differences.append(
+                next(
+                    (f"{key} {name}", there.get(name, "absent"), here.get(name, "absent"))
+                    for name in {**here, **there}
+                    if there.get(name) != here.get(name)
+                )
+            )
+        else:
+            differences.append((key, there, here))
+    return differences
+
+
+def _whole(directory: Path) -> list[Path]:
+    found = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    return sorted(found, key=step_of)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        content = torch.load(checkpoint / name, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _broken(checkpoint, f"{name}: {error}") from error
+    if not isinstance(content, dict):
+        raise _broken(checkpoint, f"{name} holds a {type(content).__name__}")
+    return content
+
+
+def _broken(checkpoint: Path, cause: object) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint} cannot be read ({cause}): remove it to resume from the one before"
+    )

@@ -1,0 +1,54 @@
+"""A plain DistributedDataParallel training script; topq_dist adds the two marked lines.
+
+    torchrun --standalone --nproc-per-node 2 launch/train.py --data digits --q 0.99
+
+Without --dense it trains with top-Q gradients; `launch/train.sh` runs it both ways.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from data import load_data
+from errors import one_line_errors
+from models import build_model, cross_entropy
+from optimizers import OPTIMIZERS
+from options import Rank, parse_rank
+from run import Run
+from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist import register_topq_hook  # <== 1. topq_dist
+
+
+def main(options: Rank) -> None:
+    training = options.training
+    torch.manual_seed(training.seed)
+    data = load_data(training.data, training.data_dir)
+    model = DistributedDataParallel(build_model(data))
+    optimizer = OPTIMIZERS[training.inner_opt](model.parameters(), lr=training.lr)
+
+    state = None
+    if options.mode == "topq":
+        # by default, a link fast enough gets dense gradients: those are the other mode here
+        state = register_topq_hook(model, q=training.q, exchange="allgather")  # <== 2. topq_dist
+
+    run = Run(options, data, model, optimizer, state)
+    for step in run.steps():
+        inputs, targets = run.batch(step)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        run.record(step, loss.detach())
+    run.finish()
+
+
+if __name__ == "__main__":
+    options = parse_rank()
+    # a rank that waits for a dead one gives up after the timeout
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    with one_line_errors("train.py"):
+        main(options)
+    dist.destroy_process_group()

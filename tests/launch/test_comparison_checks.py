@@ -1,0 +1,129 @@
+"""What compare.py checks before any process starts."""
+
+import shlex
+from pathlib import Path
+
+import checkpoint
+import compare
+import pytest
+import torchrun
+from data import load_data
+from models import build_model
+from options import Comparison, Mode, parse_comparison
+from run import checkpoint_folder, run_config
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrun, "run_ranks", None)
+
+
+def options(tmp_path: Path, line: str = "") -> Comparison:
+    folders = f" --out {tmp_path / 'out'} --checkpoint {tmp_path / 'ck'}"
+    return parse_comparison(shlex.split(line + folders))
+
+
+def write_checkpoint(comparison: Comparison, mode: Mode, step: int = 5) -> None:
+    training = comparison.training
+    assert training.checkpoint is not None
+    model = build_model(load_data(training.data, training.data_dir))
+    checkpoint.save(
+        checkpoint_folder(training.checkpoint, mode),
+        step,
+        config=run_config(training, mode, comparison.ranks, model),
+        shared={},
+        own={},
+    )
+
+
+def refusal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        compare.check(comparison)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainings = compare.check(options(tmp_path, "--steps 7"))
+    assert list(trainings) == ["dense", "topq"]
+    said = capsys.readouterr().out
+    for part in ("digits", "898", "899", "2 ranks", "sgd", "7 steps", "q 0.99"):
+        assert part in said
+
+
+def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(options(tmp_path, f"--data fashion-mnist --data-dir {tmp_path}"), capsys)
+    assert "dataset-fashion-mnist" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_samples_a_step_than_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(options(tmp_path, "--ranks 3 --batch-size 300"), capsys)
+    for part in ("--batch-size 300", "--ranks 3", "898"):
+        assert part in message
+
+
+@pytest.mark.parametrize("option", ["out", "ck"])
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / option).write_text("a file")
+    assert str(tmp_path / option) in refusal(options(tmp_path), capsys)
+
+
+def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(options(tmp_path, "--resume"), capsys)
+    assert f"--checkpoint {tmp_path / 'ck'}" in message
+    assert "found none" in message
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_resumes_what_there_is(tmp_path: Path) -> None:
+    write_checkpoint(options(tmp_path), "dense")
+    trainings = compare.check(options(tmp_path, "--resume"))
+    assert trainings["dense"].resume
+    assert not trainings["topq"].resume
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_a_checkpoint_without_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(options(tmp_path), "topq")
+    message = refusal(options(tmp_path), capsys)
+    assert "step-00000005 is there already" in message
+    assert "--resume" in message
+
+
+@pytest.mark.usefixtures("lone_rank")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--ranks 3", "ranks 2, here 3"),
+        ("--q 0.5", "q 0.99, here 0.5"),
+        ("--inner-opt adam --lr 0.1", "inner optimizer sgd, here adam"),
+        ("--seed 1", "seed 0, here 1"),
+        ("--batch-size 16", "batch size 32, here 16"),
+        ("--steps 4", "past --steps 4: expected at least 5"),
+    ],
+)
+def test_a_checkpoint_of_another_run(
+    tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(options(tmp_path), "topq")
+    assert message in refusal(options(tmp_path, f"{line} --resume"), capsys)
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_a_checkpoint_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(options(tmp_path), "topq")
+    text = tmp_path / "a_gut.txt"
+    text.write_text("to be or not to be\n" * 1000)
+    message = refusal(
+        options(tmp_path, f"--resume --data shakespeare --data-dir {tmp_path}"), capsys
+    )
+    assert "data digits, here shakespeare" in message
+    assert "model characters.weight absent, here [" in message
