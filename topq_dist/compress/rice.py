@@ -37,10 +37,12 @@ def low_bytes(k: int, bits: int) -> int:
 
 def bound_bytes(numel: int, k: int) -> int:
     """Return the most bytes that the Rice code of any k of `numel` positions takes."""
-    return min(
+    least = min(
         (k + ((numel - k) >> bits) + 7) // 8 + low_bytes(k, bits)
         for bits in range(largest_bits(numel, k) + 1)
     )
+    # best_bits goes by bits, and then each of the two streams is filled up to whole bytes
+    return least + 1
 
 
 def best_bits(gaps: Integers, numel: int) -> tuple[int, int]:

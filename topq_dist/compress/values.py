@@ -80,7 +80,7 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
         return EncodedValues(exact.view(np.uint8), 0, torch.from_numpy(exact))
     largest = _LARGEST.get(value_format, _LARGEST_FP32)
     if peak > largest:
-        wide = np.clip(wide, -largest, largest)
+        wide, peak = np.clip(wide, -largest, largest), largest
     # a copy even where nothing is rounded: what is decoded must not change with `values`
     single = wide.astype(np.float32)
     if value_format == "fp32":
