@@ -1,0 +1,89 @@
+"""Test accuracy and bytes of dense DDP and of top-Q from the same seeds, by launch/train.sh.
+
+    python benchmarks/accuracy.py
+
+Runs each data set with each seed on two ranks, prints a table, and writes accuracy.json.
+Fashion-MNIST needs the Debian package dataset-fashion-mnist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from console import say, text_table
+
+ROOT = Path(__file__).resolve().parents[1]
+# the curves stay in runs/: what a table needs is kept
+LEFT_OUT = {"losses", "sent_bytes"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy and bytes, dense and top-Q.")
+    parser.add_argument("--data", nargs="+", default=["digits", "fashion-mnist"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--q", type=float, default=0.99)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs")
+    options = parser.parse_args()
+    rows = [
+        row
+        for data in options.data
+        for seed in options.seeds
+        for row in compared(data, seed, options.q, options.out)
+    ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "accuracy.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+def compared(data: str, seed: int, q: float, out: Path) -> list[dict[str, Any]]:
+    """Run one comparison and return its two results, with the seconds that both took together."""
+    folder = out / f"accuracy-{data}-{seed}"
+    say(f"{data}, seed {seed}")
+    began_s = time.perf_counter()
+    arguments = ["--data", data, "--seed", str(seed), "--q", str(q), "--out", str(folder)]
+    subprocess.run([ROOT / "launch" / "train.sh", *arguments], check=True)
+    wall_s = time.perf_counter() - began_s
+    rows = []
+    for mode in ("dense", "topq"):
+        result = json.loads((folder / f"{data}-{mode}.json").read_text())
+        row = {key: value for key, value in result.items() if key not in LEFT_OUT}
+        rows.append({**row, "sent_bytes": result["sent_bytes"][-1], "comparison_s": wall_s})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the medians over the seeds, and the widest gap in accuracy, as plain text."""
+    lines: dict[str, list[str]] = {}
+    for data in dict.fromkeys(row["data"] for row in rows):
+        dense, topq = (
+            [row for row in rows if row["data"] == data and row["mode"] == mode]
+            for mode in ("dense", "topq")
+        )
+        gaps = [
+            100 * (other["test_accuracy"] - one["test_accuracy"])
+            for one, other in zip(dense, topq, strict=True)
+        ]
+        lines[data] = [
+            f"{100 * median(dense, 'test_accuracy'):.2f} %",
+            f"{100 * median(topq, 'test_accuracy'):.2f} %",
+            " ".join(f"{gap:+.2f}" for gap in gaps),
+            f"{median(dense, 'sent_bytes') / median(topq, 'sent_bytes'):.0f} x",
+            f"{max(row['comparison_s'] for row in topq):.0f} s",
+        ]
+    heads = ["dense accuracy", "top-Q accuracy", "points, seed by seed", "fewer bytes", "both took"]
+    return text_table("data", heads, lines)
+
+
+def median(rows: list[dict[str, Any]], key: str) -> float:
+    """Return the median of one figure."""
+    return statistics.median(row[key] for row in rows)
+
+
+if __name__ == "__main__":
+    main()

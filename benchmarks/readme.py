@@ -1,0 +1,135 @@
+"""Writes the README's tables from the figures in benchmarks/results.
+
+    python benchmarks/readme.py
+
+Between `<!-- NAME -->` and `<!-- end -->` stands what `TABLES[NAME]` makes of the JSON files that
+the other scripts here write; `--check` only says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+LINKS = {"loopback": "loopback speed", "1gbit": "1 Gbit", "100mbit": "100 Mbit"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the README's tables from the results.")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    options = parser.parse_args()
+    before = README.read_text()
+    after = filled(before)
+    if options.check:
+        sys.exit(0 if before == after else "README.md is out of date: run benchmarks/readme.py")
+    README.write_text(after)
+
+
+def filled(text: str) -> str:
+    """Return `text` with every table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def accuracy() -> str:
+    """Return accuracy, bytes and time, dense beside top-Q."""
+    rows = results("accuracy")["rows"]
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        dense, topq = (
+            [row for row in rows if row["data"] == data and row["mode"] == mode]
+            for mode in ("dense", "topq")
+        )
+        gaps = [
+            100 * (two["test_accuracy"] - one["test_accuracy"])
+            for one, two in zip(dense, topq, strict=True)
+        ]
+        sent, saved = median(dense, "sent_bytes"), median(topq, "sent_bytes")
+        lines.append(
+            [
+                f"{data}, {dense[0]['parameters']:,} parameters",
+                f"{100 * median(dense, 'test_accuracy'):.2f} %",
+                f"{100 * median(topq, 'test_accuracy'):.2f} %",
+                ", ".join(f"{gap:+.2f}" for gap in gaps),
+                f"{sent / 1e6:.0f} MB",
+                f"{saved / 1e6:.1f} MB",
+                f"**{sent / saved:.0f} x**",
+            ]
+        )
+    heads = ["data", "dense", "top-Q", "points, seed by seed", "dense sent", "top-Q sent", "fewer"]
+    return markdown(heads, lines)
+
+
+def ddp_step() -> str:
+    """Return what the exchange adds to a step, by hook, link and number of hosts."""
+    found = results("ddp_step")
+    rows, hooks = found["rows"], found["hooks"]
+    places = list(dict.fromkeys((row["link"], row["hosts"]) for row in rows))
+    lines = []
+    for hook in dict.fromkeys(row["hook"] for row in rows):
+        shown = {(row["link"], row["hosts"]): row for row in rows if row["hook"] == hook}
+        lines.append([hooks[hook]["title"], *(exchange(shown.get(place)) for place in places)])
+    heads = ["ms a step", *(f"{LINKS[link]}, {hosts} hosts" for link, hosts in places)]
+    return markdown(heads, lines)
+
+
+def exchange(row: dict[str, Any] | None) -> str:
+    """Return one hook's exchange on one link."""
+    if row is None or row["exchange_ms"] is None:
+        return "failed" if row else ""
+    return f"{row['exchange_ms']:.0f}"
+
+
+def optimizer_step() -> str:
+    """Return a step of TopQGradientOptimizer beside rai-toolbox's."""
+    rows = results("optimizer_step")["rows"]
+    return markdown(
+        ["param_ndim", "topq_dist", "rai-toolbox", "ratio"],
+        [
+            [
+                str(row["param_ndim"]),
+                f"{row['ours_ms']:.0f} ms",
+                f"{row['oracle_ms']:.0f} ms",
+                f"{row['ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def results(name: str) -> Any:
+    """Return what the script of this name has written."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def median(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the median of one figure."""
+    return statistics.median(row[key] for row in rows)
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first column is text, the others are figures."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *lines))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "ddp_step": ddp_step,
+    "optimizer_step": optimizer_step,
+}
+
+
+if __name__ == "__main__":
+    main()
