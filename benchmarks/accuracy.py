@@ -82,7 +82,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def median(rows: list[dict[str, Any]], key: str) -> float:
     """Return the median of one figure."""
-    return statistics.median(row[key] for row in rows)
+    return float(statistics.median(row[key] for row in rows))
 
 
 if __name__ == "__main__":

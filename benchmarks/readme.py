@@ -38,7 +38,10 @@ def filled(text: str) -> str:
     """Return `text` with every table made anew."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+        found = re.search(pattern, text, flags=re.DOTALL)
+        if found is None:
+            sys.exit(f"README.md has no <!-- {name} --> with an <!-- end --> after it")
+        text = text[: found.end(1)] + make() + text[found.start(2) :]
     return text
 
 
@@ -115,7 +118,7 @@ def results(name: str) -> Any:
 
 def median(rows: Sequence[dict[str, Any]], key: str) -> float:
     """Return the median of one figure."""
-    return statistics.median(row[key] for row in rows)
+    return float(statistics.median(row[key] for row in rows))
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

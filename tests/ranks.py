@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 Scenario = Callable[..., Any]
 TIMEOUT_S = 60
@@ -25,12 +25,7 @@ def run_ranks(world_size: int, scenario: Scenario, folder: Path, *arguments: Any
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "store"
     store.unlink(missing_ok=True)
-    mp.start_processes(
-        _rank_main,
-        args=(world_size, scenario, folder, arguments),
-        nprocs=world_size,
-        start_method="spawn",
-    )
+    spawn(_rank_main, args=(world_size, scenario, folder, arguments), nprocs=world_size)  # type: ignore[no-untyped-call]
     return [
         torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(world_size)
     ]
