@@ -1,0 +1,98 @@
+"""How much memory the hook takes beyond a dense step: peak resident size of fresh processes.
+
+    python benchmarks/memory.py
+
+Trains the 10.5 M-parameter MLP of ddp_step.py for a few steps on two local ranks, dense and with
+each sparse exchange, and compares the peaks with the residual (one gradient) and one bucket.
+Prints a table and writes runs/memory.json. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from console import say, text_table
+from ddp_worker import PARAMETERS, Training
+from torch.multiprocessing.spawn import spawn
+
+from topq_dist import register_topq_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = 2
+STEPS = 8
+MODES = ("dense", "allgather", "split")
+GRADIENT_BYTES = 4 * PARAMETERS
+# DDP's default, which no bucket here exceeds by more than one layer
+BUCKET_BYTES = 25 * 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory beyond a dense step.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs")
+    options = parser.parse_args()
+    peaks: dict[str, list[int]] = {mode: [] for mode in MODES}
+    for _ in range(options.repeats):
+        for mode in MODES:
+            say(mode)
+            peaks[mode].append(peak_bytes(mode))
+    medians = {mode: statistics.median(values) for mode, values in peaks.items()}
+    rows: list[dict[str, Any]] = [
+        {"mode": mode, "peak_bytes": peak, "beyond_dense_bytes": peak - medians["dense"]}
+        for mode, peak in medians.items()
+    ]
+    found = {"gradient_bytes": GRADIENT_BYTES, "bucket_bytes": BUCKET_BYTES, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = {
+        row["mode"]: [
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['beyond_dense_bytes'] / 1e6:+.0f} MB",
+            f"{row['beyond_dense_bytes'] / GRADIENT_BYTES:+.2f}",
+        ]
+        for row in rows
+    }
+    print(text_table("peak of a rank", ["resident", "beyond dense", "in gradients"], lines))
+    print(
+        f"a gradient, and so the residual: {GRADIENT_BYTES / 1e6:.0f} MB; "
+        f"a bucket: {BUCKET_BYTES / 1e6:.0f} MB"
+    )
+
+
+def peak_bytes(mode: str) -> int:
+    """Return the larger peak of two fresh ranks that train in this mode."""
+    with tempfile.TemporaryDirectory(prefix="topq-memory-") as folder:
+        spawn(rank_main, args=(mode, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        return max(int((Path(folder) / f"peak{rank}").read_text()) for rank in range(RANKS))
+
+
+def rank_main(rank: int, mode: Any, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    training = Training(rank, bucket_cap_mb=25)
+    if mode != "dense":
+        register_topq_hook(training.model, q=0.99, value_format="fp16", exchange=mode)
+    for _ in range(STEPS):
+        training.step_s(exchange=True)
+    (Path(folder) / f"peak{rank}").write_text(str(high_water_bytes()))
+    dist.destroy_process_group()
+
+
+def high_water_bytes() -> int:
+    """Return the most that this process has had resident, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+if __name__ == "__main__":
+    main()
