@@ -28,12 +28,18 @@ RESIDUAL_DTYPE = {
 SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
+    torch.set_num_threads(request.param)
+    return int(request.param)
 
 
 def bits(vector: Tensor) -> Tensor:
@@ -175,6 +181,19 @@ def test_zeros_fill_up_from_the_front() -> None:
         picked = selector.select(vector, 6)
         assert picked.indices.tolist() == [0, 1, 2, 3, 4, 70_000]
         assert_is_top_k(picked, vector, 6)
+
+
+def test_a_vector_of_few_different_magnitudes() -> None:
+    generator = torch.Generator().manual_seed(9)
+    vector = torch.randint(1, 4, (900_000,), generator=generator).float()
+    selector = Selector()
+    for k in (5, 9_000, 299_000, 301_000, 800_000):
+        picked = selector.select(vector, k)
+        assert_is_top_k(picked, vector, k)
+        lowest = float(picked.values.min())
+        tied = (vector == lowest).nonzero().view(-1)
+        kept = picked.indices[picked.values == lowest]
+        assert torch.equal(kept, tied[: kept.numel()])
 
 
 @pytest.mark.parametrize("numel", [0, 1, 300, 300_000])

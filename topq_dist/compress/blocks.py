@@ -95,12 +95,23 @@ def sign_cleared(dtype: torch.dtype) -> np.unsignedinteger[Any]:
 
 def number_of(key: int, dtype: torch.dtype) -> float:
     """Return the magnitude that a key stands for."""
-    return float(torch.tensor([key], dtype=SIGNED_DTYPES[dtype.itemsize]).view(dtype))
+    bits = np.uint64(key) if dtype == torch.float64 else np.uint32(key)
+    if dtype == torch.float16:
+        return float(np.uint16(key).view(np.float16))
+    if dtype == torch.bfloat16:
+        bits <<= np.uint32(16)
+    return float(bits.view(f"f{bits.itemsize}"))
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
-    """Return the key of a magnitude in this dtype."""
-    return int(bits_of(torch.tensor([magnitude], dtype=dtype))[0])
+    """Return the key of a magnitude in this dtype; between two of bf16, the lower."""
+    with np.errstate(over="ignore"):
+        if dtype == torch.float64:
+            return int(np.float64(magnitude).view(np.uint64))
+        if dtype == torch.float16:
+            return int(np.float16(magnitude).view(np.uint16))
+        key = int(np.float32(magnitude).view(np.uint32))
+    return key >> 16 if dtype == torch.bfloat16 else key
 
 
 def spans(count: int, unit: int) -> list[tuple[int, int]]:

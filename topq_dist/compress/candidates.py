@@ -63,6 +63,16 @@ def all_candidates(vector: CompensatedGradient) -> Candidates:
     return Candidates(np.arange(vector.numel, dtype=np.int64), bits, vector.numel)
 
 
+def partitioned_candidates(vector: CompensatedGradient, k: int) -> Candidates:
+    """Return exactly k, from a partition of the whole vector: slow, but whatever it holds."""
+    keys = vector.bits_at(slice(0, vector.numel)) & sign_cleared(vector.dtype)
+    kth = np.partition(keys, keys.size - k)[keys.size - k]
+    above = (keys > kth).nonzero()[0]
+    tied = (keys == kth).nonzero()[0][: k - above.size]
+    indices = np.sort(np.concatenate([above, tied]))
+    return Candidates(indices, vector.bits_at(indices), k)
+
+
 def filled_with_zeros(vector: CompensatedGradient, found: Candidates, k: int) -> Candidates:
     """Return k candidates where `found`, fewer, are all that is not zero: zeros from the front."""
     free = np.ones(k, dtype=bool)

@@ -1,30 +1,12 @@
 """The frame: (numel, indices, values) as one versioned, checksummed run of bytes.
 
-Little-endian throughout; a header of 32 bytes, then the index payload, then the value payload.
-
-| offset | bytes | field |
-|---|---|---|
-| 0 | 4 | magic "TOPQ" |
-| 4 | 1 | version, 1 |
-| 5 | 1 | flags: bit 0, the gradient was not finite (then k = 0 and no payload) |
-| 6 | 1 | value format, the position in VALUE_FORMATS |
-| 7 | 1 | index coding: 0 all, 1 raw, 2 bitmap, 3 Rice-coded gaps |
-| 8 | 1 | Rice parameter b, else 0 |
-| 9 | 1 | signed power of two that fp16 values are multiplied by, else 0 |
-| 10 | 2 | zero |
-| 12 | 4 | index payload's length in bytes; the value payload's follows from k and the format |
-| 16 | 8 | numel, elements of the dense vector |
-| 24 | 4 | k, how many of them are here |
-| 28 | 4 | CRC-32 of bytes 0 to 27 and of everything after byte 31 |
-
-There is one frame for one content but for the encoder's choice of coding, Rice parameter and scale:
-unused bits and fields are zero and decoding insists on it.
+A header (frame_header.py has its table), then the index payload, then the value payload. There is
+one frame for one content but for the encoder's choice of coding, Rice parameter and scale: unused
+bits are zero, and decoding insists on it.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +15,16 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.bits import Bytes
+from topq_dist.compress.frame_header import (
+    HEADER_BYTES,
+    LARGEST_FIELD,
+    LARGEST_NUMEL,
+    FrameError,
+    FrameHeader,
+    checksum_fits,
+    read_header,
+    write_header,
+)
 from topq_dist.compress.index_coding import (
     IndexCoding,
     bound_bytes,
@@ -40,47 +32,27 @@ from topq_dist.compress.index_coding import (
     encode_indices,
 )
 from topq_dist.compress.values import (
-    VALUE_FORMATS,
     check_value_format,
     decode_values,
     encode_values,
-    exponent_is_valid,
     payload_bytes,
 )
 
-HEADER_BYTES = 32
-_HEADER = struct.Struct("<4sBBBBBbHIQII")
-_MAGIC = b"TOPQ"
-_VERSION = 1
-_NON_FINITE = 1
-_LARGEST_COUNT = 2**32 - 1
-_LARGEST_NUMEL = 2**48
+__all__ = [
+    "HEADER_BYTES",
+    "Buffer",
+    "EncodedFrame",
+    "Frame",
+    "FrameError",
+    "FrameHeader",
+    "decode_frame",
+    "encode_frame",
+    "encode_non_finite_frame",
+    "max_frame_bytes",
+    "peek_header",
+]
 
 Buffer = Tensor | bytes | bytearray | memoryview
-
-
-class FrameError(ValueError):
-    """The bytes are not a frame that this version can read, or not of the expected size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameHeader:
-    """What a frame says about itself in its first 32 bytes; nothing here is checked by a CRC."""
-
-    finite: bool
-    value_format: str
-    index_coding: IndexCoding
-    rice_bits: int
-    exponent: int
-    index_bytes: int
-    numel: int
-    k: int
-    crc: int
-
-    @property
-    def frame_bytes(self) -> int:
-        """Length of the whole frame."""
-        return HEADER_BYTES + self.index_bytes + payload_bytes(self.k, self.value_format)
 
 
 class EncodedFrame(NamedTuple):
@@ -144,6 +116,8 @@ def encode_frame(
     _check_counts(numel, k)
     encoded = encode_values(values.detach().cpu(), value_format)
     index = encode_indices(indices.cpu().numpy().astype(np.int64, copy=False), numel)
+    if index.payload.size > LARGEST_FIELD:
+        raise ValueError(f"{index.payload.size} index bytes: expected at most {LARGEST_FIELD}")
     frame = _assemble(
         FrameHeader(
             finite=True,
@@ -154,7 +128,6 @@ def encode_frame(
             index_bytes=index.payload.size,
             numel=numel,
             k=k,
-            crc=0,
         ),
         index.payload,
         encoded.payload,
@@ -176,7 +149,6 @@ def encode_non_finite_frame(numel: int, value_format: str = "fp32") -> Tensor:
         index_bytes=0,
         numel=numel,
         k=0,
-        crc=0,
     )
     return _assemble(header, nothing, nothing)
 
@@ -194,7 +166,7 @@ def peek_header(buffer: Buffer) -> FrameHeader:
 
     Raises FrameError where the first 32 bytes are not a header.
     """
-    return _read_header(_as_bytes(buffer))
+    return read_header(_as_bytes(buffer))
 
 
 def decode_frame(buffer: Buffer, *, numel: int, padded: bool = False) -> Frame:
@@ -208,13 +180,13 @@ def decode_frame(buffer: Buffer, *, numel: int, padded: bool = False) -> Frame:
     range, indices out of order, or a value that is not finite.
     """
     raw = _as_bytes(buffer)
-    header = _read_header(raw)
+    header = read_header(raw)
     if header.numel != numel:
         raise FrameError(f"frame of {header.numel} elements: expected {numel}")
     if raw.size < header.frame_bytes or (raw.size > header.frame_bytes and not padded):
         raise FrameError(f"{raw.size} bytes: expected a frame of {header.frame_bytes}")
     raw = raw[: header.frame_bytes]
-    if _crc(raw) != header.crc:
+    if not checksum_fits(raw):
         raise FrameError("checksum does not match: the frame was damaged on its way")
     index_end = HEADER_BYTES + header.index_bytes
     try:
@@ -249,82 +221,17 @@ def _as_bytes(buffer: Buffer) -> Bytes:
     return np.frombuffer(view, dtype=np.uint8)
 
 
-def _read_header(raw: Bytes) -> FrameHeader:
-    if raw.size < HEADER_BYTES:
-        raise FrameError(f"{raw.size} bytes: expected a header of {HEADER_BYTES}")
-    (
-        magic,
-        version,
-        flags,
-        value_format,
-        coding,
-        rice_bits,
-        exponent,
-        reserved,
-        index_bytes,
-        numel,
-        k,
-        crc,
-    ) = _HEADER.unpack_from(raw[:HEADER_BYTES].tobytes())
-    if magic != _MAGIC:
-        raise FrameError(f"begins with {magic!r}: expected {_MAGIC!r}")
-    if version != _VERSION:
-        raise FrameError(f"frame version {version}: this library reads version {_VERSION}")
-    if flags not in (0, _NON_FINITE) or reserved:
-        raise FrameError(f"flags {flags} and reserved field {reserved}: not known in version 1")
-    if value_format >= len(VALUE_FORMATS):
-        raise FrameError(f"value format {value_format}: expected one below {len(VALUE_FORMATS)}")
-    if coding not in set(IndexCoding):
-        raise FrameError(f"index coding {coding}: expected one below {len(IndexCoding)}")
-    if numel > _LARGEST_NUMEL or k > numel:
-        raise FrameError(f"{k} of {numel} elements: expected k <= numel <= {_LARGEST_NUMEL}")
-    if flags == _NON_FINITE and (k or index_bytes):
-        raise FrameError(f"a non-finite frame with {k} values and {index_bytes} index bytes")
-    name = VALUE_FORMATS[value_format]
-    if not exponent_is_valid(name, exponent):
-        raise FrameError(f"exponent {exponent} with value format {name}")
-    return FrameHeader(
-        finite=flags == 0,
-        value_format=name,
-        index_coding=IndexCoding(coding),
-        rice_bits=rice_bits,
-        exponent=exponent,
-        index_bytes=index_bytes,
-        numel=numel,
-        k=k,
-        crc=crc,
-    )
-
-
 def _assemble(header: FrameHeader, index_payload: Bytes, value_payload: Bytes) -> Tensor:
     frame = np.empty(header.frame_bytes, dtype=np.uint8)
     index_end = HEADER_BYTES + index_payload.size
     frame[HEADER_BYTES:index_end] = index_payload
     frame[index_end:] = value_payload
-    fields = (
-        _MAGIC,
-        _VERSION,
-        0 if header.finite else _NON_FINITE,
-        VALUE_FORMATS.index(header.value_format),
-        header.index_coding,
-        header.rice_bits,
-        header.exponent,
-        0,
-        header.index_bytes,
-        header.numel,
-        header.k,
-    )
-    _HEADER.pack_into(frame.data, 0, *fields, 0)
-    _HEADER.pack_into(frame.data, 0, *fields, _crc(frame))
+    write_header(header, frame)
     return torch.from_numpy(frame)
 
 
-def _crc(frame: Bytes) -> int:
-    return zlib.crc32(frame[HEADER_BYTES:].data, zlib.crc32(frame[:28].data))
-
-
 def _check_counts(numel: int, k: int) -> None:
-    if not 0 <= numel <= _LARGEST_NUMEL:
-        raise ValueError(f"numel={numel!r}: expected a number in [0, {_LARGEST_NUMEL}]")
-    if k > min(numel, _LARGEST_COUNT):
-        raise ValueError(f"{k} indices: expected at most {min(numel, _LARGEST_COUNT)}")
+    if not 0 <= numel <= LARGEST_NUMEL:
+        raise ValueError(f"numel={numel!r}: expected a number in [0, {LARGEST_NUMEL}]")
+    if k > min(numel, LARGEST_FIELD):
+        raise ValueError(f"{k} indices: expected at most {min(numel, LARGEST_FIELD)}")

@@ -38,12 +38,14 @@ from topq_dist.compress.candidates import (
     filled_with_zeros,
     find_candidates,
     most_candidates,
+    partitioned_candidates,
     sampled_threshold,
 )
 from topq_dist.compress.workers import run_all
+from topq_dist.topq import _top_indices
 
 # up to here a partition of everything is cheaper than a search
-_SMALL_NUMEL = 16_384
+_SMALL_NUMEL = 4_096
 # how far below last step's threshold to begin, as a fraction of it: the lower, the more candidates,
 # but to have missed the k-th costs a second pass
 _FIRST_SLACK = 0.03
@@ -106,7 +108,7 @@ class Selector:
                 return found
             if found.reached < k and low == 1:
                 return filled_with_zeros(vector, found, k)
-        return all_candidates(vector)
+        return partitioned_candidates(vector, k)
 
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
@@ -218,14 +220,7 @@ def _rows_of_span(
             first_row * row_numel, end_row * row_numel, max(1, BLOCK_NUMEL // row_numel) * row_numel
         ):
             rows = _keys_of_rows(vector, start, stop).reshape(-1, row_numel)
-            kth = np.partition(rows, row_numel - k, axis=1)[:, row_numel - k, None]
-            keep = rows >= kth
-            tied = (np.count_nonzero(keep, axis=1) > k).nonzero()[0]
-            if tied.size:
-                above, equal = rows[tied] > kth[tied], rows[tied] == kth[tied]
-                room = k - np.count_nonzero(above, axis=1)[:, None]
-                keep[tied] = above | (equal & (np.cumsum(equal, axis=1) <= room))
-            indices = keep.reshape(-1).nonzero()[0]
+            indices = np.sort(_top_indices(rows.view(f"i{rows.itemsize}"), k))
             indices += start
             found.append(indices)
     return np.concatenate(found)

@@ -1,0 +1,136 @@
+"""The header of a frame: 32 bytes, little-endian.
+
+| offset | bytes | field |
+|---|---|---|
+| 0 | 4 | magic "TOPQ" |
+| 4 | 1 | version, 1 |
+| 5 | 1 | flags: bit 0, the gradient was not finite (then k = 0 and no payload) |
+| 6 | 1 | value format, the position in VALUE_FORMATS |
+| 7 | 1 | index coding: 0 all, 1 raw, 2 bitmap, 3 Rice-coded gaps |
+| 8 | 1 | Rice parameter b, else 0 |
+| 9 | 1 | signed power of two that fp16 values are multiplied by, else 0 |
+| 10 | 2 | zero |
+| 12 | 4 | index payload's length in bytes; the value payload's follows from k and the format |
+| 16 | 8 | numel, elements of the dense vector |
+| 24 | 4 | k, how many of them are here |
+| 28 | 4 | CRC-32 of bytes 0 to 27 and of everything after byte 31 |
+
+Unused fields are zero, and reading insists on it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from topq_dist.compress.bits import Bytes
+from topq_dist.compress.index_coding import IndexCoding
+from topq_dist.compress.values import VALUE_FORMATS, exponent_is_valid, payload_bytes
+
+HEADER_BYTES = 32
+LARGEST_NUMEL = 2**48
+LARGEST_FIELD = 2**32 - 1
+_LAYOUT = struct.Struct("<4sBBBBBbHIQII")
+_CRC_OFFSET = 28
+_MAGIC = b"TOPQ"
+_VERSION = 1
+_NON_FINITE = 1
+
+
+class FrameError(ValueError):
+    """The bytes are not a frame that this version can read, or not of the expected size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameHeader:
+    """What a frame says about itself; the fields agree with each other, no more is known yet."""
+
+    finite: bool
+    value_format: str
+    index_coding: IndexCoding
+    rice_bits: int
+    exponent: int
+    index_bytes: int
+    numel: int
+    k: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """Length of the whole frame."""
+        return HEADER_BYTES + self.index_bytes + payload_bytes(self.k, self.value_format)
+
+
+def write_header(header: FrameHeader, frame: Bytes) -> None:
+    """Write the header of `frame`, whose payloads are there already, checksum included."""
+    fields = (
+        _MAGIC,
+        _VERSION,
+        0 if header.finite else _NON_FINITE,
+        VALUE_FORMATS.index(header.value_format),
+        header.index_coding,
+        header.rice_bits,
+        header.exponent,
+        0,
+        header.index_bytes,
+        header.numel,
+        header.k,
+    )
+    _LAYOUT.pack_into(frame.data, 0, *fields, 0)
+    _LAYOUT.pack_into(frame.data, 0, *fields, _crc(frame))
+
+
+def checksum_fits(frame: Bytes) -> bool:
+    """Return whether the frame, of its full length, is the one that its checksum was made of."""
+    return int.from_bytes(frame[_CRC_OFFSET:HEADER_BYTES].tobytes(), "little") == _crc(frame)
+
+
+def read_header(raw: Bytes) -> FrameHeader:
+    """Read the header that `raw` begins with; raise FrameError where there is none."""
+    if raw.size < HEADER_BYTES:
+        raise FrameError(f"{raw.size} bytes: expected a header of {HEADER_BYTES}")
+    (
+        magic,
+        version,
+        flags,
+        value_format,
+        coding,
+        rice_bits,
+        exponent,
+        reserved,
+        index_bytes,
+        numel,
+        k,
+        _,
+    ) = _LAYOUT.unpack_from(raw[:HEADER_BYTES].tobytes())
+    if magic != _MAGIC:
+        raise FrameError(f"begins with {magic!r}: expected {_MAGIC!r}")
+    if version != _VERSION:
+        raise FrameError(f"frame version {version}: this library reads version {_VERSION}")
+    if flags not in (0, _NON_FINITE) or reserved:
+        raise FrameError(f"flags {flags} and reserved field {reserved}: not known in version 1")
+    if value_format >= len(VALUE_FORMATS):
+        raise FrameError(f"value format {value_format}: expected one below {len(VALUE_FORMATS)}")
+    if coding not in set(IndexCoding):
+        raise FrameError(f"index coding {coding}: expected one below {len(IndexCoding)}")
+    if numel > LARGEST_NUMEL or k > numel:
+        raise FrameError(f"{k} of {numel} elements: expected k <= numel <= {LARGEST_NUMEL}")
+    if flags == _NON_FINITE and (k or index_bytes):
+        raise FrameError(f"a non-finite frame with {k} values and {index_bytes} index bytes")
+    name = VALUE_FORMATS[value_format]
+    if not exponent_is_valid(name, exponent):
+        raise FrameError(f"exponent {exponent} with value format {name}")
+    return FrameHeader(
+        finite=flags == 0,
+        value_format=name,
+        index_coding=IndexCoding(coding),
+        rice_bits=rice_bits,
+        exponent=exponent,
+        index_bytes=index_bytes,
+        numel=numel,
+        k=k,
+    )
+
+
+def _crc(frame: Bytes) -> int:
+    return zlib.crc32(frame[HEADER_BYTES:].data, zlib.crc32(frame[:_CRC_OFFSET].data))

@@ -1,0 +1,44 @@
+"""Dividing the index space of a vector evenly among ranks, whatever its hot spots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# a prime, so that no row or column length deals a hot one to a single part
+_BLOCK_NUMEL = 509
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The elements of a vector dealt out to `count` parts, a block to each in turn."""
+
+    numel: int
+    count: int
+
+    def numel_of(self, part: int) -> int:
+        """Return how many elements a part has."""
+        if self.count == 1:
+            return self.numel
+        rounds, rest = divmod(self.numel, _BLOCK_NUMEL * self.count)
+        return rounds * _BLOCK_NUMEL + min(max(rest - part * _BLOCK_NUMEL, 0), _BLOCK_NUMEL)
+
+    def deal(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
+        """Return for each part where in `indices` its own are, and their places in the part.
+
+        `indices` (int64, ascending) give places that ascend as well.
+        """
+        if self.count == 1:
+            return [(slice(None), indices)]
+        block = indices // _BLOCK_NUMEL
+        owner = block % self.count
+        place = indices - (block - block // self.count) * _BLOCK_NUMEL
+        return [(mine := owner == part, place[mine]) for part in range(self.count)]
+
+    def gather(self, part: int, places: Tensor) -> Tensor:
+        """Return the indices in the vector of these places in a part."""
+        if self.count == 1:
+            return places
+        rounds = places // _BLOCK_NUMEL
+        return places + (rounds * (self.count - 1) + part) * _BLOCK_NUMEL
