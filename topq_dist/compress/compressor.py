@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from topq_dist.compress.frame import (
     encode_non_finite_frame,
     peek_header,
 )
+from topq_dist.compress.parts import Parts
 from topq_dist.compress.selection import Selection, Selector, select_rows, settle
 from topq_dist.compress.values import check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
@@ -57,11 +57,6 @@ def at_least_one(q: float, numel: int) -> int:
     return max(kept_count(q, numel), int(q < 1.0 and numel > 0))
 
 
-def part_edges(numel: int, parts: int) -> list[int]:
-    """Return the parts + 1 edges that cut range(numel) into stretches as equal as can be."""
-    return [numel * part // parts for part in range(parts + 1)]
-
-
 class FlatCompressor:
     """Turns flat vectors of named gradients into frames, and keeps what a frame leaves out.
 
@@ -88,35 +83,32 @@ class FlatCompressor:
         """Return the largest magnitudes of gradient + residual, as frames.
 
         `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order.
-        There is one frame (1-D uint8, CPU) for each of `parts` stretches of the vector, cut at
-        `part_edges`; where the sum is not finite, each of them says so. Only `commit`, called
-        while `gradient` is still what it was, makes the residual, fp32 or fp64, gradient +
-        residual - sent: until then the step can be dropped as if it had not been.
+        There is one frame (1-D uint8, CPU) for each of `parts` Parts of the vector; where the sum
+        is not finite, each of them says so. Only `commit`, called while `gradient` is still what
+        it was, makes the residual, fp32 or fp64, gradient + residual - sent: until then the step
+        can be dropped as if it had not been.
         """
         own_format = _own_format(gradient.dtype)
         value_format = self.value_format or own_format
-        edges = part_edges(gradient.numel(), parts)
+        dealt = Parts(numel=gradient.numel(), count=parts)
         residual = self._residual(layout, gradient) if self.error_feedback else None
         selectors = self._selectors_of(layout, "compress", len(cuts))
         selected = _select(gradient, residual, cuts, selectors)
         if not all(selection.finite for selection in selected):
-            numels = [stop - start for start, stop in pairwise(edges)]
+            numels = [dealt.numel_of(part) for part in range(parts)]
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
         indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
         values = torch.cat([selection.values for selection in selected])
-        inner_edges = torch.searchsorted(indices, torch.tensor(edges, device=indices.device))
-        encoded = [
-            encode_frame(stop - start, indices[low:high] - start, values[low:high], value_format)
-            for (start, stop), (low, high) in zip(
-                pairwise(edges), pairwise(inner_edges.tolist()), strict=True
-            )
-        ]
-        frames = [part.frame for part in encoded]
+        frames, rest = [], torch.empty_like(values)
+        for part, (mine, places) in enumerate(dealt.deal(indices)):
+            sent = values[mine]
+            frame, decoded = encode_frame(dealt.numel_of(part), places, sent, value_format)
+            frames.append(frame)
+            rest[mine] = sent - decoded.to(sent)
         if residual is None:
             return Compressed(frames=frames)
-        rest = values - torch.cat([part.decoded for part in encoded]).to(values)
 
         def commit() -> None:
             settle(residual, gradient, indices, rest)
@@ -126,31 +118,34 @@ class FlatCompressor:
     def reduce(
         self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int
     ) -> Compressed:
-        """Return the mean of the ranks' frames of one of `parts` stretches, as one frame.
+        """Return the mean of the ranks' frames of one of `parts` Parts, as one frame.
 
         With error feedback it holds as many elements as those frames do on average, the largest,
         and `commit` makes the rest this rank's to owe; without, it holds all.
         """
-        start, stop = part_edges(layout.numel, parts)[part : part + 2]
+        dealt = Parts(numel=layout.numel, count=parts)
+        numel = dealt.numel_of(part)
         headers = [peek_header(frame) for frame in frames]
         value_format = headers[0].value_format
         if not all(header.finite for header in headers):
-            return Compressed(frames=[encode_non_finite_frame(stop - start, value_format)])
-        mean = average(frames, out=torch.empty(stop - start, dtype=decoded_dtype(value_format)))
+            return Compressed(frames=[encode_non_finite_frame(numel, value_format)])
+        mean = average(frames, out=torch.empty(numel, dtype=decoded_dtype(value_format)))
         if not self.error_feedback:
-            indices = mean.nonzero().view(-1)
-            encoded = encode_frame(stop - start, indices, mean[indices], value_format)
-            return Compressed(frames=[encoded.frame])
+            places = mean.nonzero().view(-1)
+            return Compressed(frames=[encode_frame(numel, places, mean[places], value_format)[0]])
         (selector,) = self._selectors_of(layout, "reduce", 1)
         sent = sum(header.k for header in headers)
-        selected = selector.select(mean, min(-(-sent // len(frames)), mean.numel()))
-        frame, decoded = encode_frame(stop - start, selected.indices, selected.values, value_format)
+        selected = selector.select(mean, min(-(-sent // len(frames)), numel))
+        frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
+        mean[selected.indices] = selected.values - decoded.to(mean)
+        places = mean.nonzero().view(-1)
+        # owed by one rank of many, and divided by their number when it is paid
+        left = mean[places].mul_(len(frames))
 
         def commit() -> None:
-            mean[selected.indices] = selected.values - decoded.to(mean)
-            # owed by one rank of many, and divided by their number when it is paid
-            owed = self._residual(layout, mean)[start:stop]
-            owed.add_(mean.to(owed.device), alpha=len(frames))
+            owed = self._residual(layout, mean)
+            indices = dealt.gather(part, places).to(owed.device)
+            owed.index_add_(0, indices, left.to(owed))
 
         return Compressed(frames=[frame], commit=commit)
 
@@ -240,6 +235,20 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
         frame.add_to(total)
     if total is not flat:
         flat.copy_(total)
+    return out
+
+
+def join_parts(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
+    """Write the vector whose Parts the frames hold, one each, into `out`, and return it.
+
+    `out` and the FrameError are as in `average`.
+    """
+    dealt = Parts(numel=out.numel(), count=len(frames))
+    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
+    flat = out.view(-1).zero_()
+    for part, frame in enumerate(decoded):
+        indices = dealt.gather(part, frame.indices)
+        replace(frame, numel=out.numel(), indices=indices).add_to(flat)
     return out
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,91 +18,114 @@ _log = logging.getLogger(__name__)
 # DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds settle
 _WARM_UP_STEPS = 4
 _FIRST_STEPS = 20
-_STEPS = 8
-# the first steps after a switch still pay for it
+# of the others: the first steps after a switch still pay for it, a few say whether to go on
 _SETTLING_STEPS = 2
+_FEW_STEPS = 2
+_STEPS = 8
+_HOPELESS = 2.0
+# nearer than this the times are taken as equal, and fewer bytes win
+_ALIKE = 1.05
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Trial:
     name: str
     exchange: Exchange
+    skip: int
+    steps: int
     step_s: list[float] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
+
+
+class _Cost(NamedTuple):
+    step_s: float
+    wire_bytes: float
 
 
 class Auto:
     """Try each exchange for a few whole steps, then keep the cheapest.
 
-    `sparse` are compared by the bytes they put on a link, and the best of them with `dense` by
-    the median time from one backward pass to the next, compute and all, of the slowest rank.
-    Steps 1 to 24 are the first sparse exchange's; then each of the others has eight.
+    Cheapest is the shortest median time from one backward pass to the next, compute and all, on
+    the slowest rank; of those within 5 % of it, the one that puts the fewest bytes on the link.
+    Steps 1 to 24 are the first exchange's; then each of the others has ten, or four where these
+    take over twice as long as the best before.
     """
 
-    def __init__(self, link: Link, sparse: dict[str, Exchange], dense: dict[str, Exchange]) -> None:
+    def __init__(self, link: Link, exchanges: Mapping[str, Exchange]) -> None:
         self._link = link
-        self._trials = [_Trial(name, exchange) for name, exchange in (sparse | dense).items()]
-        self._sparse = list(sparse)
-        self._current = self._trials[0]
-        self._left = _WARM_UP_STEPS + _FIRST_STEPS
-        self._skip = _WARM_UP_STEPS
-        self._step_began_s: float | None = None
+        self._left = [
+            _Trial(name=name, exchange=exchange, skip=_SETTLING_STEPS, steps=_STEPS)
+            for name, exchange in exchanges.items()
+        ]
+        self._exchanges = dict(exchanges)
+        self._trial = self._left.pop(0)
+        self._trial.skip, self._trial.steps = _WARM_UP_STEPS, _FIRST_STEPS
+        self._costs: dict[str, _Cost] = {}
+        self._exchange = self._trial.exchange
+        self._began_s: float | None = None
         self._wire_bytes_before = 0
-        self.chosen: str | None = self._current.name if len(self._trials) == 1 else None
+        self.chosen: str | None = None
+        if not self._left:
+            self.choose(self._trial.name)
 
     def choose(self, name: str) -> None:
-        """Use the exchange of this name from now on, as a run that is resumed has chosen."""
-        (self._current,) = [trial for trial in self._trials if trial.name == name]
+        """Use the exchange of this name from now on, as a run that is resumed has chosen.
+
+        Raises ValueError for one that is not among those to choose from.
+        """
+        if name not in self._exchanges:
+            known = ", ".join(self._exchanges)
+            raise ValueError(f"chosen_exchange={name!r}: expected one of {known}")
+        self._exchange = self._exchanges[name]
         self.chosen = name
 
     def launch(self, job: Job) -> Pending:
-        return self._current.exchange.launch(job)
+        return self._exchange.launch(job)
 
     def begin_step(self) -> None:
         """Account for the step that has ended, and go on to the next trial or decide."""
         if self.chosen is not None:
             return
         now_s, wire_bytes = time.perf_counter(), self._link.meter.stats.wire_bytes
-        if self._step_began_s is not None:
-            self._left -= 1
-            if self._skip:
-                self._skip -= 1
+        trial = self._trial
+        if self._began_s is not None:
+            if trial.skip:
+                trial.skip -= 1
             else:
-                self._current.step_s.append(now_s - self._step_began_s)
-                self._current.wire_bytes.append(wire_bytes - self._wire_bytes_before)
-        self._step_began_s, self._wire_bytes_before = now_s, wire_bytes
-        if self._left == 0:
-            self._next()
+                trial.step_s.append(now_s - self._began_s)
+                trial.wire_bytes.append(wire_bytes - self._wire_bytes_before)
+        taken = len(trial.step_s)
+        if taken == trial.steps or (taken == _FEW_STEPS and self._is_hopeless()):
+            self._conclude()
+            # agreeing and choosing are no part of the next step
+            now_s = time.perf_counter()
+        self._began_s, self._wire_bytes_before = now_s, wire_bytes
 
-    def _next(self) -> None:
-        following = self._trials.index(self._current) + 1
-        if following < len(self._trials):
-            self._current = self._trials[following]
-            self._left = _STEPS + _SETTLING_STEPS
-            self._skip = _SETTLING_STEPS
-        else:
-            self._decide()
+    def _is_hopeless(self) -> bool:
+        if not self._costs:
+            return False
+        best_s = min(cost.step_s for cost in self._costs.values())
+        return self._agreed_cost().step_s > _HOPELESS * best_s
 
-    def _decide(self) -> None:
-        mine = [
-            [statistics.median(trial.step_s), statistics.median(trial.wire_bytes)]
-            for trial in self._trials
-        ]
-        costs = torch.tensor(mine, dtype=torch.float64, device=self._link.device)
-        # the slowest rank sets the pace, and every rank then decides on the same numbers
-        dist.all_reduce(costs, dist.ReduceOp.MAX, group=self._link.group)
-        step_s = {t.name: cost[0] for t, cost in zip(self._trials, costs.tolist(), strict=True)}
-        wire = {t.name: cost[1] for t, cost in zip(self._trials, costs.tolist(), strict=True)}
-        leanest = min(self._sparse, key=wire.__getitem__)
-        rivals = [leanest, *(name for name in step_s if name not in self._sparse)]
-        self.choose(min(rivals, key=step_s.__getitem__))
+    def _agreed_cost(self) -> _Cost:
+        mine = [statistics.median(self._trial.step_s), statistics.median(self._trial.wire_bytes)]
+        cost = torch.tensor(mine, dtype=torch.float64, device=self._link.device)
+        # the slowest rank sets the pace, and every rank must decide on the same numbers
+        dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._link.group)
+        return _Cost(*cost.tolist())
+
+    def _conclude(self) -> None:
+        self._costs[self._trial.name] = self._agreed_cost()
+        if self._left:
+            self._trial = self._left.pop(0)
+            self._exchange = self._trial.exchange
+            return
+        best_s = min(cost.step_s for cost in self._costs.values())
+        alike = [name for name, cost in self._costs.items() if cost.step_s <= _ALIKE * best_s]
+        self.choose(min(alike, key=lambda name: self._costs[name].wire_bytes))
         if self._link.rank == 0:
-            _log.info(
-                "exchange %s chosen: %s",
-                self.chosen,
-                ", ".join(
-                    f"{name} {1e3 * step_s[name]:.1f} ms a step and {wire[name] / 1e6:.3g} MB "
-                    "on the link"
-                    for name in step_s
-                ),
-            )
+            costs = [
+                f"{name} {1e3 * cost.step_s:.1f} ms a step, {cost.wire_bytes / 1e6:.3g} MB"
+                for name, cost in self._costs.items()
+            ]
+            _log.info("exchange %s chosen: %s", self.chosen, "; ".join(costs))

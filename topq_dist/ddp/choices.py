@@ -44,14 +44,13 @@ def make_exchange(
         return Dense(link, compressor)
     if name == "hierarchical":
         return Hierarchical(link, _ranks_per_node(ranks_per_node))
-    sparse: dict[str, Exchange] = {"allgather": AllGather(link)}
-    dense: dict[str, Exchange] = {}
+    candidates: dict[str, Exchange] = {"allgather": AllGather(link)}
     if compressor.error_feedback:
         # with two ranks a split sends as much, in twice as many messages
         if link.size > 2:
-            sparse["split"] = SplitReduce(link, compressor)
-        dense["dense"] = Dense(link, compressor)
-    return Auto(link, sparse=sparse, dense=dense)
+            candidates["split"] = SplitReduce(link, compressor)
+        candidates["dense"] = Dense(link, compressor)
+    return Auto(link, candidates)
 
 
 def _ranks_per_node(ranks_per_node: int | None) -> int:

@@ -44,8 +44,8 @@ class Link:
 class Job:
     """One bucket to be averaged in place.
 
-    compress(parts) returns the frames of `parts` equal stretches of the bucket's index space, or
-    None where this rank has failed and must tell the others.
+    compress(parts) returns the frames of `parts` Parts of the bucket, or None where this rank has
+    failed and must tell the others.
     """
 
     bucket: Tensor

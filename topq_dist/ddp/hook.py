@@ -163,12 +163,13 @@ class TopQState:
         mine = states if alone else states[self._link.rank :: self._link.size]
         residuals = merged_residuals(mine)
         stats = Stats(**mine[0]["stats"]) if mine else Stats()
+        chosen = states[0]["chosen_exchange"]
+        # with another number of ranks another exchange may be the cheapest
+        if alone and chosen is not None and isinstance(self._exchange, Auto):
+            self._exchange.choose(chosen)
         self._density.load_state_dict((mine or states)[0]["density"])
         self._compressor.residuals.load_state_dict(residuals)
         self._meter.stats = stats
-        chosen = states[0]["chosen_exchange"]
-        if chosen is not None and isinstance(self._exchange, Auto):
-            self._exchange.choose(chosen)
 
 
 def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:

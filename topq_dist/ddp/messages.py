@@ -47,9 +47,13 @@ class Head(NamedTuple):
 
 
 class Slot:
-    """How many bytes each rank reserves for its frame of one bucket, the same on every rank."""
+    """How many bytes each rank reserves for its frame of one bucket, the same on every rank.
 
-    def __init__(self) -> None:
+    spare: room beyond the longest frame of the last step, as a fraction of it.
+    """
+
+    def __init__(self, spare: float = 0.02) -> None:
+        self._spare = spare
         self.bytes = _SLOT_ALIGN_BYTES
 
     def holds(self, frame_bytes: int) -> bool:
@@ -57,9 +61,8 @@ class Slot:
         return _PREAMBLE.size + frame_bytes <= self.bytes
 
     def fit(self, frame_lengths_bytes: Sequence[int]) -> None:
-        """Make room for the longest of these frames and for 2 % more, in whole cache lines."""
-        need = _PREAMBLE.size + max(frame_lengths_bytes)
-        need += need // 50
+        """Make room for the longest of these frames and the spare, in whole cache lines."""
+        need = int((_PREAMBLE.size + max(frame_lengths_bytes)) * (1.0 + self._spare))
         self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
 
 

@@ -11,13 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import (
-    Compressed,
-    FlatCompressor,
-    average,
-    is_finite,
-    part_edges,
-)
+from topq_dist.compress.compressor import Compressed, FlatCompressor, is_finite, join_parts
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.exchange import Job, Link, Pending
 from topq_dist.ddp.messages import (
@@ -46,7 +40,7 @@ class SplitReduce:
         self._slots: dict[Layout, tuple[Slot, Slot]] = {}
 
     def launch(self, job: Job) -> Pending:
-        slots = self._slots.setdefault(job.layout, (Slot(), Slot()))
+        slots = self._slots.setdefault(job.layout, (Slot(spare=0.1), Slot(spare=0.1)))
         return _Splitting(job, self._link, self._compressor, *slots)
 
 
@@ -59,7 +53,6 @@ class _Splitting:
         self._compressor = compressor
         self._slot = slot
         self._reduced_slot = reduced_slot
-        self._edges = part_edges(job.bucket.numel(), link.size)
         self._compressed = job.compress(link.size)
         self._reduction: Compressed | None = None
         self._error: ExchangeError | None = None
@@ -129,6 +122,4 @@ class _Splitting:
             self._compressed.commit()
         if self._reduction is not None:
             self._reduction.commit()
-        for part, frame in enumerate(self._reduced):
-            start, stop = self._edges[part], self._edges[part + 1]
-            average([frame], out=self._job.bucket[start:stop])
+        join_parts(self._reduced, out=self._job.bucket)
