@@ -44,7 +44,7 @@ class CompensatedGradient:
     """gradient + residual, or the gradient alone, of which only what is looked at is added up.
 
     gradient, residual: 1-D, contiguous, on the CPU. `dtype` is the sum's: the residual's, or
-    without one the gradient's. A sum may be infinite or NaN, and numpy may warn about that.
+    without one the gradient's. A sum may be infinite or NaN: see not_finite_allowed.
     """
 
     def __init__(self, gradient: Tensor, residual: Tensor | None) -> None:
@@ -75,6 +75,11 @@ class CompensatedGradient:
         return (
             _pick(self._residual, where) + _as_summand(bits, self._gradient_dtype, self.dtype)
         ).view(KEY_DTYPES[self.dtype])
+
+
+def not_finite_allowed() -> np.errstate:
+    """Return a context in which sums may be infinite or NaN; each thread needs its own."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def bits_of(vector: Tensor) -> Keys:

@@ -17,13 +17,16 @@ from topq_dist.compress.blocks import (
     Indices,
     Keys,
     blocks,
+    not_finite_allowed,
     scratch,
     sign_cleared,
     spans,
 )
-from topq_dist.compress.workers import run_all
+from topq_dist.compress.workers import run_all, thread_count
 
 _SAMPLE_NUMEL = 32_768
+# as many random reads as are worth another thread
+_GATHER_NUMEL = 16_384
 
 
 class Candidates(NamedTuple):
@@ -45,16 +48,27 @@ def most_candidates(k: int) -> int:
 
 def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> Candidates:
     """Return where the vector's keys reach `threshold`, if there are no more than `limit`."""
-    parts = run_all(
-        [
-            partial(_search, vector, threshold, limit, *span)
-            for span in spans(vector.numel, BLOCK_NUMEL)
-        ]
-    )
-    if len(parts) == 1:
-        return parts[0]
-    reached = sum(part.reached for part in parts)
-    return _joined(parts, reached) if reached <= limit else _none(vector, reached)
+    # one thread gathers from each stretch while it is cached; several do long passes only, because
+    # threads that take turns at short ones wait for Python's lock
+    stretch_numel = STRETCH_NUMEL if thread_count() == 1 else max(1, vector.numel)
+    indices, bits, reached = [np.zeros(0, np.int64)], [np.zeros(0, KEY_DTYPES[vector.dtype])], 0
+    for start, stop in blocks(0, vector.numel, stretch_numel):
+        bitmap = scratch.bitmap(stop - start)
+        run_all(
+            [
+                partial(_mark, vector, threshold, bitmap, start, start + low, start + high)
+                for low, high in spans(stop - start, BLOCK_NUMEL)
+            ]
+        )
+        count = count_set_bits(bitmap)
+        reached += count
+        if reached > limit:
+            return Candidates(indices[0], bits[0], reached)
+        found = set_bits(bitmap, count)
+        found += start
+        indices.append(found)
+        bits += run_all([partial(_gather, vector, found[at]) for at in _slices(count)])
+    return Candidates(np.concatenate(indices), np.concatenate(bits), reached)
 
 
 def all_candidates(vector: CompensatedGradient) -> Candidates:
@@ -94,43 +108,24 @@ def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
     return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
 
 
-def _search(
-    vector: CompensatedGradient, threshold: int, limit: int, start: int, stop: int
-) -> Candidates:
-    found, reached = [_none(vector, 0)], 0
-    # a thread has an errstate of its own
-    with np.errstate(over="ignore", invalid="ignore"):
-        for stretch in blocks(start, stop, STRETCH_NUMEL):
-            bitmap = _mark(vector, threshold, *stretch)
-            count = count_set_bits(bitmap)
-            reached += count
-            if reached > limit:
-                return _none(vector, reached)
-            indices = set_bits(bitmap, count)
-            indices += stretch[0]
-            found.append(Candidates(indices, vector.bits_at(indices), count))
-    return _joined(found, reached)
-
-
-def _mark(vector: CompensatedGradient, threshold: int, start: int, stop: int) -> Bytes:
-    """Return a bitmap, in kept scratch, of where the keys reach the threshold."""
+def _mark(
+    vector: CompensatedGradient, threshold: int, bitmap: Bytes, origin: int, start: int, stop: int
+) -> None:
+    """Write to a bitmap that begins at `origin` which keys reach the threshold."""
     lowest = KEY_DTYPES[vector.dtype](threshold)
-    mask, bitmap = scratch.mask, scratch.bitmap(stop - start)
-    for at, end in blocks(start, stop):
-        reached = np.greater_equal(vector.keys(at, end), lowest, out=mask[: end - at])
-        packed = np.packbits(reached, bitorder="little")
-        first_byte = (at - start) // 8
-        bitmap[first_byte : first_byte + packed.size] = packed
-    return bitmap
+    with not_finite_allowed():
+        for at, end in blocks(start, stop):
+            reached = scratch.mask[: end - at]
+            np.greater_equal(vector.keys(at, end), lowest, out=reached)
+            packed = np.packbits(reached, bitorder="little")
+            first_byte = (at - origin) // 8
+            bitmap[first_byte : first_byte + packed.size] = packed
 
 
-def _joined(parts: list[Candidates], reached: int) -> Candidates:
-    return Candidates(
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.bits for part in parts]),
-        reached,
-    )
+def _gather(vector: CompensatedGradient, indices: Indices) -> Keys:
+    with not_finite_allowed():
+        return vector.bits_at(indices)
 
 
-def _none(vector: CompensatedGradient, reached: int) -> Candidates:
-    return Candidates(np.zeros(0, np.int64), np.zeros(0, KEY_DTYPES[vector.dtype]), reached)
+def _slices(count: int) -> list[slice]:
+    return [slice(low, high) for low, high in spans(count, _GATHER_NUMEL)]

@@ -26,6 +26,7 @@ from topq_dist.compress.blocks import (
     Keys,
     blocks,
     key_of,
+    not_finite_allowed,
     number_of,
     settle_blocks,
     sign_cleared,
@@ -87,7 +88,7 @@ class Selector:
         if gradient.device.type != "cpu":
             return select_with_torch(gradient, k, residual=residual)
         vector = CompensatedGradient(gradient, residual)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with not_finite_allowed():
             if k == 0:
                 return _nothing_of(vector)
             small = vector.numel <= _SMALL_NUMEL or k == vector.numel
@@ -175,7 +176,7 @@ def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Se
     if matrix.device.type != "cpu":
         return select_with_torch(gradient, k, residual=flat_residual, row_numel=row_numel)
     vector = CompensatedGradient(gradient, flat_residual)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with not_finite_allowed():
         if k * rows == 0:
             return _nothing_of(vector)
         if k == row_numel:
@@ -215,7 +216,7 @@ def _rows_of_span(
     vector: CompensatedGradient, k: int, row_numel: int, first_row: int, end_row: int
 ) -> Indices:
     found = []
-    with np.errstate(over="ignore", invalid="ignore"):
+    with not_finite_allowed():
         for start, stop in blocks(
             first_row * row_numel, end_row * row_numel, max(1, BLOCK_NUMEL // row_numel) * row_numel
         ):
