@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from data import load_data
-from errors import one_line_errors
+from endings import leave, one_line_errors
 from models import build_model, cross_entropy
 from optimizers import OPTIMIZERS
 from options import Rank, parse_rank
@@ -52,3 +52,4 @@ if __name__ == "__main__":
     with one_line_errors("train.py"):
         main(options)
     dist.destroy_process_group()
+    leave()
