@@ -25,8 +25,6 @@ from topq_dist.compress.blocks import (
 from topq_dist.compress.workers import run_all, thread_count
 
 _SAMPLE_NUMEL = 32_768
-# as many random reads as are worth another thread
-_GATHER_NUMEL = 16_384
 
 
 class Candidates(NamedTuple):
@@ -48,27 +46,27 @@ def most_candidates(k: int) -> int:
 
 def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> Candidates:
     """Return where the vector's keys reach `threshold`, if there are no more than `limit`."""
-    # one thread gathers from each stretch while it is cached; several do long passes only, because
-    # threads that take turns at short ones wait for Python's lock
-    stretch_numel = STRETCH_NUMEL if thread_count() == 1 else max(1, vector.numel)
-    indices, bits, reached = [np.zeros(0, np.int64)], [np.zeros(0, KEY_DTYPES[vector.dtype])], 0
-    for start, stop in blocks(0, vector.numel, stretch_numel):
-        bitmap = scratch.bitmap(stop - start)
-        run_all(
-            [
-                partial(_mark, vector, threshold, bitmap, start, start + low, start + high)
-                for low, high in spans(stop - start, BLOCK_NUMEL)
-            ]
-        )
-        count = count_set_bits(bitmap)
-        reached += count
-        if reached > limit:
-            return Candidates(indices[0], bits[0], reached)
-        found = set_bits(bitmap, count)
-        found += start
-        indices.append(found)
-        bits += run_all([partial(_gather, vector, found[at]) for at in _slices(count)])
-    return Candidates(np.concatenate(indices), np.concatenate(bits), reached)
+    nothing = Candidates(np.zeros(0, np.int64), np.zeros(0, KEY_DTYPES[vector.dtype]), 0)
+    found, reached = [nothing], 0
+    # threads share the long passes only: those that take turns at short ones wait for Python's
+    # lock. One thread alone gathers from a stretch while it is cached
+    at_once = STRETCH_NUMEL if thread_count() == 1 else vector.numel
+    for begin, end in blocks(0, vector.numel, at_once):
+        bitmap = _mark(vector, threshold, begin, end)
+        for start, stop in blocks(begin, end, STRETCH_NUMEL):
+            part = bitmap[(start - begin) // 8 : (stop - begin + 63) // 64 * 8]
+            count = count_set_bits(part)
+            reached += count
+            if reached > limit:
+                return nothing._replace(reached=reached)
+            indices = set_bits(part, count)
+            indices += start
+            found.append(Candidates(indices, vector.bits_at(indices), count))
+    return Candidates(
+        np.concatenate([part.indices for part in found]),
+        np.concatenate([part.bits for part in found]),
+        reached,
+    )
 
 
 def all_candidates(vector: CompensatedGradient) -> Candidates:
@@ -108,24 +106,19 @@ def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
     return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
 
 
-def _mark(
-    vector: CompensatedGradient, threshold: int, bitmap: Bytes, origin: int, start: int, stop: int
-) -> None:
-    """Write to a bitmap that begins at `origin` which keys reach the threshold."""
+def _mark(vector: CompensatedGradient, threshold: int, start: int, stop: int) -> Bytes:
+    """Return a bitmap, in kept scratch, of which keys of a stretch reach the threshold."""
+    bitmap = scratch.bitmap(stop - start)
     lowest = KEY_DTYPES[vector.dtype](threshold)
-    with not_finite_allowed():
-        for at, end in blocks(start, stop):
-            reached = scratch.mask[: end - at]
-            np.greater_equal(vector.keys(at, end), lowest, out=reached)
-            packed = np.packbits(reached, bitorder="little")
-            first_byte = (at - origin) // 8
-            bitmap[first_byte : first_byte + packed.size] = packed
 
+    def mark(low: int, high: int) -> None:
+        with not_finite_allowed():
+            for at, end in blocks(start + low, start + high):
+                reached = scratch.mask[: end - at]
+                np.greater_equal(vector.keys(at, end), lowest, out=reached)
+                packed = np.packbits(reached, bitorder="little")
+                first_byte = (at - start) // 8
+                bitmap[first_byte : first_byte + packed.size] = packed
 
-def _gather(vector: CompensatedGradient, indices: Indices) -> Keys:
-    with not_finite_allowed():
-        return vector.bits_at(indices)
-
-
-def _slices(count: int) -> list[slice]:
-    return [slice(low, high) for low, high in spans(count, _GATHER_NUMEL)]
+    run_all([partial(mark, *span) for span in spans(stop - start, BLOCK_NUMEL)])
+    return bitmap
