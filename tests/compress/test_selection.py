@@ -197,7 +197,7 @@ def test_a_vector_of_few_different_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("numel", [0, 1, 300, 300_000])
-def test_nothing_and_everything(numel: int) -> None:
+def test_nothing_and_everything(numel: int, threads: int) -> None:
     vector = torch.arange(numel, dtype=torch.float32)
     nothing = Selector().select(vector, 0)
     assert nothing.indices.numel() == nothing.values.numel() == 0

@@ -50,7 +50,7 @@ def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> 
     found, reached = [nothing], 0
     # threads share the long passes only: those that take turns at short ones wait for Python's
     # lock. One thread alone gathers from a stretch while it is cached
-    at_once = STRETCH_NUMEL if thread_count() == 1 else vector.numel
+    at_once = STRETCH_NUMEL if thread_count() == 1 else max(1, vector.numel)
     for begin, end in blocks(0, vector.numel, at_once):
         bitmap = _mark(vector, threshold, begin, end)
         for start, stop in blocks(begin, end, STRETCH_NUMEL):
