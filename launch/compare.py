@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from options import Comparison, Mode, Training, fail, parse_comparison
 from result import MODE_NAMES, Result
-from torchrun import RankError, Stopped, raise_on_signals, run_ranks
+from torchrun import RankError, Stopped, end_on_signals, raise_on_signals, run_ranks
 
 if TYPE_CHECKING:
     # torch takes 2 s to import: --help and a wrong option need not wait for it
@@ -27,12 +27,13 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def main() -> None:
-    raise_on_signals()
+    end_on_signals(PROGRAM)
     options = parse_comparison()
     # as torchrun itself would have it, without its warning
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         trainings = check(options)
+        raise_on_signals()
         results = [_train(options, mode, training) for mode, training in trainings.items()]
         _report(options, results)
     except RankError as error:
@@ -102,7 +103,7 @@ def check(options: Comparison) -> dict[Mode, Training]:
 
 def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
     """Return the options of one mode, resumed if they ask for it and there is a checkpoint."""
-    from checkpoint import latest
+    from checkpoint import check_files, latest
     from run import checkpoint_folder, checkpoint_to_resume, run_config
 
     training = options.training
@@ -111,7 +112,10 @@ def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
         there = latest(checkpoint_folder(training.checkpoint, mode)) is not None
         training = replace(training, resume=there)
     config = run_config(training, mode, options.ranks, model)
-    checkpoint_to_resume(training, mode, config)
+    newest = checkpoint_to_resume(training, mode, config)
+    if newest is not None:
+        # here, where one line can say which file it is, and not on some rank
+        check_files(newest, options.ranks)
     return training
 
 

@@ -31,6 +31,21 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
+def end_on_signals(program: str) -> None:
+    """Make SIGINT or SIGTERM end this process at once, as long as it has nothing to clean up.
+
+    An exception would surface in whatever is being imported, torch above all.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(2, f"\n{program}: stopped by {name} before training began\n".encode())
+        os._exit(128 + number)
+
+    for watched in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(watched, end)
+
+
 def raise_on_signals() -> None:
     """Make the first SIGINT or SIGTERM raise Stopped in the main thread, and ignore the next."""
 

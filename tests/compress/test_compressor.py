@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +151,62 @@ def test_a_bad_frame_leaves_out_as_it_was() -> None:
     with pytest.raises(FrameError):
         compressor.decompress(frame, out)
     assert out.tolist() == [7.0] * 300
+
+
+def test_a_pickled_compressor_goes_on_as_the_original() -> None:
+    gradient = torch.randn(100, generator=torch.Generator().manual_seed(2))
+    original = Compressor(q=0.9)
+    original.compress("w", gradient)
+    copied = pickle.loads(pickle.dumps(original))  # noqa: S301
+    for _ in range(2):
+        assert torch.equal(original.compress("w", gradient), copied.compress("w", gradient))
+        assert torch.equal(original.state_dict()["w"], copied.state_dict()["w"])
+
+
+def test_gradients_that_are_dense_but_not_in_memory_order_are_taken() -> None:
+    matrix = torch.randn(6, 7, generator=torch.Generator().manual_seed(3))
+    for gradient in (
+        matrix.t(),
+        matrix[::2],
+        torch.ones(()).expand(5, 4),
+        torch.conj(matrix).neg(),
+    ):
+        compressor = Compressor(q=0.0, value_format="fp32")
+        out = dense(compressor, compressor.compress("w", gradient), gradient.contiguous())
+        assert torch.equal(out, gradient)
+
+
+@pytest.mark.parametrize(
+    "gradient", [None, [1.0], torch.ones(3).to_sparse(), torch.ones(3, device="meta")]
+)
+def test_what_is_no_dense_gradient_is_refused(gradient: Any) -> None:
+    with pytest.raises(TypeError, match="gradient"):
+        Compressor().compress("w", gradient)
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [None, 1.0, torch.ones(3, dtype=torch.int64), torch.full((3,), math.nan), torch.ones(3).half()],
+)
+def test_what_is_no_residual_is_refused_and_nothing_changes(residual: Any) -> None:
+    compressor = Compressor(q=0.5)
+    compressor.compress("w", torch.tensor([1.0, 2.0, 3.0]))
+    before = compressor.state_dict()["w"]
+    with pytest.raises((TypeError, ValueError), match="'v'"):
+        compressor.load_state_dict({"w": torch.zeros(3), "v": residual})
+    assert torch.equal(compressor.state_dict()["w"], before)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(6)[::2],
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, requires_grad=True),
+        torch.zeros(3, device="meta"),
+    ],
+)
+def test_what_a_gradient_cannot_be_written_into_is_refused(out: Tensor) -> None:
+    frame = Compressor().compress("w", torch.ones(3))
+    with pytest.raises(ValueError, match="out has"):
+        Compressor().decompress(frame, out)

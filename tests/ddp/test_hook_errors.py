@@ -17,8 +17,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
+from topq_dist.ddp.choices import ExchangeName
 
 pytestmark = pytest.mark.gloo
+EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -91,18 +93,31 @@ def disagreeing_ranks(rank: int) -> dict[str, str]:
     errors["value_format"] = error_of(
         lambda: register_topq_hook(ddp(), q=0.9, value_format="fp16" if rank else "fp32")
     )
+    errors["one rank is wrong"] = error_of(
+        lambda: register_topq_hook(ddp(), q=7.0 if rank else 0.5)
+    )
+    errors["ranks_per_node"] = error_of(
+        lambda: register_topq_hook(
+            ddp(), q=0.5, exchange="hierarchical", ranks_per_node=2 if rank else 1
+        )
+    )
     live = ddp()
     top_q = TopQGradientOptimizer(live.parameters(), q=0.5, param_ndim=None, lr=0.1)
     register_topq_hook(live, top_q)
     loss_of(live, 0, rank).backward()  # type: ignore[no-untyped-call]
     top_q.param_groups[0]["q"] = 0.9 if rank else 0.8
     errors["live q"] = error_of(lambda: loss_of(live, 1, rank).backward())  # type: ignore[no-untyped-call]
-    invalid = ddp(bucket_cap_mb=0.005)
-    state = register_topq_hook(invalid, q=0.9)
-    loss_of(invalid, 0, rank).backward()  # type: ignore[no-untyped-call]
-    if rank == 1:
-        state._density.q = 7.0  # type: ignore[attr-defined]
-    errors["one rank fails"] = error_of(lambda: loss_of(invalid, 1, rank).backward())  # type: ignore[no-untyped-call]
+    for exchange in EXCHANGES:
+        for case in ("fails", "differs"):
+            per_node = 2 if exchange == "hierarchical" else None
+            model = ddp(bucket_cap_mb=0.005)
+            top_q = TopQGradientOptimizer(model.parameters(), q=0.5, param_ndim=None, lr=0.1)
+            register_topq_hook(model, top_q, exchange=exchange, ranks_per_node=per_node)
+            loss_of(model, 0, rank).backward()  # type: ignore[no-untyped-call]
+            if rank == 1:
+                top_q.param_groups[0]["q"] = 7.0 if case == "fails" else 0.7
+            loss = loss_of(model, 1, rank)
+            errors[f"{exchange} {case}"] = error_of(loss.backward)
     return errors
 
 
@@ -117,8 +132,17 @@ def test_ranks_that_disagree_all_raise_at_once(tmp_path: Path) -> None:
             assert part in errors["value_format"], errors["value_format"]
         for part in ("ExchangeError", "rank 0 has 'group 0: q=0.8", "rank 1 has 'group 0: q=0.9"):
             assert part in errors["live q"], errors["live q"]
-    assert "q=7.0" in ranks[1]["one rank fails"]
-    assert "rank 1 could not compress" in ranks[0]["one rank fails"]
+        for part in ("q=7.0", "expected a number in [0, 1]"):
+            assert part in errors["one rank is wrong"]
+        for part in ("ranks_per_node=1", "ranks_per_node=2"):
+            assert part in errors["ranks_per_node"]
+        for exchange in EXCHANGES:
+            assert "q=0.5" in errors[f"{exchange} differs"], errors[f"{exchange} differs"]
+            assert "q=0.7" in errors[f"{exchange} differs"]
+    assert ranks[0]["one rank is wrong"].startswith("ExchangeError: rank 1 could not make its hook")
+    for exchange in EXCHANGES:
+        assert "q=7.0" in ranks[1][f"{exchange} fails"], ranks[1][f"{exchange} fails"]
+        assert "rank 1 could not compress" in ranks[0][f"{exchange} fails"]
 
 
 def unmoving_parameters(_: int) -> list[str]:
@@ -127,6 +151,7 @@ def unmoving_parameters(_: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         register_topq_hook(model, optimizer)
+    assert all(warning.filename == __file__ for warning in caught)
     return [str(warning.message) for warning in caught]
 
 

@@ -124,12 +124,8 @@ def test_with_feedback_nothing_is_lost_and_an_overflow_voids_the_step(tmp_path: 
                 assert all(torch.equal(part["average"][name], average) for part in parts)
                 brought = torch.zeros_like(average, dtype=torch.float64)
                 left = 4 * average.double()
-                # a node's gradient enters as the mean of its two ranks, and so is owed
-                weight = 0.5 if exchange == "hierarchical" else 1.0
-                if exchange == "hierarchical":
-                    left = left / 2
                 for part in parts:
-                    brought += weight * part["own"][name].double()
+                    brought += part["own"][name].double()
                     brought += part["before"].get(name, torch.zeros(()))
                     left += part["after"].get(name, torch.zeros(()))
                 torch.testing.assert_close(left, brought, rtol=1e-4, atol=1e-6, msg=exchange)
@@ -143,7 +139,8 @@ def dense_is_ddp(rank: int) -> bool:
         backward(model, step, rank)
         for one, other in zip(plain.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad)
-    assert state.stats().ratio == 1.0
+    # and 64 bytes a step, which tell of settings and failures
+    assert 0.99 < state.stats().ratio < 1.0
     return True
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
 from topq_dist.compress.compressor import at_least_one
+from topq_dist.ddp.checks import trainable_names
 from topq_dist.topq import kept_count, row_shape
 
 pytestmark = pytest.mark.gloo
@@ -34,6 +35,7 @@ class PlainState:
     def __init__(self, choose: Callable[[Tensor], tuple[int, int, int]]) -> None:
         self.choose = choose
         self.residuals: dict[Tensor, Tensor] = {}
+        self.may_be_unused = False
         self.group: dist.ProcessGroup | None = None
 
 
@@ -41,6 +43,8 @@ def plain_hook(state: PlainState, bucket: dist.GradBucket) -> Future[Tensor]:
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         compensated = gradient.float() + state.residuals.get(parameter, torch.zeros(()))
         rows, numel, kept = state.choose(parameter)
+        if state.may_be_unused and not gradient.any():
+            kept = 0
         sent = keep_top(compensated.reshape(rows, numel), kept).view_as(gradient)
         sent = sent.to(gradient.dtype).float()
         state.residuals[parameter] = compensated - sent
@@ -155,10 +159,15 @@ def check(
     plain = DistributedDataParallel(net(), **options)
     plain_state = PlainState(whole)
     plain_state.group = group
+    plain_state.may_be_unused = options.get("find_unused_parameters", False)
     plain.register_comm_hook(plain_state, plain_hook)
     train(plain, torch.optim.SGD(plain.parameters(), lr=0.2, momentum=0.9), rank)
     assert_equal(hooked.module, plain.module, situation)
-    assert state.stats().steps > 0
+    residuals = state.state_dict()["residuals"]
+    for parameter, name in trainable_names(hooked).items():
+        (other,) = [p for p, plain_name in trainable_names(plain).items() if plain_name == name]
+        assert parameter.shape == other.shape
+        assert torch.equal(residuals[name], plain_state.residuals[other]), (situation, name)
 
 
 def compiled_net() -> nn.Module:
@@ -337,9 +346,28 @@ def subgroups_and_residuals(rank: int) -> list[dict[str, Any]]:
 def resumed_by(rank: int, folder: Path, states: list[dict[str, Any]]) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net())
     state = register_topq_hook(model, q=Q, exchange="allgather")
-    for bad in (states[0] | {"rank": 3}, states[0] | {"version": 9}, states[1:], []):
-        with pytest.raises(ValueError, match="expected"):
+    mine = states[0] | {"rank": rank, "world_size": dist.get_world_size()}
+    name = next(iter(mine["residuals"]))
+    for bad in (
+        mine | {"rank": 5},
+        mine | {"version": 9},
+        mine | {"world_size": 9},
+        mine | {"ranks_per_node": 2},
+        mine | {"stats": {}},
+        mine | {"density": {}},
+        mine | {"residuals": {name: torch.zeros(1)}},
+        mine | {"residuals": {name: "much"}},
+        mine | {"residuals": {name: torch.full_like(mine["residuals"][name], torch.nan)}},
+        mine | {"density": {"q": 2.0}},
+        mine | {"stats": dict.fromkeys(mine["stats"])},
+        mine | {"residuals": {"nowhere": torch.zeros(1)}},
+        {key: value for key, value in mine.items() if key != "residuals"},
+        states[1:],
+        [],
+    ):
+        with pytest.raises((TypeError, ValueError), match="expected"):
             state.load_state_dict(bad)
+        assert state.state_dict()["residuals"] == {}
     state.load_state_dict(states)
     residuals: dict[str, Tensor] = state.state_dict()["residuals"]
     return residuals

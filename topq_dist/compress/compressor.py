@@ -11,6 +11,7 @@ from torch import Tensor
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
+    Frame,
     decode_frame,
     encode_frame,
     encode_non_finite_frame,
@@ -143,21 +144,32 @@ class FlatCompressor:
         left = mean[places].mul_(len(frames))
 
         def commit() -> None:
-            owed = self._residual(layout, mean)
+            owed = self.residuals.home(layout)
             indices = dealt.gather(part, places).to(owed.device)
             owed.index_add_(0, indices, left.to(owed))
 
         return Compressed(frames=[frame], commit=commit)
 
-    def add_owed(self, layout: Layout, gradient: Tensor) -> bool:
-        """Add what is owed for `layout` to `gradient`, and return whether there was anything.
+    def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
+        """Add a share in (0, 1] of what is owed for `layout` to `gradient`, which travels whole.
 
-        It stays in `residuals`, to be dropped once the gradient has arrived.
+        Returns what to call once it has arrived, or None where nothing is owed. A name with an
+        all-zero gradient is paid nothing: where no rank has used it, its average goes nowhere.
         """
-        owed = self.residuals.holds(layout)
-        if owed:
-            gradient += self._residual(layout, gradient)
-        return owed
+        if not self.residuals.holds(layout):
+            return None
+        residual = self._residual(layout, gradient)
+        used = [stretch for stretch in layout.stretches() if bool(gradient[stretch].any())]
+        for stretch in used:
+            gradient[stretch].add_(residual[stretch], alpha=share)
+
+        def settled() -> None:
+            if share == 1.0 and len(used) == len(layout.names):
+                self.residuals.drop(layout)
+            for stretch in used:
+                residual[stretch].mul_(1.0 - share)
+
+        return settled
 
     def _residual(self, layout: Layout, gradient: Tensor) -> Tensor:
         return self.residuals.flat(
@@ -193,11 +205,18 @@ class Compressor:
         gradient: dense, of any shape and float dtype. The frame is a 1-D uint8 tensor on the CPU.
         Raises ValueError where `name` came with another shape before.
         """
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"gradient is a {type(gradient).__name__}: expected a tensor")
+        if gradient.layout != torch.strided or gradient.is_meta:
+            raise TypeError(
+                f"gradient has layout {gradient.layout} on {gradient.device}: expected a dense "
+                "tensor with data"
+            )
         q = check_fraction("q", self.q)
         numel = gradient.numel()
         cut = Cut(start=0, rows=1, row_numel=numel, kept=at_least_one(q, numel))
         layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        compressed = self._flat.compress(gradient.detach().reshape(-1), layout, [cut])
+        compressed = self._flat.compress(_flat(gradient), layout, [cut])
         compressed.commit()
         return compressed.frames[0]
 
@@ -225,36 +244,60 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
     the order of the frames, as DistributedDataParallel does with dense gradients. Raises
     FrameError, leaving `out` as it was, for bytes that are no frame of out.numel() elements.
     """
-    decoded = [decode_frame(frame, numel=out.numel()) for frame in frames]
+    check_out(out)
+    frames_read = [decode_frame(frame, numel=out.numel()) for frame in frames]
+    return write_sum(frames_read, divisor=len(frames), out=out)
+
+
+def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
+    """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
+
+    Their indices ascend within a block of a part only. Raises FrameError.
+    """
+    dealt = Parts(numel=numel, count=len(frames))
+    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
+    return [
+        replace(frame, numel=numel, indices=dealt.gather(part, frame.indices))
+        for part, frame in enumerate(decoded)
+    ]
+
+
+def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
+    """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
+
+    `out` is as in `average`. The frames are used up: their values are divided in place.
+    """
     flat = out.view(-1)
     # half precision would round once a frame
     whole = flat.dtype == _residual_dtype(flat.dtype) or len(frames) == 1
     total = flat.zero_() if whole else torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
-    for frame in decoded:
-        frame.values.div_(len(frames))
+    for frame in frames:
+        frame.values.div_(divisor)
         frame.add_to(total)
     if total is not flat:
         flat.copy_(total)
     return out
 
 
-def join_parts(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
-    """Write the vector whose Parts the frames hold, one each, into `out`, and return it.
+def check_out(out: Tensor) -> None:
+    """Raise ValueError unless a dense gradient can be written into `out`."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
+    if out.dtype not in _OWN_FORMAT or out.layout != torch.strided or out.is_meta:
+        raise ValueError(
+            f"out has dtype {out.dtype} and layout {out.layout} on {out.device}: expected a dense "
+            f"tensor of one of {', '.join(str(dtype) for dtype in _OWN_FORMAT)}"
+        )
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out has dtype {out.dtype}, strides {out.stride()} and requires_grad="
+            f"{out.requires_grad}: expected a contiguous float tensor that needs no gradient"
+        )
 
-    `out` and the FrameError are as in `average`.
-    """
-    dealt = Parts(numel=out.numel(), count=len(frames))
-    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
-    flat = out.view(-1).zero_()
-    for part, frame in enumerate(decoded):
-        indices = dealt.gather(part, frame.indices)
-        replace(frame, numel=out.numel(), indices=indices).add_to(flat)
-    return out
 
-
-def is_finite(frame: Buffer) -> bool:
-    """Return whether the gradient that `frame` was made of was finite."""
-    return peek_header(frame).finite
+def _flat(gradient: Tensor) -> Tensor:
+    # expanded and lazily negated gradients are dense too, but not as memory has them
+    return gradient.detach().reshape(-1).contiguous().resolve_neg()
 
 
 def _own_format(dtype: torch.dtype) -> str:

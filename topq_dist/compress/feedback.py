@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -24,6 +25,11 @@ class Layout:
     def numel(self) -> int:
         """Elements in the flat vector."""
         return sum(prod(shape) for shape in self.shapes)
+
+    def stretches(self) -> list[slice]:
+        """Where in the flat vector each of the tensors lies."""
+        edges = [0, *accumulate(prod(shape) for shape in self.shapes)]
+        return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 class Residuals:
@@ -61,6 +67,10 @@ class Residuals:
         self._flat[layout] = flat
         return flat
 
+    def home(self, layout: Layout) -> Tensor:
+        """Return what `flat` last returned for `layout`."""
+        return self._flat[layout]
+
     def holds(self, layout: Layout) -> bool:
         """Return whether anything is kept for a name of `layout`."""
         return any(name in self._by_name for name in layout.names)
@@ -87,12 +97,40 @@ class Residuals:
                     f"expected {tuple(shape)}, the shape of its gradient"
                 )
 
+    def __getstate__(self) -> dict[str, dict[str, Tensor]]:
+        # pickle would part the views from their vectors; loading makes new ones
+        return {"_by_name": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self._by_name, self._flat = state["_by_name"], {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of each residual by name, shaped as its gradient."""
         return {name: residual.clone() for name, residual in self._by_name.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace every residual by those of `state`; names it lacks start at zero again."""
+        """Replace every residual by those of `state`; names it lacks start at zero again.
+
+        Raises TypeError or ValueError, and changes nothing, for what `check_residual` refuses.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}: expected residuals by name")
+        for name, residual in state.items():
+            check_residual(name, residual)
         # cloned, or two owners (and every slice of one saved storage) would share memory
         self._by_name = {name: residual.detach().clone() for name, residual in state.items()}
         self._flat = {}
+
+
+def check_residual(name: str, residual: Tensor) -> None:
+    """Raise TypeError or ValueError, naming it, for what can be no residual."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual of {name!r} is a {type(residual).__name__}: expected a tensor")
+    dtypes = (torch.float32, torch.float64)
+    if residual.dtype not in dtypes or residual.layout != torch.strided or residual.is_meta:
+        raise TypeError(
+            f"residual of {name!r} has dtype {residual.dtype}, layout {residual.layout} and device "
+            f"{residual.device}: expected a dense fp32 or fp64 tensor with data"
+        )
+    if not bool(torch.isfinite(residual).all()):
+        raise ValueError(f"residual of {name!r} holds NaN or infinity: expected finite numbers")

@@ -22,6 +22,7 @@ _FIRST_STEPS = 20
 _SETTLING_STEPS = 2
 _FEW_STEPS = 2
 _STEPS = 8
+TRIAL_STEPS = _SETTLING_STEPS + _STEPS
 _HOPELESS = 2.0
 # nearer than this the times are taken as equal, and fewer bytes win
 _ALIKE = 1.05
@@ -42,7 +43,7 @@ class _Cost(NamedTuple):
     wire_bytes: float
 
 
-class Auto:
+class Auto(Exchange):
     """Try each exchange for a few whole steps, then keep the cheapest.
 
     Cheapest is the shortest median time from one backward pass to the next, compute and all, on
@@ -64,20 +65,26 @@ class Auto:
         self._exchange = self._trial.exchange
         self._began_s: float | None = None
         self._wire_bytes_before = 0
-        self.chosen: str | None = None
+        self.chosen = None
         if not self._left:
-            self.choose(self._trial.name)
+            self._choose(self._trial.name)
 
-    def choose(self, name: str) -> None:
-        """Use the exchange of this name from now on, as a run that is resumed has chosen.
-
-        Raises ValueError for one that is not among those to choose from.
-        """
-        if name not in self._exchanges:
+    def check_chosen(self, chosen: str | None) -> None:
+        if chosen is not None and chosen not in self._exchanges:
             known = ", ".join(self._exchanges)
-            raise ValueError(f"chosen_exchange={name!r}: expected one of {known}")
+            raise ValueError(f"state has chosen_exchange={chosen!r}: expected one of {known}")
+
+    def resume(self, chosen: str | None) -> None:
+        if chosen is not None:
+            self._choose(chosen)
+
+    def _choose(self, name: str) -> None:
         self._exchange = self._exchanges[name]
         self.chosen = name
+
+    @property
+    def tells(self) -> bool:  # type: ignore[override]
+        return self._exchange.tells
 
     def launch(self, job: Job) -> Pending:
         return self._exchange.launch(job)
@@ -122,7 +129,7 @@ class Auto:
             return
         best_s = min(cost.step_s for cost in self._costs.values())
         alike = [name for name, cost in self._costs.items() if cost.step_s <= _ALIKE * best_s]
-        self.choose(min(alike, key=lambda name: self._costs[name].wire_bytes))
+        self._choose(min(alike, key=lambda name: self._costs[name].wire_bytes))
         if self._link.rank == 0:
             costs = [
                 f"{name} {1e3 * cost.step_s:.1f} ms a step, {cost.wire_bytes / 1e6:.3g} MB"

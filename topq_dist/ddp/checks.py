@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -9,11 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from topq_dist.topq import check_number
 
 
-def check_model(ddp_model: DistributedDataParallel) -> None:
-    """Raise unless `ddp_model` is a DistributedDataParallel model that can take the hook.
+def check_takes_hook(ddp_model: DistributedDataParallel) -> None:
+    """Raise unless `ddp_model` is a DistributedDataParallel model without a hook.
 
-    TypeError for what is no such model, or has sparse or complex gradients; ValueError where a
-    hook is registered already.
+    What is wrong here is this rank's own affair: the others may be anywhere.
     """
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
@@ -27,17 +28,34 @@ def check_model(ddp_model: DistributedDataParallel) -> None:
             f"ddp_model has the communication hook {name!r} already: expected a model without "
             "one, since DistributedDataParallel takes one hook, once"
         )
-    sparse = sorted(_sparse_gradients(ddp_model.module) & set(trainable_names(ddp_model).values()))
+    if not trainable_names(ddp_model):
+        raise ValueError("ddp_model has no trainable parameter: expected one at least")
+
+
+def check_parameters(ddp_model: DistributedDataParallel, names: Mapping[Tensor, str]) -> None:
+    """Raise TypeError where the gradient of a trainable parameter is sparse or not real."""
+    sparse = sorted(_sparse_gradients(ddp_model.module) & set(names.values()))
     if sparse:
         raise TypeError(
             f"the gradient of {', '.join(sparse)} is sparse: expected dense gradients, "
             "so make the embedding with sparse=False"
         )
-    for parameter, name in trainable_names(ddp_model).items():
+    for parameter, name in names.items():
         if not parameter.is_floating_point():
             raise TypeError(
                 f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter"
             )
+
+
+def check_unused(ddp_model: DistributedDataParallel, scope: str) -> bool:
+    """Return whether parameters may go unused; ValueError with a scope that cannot tell them."""
+    may_be_unused = bool(ddp_model.find_unused_parameters)
+    if may_be_unused and scope == "bucket":
+        raise ValueError(
+            "scope='bucket' with find_unused_parameters=True: expected 'parameter', since what is "
+            "owed for a parameter that no rank uses in a step must wait"
+        )
+    return may_be_unused
 
 
 def check_positive(name: str, value: float | None) -> float | None:
@@ -62,15 +80,20 @@ def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
     torch.compile's prefix is left out, so that a state fits the model compiled or not.
     """
     return {
-        parameter: name.replace("_orig_mod.", "")
+        parameter: plain_name(name)
         for name, parameter in ddp_model.module.named_parameters()
         if parameter.requires_grad and name not in ddp_model.parameters_to_ignore
     }
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name without torch.compile's prefix."""
+    return name.replace("_orig_mod.", "")
+
+
 def _sparse_gradients(module: nn.Module) -> set[str]:
     return {
-        f"{prefix}.weight" if prefix else "weight"
+        plain_name(f"{prefix}.weight" if prefix else "weight")
         for prefix, child in module.named_modules()
         if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse
     }

@@ -92,6 +92,8 @@ class FixedDensity:
         return {"q": self.q}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "q" not in state:
+            raise ValueError("state has no q: expected that of a hook without an optimizer")
         self.q = check_fraction("q", state["q"])
 
 
@@ -149,6 +151,8 @@ class PairedDensity:
         return {"generator": self._optimizer.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "q" in state:
+            raise ValueError("state has a q: expected that of a hook paired with an optimizer")
         if "generator" in state:
             self._optimizer.generator.set_state(state["generator"])
 
@@ -167,5 +171,5 @@ class PairedDensity:
                 f"these parameters can never move, since q and param_ndim keep 0 elements of each "
                 f"of their sub-tensors: {', '.join(unmoving)}; give them a group with a smaller q "
                 "or another param_ndim",
-                stacklevel=4,
+                stacklevel=6,
             )

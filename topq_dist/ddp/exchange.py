@@ -7,6 +7,7 @@ until then nothing that a rank owes has changed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import Compressed, FlatCompressor, average, is_finite
+from topq_dist.compress.compressor import Compressed, FlatCompressor, write_sum
 from topq_dist.compress.feedback import Layout
+from topq_dist.compress.frame import Frame, decode_frame
 from topq_dist.ddp.messages import FrameGather, Slot, member
 from topq_dist.telemetry import Meter
 
@@ -70,14 +72,31 @@ class Pending(Protocol):
         """Write the average into the bucket, and keep what was not sent."""
 
 
-class Exchange(Protocol):
-    """A way of averaging buckets."""
+class Exchange(ABC):
+    """A way of averaging buckets.
 
+    tells: whether every rank's frames tell every other rank of its settings and of a failure;
+    where they do not, the pipeline does. chosen: what "auto" has decided on, None for all others.
+    """
+
+    tells = True
+    chosen: str | None = None
+
+    @abstractmethod
     def launch(self, job: Job) -> Pending:
         """Start on one bucket, without waiting for other ranks where that can be helped."""
 
+    def begin_step(self) -> None:  # noqa: B027 - most have nothing to note
+        """Take note of a new step, before its first bucket; on every rank alike."""
 
-class AllGather:
+    def check_chosen(self, chosen: str | None) -> None:  # noqa: B027
+        """Raise ValueError unless `resume` can take this up."""
+
+    def resume(self, chosen: str | None) -> None:  # noqa: B027
+        """Take up what "auto" had chosen in the run that is resumed."""
+
+
+class AllGather(Exchange):
     """Every rank's frame goes to every rank: no further loss, and W - 1 frames on each link."""
 
     def __init__(self, link: Link) -> None:
@@ -104,6 +123,7 @@ class Gathering:
         self._bucket = bucket
         self._compressed = compressed
         self._gather = gather
+        self._decoded: list[Frame] = []
         self.frames: list[Tensor] = []
 
     def advance(self) -> None:
@@ -111,31 +131,48 @@ class Gathering:
 
     def receive(self) -> bool:
         self.frames = self._gather.frames()
-        return all(is_finite(frame) for frame in self.frames)
+        self._decoded = [decode_frame(f, numel=self._bucket.numel()) for f in self.frames]
+        return all(frame.finite for frame in self._decoded)
 
     def deliver(self) -> None:
         if self._compressed is not None:
             self._compressed.commit()
-        average(self.frames, out=self._bucket)
+        write_sum(self._decoded, divisor=len(self._decoded), out=self._bucket)
 
 
-class Dense:
-    """Plain all-reduce, where nothing beats it; what is still owed is paid with the gradient."""
+# all at once, what many sparse steps have left would be one step many times as long
+_PAY_STEPS = 32
 
-    def __init__(self, link: Link, compressor: FlatCompressor) -> None:
+
+class Dense(Exchange):
+    """Plain all-reduce, where nothing beats it.
+
+    What is still owed is paid in equal shares with the gradients of 32 steps, the first
+    `unpaid_steps` left out.
+    """
+
+    tells = False
+
+    def __init__(self, link: Link, compressor: FlatCompressor, *, unpaid_steps: int = 0) -> None:
         self._link = link
         self._compressor = compressor
+        self._unpaid_steps = unpaid_steps
+        self._steps: dict[Layout, int] = {}
 
     def launch(self, job: Job) -> Pending:
-        return _Reducing(job, self._link, self._compressor)
+        step = self._steps.get(job.layout, 0)
+        self._steps[job.layout] = step + 1
+        left = self._unpaid_steps + _PAY_STEPS - step
+        share = 0.0 if step < self._unpaid_steps else 1.0 / max(1, left)
+        return _Reducing(job, self._link, self._compressor, share)
 
 
 class _Reducing:
-    def __init__(self, job: Job, link: Link, compressor: FlatCompressor) -> None:
+    def __init__(self, job: Job, link: Link, compressor: FlatCompressor, share: float) -> None:
         self._job = job
         self._link = link
         self._compressor = compressor
-        self._paying = compressor.add_owed(job.layout, job.bucket)
+        self._payment = compressor.pay(job.layout, job.bucket, share) if share else None
         job.bucket.div_(link.size)
         work = dist.all_reduce(job.bucket, group=link.group, async_op=True)
         self._work = member(work)
@@ -152,8 +189,8 @@ class _Reducing:
             self._work.wait()
         # with nothing owed there is nothing to protect: overflow shows in the gradient, as it
         # does without a hook
-        return not self._paying or bool(torch.isfinite(self._job.bucket).all())
+        return self._payment is None or bool(torch.isfinite(self._job.bucket).all())
 
     def deliver(self) -> None:
-        if self._paying:
-            self._compressor.residuals.drop(self._job.layout)
+        if self._payment is not None:
+            self._payment()

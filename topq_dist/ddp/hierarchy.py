@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import average, is_finite
-from topq_dist.ddp.exchange import AllGather, Gathering, Job, Link, Pending
-from topq_dist.ddp.messages import ExchangeError, SettingsDifferError
-
-_FAILED, _DIFFER = -1, -2
+from topq_dist.compress.compressor import write_sum
+from topq_dist.compress.frame import Frame, FrameError, decode_frame
+from topq_dist.ddp.exchange import AllGather, Exchange, Gathering, Job, Link, Pending
+from topq_dist.ddp.messages import ExchangeError
 
 _FAILED = -1
 
 
-class Hierarchical:
+class Hierarchical(Exchange):
     """Sum a node's gradients on its first rank, all-gather frames between these, hand them down.
 
-    Nodes are runs of `per_node` consecutive ranks of the group. Only what leaves a node is
-    counted as sent.
+    Nodes are runs of `per_node` consecutive ranks of the group; what is owed is owed by a node's
+    first rank. Only what leaves a node is counted as sent.
     """
+
+    tells = False
 
     def __init__(self, link: Link, per_node: int) -> None:
         ranks = dist.get_process_group_ranks(link.group)
@@ -29,20 +32,17 @@ class Hierarchical:
         self._per_node = per_node
         self._nodes = len(nodes)
         self._leader = node[0]
-        self._device = link.device
-        self._inner = _new_group(node)
-        self._between: AllGather | None = None
-        if link.rank % per_node == 0:
-            leaders = _new_group([ranks[0] for ranks in nodes])
-            self._between = AllGather(Link(group=leaders, device=link.device, meter=link.meter))
+        self._inside = _link_among(node, link)
+        # every rank makes one with its like, though only the first ranks use theirs: torch names
+        # groups by how many a process has, and the names of a group must be the same in all
+        between = _link_among(ranks[link.rank % per_node :: per_node], link)
+        self._between = AllGather(between) if link.rank % per_node == 0 else None
 
     def launch(self, job: Job) -> Pending:
-        dist.reduce(job.bucket, self._leader, group=self._inner)
-        gathering = None
-        if self._between is not None:
-            job.bucket.div_(self._per_node)
-            gathering = self._between.launch(job)
-        return _Handing(job, gathering, self._leader, self._inner, self._nodes, self._device)
+        with self._inside.meter.timed("wait_s"):
+            dist.reduce(job.bucket, self._leader, group=self._inside.group)
+        gathering = None if self._between is None else self._between.launch(job)
+        return _Handing(job, gathering, self._inside, self._leader, self._nodes, self._per_node)
 
 
 class _Handing:
@@ -50,61 +50,76 @@ class _Handing:
         self,
         job: Job,
         gathering: Gathering | None,
+        inside: Link,
         leader: int,
-        inner: dist.ProcessGroup,
         nodes: int,
-        device: torch.device,
+        per_node: int,
     ) -> None:
         self._job = job
         self._gathering = gathering
+        self._inside = inside
         self._leader = leader
-        self._inner = inner
         self._nodes = nodes
-        self._device = device
-        self._frames: list[Tensor] = []
+        self._per_node = per_node
+        self._frames: list[Frame] = []
 
     def advance(self) -> None:
         pass
 
     def receive(self) -> bool:
-        error: ExchangeError | None = None
+        error: ExchangeError | FrameError | None = None
         lengths = torch.full((self._nodes,), _FAILED)
+        finite = True
         if self._gathering is not None:
             try:
-                self._gathering.receive()
-                self._frames = self._gathering.frames
-                lengths = torch.tensor([frame.numel() for frame in self._frames])
-            except SettingsDifferError as differ:
-                error = differ
-                lengths.fill_(_DIFFER)
-            except ExchangeError as failed:
+                finite = self._gathering.receive()
+                lengths = torch.tensor([frame.numel() for frame in self._gathering.frames])
+            except (ExchangeError, FrameError) as failed:
                 error = failed
         lengths = self._hand_down(lengths)
         if error is not None:
             raise error
-        if int(lengths[0]) == _DIFFER:
-            raise SettingsDifferError("nodes have different settings")
         if int(lengths[0]) == _FAILED:
             raise ExchangeError(f"the exchange failed on rank {self._leader}, which says why")
-        payload = torch.empty(int(lengths.sum()), dtype=torch.uint8)
         if self._gathering is not None:
-            payload = torch.cat(self._frames)
-        self._frames = list(torch.split(self._hand_down(payload), lengths.tolist()))
-        return all(is_finite(frame) for frame in self._frames)
+            self._hand_down(torch.cat(self._gathering.frames))
+            return finite
+        payload = self._hand_down(torch.empty(int(lengths.sum()), dtype=torch.uint8))
+        numel = self._job.bucket.numel()
+        frames = torch.split(payload, lengths.tolist())
+        self._frames = [decode_frame(frame, numel=numel) for frame in frames]
+        return all(frame.finite for frame in self._frames)
 
     def _hand_down(self, message: Tensor) -> Tensor:
-        on_device = message.to(self._device)
-        dist.broadcast(on_device, self._leader, group=self._inner)
-        return on_device.cpu()
+        with self._inside.meter.timed("wait_s"):
+            on_device = message.to(self._inside.device)
+            dist.broadcast(on_device, self._leader, group=self._inside.group)
+            return on_device.cpu()
 
     def deliver(self) -> None:
         if self._gathering is not None:
             self._gathering.deliver()
         else:
-            average(self._frames, out=self._job.bucket)
+            write_sum(self._frames, divisor=self._nodes, out=self._job.bucket)
+        # the frames hold sums over a node, so that what is owed is in the same unit as without
+        self._job.bucket.div_(self._per_node)
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+def _link_among(ranks: list[int], link: Link) -> Link:
     # called by its members alone, or a model that trains in a subgroup would wait for the others
-    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
-    return group
+    group: dist.ProcessGroup = dist.new_group(
+        ranks,
+        timeout=_timeout_of(link),
+        backend=dist.get_backend(link.group),
+        use_local_synchronization=True,
+    )
+    return Link(group=group, device=link.device, meter=link.meter)
+
+
+def _timeout_of(link: Link) -> dt.timedelta | None:
+    # private, and read leniently: torch's default is half an hour
+    try:
+        timeout: dt.timedelta = link.group._get_backend(link.device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+    return timeout

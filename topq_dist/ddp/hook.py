@@ -3,7 +3,7 @@
 # no `from __future__ import annotations` here: DistributedDataParallel reads the hook's annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,16 +13,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.auto import Auto
-from topq_dist.ddp.checks import check_grad_scaler, check_model, check_positive, trainable_names
+from topq_dist.ddp.checks import (
+    check_grad_scaler,
+    check_parameters,
+    check_positive,
+    check_takes_hook,
+    check_unused,
+    trainable_names,
+)
 from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
 from topq_dist.ddp.density import FixedDensity, Scope, make_density
 from topq_dist.ddp.exchange import Link
-from topq_dist.ddp.messages import agree
-from topq_dist.ddp.pipeline import Bucket, Pipeline
-from topq_dist.ddp.saved import check_states, merged_residuals
+from topq_dist.ddp.messages import agree, tell_of_failure
+from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
+from topq_dist.ddp.saved import STATE_VERSION, check_state, check_states, merged_residuals
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
+from topq_dist.topq import check_fraction
 
 
 class TopQState:
@@ -67,7 +74,7 @@ class TopQState:
         grad_scaler: GradScaler | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
-        check_model(ddp_model)
+        check_takes_hook(ddp_model)
         self._names = trainable_names(ddp_model)
         self._meter = Meter()
         self._link = Link(
@@ -75,25 +82,31 @@ class TopQState:
             device=next(iter(self._names)).device,
             meter=self._meter,
         )
-        check_exchange(exchange, self._link, ranks_per_node)
-        self._density = make_density(self._names, optimizer, q=q, scope=scope)
-        self._compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
-        self._pipeline = Pipeline(
-            self._link,
-            self._density,
-            self._compressor,
-            clip_norm=check_positive("clip_norm", clip_norm),
-            grad_scaler=check_grad_scaler(grad_scaler),
-        )
+        try:
+            check_parameters(ddp_model, self._names)
+            self._per_node = check_exchange(exchange, self._link, ranks_per_node)
+            self._density = make_density(self._names, optimizer, q=q, scope=scope)
+            self._compressor = FlatCompressor(
+                value_format=value_format, error_feedback=error_feedback
+            )
+            stages = Stages(
+                density=self._density,
+                compressor=self._compressor,
+                clip_norm=check_positive("clip_norm", clip_norm),
+                grad_scaler=check_grad_scaler(grad_scaler),
+                may_be_unused=check_unused(ddp_model, scope),
+            )
+        except Exception as error:
+            tell_of_failure(error, group=self._link.group, device=self._link.device)
+            raise
         model = [f"{name} {tuple(p.shape)} {p.dtype}" for p, name in self._names.items()]
-        settings = [f"exchange={exchange}", self._pipeline.settings(), *model]
-        agree("\n".join(settings), group=self._link.group, device=self._link.device)
+        asked = f"exchange={exchange} ranks_per_node={self._per_node}"
+        settings = "\n".join([asked, stages.settings(), *model])
+        agree(settings, group=self._link.group, device=self._link.device)
         # only now: ranks that disagree would make groups that the others do not know of
-        self._pipeline.exchange = self._exchange = make_exchange(
-            exchange, self._link, self._compressor, ranks_per_node
-        )
-        if optimizer is not None:
-            optimizer.sparsified_elsewhere(self._names)
+        self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
+        self._pipeline = Pipeline(self._link, stages, self._exchange)
+        self._unpaired = optimizer
 
     @property
     def q(self) -> float:
@@ -102,7 +115,7 @@ class TopQState:
 
     @q.setter
     def q(self, value: float) -> None:
-        self._fixed_density().q = value
+        self._fixed_density().q = check_fraction("q", value)
 
     def _fixed_density(self) -> FixedDensity:
         if not isinstance(self._density, FixedDensity):
@@ -112,7 +125,20 @@ class TopQState:
     @property
     def chosen_exchange(self) -> str | None:
         """What exchange="auto" has chosen; None until it has, and where it was not asked to."""
-        return self._exchange.chosen if isinstance(self._exchange, Auto) else None
+        return self._exchange.chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        # so that a model that has the hook can be copied: a process group cannot
+        return {}
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # only where there is no such attribute
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            "this TopQState is a copy and belongs to no process group: save state_dict() instead, "
+            "and register a hook on a model that is made anew"
+        )
 
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
@@ -122,6 +148,10 @@ class TopQState:
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
     ) -> Future[Tensor]:
         """Take the next bucket of a backward pass: what `topq_hook` does."""
+        if self._unpaired is not None:
+            # not before the hook is in use, or a hook that was refused would leave its mark
+            self._unpaired.sparsified_elsewhere(self._names)
+            self._unpaired = None
         layout = Layout(
             names=tuple(self._names[parameter] for parameter in parameters),
             shapes=tuple(tuple(parameter.shape) for parameter in parameters),
@@ -131,15 +161,14 @@ class TopQState:
         return bucket.future
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this rank needs to resume: residuals by parameter name, settings, totals.
+        """Return what this rank needs to resume: residuals by parameter name, q or generator,
+        what "auto" has chosen, totals.
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
         Each rank's is its own: save one a rank.
         """
         return {
-            "version": 1,
-            "world_size": self._link.size,
-            "rank": self._link.rank,
+            **self._identity(),
             "residuals": self._compressor.residuals.state_dict(),
             "density": self._density.state_dict(),
             "chosen_exchange": self.chosen_exchange,
@@ -149,27 +178,42 @@ class TopQState:
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Resume from what the same rank's `state_dict` returned, or from those of all ranks.
 
-        A sequence holds the states of every rank of the old run, and the world size may have
-        changed since: each residual goes to the rank numbered as its old one modulo the new world
-        size, so that the sum over the ranks stays what it was.
+        A sequence holds the states of every rank of the old run, in rank order, and world size or
+        exchange may have changed since: the residuals are dealt out to the ranks that keep some
+        now, so that their sum stays what it was.
 
-        Raises ValueError, and changes nothing, for states of another model, or a single one of
-        another rank or world size.
+        Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
+        model's, or for a single one of another rank, world size or number of ranks a node.
         """
-        alone = isinstance(state, Mapping)
-        states = [state] if isinstance(state, Mapping) else list(state)
         shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        check_states(states, shapes, self._link if alone else None)
-        mine = states if alone else states[self._link.rank :: self._link.size]
+        feeds_back = self._compressor.error_feedback
+        if isinstance(state, Mapping):
+            check_state(state, self._identity(), shapes, feeds_back)
+            mine, first = [state], state
+        else:
+            states = list(state)
+            check_states(states, shapes, feeds_back)
+            owners = self._link.size // self._per_node
+            owner, follower = divmod(self._link.rank, self._per_node)
+            mine = [] if follower else states[owner::owners]
+            first = states[min(self._link.rank, len(states) - 1)]
         residuals = merged_residuals(mine)
-        stats = Stats(**mine[0]["stats"]) if mine else Stats()
-        chosen = states[0]["chosen_exchange"]
+        stats = Stats(**first["stats"])
+        chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
+        self._exchange.check_chosen(chosen)
+        self._density.load_state_dict(first["density"])
         # with another number of ranks another exchange may be the cheapest
-        if alone and chosen is not None and isinstance(self._exchange, Auto):
-            self._exchange.choose(chosen)
-        self._density.load_state_dict((mine or states)[0]["density"])
+        self._exchange.resume(chosen)
         self._compressor.residuals.load_state_dict(residuals)
         self._meter.stats = stats
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "version": STATE_VERSION,
+            "world_size": self._link.size,
+            "rank": self._link.rank,
+            "ranks_per_node": self._per_node,
+        }
 
 
 def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -178,7 +222,8 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
     A DistributedDataParallel communication hook, for `model.register_comm_hook(state, topq_hook)`
     where `register_topq_hook` is too little. The result is written into the bucket's own buffer.
 
-    Raises ExchangeError, on every rank, where ranks disagree on the settings or one has failed.
+    Raises ExchangeError, on every rank, where ranks disagree on the settings or one has failed;
+    DistributedDataParallel cannot go on after an error in backward(), so make the model anew.
     """
     return state.push(
         bucket.buffer(), bucket.parameters(), first=bucket.index() == 0, last=bucket.is_last()

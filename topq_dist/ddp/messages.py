@@ -21,6 +21,7 @@ from topq_dist.telemetry import Meter
 # frame length, digest of the settings it was made with, 1 where the rank has failed, a note
 _PREAMBLE = struct.Struct("<QIIQ")
 _SLOT_ALIGN_BYTES = 64
+_FAILED = "could not make its hook:"
 NO_FRAME = torch.empty(0, dtype=torch.uint8)
 
 
@@ -61,8 +62,12 @@ class Slot:
         return _PREAMBLE.size + frame_bytes <= self.bytes
 
     def fit(self, frame_lengths_bytes: Sequence[int]) -> None:
-        """Make room for the longest of these frames and the spare, in whole cache lines."""
+        """Make room for the longest of these frames and the spare, in whole cache lines.
+
+        A slot shrinks slowly: a step that overflowed, or drew a higher q, says little of the next.
+        """
         need = int((_PREAMBLE.size + max(frame_lengths_bytes)) * (1.0 + self._spare))
+        need = max(need, int(0.9 * self.bytes))
         self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
 
 
@@ -189,12 +194,20 @@ def gather_texts(text: str, *, group: dist.ProcessGroup, device: torch.device) -
     ]
 
 
+def tell_of_failure(error: Exception, *, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Take the place of `agree` on a rank that has failed, so that no other waits for it."""
+    gather_texts(f"{_FAILED} {error}", group=group, device=device)
+
+
 def agree(text: str, *, group: dist.ProcessGroup, device: torch.device) -> None:
     """Return when every rank of `group` has the same `text`; a collective that all must call.
 
     Raises ExchangeError on every rank, quoting the first line in which two ranks differ.
     """
     texts = gather_texts(text, group=group, device=device)
+    for rank, other in enumerate(texts):
+        if other.startswith(_FAILED):
+            raise ExchangeError(f"rank {rank} {other}")
     for rank, other in enumerate(texts):
         if other != texts[0]:
             first, second = _first_difference(texts[0], other)

@@ -6,7 +6,9 @@ in one order, and an error is raised where the user called backward().
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,19 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import Compressed, Cut, FlatCompressor
 from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.auto import Auto
 from topq_dist.ddp.density import Density
-from topq_dist.ddp.exchange import AllGather, Exchange, Job, Link, Pending
-from topq_dist.ddp.messages import ExchangeError, SettingsDifferError, agree, digest
+from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
+from topq_dist.ddp.messages import (
+    NO_FRAME,
+    ExchangeError,
+    FrameGather,
+    SettingsDifferError,
+    Slot,
+    agree,
+    digest,
+)
 
 
 class Bucket(NamedTuple):
@@ -31,34 +40,39 @@ class Bucket(NamedTuple):
     future: Future[Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a bucket goes through before it is exchanged.
+
+    may_be_unused: DDP leaves a parameter's gradient alone where no rank has used it, so nothing
+    may be sent for one whose own gradient is all zero.
+    """
+
+    density: Density
+    compressor: FlatCompressor
+    clip_norm: float | None
+    grad_scaler: GradScaler | None
+    may_be_unused: bool
+
+    def settings(self) -> str:
+        """Return this step's settings, the same text on ranks that work alike."""
+        clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
+        return f"{self.density.settings()}\n{self.compressor.settings()} {clip}"
+
+
 class Pipeline:
     """Carries the buckets of each backward pass from gradient to average."""
 
-    def __init__(
-        self,
-        link: Link,
-        density: Density,
-        compressor: FlatCompressor,
-        *,
-        clip_norm: float | None,
-        grad_scaler: GradScaler | None,
-    ) -> None:
+    def __init__(self, link: Link, stages: Stages, exchange: Exchange) -> None:
         self._link = link
-        self._density = density
-        self._compressor = compressor
-        self.exchange: Exchange = AllGather(link)
-        self._clip_norm = clip_norm
-        self._grad_scaler = grad_scaler
+        self._stages = stages
+        self._exchange = exchange
         self._scale = 1.0
         self._settings_digest = 0
         self._failure: Exception | None = None
         self._held: list[Bucket] = []
         self._in_flight: list[tuple[Bucket, Pending]] = []
-
-    def settings(self) -> str:
-        """Return this step's settings, the same text on ranks that work alike."""
-        clip = f"clip_norm={self._clip_norm} grad_scaler={self._grad_scaler is not None}"
-        return f"{self._density.settings()}\n{self._compressor.settings()} {clip}"
+        self._announcement: FrameGather | None = None
 
     def push(self, bucket: Bucket, *, first: bool, last: bool) -> None:
         """Take the next bucket of a backward pass; its future is done once `last` has come.
@@ -67,15 +81,15 @@ class Pipeline:
         """
         if first:
             self._begin()
-        if self._grad_scaler is not None:
+        if self._stages.grad_scaler is not None:
             bucket.flat.mul_(1.0 / self._scale)
-        if self._clip_norm is None:
+        if self._stages.clip_norm is None:
             self._launch(bucket)
         else:
             # the norm is that of the whole gradient, known when the last bucket is
             self._held.append(bucket)
             if last:
-                self._clip(self._held, self._clip_norm)
+                _clip(self._held, self._stages.clip_norm)
                 for held in self._held:
                     self._launch(held)
         if last:
@@ -86,23 +100,26 @@ class Pipeline:
         self._held = []
         self._in_flight = []
         self._failure = None
-        if isinstance(self.exchange, Auto):
-            self.exchange.begin_step()
-        if self._grad_scaler is not None:
-            self._scale = self._grad_scaler.get_scale()
+        self._exchange.begin_step()
+        if self._stages.grad_scaler is not None:
+            self._scale = self._stages.grad_scaler.get_scale()
         try:
-            self._density.begin_step()
-            self._settings_digest = digest(self.settings())
-        except (TypeError, ValueError) as failure:
+            self._stages.density.begin_step()
+            self._settings_digest = digest(self._stages.settings())
+        except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
+        self._announcement = None if self._exchange.tells else self._announce()
 
-    def _clip(self, buckets: Sequence[Bucket], clip_norm: float) -> None:
-        norms = [torch.linalg.vector_norm(b.flat, dtype=torch.float32) for b in buckets]
-        norm = float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms])))
-        # an overflowed gradient is sent as such, not made NaN all over
-        if clip_norm < norm < float("inf"):
-            for bucket in buckets:
-                bucket.flat.mul_(clip_norm / norm)
+    def _announce(self) -> FrameGather:
+        """Tell every rank of this one's settings and failure, where no frame of its will."""
+        return FrameGather(
+            NO_FRAME if self._failure is None else None,
+            settings_digest=self._settings_digest,
+            slot=Slot(),
+            group=self._link.group,
+            device=self._link.device,
+            meter=self._link.meter,
+        )
 
     def _launch(self, bucket: Bucket) -> None:
         job = Job(
@@ -111,7 +128,7 @@ class Pipeline:
             settings_digest=self._settings_digest,
             compress=lambda parts: self._compress(bucket, parts),
         )
-        pending = self.exchange.launch(job)
+        pending = self._exchange.launch(job)
         self._link.meter.add(dense_bytes=bucket.flat.nbytes)
         if self._in_flight:
             self._in_flight[-1][1].advance()
@@ -122,8 +139,11 @@ class Pipeline:
             return None
         try:
             with self._link.meter.timed("select_s"):
-                cuts = self._density.cuts(bucket.parameters)
-                return self._compressor.compress(bucket.flat, bucket.layout, cuts, parts=parts)
+                cuts = self._stages.density.cuts(bucket.parameters)
+                if self._stages.may_be_unused:
+                    cuts = [_unless_unused(cut, bucket.flat) for cut in cuts]
+                compressor = self._stages.compressor
+                return compressor.compress(bucket.flat, bucket.layout, cuts, parts=parts)
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
             return None
@@ -132,22 +152,35 @@ class Pipeline:
         in_flight, self._in_flight = self._in_flight, []
         self._held = []
         try:
+            if self._announcement is not None:
+                self._announcement.frames()
             in_flight[-1][1].advance()
             finite = [pending.receive() for _, pending in in_flight]
         except SettingsDifferError:
             # every rank is here, having read the same digests, and may ask for the particulars
-            agree(self.settings(), group=self._link.group, device=self._link.device)
+            agree(self._stages.settings(), group=self._link.group, device=self._link.device)
             raise
         except ExchangeError as error:
             raise self._failure or error from None
-        if self._failure is not None:
-            raise self._failure
         for bucket, pending in in_flight:
             if not all(finite):
                 bucket.flat.fill_(torch.nan)
             else:
                 pending.deliver()
-                if self._grad_scaler is not None:
+                if self._stages.grad_scaler is not None:
                     bucket.flat.mul_(self._scale)
             bucket.future.set_result(bucket.flat)
         self._link.meter.add(steps=1)
+
+
+def _clip(buckets: Sequence[Bucket], clip_norm: float) -> None:
+    norms = [torch.linalg.vector_norm(b.flat, dtype=torch.float64) for b in buckets]
+    norm = math.hypot(*(float(norm) for norm in norms))
+    # an overflowed gradient is sent as such, not made NaN all over
+    if clip_norm < norm < math.inf:
+        for bucket in buckets:
+            bucket.flat.mul_(clip_norm / norm)
+
+
+def _unless_unused(cut: Cut, flat: Tensor) -> Cut:
+    return cut if bool(flat[cut.stretch].any()) else replace(cut, kept=0)

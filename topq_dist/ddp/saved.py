@@ -1,4 +1,4 @@
-"""Saved states of the hook: whether they fit, and how residuals move to another world size."""
+"""Saved states of the hook: whether they fit, and how residuals move to other ranks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,62 @@ from typing import Any
 
 from torch import Tensor
 
-from topq_dist.ddp.exchange import Link
+from topq_dist.compress.feedback import check_residual
+from topq_dist.telemetry import Stats
+from topq_dist.topq import check_number
+
+STATE_VERSION = 1
+_FIELDS = {
+    "residuals": Mapping,
+    "density": Mapping,
+    "stats": Mapping,
+    "chosen_exchange": str | None,
+}
+
+
+def check_state(
+    state: Mapping[str, Any],
+    identity: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    feeds_back: bool,
+) -> None:
+    """Raise ValueError or TypeError unless this is a state with this identity and model."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is a {type(state).__name__}: expected what state_dict returned")
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise ValueError(f"state has {key}={state.get(key)!r}: expected {value}")
+    for key, kind in _FIELDS.items():
+        if key not in state:
+            raise ValueError(f"state lacks {key!r}: expected what state_dict returned")
+        if not isinstance(state[key], kind):
+            raise TypeError(f"state has {key}={state[key]!r}: expected what state_dict returned")
+    if set(state["stats"]) != set(vars(Stats())):
+        raise ValueError(
+            f"state has stats of {list(state['stats'])}: expected {list(vars(Stats()))}"
+        )
+    for key, total in state["stats"].items():
+        check_number(f"stats[{key!r}]", total)
+    if state["residuals"] and not feeds_back:
+        raise ValueError("state has residuals: expected a hook with error_feedback=True")
+    for name, residual in state["residuals"].items():
+        check_residual(name, residual)
+        if tuple(residual.shape) != shapes.get(name):
+            raise ValueError(
+                f"state has a residual of {name!r} with shape {tuple(residual.shape)}: "
+                f"expected {shapes.get(name, 'no such parameter in this model')}"
+            )
 
 
 def check_states(
-    states: Sequence[Mapping[str, Any]],
-    shapes: Mapping[str, tuple[int, ...]],
-    link: Link | None,
+    states: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]], feeds_back: bool
 ) -> None:
-    """Raise ValueError unless these are the states of one run of a model with these shapes.
-
-    With a link the only state must be that of its rank; without, there must be one for each rank
-    of the old run, in rank order.
-    """
+    """Raise unless these are the states of every rank of one run of this model, in rank order."""
     if not states:
         raise ValueError("no states: expected one for each rank of the saved run")
-    for at, state in enumerate(states):
-        expected = {
-            "version": 1,
-            "world_size": link.size if link else len(states),
-            "rank": link.rank if link else at,
-        }
-        for key, value in expected.items():
-            if state.get(key) != value:
-                raise ValueError(f"state has {key}={state.get(key)!r}: expected {value}")
-        for name, residual in state["residuals"].items():
-            if tuple(residual.shape) != shapes.get(name):
-                raise ValueError(
-                    f"state has a residual of {name!r} with shape {tuple(residual.shape)}: "
-                    f"expected {shapes.get(name, 'no such parameter in this model')}"
-                )
+    for rank, state in enumerate(states):
+        identity = {"version": STATE_VERSION, "world_size": len(states), "rank": rank}
+        check_state(state, identity, shapes, feeds_back)
 
 
 def merged_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -44,5 +70,6 @@ def merged_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for state in states:
         for name, residual in state["residuals"].items():
-            merged[name] = merged[name] + residual if name in merged else residual
+            there = merged.get(name)
+            merged[name] = residual if there is None else there + residual.to(there.device)
     return merged

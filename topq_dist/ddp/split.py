@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import Compressed, FlatCompressor, is_finite, join_parts
+from topq_dist.compress.compressor import Compressed, FlatCompressor, decode_parts, write_sum
 from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.exchange import Job, Link, Pending
+from topq_dist.compress.frame import Frame, FrameError
+from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
 from topq_dist.ddp.messages import (
     NO_FRAME,
     ExchangeError,
@@ -27,7 +28,7 @@ from topq_dist.ddp.messages import (
 )
 
 
-class SplitReduce:
+class SplitReduce(Exchange):
     """Send each part's frame to the rank that owns the part; gather the owners' reduced frames.
 
     An owner passes on as many elements of its part as a rank has sent it on average, and owes the
@@ -56,8 +57,9 @@ class _Splitting:
         self._compressed = job.compress(link.size)
         self._reduction: Compressed | None = None
         self._error: ExchangeError | None = None
+        self._failure: FrameError | None = None
         self._gather: FrameGather | None = None
-        self._reduced: list[Tensor] = []
+        self._reduced: list[Frame] = []
         self._scatter()
 
     def _scatter(self) -> None:
@@ -85,14 +87,12 @@ class _Splitting:
             self._error = error
             return
         longest = max(head.frame_bytes for head in heads)
+        frame: Tensor | None = NO_FRAME
         if self._slot.holds(longest):
             frames = [frame_in(row, head) for row, head in zip(slots, heads, strict=True)]
-            with self._link.meter.timed("select_s"):
-                self._reduction = self._compressor.reduce(
-                    frames, self._job.layout, part=self._link.rank, parts=self._link.size
-                )
+            frame = self._reduce(frames)
         self._gather = FrameGather(
-            NO_FRAME if self._reduction is None else self._reduction.frames[0],
+            frame,
             settings_digest=self._job.settings_digest,
             slot=self._reduced_slot,
             group=self._link.group,
@@ -101,18 +101,34 @@ class _Splitting:
             note=longest,
         )
 
+    def _reduce(self, frames: list[Tensor]) -> Tensor | None:
+        try:
+            with self._link.meter.timed("select_s"):
+                self._reduction = self._compressor.reduce(
+                    frames, self._job.layout, part=self._link.rank, parts=self._link.size
+                )
+        except FrameError as error:
+            # raised once the other ranks have been told
+            self._failure = error
+            return None
+        return self._reduction.frames[0]
+
     def receive(self) -> bool:
         while True:
             if self._error is not None:
                 raise self._error
             if self._gather is None:
                 raise RuntimeError("receive comes after advance")
-            self._reduced = self._gather.frames()
+            try:
+                frames = self._gather.frames()
+            except ExchangeError as error:
+                raise self._failure or error from None
             longest = self._gather.highest_note
             fitted = self._slot.holds(longest)
             self._slot.fit([longest])
             if fitted:
-                return all(is_finite(frame) for frame in self._reduced)
+                self._reduced = decode_parts(frames, numel=self._job.bucket.numel())
+                return all(frame.finite for frame in self._reduced)
             # some frame had no room: every rank has read so, and all start over
             self._scatter()
             self.advance()
@@ -122,4 +138,4 @@ class _Splitting:
             self._compressed.commit()
         if self._reduction is not None:
             self._reduction.commit()
-        join_parts(self._reduced, out=self._job.bucket)
+        write_sum(self._reduced, divisor=1, out=self._job.bucket)
