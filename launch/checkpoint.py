@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +25,6 @@ import torch.distributed as dist
 KEPT = 2
 _CONFIG = "config.json"
 _SHARED = "shared.pt"
-SHARED_KEYS = frozenset({"model", "optimizer", "losses", "sent_bytes", "train_s"})
-OWN_KEYS = frozenset({"topq", "generator"})
 
 Config = Mapping[str, Any]
 
@@ -95,16 +93,18 @@ def check(checkpoint: Path, config: Config) -> None:
         )
 
 
-def check_files(checkpoint: Path, ranks: int) -> None:
-    """Raise CheckpointError, naming the file, unless every rank could `load` its part."""
-    for rank in range(ranks):
-        load(checkpoint, rank)
+def check_files(checkpoint: Path, ranks: int, *, shared: Set[str], own: Set[str]) -> None:
+    """Raise CheckpointError, naming the file, unless every rank could `load` these keys."""
+    parts = {_SHARED: shared, **{_rank_file(rank): own for rank in range(ranks)}}
+    for name, keys in parts.items():
+        missing = sorted(keys - _read(checkpoint, name).keys())
+        if missing:
+            raise _broken(checkpoint, f"{name} lacks {', '.join(missing)}")
 
 
 def load(checkpoint: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (shared, own) as `save` was given them on `rank`; raises CheckpointError."""
-    shared = _read(checkpoint, _SHARED, SHARED_KEYS)
-    return shared, _read(checkpoint, _rank_file(rank), OWN_KEYS)
+    return _read(checkpoint, _SHARED), _read(checkpoint, _rank_file(rank))
 
 
 def _differences(written: Config, expected: Config) -> list[tuple[str, Any, Any]]:
@@ -151,15 +151,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(checkpoint: Path, name: str, keys: frozenset[str]) -> dict[str, Any]:
+def _read(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         content = torch.load(checkpoint / name, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything for bytes that are no archive
         raise _broken(checkpoint, f"{name}: {error}") from error
     if not isinstance(content, dict):
         raise _broken(checkpoint, f"{name} holds a {type(content).__name__}")
-    if not keys <= content.keys():
-        raise _broken(checkpoint, f"{name} lacks {', '.join(sorted(keys - content.keys()))}")
     return content
 
 

@@ -104,7 +104,7 @@ def check(options: Comparison) -> dict[Mode, Training]:
 def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
     """Return the options of one mode, resumed if they ask for it and there is a checkpoint."""
     from checkpoint import check_files, latest
-    from run import checkpoint_folder, checkpoint_to_resume, run_config
+    from run import OWN_KEYS, SHARED_KEYS, checkpoint_folder, checkpoint_to_resume, run_config
 
     training = options.training
     if training.resume and training.checkpoint is not None:
@@ -115,7 +115,7 @@ def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
     newest = checkpoint_to_resume(training, mode, config)
     if newest is not None:
         # here, where one line can say which file it is, and not on some rank
-        check_files(newest, options.ranks)
+        check_files(newest, options.ranks, shared=SHARED_KEYS, own=OWN_KEYS)
     return training
 
 

@@ -22,6 +22,11 @@ from tqdm import tqdm
 from topq_dist import TopQState
 
 
+# what _save writes and _resume reads
+SHARED_KEYS = frozenset({"model", "optimizer", "losses", "sent_bytes", "train_s"})
+OWN_KEYS = frozenset({"topq", "generator"})
+
+
 class Run:
     """One rank's training run. `state` is the top-Q hook's, or None for dense DDP.
 

@@ -178,3 +178,16 @@ def test_a_broken_file_is_named_and_never_unpickled(tmp_path: Path, name: str, d
         torch.save({"callable": json.dumps}, file)
     with pytest.raises(CheckpointError, match=rf"step-00000005 cannot be read \({name}"):
         checkpoint.load(newest, 0)
+
+
+def test_a_file_without_what_a_rank_needs_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    torch.save({"model": 1}, folder / "shared.pt")
+    torch.save({"generator": 1}, folder / "rank-0.pt")
+    checkpoint.check_files(folder, 1, shared={"model"}, own={"generator"})
+    with pytest.raises(checkpoint.CheckpointError, match=r"rank-0.pt lacks topq"):
+        checkpoint.check_files(folder, 1, shared={"model"}, own={"generator", "topq"})
+    (folder / "rank-0.pt").write_bytes(b"rubbish")
+    with pytest.raises(checkpoint.CheckpointError, match=r"rank-0.pt"):
+        checkpoint.check_files(folder, 1, shared={"model"}, own={"generator"})
