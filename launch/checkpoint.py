@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +94,9 @@ def check(checkpoint: Path, config: Config) -> None:
         )
 
 
-def check_files(checkpoint: Path, ranks: int, *, shared: Set[str], own: Set[str]) -> None:
+def check_files(
+    checkpoint: Path, ranks: int, *, shared: AbstractSet[str], own: AbstractSet[str]
+) -> None:
     """Raise CheckpointError, naming the file, unless every rank could `load` these keys."""
     parts = {_SHARED: shared, **{_rank_file(rank): own for rank in range(ranks)}}
     for name, keys in parts.items():

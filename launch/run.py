@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from topq_dist import TopQState
 
-
 # what _save writes and _resume reads
 SHARED_KEYS = frozenset({"model", "optimizer", "losses", "sent_bytes", "train_s"})
 OWN_KEYS = frozenset({"topq", "generator"})
