@@ -61,7 +61,7 @@ def log2_choices(n: int, k: int) -> float:
 def measure(numel: int, density: float, value_format: str, seed: int) -> Row:
     """Encode a random set of this density."""
     random = np.random.default_rng(seed)
-    k = round(density * numel)
+    k = max(1, round(density * numel))
     indices = np.sort(random.choice(numel, k, replace=False, shuffle=False))
     values = torch.from_numpy(random.standard_normal(k, dtype=np.float32))
     frame = encode_frame(numel, torch.from_numpy(indices), values, value_format).frame
@@ -149,7 +149,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,7 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     rows = [
         measure(options.numel, density, value_format, options.seed)
         for density in options.densities

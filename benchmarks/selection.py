@@ -196,7 +196,7 @@ def draw(rows: Sequence[Row], numel: int, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=integer_from(1), default=60, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=15, help="steps measured")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     rows = [
         row
         for q in options.q
