@@ -1,6 +1,7 @@
 """What compare.py checks before any process starts."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import checkpoint
@@ -10,7 +11,7 @@ import torchrun
 from data import load_data
 from models import build_model
 from options import Comparison, Mode, parse_comparison
-from run import checkpoint_folder, run_config
+from run import OWN_KEYS, SHARED_KEYS, checkpoint_folder, run_config
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +28,17 @@ def write_checkpoint(comparison: Comparison, mode: Mode, step: int = 5) -> None:
     training = comparison.training
     assert training.checkpoint is not None
     model = build_model(load_data(training.data, training.data_dir))
+    folder = checkpoint_folder(training.checkpoint, mode)
     checkpoint.save(
-        checkpoint_folder(training.checkpoint, mode),
+        folder,
         step,
         config=run_config(training, mode, comparison.ranks, model),
-        shared={},
-        own={},
+        shared=dict.fromkeys(SHARED_KEYS),
+        own=dict.fromkeys(OWN_KEYS),
     )
+    (saved,) = folder.glob(f"step-*{step}")
+    for rank in range(1, comparison.ranks):
+        shutil.copy(saved / "rank-0.pt", saved / f"rank-{rank}.pt")
 
 
 def refusal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
@@ -127,3 +132,14 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "data digits, here shakespeare" in message
     assert "model characters.weight absent, here [" in message
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_a_rank_whose_file_is_broken_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = options(tmp_path, "--resume")
+    write_checkpoint(comparison, "dense")
+    (broken,) = (tmp_path / "ck" / "dense").glob("step-*/rank-1.pt")
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert "rank-1.pt" in refusal(comparison, capsys)
