@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--numel", type=integer_from(1000), default=6_553_600)
     parser.add_argument("--q", nargs="+", type=float, default=[0.99, 0.999])
-    parser.add_argument("--threads", nargs="+", type=integer_from(1), default=[1, 2])
+    parser.add_argument("--threads", nargs="+", type=integer_from(1), default=[1])
     parser.add_argument("--warm-up", type=integer_from(1), default=60, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=15, help="steps measured")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
