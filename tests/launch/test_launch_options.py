@@ -68,7 +68,7 @@ def test_defaults_are_the_recipe_of_the_data_set(data: str) -> None:
 
 def test_another_optimizer_gets_a_learning_rate_that_fits_it() -> None:
     assert parse_comparison(["--inner-opt", "Adam"]).training.lr == 1e-3
-    assert parse_comparison(["--data", "shakespeare", "--inner-opt", "SGD"]).training.lr == 0.1
+    assert parse_comparison(["--data", "shakespeare", "--inner-opt", "NAdam"]).training.lr == 2e-3
     assert parse_comparison(["--inner-opt", "adam", "--lr", "0.5"]).training.lr == 0.5
 
 
