@@ -3,7 +3,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-set_up train test
+set_up train ps test
 
 run_from_root() {
     echo "+ $*" >&2

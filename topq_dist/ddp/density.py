@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from topq_dist.compress.compressor import Cut, at_least_one
+from topq_dist.compress.compressor import Cut
+from topq_dist.compress.density import Scope, check_scope, uniform_cuts
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.topq import check_fraction, draw_q, kept_count, row_shape
-
-Scope = Literal["parameter", "bucket"]
 
 
 class Density(Protocol):
@@ -66,9 +65,7 @@ class FixedDensity:
     """
 
     def __init__(self, q: float, scope: Scope) -> None:
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope={scope!r}: expected one of {', '.join(get_args(Scope))}")
-        self.scope = scope
+        self.scope = check_scope(scope)
         self.q = check_fraction("q", q)
 
     def begin_step(self) -> None:
@@ -79,14 +76,7 @@ class FixedDensity:
 
     def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
         numels = [parameter.numel() for parameter in parameters]
-        if self.scope == "bucket":
-            numels = [sum(numels)]
-        cuts, start = [], 0
-        for numel in numels:
-            kept = at_least_one(self.q, numel)
-            cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=kept))
-            start += numel
-        return cuts
+        return uniform_cuts(numels, q=self.q, scope=self.scope)
 
     def state_dict(self) -> dict[str, Any]:
         return {"q": self.q}

@@ -12,6 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.density import Scope
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.checks import (
     check_grad_scaler,
@@ -22,7 +23,7 @@ from topq_dist.ddp.checks import (
     trainable_names,
 )
 from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
-from topq_dist.ddp.density import FixedDensity, Scope, make_density
+from topq_dist.ddp.density import FixedDensity, make_density
 from topq_dist.ddp.exchange import Link
 from topq_dist.ddp.messages import agree, tell_of_failure
 from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages

@@ -1,0 +1,97 @@
+"""What a parameter server is told at its start; checked at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Mode = Literal["sync", "async"]
+Downlink = Literal["exact", "topq", "dense"]
+
+
+def _check(name: str, value: float, least: float, *, above: bool = False) -> None:
+    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong_type or not math.isfinite(value) or value < least or (above and value == least):
+        bound = "above" if above else "of at least"
+        raise ValueError(f"{name}={value!r}: expected a number {bound} {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRule:
+    """Hyperparameters of the tensors whose names match `pattern` (as fnmatch does)."""
+
+    pattern: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What decides the numbers: kept in the snapshot, and the same at every restart.
+
+    inner_opt: name of a class of torch.optim, in any case. options: its keyword arguments.
+    groups: the first rule that matches a tensor's name overrides options for it.
+    mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
+    max_staleness: versions that a push may lag behind in async mode; older ones are refused.
+    downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
+        lack, as value_format (None: the tensors' own), "dense" everything.
+
+    Raises ValueError for a value out of place, naming it.
+    """
+
+    inner_opt: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    groups: tuple[GroupRule, ...] = ()
+    mode: Mode = "sync"
+    max_staleness: int = 16
+    downlink: Downlink = "exact"
+    q: float = 0.99
+    value_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if self.downlink not in get_args(Downlink):
+            known = ", ".join(get_args(Downlink))
+            raise ValueError(f"downlink={self.downlink!r}: expected one of {known}")
+        _check("max_staleness", self.max_staleness, 0)
+        _check("q", self.q, 0)
+        if self.q > 1:
+            raise ValueError(f"q={self.q!r}: expected a number in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """What may change at a restart.
+
+    start_workers: the first version waits until so many have joined. min_workers: no version is
+    made of fewer live ones. max_workers: no more can join.
+    lease_s: a worker not heard of for so long is gone. round_timeout_s: a round that waits longer
+    after its first push closes without the rest; None waits for every live worker.
+    snapshot_every: versions between two snapshots; 1 makes each durable before it is answered.
+    history_bytes: recent updates kept for workers that catch up or come back.
+    max_model_bytes: of the values that a worker may bring.
+
+    Raises ValueError for a value out of place, naming it.
+    """
+
+    start_workers: int = 1
+    min_workers: int = 1
+    max_workers: int = 64
+    lease_s: float = 60.0
+    round_timeout_s: float | None = None
+    snapshot_every: int = 50
+    history_bytes: int = 256 << 20
+    max_model_bytes: int = 64 << 30
+
+    def __post_init__(self) -> None:
+        _check("start_workers", self.start_workers, 1)
+        _check("min_workers", self.min_workers, 1)
+        _check("max_workers", self.max_workers, max(self.start_workers, self.min_workers))
+        _check("lease_s", self.lease_s, 0, above=True)
+        if self.round_timeout_s is not None:
+            _check("round_timeout_s", self.round_timeout_s, 0, above=True)
+        _check("snapshot_every", self.snapshot_every, 1)
+        _check("history_bytes", self.history_bytes, 0)
+        _check("max_model_bytes", self.max_model_bytes, 1)

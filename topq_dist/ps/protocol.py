@@ -1,0 +1,208 @@
+"""The words that server and worker share: points, pushes, updates, and what can be refused.
+
+protos/topq_dist/v1/parameter_server.proto says what they mean on the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from topq_dist.compress.frame import Frame
+
+CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 2 << 20
+CHAIN_BYTES = 32
+DIGEST_BYTES = 32
+INSTANCE_BYTES = 16
+FIRST_CHAIN = bytes(CHAIN_BYTES)
+_WORKER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A state of the model: its version, and the hash of all that led to it."""
+
+    version: int
+    chain: bytes
+
+
+START = Point(version=0, chain=FIRST_CHAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """A worker's gradient for one step, decoded and checked.
+
+    frames: one for each vector of the model; none where the worker has no gradient in this step.
+    lr: of each parameter group; empty: the server's own.
+    applied_version, members: in a replay, where the push was applied before and beside whom.
+    """
+
+    worker: str
+    epoch: int
+    sequence: int
+    base: Point
+    frames: tuple[Frame, ...]
+    lr: tuple[float, ...]
+    digest: bytes
+    applied_version: int = 0
+    members: tuple[str, ...] = ()
+
+
+class UpdateKind(Enum):
+    """How the payloads of an update change what a worker holds."""
+
+    SET = 1
+    ADD = 2
+    FULL = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What brings a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector."""
+
+    kind: UpdateKind
+    point: Point
+    payloads: tuple[memoryview, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads together."""
+        return sum(payload.nbytes for payload in self.payloads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a push.
+
+    applied: the point of the version that holds it, or None where it was refused as stale.
+    members: whose pushes that version averages. updates: from the push's base on, oldest first.
+    """
+
+    applied: Point | None
+    members: tuple[str, ...]
+    updates: tuple[Update, ...]
+    durable_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupView:
+    """A parameter group of the inner optimizer as workers see it."""
+
+    names: tuple[str, ...]
+    numbers: Mapping[str, float]
+
+
+class RefusedError(Exception):
+    """A request that the server does not take; `reason` is one word for the counters.
+
+    Nothing of the server's state has changed.
+    """
+
+    reason = "refused"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class NotJoinedError(RefusedError):
+    """The worker has no place in this run."""
+
+    reason = "not_joined"
+
+
+class WrongRunError(RefusedError):
+    """The worker belongs to another run than the server's."""
+
+    reason = "wrong_run"
+
+
+class ModelDiffersError(RefusedError):
+    """The worker's model is not the run's."""
+
+    reason = "model_differs"
+
+
+class OldEpochError(RefusedError):
+    """A newer process has taken the worker's name."""
+
+    reason = "old_epoch"
+
+
+class SequenceGapError(RefusedError):
+    """A sequence number after the next one, which the message names."""
+
+    reason = "sequence_gap"
+
+
+class DigestDiffersError(RefusedError):
+    """A sequence number that was applied with other bytes."""
+
+    reason = "digest_differs"
+
+
+class ForgottenError(RefusedError):
+    """A repeat whose answer is no longer kept."""
+
+    reason = "forgotten"
+
+
+class InvalidError(RefusedError):
+    """A request that no worker of this library would send."""
+
+    reason = "invalid"
+
+
+class NonFiniteError(InvalidError):
+    """A gradient, or a learning rate, that is NaN or infinite."""
+
+    reason = "non_finite"
+
+
+class TooLargeError(RefusedError):
+    """More than the server agreed to hold."""
+
+    reason = "too_large"
+
+
+class TooManyWorkersError(RefusedError):
+    """A worker beyond the run's maximum."""
+
+    reason = "too_many_workers"
+
+
+class NotReadyError(RefusedError):
+    """The server is starting, draining, or has no model yet: try again."""
+
+    reason = "not_ready"
+
+
+def check_worker_name(worker: str) -> str:
+    """Return `worker` where it can name one; raises InvalidError."""
+    if not isinstance(worker, str) or not _WORKER_NAME.fullmatch(worker):
+        raise InvalidError(
+            f"worker={worker!r}: expected 1 to 64 letters, digits, dots, hyphens or underscores"
+        )
+    return worker
+
+
+def push_digest(lr: Sequence[float], frames: Iterable[memoryview]) -> bytes:
+    """Return the SHA-256 by which a push is known: learning rates, then the frames' bytes."""
+    digest = hashlib.sha256(struct.pack(f"<{len(lr)}d", *lr))
+    for frame in frames:
+        digest.update(frame)
+    return digest.digest()
+
+
+def next_chain(chain: bytes, pushes: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """Return the chain after a version that applied these (worker, sequence, digest), sorted."""
+    digest = hashlib.sha256(chain)
+    for worker, sequence, push in sorted(pushes):
+        name = worker.encode()
+        digest.update(struct.pack("<QQ", len(name), sequence) + name + push)
+    return digest.digest()
