@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import device
 import frame_size
 import pytest
 import selection
@@ -47,3 +48,14 @@ def test_frame_size_reports_every_format(
         assert row["frame_bytes"] <= row["slot_bytes"]
     assert (tmp_path / "frame_size.png").stat().st_size > 1000
     assert "over the bound" in capsys.readouterr().out
+
+
+def test_the_device_benchmark_runs_on_any_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--numel", "5000", "--q", "0.99", "--warm-up", "2", "--steps", "3")
+    device.main(["--device", "cpu", *few, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "device.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [device.COPY, device.OURS, device.TOPK]
+    assert all(len(row["times_s"]) == 3 and row["gradient_gb_per_s"] > 0 for row in rows)
+    assert "GB/s of gradient" in capsys.readouterr().out
