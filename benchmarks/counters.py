@@ -18,6 +18,11 @@ def interface_sent_bytes(interface: str) -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
+def interface_received_bytes(interface: str) -> int:
+    """Return the bytes that ever came in by `interface`, as this network namespace counts them."""
+    return int(Path(f"/sys/class/net/{interface}/statistics/rx_bytes").read_text())
+
+
 def tcp_sent_bytes() -> int:
     """Return the payload bytes that peers have acknowledged on this process's open TCP sockets."""
     return sum(_acked_bytes(int(entry.name)) for entry in Path("/proc/self/fd").iterdir())

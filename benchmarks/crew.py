@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -99,15 +99,22 @@ class Crew:
 
 @contextmanager
 def crew(
-    size: int, *, interface: str, command: Callable[[int, Sequence[str]], Sequence[str]]
+    size: int,
+    *,
+    interface: str,
+    command: Callable[[int, Sequence[str]], Sequence[str]],
+    script: Path = WORKER,
+    extra_environment: Mapping[str, str] | None = None,
 ) -> Iterator[Crew]:
     """Start `size` workers that talk through `interface`, and end them with the block.
 
-    `command(rank, argv)` returns how `argv` is run for that rank, on its own host for instance.
+    `command(rank, argv)` returns how `argv` is run for that rank, on its own host for instance;
+    `script` reads Jobs and answers Measurements as ddp_worker.py does.
     """
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": interface,
         "OMP_NUM_THREADS": "1",
+        **(extra_environment or {}),
     }
     workers: list[subprocess.Popen[str]] = []
     with ExitStack() as stack:
@@ -115,7 +122,7 @@ def crew(
         try:
             for rank in range(size):
                 worker = subprocess.Popen(
-                    command(rank, [sys.executable, str(WORKER)]),
+                    command(rank, [sys.executable, str(script)]),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors[rank],

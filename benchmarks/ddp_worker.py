@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -54,7 +55,7 @@ class Measurement:
     `sent_bytes` is what left the interface a step, barriers and TCP acknowledgements included;
     `tcp_bytes` the payload that left this rank's own sockets. The rest is topq_dist's own account
     of a step, None for the other hooks: `handed_bytes` to collectives, `wire_bytes` forwarded by
-    them, and the exchange that "auto" chose.
+    them, and the exchange that "auto" chose. `received_bytes` came in by the interface.
     """
 
     step_s: list[float]
@@ -66,16 +67,22 @@ class Measurement:
     handed_bytes: float | None = None
     wire_bytes: float | None = None
     chosen_exchange: str | None = None
+    received_bytes: float | None = None
+
+
+def build_model() -> nn.Sequential:
+    """Return the MLP, the same on every rank."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class Training:
     """A model, an optimizer and fresh random batches; one call is one timed step."""
 
     def __init__(self, rank: int, bucket_cap_mb: int | None) -> None:
-        torch.manual_seed(0)
-        layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
         self.model = DistributedDataParallel(
-            nn.Sequential(*layers[:-1]),
+            build_model(),
             bucket_cap_mb=bucket_cap_mb,
             # all ranks have seed 0, and sending 42 MB at 100 Mbit takes seconds a hook
             init_sync=False,
@@ -121,7 +128,7 @@ def _measure(job: Job) -> Measurement:
         pair_s = training.step_s(exchange=True)
     pair_s += training.step_s(exchange=False)
 
-    pairs = _agreed_pairs(job, pair_s)
+    pairs = agreed_pairs(job, pair_s)
     before = state.stats() if state else None
     sent_before, tcp_before = interface_sent_bytes(job.interface), tcp_sent_bytes()
     step_s, compute_s = [], []
@@ -146,13 +153,14 @@ def _measure(job: Job) -> Measurement:
     )
 
 
-def _agreed_pairs(job: Job, pair_s: float) -> int:
+def agreed_pairs(job: Job, pair_s: float) -> int:
+    """Return how many pairs fit the budget where the slowest rank takes `pair_s` for one."""
     slowest_s = torch.tensor(pair_s)
     dist.all_reduce(slowest_s, op=dist.ReduceOp.MAX)
     return max(MIN_PAIRS, min(job.max_pairs, int(job.budget_s / slowest_s.item())))
 
 
-def main() -> None:
+def answer_jobs(measure: Callable[[Job], Measurement]) -> None:
     """Answer every job on stdin until it ends."""
     # whatever a library prints must not land between the answers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -164,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_jobs(measure)
