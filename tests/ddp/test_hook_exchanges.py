@@ -144,6 +144,25 @@ def dense_is_ddp(rank: int) -> bool:
     return True
 
 
+def split_bytes(rank: int) -> float:
+    """Bytes on the link over those of an all-gather's frames, once lengths have settled."""
+    wire_bytes = {}
+    for exchange in EXCHANGES[:2]:
+        model = DistributedDataParallel(nn.Linear(500, 400))
+        state = register_topq_hook(model, q=0.9, exchange=exchange)
+        for step in range(8):
+            before = state.stats().wire_bytes
+            inputs = torch.randn(4, 500, generator=torch.Generator().manual_seed(10 * step + rank))
+            model(inputs).square().sum().backward()
+            wire_bytes[exchange] = state.stats().wire_bytes - before
+    return 3 * wire_bytes["split"] / wire_bytes["allgather"]
+
+
+def test_split_sends_less_than_two_frames(tmp_path: Path) -> None:
+    # 2 (W - 1) / W frames, and less where an owner's own part holds much of what it owes
+    assert all(frames < 1.7 for frames in run_ranks(4, split_bytes, tmp_path))
+
+
 def auto_agrees(rank: int) -> str:
     model, state, optimizer = hooked("auto")
     assert state.chosen_exchange is None

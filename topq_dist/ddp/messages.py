@@ -1,8 +1,8 @@
 """Frames between ranks, in slots that every rank sizes alike, and agreement between ranks.
 
-A slot is sized from what all ranks know, the frames of the last step, so that one collective
+A slot is sized from what its users know alike, the frames of the last steps, so that one collective
 carries frames of different lengths. A frame that does not fit its slot (the first one never does)
-announces its length, and all ranks, having read the same announcements, gather once more.
+announces its length, and all ranks, having read the same announcements, go on to a second one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from topq_dist.telemetry import Meter
 
-# frame length, digest of the settings it was made with, 1 where the rank has failed, a note
-_PREAMBLE = struct.Struct("<QIIQ")
+# frame length, digest of the settings it was made with, whether the rank has failed, whether a
+# frame of its has no room in its slot
+_HEAD = struct.Struct("<QIHH")
 _SLOT_ALIGN_BYTES = 64
+_CPU = torch.device("cpu")
 _FAILED = "could not make its hook:"
 NO_FRAME = torch.empty(0, dtype=torch.uint8)
 
@@ -43,12 +45,32 @@ class Head(NamedTuple):
 
     frame_bytes: int
     settings_digest: int
-    failed: int
-    note: int
+    failed: bool
+    tailed: bool
+
+
+class KeptBuffer:
+    """A byte buffer that is kept from one step to the next, lent to one collective at a time."""
+
+    def __init__(self) -> None:
+        self._buffer = NO_FRAME
+        self._lent = False
+
+    def take(self, numel: int, device: torch.device) -> Tensor:
+        """Return `numel` bytes of any content, this borrower's until `release`."""
+        # what an aborted pass never brought back may still be written to
+        if self._lent or self._buffer.numel() < numel or self._buffer.device != device:
+            self._buffer = torch.empty(numel + numel // 8, dtype=torch.uint8, device=device)
+        self._lent = True
+        return self._buffer[:numel]
+
+    def release(self) -> None:
+        """Take the bytes back."""
+        self._lent = False
 
 
 class Slot:
-    """How many bytes each rank reserves for its frame of one bucket, the same on every rank.
+    """How many bytes are reserved for a frame of one bucket, the same on each rank that uses it.
 
     spare: room beyond the longest frame of the last step, as a fraction of it.
     """
@@ -57,37 +79,47 @@ class Slot:
         self._spare = spare
         self.bytes = _SLOT_ALIGN_BYTES
 
+    @property
+    def room_bytes(self) -> int:
+        """The length of the longest frame that fits."""
+        return self.bytes - _HEAD.size
+
     def holds(self, frame_bytes: int) -> bool:
         """Return whether a frame of this length fits."""
-        return _PREAMBLE.size + frame_bytes <= self.bytes
+        return frame_bytes <= self.room_bytes
 
     def fit(self, frame_lengths_bytes: Sequence[int]) -> None:
         """Make room for the longest of these frames and the spare, in whole cache lines.
 
         A slot shrinks slowly: a step that overflowed, or drew a higher q, says little of the next.
         """
-        need = int((_PREAMBLE.size + max(frame_lengths_bytes)) * (1.0 + self._spare))
+        need = int((_HEAD.size + max(frame_lengths_bytes)) * (1.0 + self._spare))
         need = max(need, int(0.9 * self.bytes))
         self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
 
 
-def pack(row: Tensor, frame: Tensor | None, settings_digest: int, note: int = 0) -> None:
-    """Write a slot: its head, and the frame where it fits; None says that this rank has failed."""
+def pack(row: Tensor, frame: Tensor | None, settings_digest: int, *, tailed: bool = False) -> None:
+    """Write a slot, its head and what it holds of the frame; None says that this rank has failed.
+
+    tailed: whether a frame of this rank, this one or another, does not fit its slot.
+    """
     length = 0 if frame is None else frame.numel()
-    head = _PREAMBLE.pack(length, settings_digest, int(frame is None), note)
-    row[: _PREAMBLE.size] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    if frame is not None and _PREAMBLE.size + length <= row.numel():
-        row[_PREAMBLE.size : _PREAMBLE.size + length] = frame
+    head = Head(length, settings_digest, failed=frame is None, tailed=tailed)
+    row[: _HEAD.size] = torch.frombuffer(bytearray(_HEAD.pack(*head)), dtype=torch.uint8)
+    if frame is not None:
+        held = frame[: row.numel() - _HEAD.size]
+        row[_HEAD.size : _HEAD.size + held.numel()] = held
 
 
 def unpack(row: Tensor) -> Head:
     """Read a slot's head."""
-    return Head(*_PREAMBLE.unpack(row[: _PREAMBLE.size].numpy().tobytes()))
+    length, settings_digest, failed, tailed = _HEAD.unpack(row[: _HEAD.size].numpy().tobytes())
+    return Head(length, settings_digest, bool(failed), bool(tailed))
 
 
 def frame_in(row: Tensor, head: Head) -> Tensor:
-    """Return the frame in a slot, sharing its memory."""
-    return row[_PREAMBLE.size : _PREAMBLE.size + head.frame_bytes]
+    """Return what a slot holds of its frame, sharing its memory."""
+    return row[_HEAD.size : _HEAD.size + head.frame_bytes]
 
 
 def check_heads(heads: Sequence[Head]) -> None:
@@ -118,8 +150,7 @@ class FrameGather:
     """The frames of one bucket on their way to every rank.
 
     Starts an asynchronous all-gather at once; `frames` waits for it. A frame of None says that
-    this rank has failed, and lets the others know instead of leaving them to wait. `note` is a
-    number for the other ranks, of which `highest_note` is the highest once they have come.
+    this rank has failed, and lets the others know instead of leaving them to wait.
     """
 
     def __init__(
@@ -131,7 +162,7 @@ class FrameGather:
         group: dist.ProcessGroup,
         device: torch.device,
         meter: Meter,
-        note: int = 0,
+        buffers: tuple[KeptBuffer, KeptBuffer] | None = None,
     ) -> None:
         self._group = group
         self._slot = slot
@@ -139,40 +170,43 @@ class FrameGather:
         self._meter = meter
         self._frame = frame
         self._settings_digest = settings_digest
-        self._note = note
-        self.highest_note = note
+        self._sent_buffer, self._received_buffer = buffers or (KeptBuffer(), KeptBuffer())
         self._received, self._work = self._gather()
 
     def _gather(self) -> tuple[Tensor, dist.Work]:
-        outgoing = torch.zeros(self._slot.bytes, dtype=torch.uint8)
-        pack(outgoing, self._frame, self._settings_digest, self._note)
+        sent = self._sent_buffer.take(self._slot.bytes, _CPU)
+        pack(sent, self._frame, self._settings_digest)
         peers = self._group.size()
-        received = torch.empty((peers, outgoing.numel()), dtype=torch.uint8, device=self._device)
+        received = self._received_buffer.take(peers * sent.numel(), self._device).view(peers, -1)
         work = dist.all_gather(
-            list(received.unbind()), outgoing.to(self._device), group=self._group, async_op=True
+            list(received.unbind()), sent.to(self._device), group=self._group, async_op=True
         )
-        self._meter.add(sent_bytes=outgoing.numel(), wire_bytes=outgoing.numel() * (peers - 1))
+        self._meter.add(sent_bytes=sent.numel(), wire_bytes=sent.numel() * (peers - 1))
         return received, member(work)
 
     def frames(self) -> list[Tensor]:
         """Return the frames in rank order, each a 1-D uint8 tensor on the CPU.
 
-        Raises ExchangeError, on every rank, where a rank failed or has other settings.
+        They are valid until the next gather with these buffers. Raises ExchangeError, on every
+        rank, where a rank failed or has other settings.
         """
         with self._meter.timed("wait_s"):
-            self._work.wait()
-            slots = self._received.cpu()
-            heads = [unpack(row) for row in slots]
+            slots, heads = self._wait()
             check_heads(heads)
             longest = max(head.frame_bytes for head in heads)
             fits = self._slot.holds(longest)
             self._slot.fit([longest])
             if not fits:
                 self._received, self._work = self._gather()
-                self._work.wait()
-                slots = self._received.cpu()
-        self.highest_note = max(head.note for head in heads)
+                slots, heads = self._wait()
         return [frame_in(row, head) for row, head in zip(slots, heads, strict=True)]
+
+    def _wait(self) -> tuple[Tensor, list[Head]]:
+        self._work.wait()
+        self._sent_buffer.release()
+        self._received_buffer.release()
+        slots = self._received.cpu()
+        return slots, [unpack(row) for row in slots]
 
 
 def gather_texts(text: str, *, group: dist.ProcessGroup, device: torch.device) -> list[str]:

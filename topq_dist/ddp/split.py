@@ -7,25 +7,16 @@ whose volume bound of 6k this keeps to 2k by one exchange for each half.
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from topq_dist.compress.compressor import Compressed, FlatCompressor, decode_parts, write_sum
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, FrameError
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
-from topq_dist.ddp.messages import (
-    NO_FRAME,
-    ExchangeError,
-    FrameGather,
-    Slot,
-    check_heads,
-    frame_in,
-    member,
-    pack,
-    unpack,
-)
+from topq_dist.ddp.messages import ExchangeError
+from topq_dist.ddp.swap import FrameSwap, Lanes
 
 
 class SplitReduce(Exchange):
@@ -38,67 +29,52 @@ class SplitReduce(Exchange):
     def __init__(self, link: Link, compressor: FlatCompressor) -> None:
         self._link = link
         self._compressor = compressor
-        self._slots: dict[Layout, tuple[Slot, Slot]] = {}
+        self._lanes: dict[Layout, tuple[Lanes, Lanes]] = {}
 
     def launch(self, job: Job) -> Pending:
-        slots = self._slots.setdefault(job.layout, (Slot(spare=0.1), Slot(spare=0.1)))
-        return _Splitting(job, self._link, self._compressor, *slots)
+        size = self._link.size
+        lanes = self._lanes.setdefault(job.layout, (Lanes.among(size), Lanes.among(size)))
+        return _Splitting(job, self._link, self._compressor, *lanes)
 
 
 class _Splitting:
     def __init__(
-        self, job: Job, link: Link, compressor: FlatCompressor, slot: Slot, reduced_slot: Slot
+        self, job: Job, link: Link, compressor: FlatCompressor, lanes: Lanes, reduced_lanes: Lanes
     ) -> None:
         self._job = job
         self._link = link
         self._compressor = compressor
-        self._slot = slot
-        self._reduced_slot = reduced_slot
+        self._reduced_lanes = reduced_lanes
         self._compressed = job.compress(link.size)
         self._reduction: Compressed | None = None
         self._error: ExchangeError | None = None
         self._failure: FrameError | None = None
-        self._gather: FrameGather | None = None
         self._reduced: list[Frame] = []
-        self._scatter()
-
-    def _scatter(self) -> None:
-        size, device = self._link.size, self._link.device
-        outgoing = torch.zeros((size, self._slot.bytes), dtype=torch.uint8)
-        frames = [None] * size if self._compressed is None else self._compressed.frames
-        for row, frame in zip(outgoing, frames, strict=True):
-            pack(row, frame, self._job.settings_digest)
-        self._received = torch.empty_like(outgoing, device=device)
-        work = dist.all_to_all_single(
-            self._received, outgoing.to(device), group=self._link.group, async_op=True
+        self._gather: FrameSwap | None = None
+        self._scatter = self._swap(
+            None if self._compressed is None else self._compressed.frames, lanes
         )
-        self._work = member(work)
-        self._link.meter.add(sent_bytes=outgoing.numel(), wire_bytes=self._slot.bytes * (size - 1))
 
-    def advance(self) -> None:
-        with self._link.meter.timed("wait_s"):
-            self._work.wait()
-        slots = self._received.cpu()
-        heads = [unpack(row) for row in slots]
-        try:
-            # every rank has written to every rank, so all of them raise here or none
-            check_heads(heads)
-        except ExchangeError as error:
-            self._error = error
-            return
-        longest = max(head.frame_bytes for head in heads)
-        frame: Tensor | None = NO_FRAME
-        if self._slot.holds(longest):
-            frames = [frame_in(row, head) for row, head in zip(slots, heads, strict=True)]
-            frame = self._reduce(frames)
-        self._gather = FrameGather(
-            frame,
+    def _swap(self, frames: Sequence[Tensor] | None, lanes: Lanes) -> FrameSwap:
+        return FrameSwap(
+            frames,
             settings_digest=self._job.settings_digest,
-            slot=self._reduced_slot,
+            lanes=lanes,
             group=self._link.group,
             device=self._link.device,
             meter=self._link.meter,
-            note=longest,
+        )
+
+    def advance(self) -> None:
+        try:
+            frames = self._scatter.frames()
+        except ExchangeError as error:
+            self._error = error
+            return
+        reduced = self._reduce(frames)
+        # an all-gather would pad all of them to the longest
+        self._gather = self._swap(
+            None if reduced is None else [reduced] * self._link.size, self._reduced_lanes
         )
 
     def _reduce(self, frames: list[Tensor]) -> Tensor | None:
@@ -114,24 +90,16 @@ class _Splitting:
         return self._reduction.frames[0]
 
     def receive(self) -> bool:
-        while True:
-            if self._error is not None:
-                raise self._error
-            if self._gather is None:
-                raise RuntimeError("receive comes after advance")
-            try:
-                frames = self._gather.frames()
-            except ExchangeError as error:
-                raise self._failure or error from None
-            longest = self._gather.highest_note
-            fitted = self._slot.holds(longest)
-            self._slot.fit([longest])
-            if fitted:
-                self._reduced = decode_parts(frames, numel=self._job.bucket.numel())
-                return all(frame.finite for frame in self._reduced)
-            # some frame had no room: every rank has read so, and all start over
-            self._scatter()
-            self.advance()
+        if self._error is not None:
+            raise self._error
+        if self._gather is None:
+            raise RuntimeError("receive comes after advance")
+        try:
+            frames = self._gather.frames()
+        except ExchangeError as error:
+            raise self._failure or error from None
+        self._reduced = decode_parts(frames, numel=self._job.bucket.numel())
+        return all(frame.finite for frame in self._reduced)
 
     def deliver(self) -> None:
         if self._compressed is not None:
