@@ -11,8 +11,10 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from topq_dist.compress.frame import Frame
+if TYPE_CHECKING:  # status and health import this file, and are to be free of torch
+    from topq_dist.compress.frame import Frame
 
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 2 << 20
@@ -108,6 +110,18 @@ class RefusedError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
+
+
+class UnauthenticatedError(RefusedError):
+    """A call without a token, or with one that the server does not know."""
+
+    reason = "unauthenticated"
+
+
+class WrongTokenError(RefusedError):
+    """A call in a worker's name with another worker's token."""
+
+    reason = "wrong_token"
 
 
 class NotJoinedError(RefusedError):
