@@ -60,11 +60,29 @@ def test_the_shortest_step_wins(alone: dist.ProcessGroup, monkeypatch: pytest.Mo
         assert [exchange.steps for exchange in exchanges.values()] == [24, 10, 10]
 
 
-def test_of_equal_times_the_fewest_bytes_win(
-    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("split_s", "dense_s", "expected"),
+    [
+        (0.120, 0.110, "split"),
+        (0.130, 0.110, "allgather"),
+        (0.120, 0.097, "split"),
+        (0.130, 0.097, "allgather"),
+        (0.120, 0.090, "dense"),
+    ],
+)
+def test_bytes_decide_between_sparse_exchanges_of_like_times_and_time_alone_for_dense(
+    split_s: float,
+    dense_s: float,
+    expected: str,
+    alone: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    exchanges = {"allgather": Costing(0.100, 900), "split": Costing(0.104, 300)}
-    assert decided(exchanges, alone, monkeypatch).chosen == "split"
+    exchanges = {
+        "allgather": Costing(0.100, 900),
+        "split": Costing(split_s, 300),
+        "dense": Costing(dense_s, 100),
+    }
+    assert decided(exchanges, alone, monkeypatch).chosen == expected
 
 
 def test_a_hopeless_trial_ends_early(
