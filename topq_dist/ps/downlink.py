@@ -1,0 +1,361 @@
+"""What a worker is sent after a step: exactly what changed, a top-Q part of it, or everything.
+
+Payloads are encoded once, in memory that later steps leave alone, and sent to all workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.blocks import BLOCK_NUMEL, bits_of, blocks
+from topq_dist.compress.density import uniform_cuts
+from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
+from topq_dist.compress.selection import Selector
+from topq_dist.compress.values import check_value_format
+from topq_dist.ps.config import TrainingConfig
+from topq_dist.ps.model import FlatModel, ModelSpec, VectorSpec, raw_view, zeros
+from topq_dist.ps.protocol import InvalidError, Update, UpdateKind
+
+# beyond this share of changed elements a frame saves a tenth at most, and costs far more to make
+_MOST_CHANGED = 7 / 8
+_SAMPLE_NUMEL = 32_768
+
+
+class Payloads(NamedTuple):
+    """The kind of an update, and its payload for each vector."""
+
+    kind: UpdateKind
+    parts: tuple[memoryview, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touched:
+    """The only elements of a vector that a step can have changed, and their values before it.
+
+    indices: int64, ascending. before: of the vector's dtype.
+    """
+
+    indices: Tensor
+    before: Tensor
+
+
+class Downlink(Protocol):
+    """Turns what a step did to the parameters into payloads."""
+
+    def before_step(self, params: FlatModel) -> None:
+        """Look at the parameters before a step that can change all of them."""
+
+    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+        """Return the payloads that bring workers up to date; `touched` is for each vector."""
+
+    def nothing(self) -> Payloads:
+        """Return the payloads of a version in which nothing has changed."""
+
+    def held(self, params: FlatModel) -> FlatModel:
+        """Return a copy of what workers hold."""
+
+    def state(self) -> list[Tensor]:
+        """Return, as views, what a snapshot must keep besides the parameters."""
+
+    def load_state(self, tensors: Sequence[Tensor], params: FlatModel) -> None:
+        """Go on from `tensors`, once `state` of a server with these parameters."""
+
+
+def check_downlink(config: TrainingConfig) -> None:
+    """Raise ValueError, naming it, for a setting with which workers would learn nothing."""
+    if config.value_format is not None:
+        check_value_format(config.value_format)
+    if config.downlink == "topq" and config.q == 1:
+        raise ValueError("q=1 with downlink='topq': expected less, or workers are sent nothing")
+
+
+def make_downlink(config: TrainingConfig, params: FlatModel) -> Downlink:
+    """Return the downlink of this configuration, for workers that hold `params`."""
+    check_downlink(config)
+    if config.downlink == "topq":
+        return TopQDownlink(params, q=config.q, value_format=config.value_format)
+    if config.downlink == "dense":
+        return DenseDownlink(params.spec)
+    return ExactDownlink(params.spec)
+
+
+class DenseDownlink:
+    """Sends every parameter as it is after each step."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def before_step(self, params: FlatModel) -> None:
+        """Do nothing: nothing is compared."""
+
+    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+        """Return a copy of all parameters."""
+        return _full(params)
+
+    def nothing(self) -> Payloads:
+        """Return empty frames to set."""
+        return _nothing(UpdateKind.SET, self._spec)
+
+    def held(self, params: FlatModel) -> FlatModel:
+        """Return a copy of the parameters: workers hold them."""
+        return params.clone()
+
+    def state(self) -> list[Tensor]:
+        """Return nothing: all there is are the parameters."""
+        return []
+
+    def load_state(self, tensors: Sequence[Tensor], params: FlatModel) -> None:
+        """Take nothing back."""
+
+
+class ExactDownlink:
+    """Sends the new values of the elements whose bits changed, or all where that is smaller.
+
+    Where a step says what it touched, the cost is in proportion to that; else the parameters are
+    compared with a copy from before the step.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._copy: FlatModel | None = None
+        # a copy that is also the payload of an update must not be written into
+        self._sent = False
+
+    def before_step(self, params: FlatModel) -> None:
+        """Copy the parameters, unless the last step's copy still fits."""
+        if self._copy is None:
+            self._copy, self._sent = params.clone(), False
+
+    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+        """Return frames to set, or all parameters."""
+        if touched is not None:
+            self._copy = None
+            changed: list[Tensor] | None = [
+                there.indices[_differ(flat[there.indices], there.before)]
+                for there, flat in zip(touched, params.flats, strict=True)
+            ]
+        else:
+            changed = _changed(params, self._copy)
+        payloads = None if changed is None else _set_frames(params, changed)
+        if payloads is None:
+            self._copy, self._sent = params.clone(), True
+            return Payloads(UpdateKind.FULL, tuple(self._copy.raw()))
+        if self._copy is not None and changed is not None:
+            self._keep_up(params, self._copy, changed)
+        return payloads
+
+    def nothing(self) -> Payloads:
+        """Return empty frames to set."""
+        return _nothing(UpdateKind.SET, self._spec)
+
+    def held(self, params: FlatModel) -> FlatModel:
+        """Return a copy of the parameters: workers hold them."""
+        return params.clone()
+
+    def state(self) -> list[Tensor]:
+        """Return nothing: all there is are the parameters."""
+        return []
+
+    def load_state(self, tensors: Sequence[Tensor], params: FlatModel) -> None:
+        """Forget the copy: the parameters are others now."""
+        self._copy = None
+
+    def _keep_up(self, params: FlatModel, copy: FlatModel, changed: list[Tensor]) -> None:
+        if self._sent:
+            self._copy, self._sent = params.clone(), False
+            return
+        for flat, ours, indices in zip(params.flats, copy.flats, changed, strict=True):
+            ours[indices] = flat[indices]
+
+
+class TopQDownlink:
+    """Sends the top-Q part of parameters - shadow, where the shadow is what workers hold.
+
+    What is not sent, value rounding included, stays in that difference: it is its own residual.
+    value_format: None is each vector's own dtype.
+    """
+
+    def __init__(self, params: FlatModel, *, q: float, value_format: str | None) -> None:
+        self._spec = params.spec
+        self._value_format = value_format
+        self._cuts = [
+            uniform_cuts(vector.numels, q=q, scope="parameter") for vector in params.spec.vectors
+        ]
+        self._selectors = [[Selector() for _ in cuts] for cuts in self._cuts]
+        # kept negative, so that selecting from params - shadow is one fused pass; in fp32 for half
+        # precision, as selection wants its residuals
+        self._negative = [
+            zeros(vector.numel, _wide(vector.dtype)) for vector in params.spec.vectors
+        ]
+        self._catch_up(params)
+
+    def before_step(self, params: FlatModel) -> None:
+        """Do nothing: the shadow is what the parameters are compared with."""
+
+    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+        """Return frames to add, or all parameters where the difference is not finite."""
+        chosen = [self._largest(place, flat) for place, flat in enumerate(params.flats)]
+        parts = []
+        for place, vector in enumerate(self._spec.vectors):
+            picked = chosen[place]
+            if picked is None:
+                self._catch_up(params)
+                return _full(params)
+            value_format = self._value_format or vector.value_format
+            frame, decoded = encode_frame(vector.numel, *picked, value_format)
+            parts.append((frame, picked[0], decoded))
+        for negative, vector, (_, indices, decoded) in zip(
+            self._negative, self._spec.vectors, parts, strict=True
+        ):
+            # through the shadow itself: -(s + d) and -s - d differ in the sign of a zero
+            shadow = -negative[indices]
+            negative[indices] = -_added(shadow.to(vector.dtype), decoded).to(negative.dtype)
+        return Payloads(UpdateKind.ADD, tuple(raw_view(frame) for frame, _, _ in parts))
+
+    def nothing(self) -> Payloads:
+        """Return empty frames to add."""
+        return _nothing(UpdateKind.ADD, self._spec)
+
+    def held(self, params: FlatModel) -> FlatModel:
+        """Return a copy of the shadow."""
+        shadow = FlatModel(self._spec)
+        for flat, negative in zip(shadow.flats, self._negative, strict=True):
+            torch.neg(negative.to(flat.dtype), out=flat)
+        return shadow
+
+    def state(self) -> list[Tensor]:
+        """Return the negative shadow."""
+        return list(self._negative)
+
+    def load_state(self, tensors: Sequence[Tensor], params: FlatModel) -> None:
+        """Go on from another negative shadow."""
+        for negative, saved in zip(self._negative, tensors, strict=True):
+            negative.copy_(saved)
+
+    def _largest(self, place: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return indices and values of what to send of a vector; None: it is not finite."""
+        indices, values = [], []
+        for cut, selector in zip(self._cuts[place], self._selectors[place], strict=True):
+            residual = self._negative[place][cut.stretch]
+            selected = selector.select(flat[cut.stretch], cut.kept, residual=residual)
+            if not selected.finite:
+                return None
+            indices.append(selected.indices + cut.start)
+            values.append(selected.values)
+        picked, gaps = torch.cat(indices), torch.cat(values)
+        kept = gaps != 0
+        return (picked, gaps) if bool(kept.all()) else (picked[kept], gaps[kept])
+
+    def _catch_up(self, params: FlatModel) -> None:
+        for negative, flat in zip(self._negative, params.flats, strict=True):
+            torch.neg(negative.copy_(flat), out=negative)
+
+
+def apply_update(model: FlatModel, update: Update) -> None:
+    """Change what a worker holds as `update` says.
+
+    Raises FrameError or InvalidError, leaving the model as it was, for payloads that are no update
+    of it.
+    """
+    if update.kind is UpdateKind.FULL:
+        model.load_raw(update.payloads)
+        return
+    if len(update.payloads) != len(model.flats):
+        raise InvalidError(f"{len(update.payloads)} payloads: expected {len(model.flats)}")
+    frames = [
+        decode_frame(payload, numel=flat.numel())
+        for payload, flat in zip(update.payloads, model.flats, strict=True)
+    ]
+    if not all(frame.finite for frame in frames):
+        raise FrameError("frame of NaN or infinity: expected finite numbers")
+    for flat, frame in zip(model.flats, frames, strict=True):
+        if update.kind is UpdateKind.SET:
+            flat[frame.indices] = frame.values.to(flat.dtype)
+        else:
+            flat[frame.indices] = _added(flat[frame.indices], frame.values)
+
+
+def _added(held: Tensor, decoded: Tensor) -> Tensor:
+    """Return what a worker holds after an ADD: server and worker must round alike."""
+    return (held + decoded).to(held.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _differ(now: Tensor, before: Tensor) -> Tensor:
+    return torch.from_numpy(bits_of(now) != bits_of(before))
+
+
+def _full(params: FlatModel) -> Payloads:
+    return Payloads(UpdateKind.FULL, tuple(params.clone().raw()))
+
+
+def _nothing(kind: UpdateKind, spec: ModelSpec) -> Payloads:
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    frames = [
+        encode_frame(vector.numel, nowhere, torch.zeros(0), vector.value_format).frame
+        for vector in spec.vectors
+    ]
+    return Payloads(kind, tuple(raw_view(frame) for frame in frames))
+
+
+def _changed(params: FlatModel, copy: FlatModel | None) -> list[Tensor] | None:
+    """Return where the bits of each vector differ, or None where a frame would save little."""
+    if copy is None:
+        return None
+    budget_bytes = int(_MOST_CHANGED * params.spec.raw_bytes)
+    if _sampled_bytes(params, copy) > budget_bytes:
+        return None
+    found = []
+    for flat, old in zip(params.flats, copy.flats, strict=True):
+        now_bits, old_bits = bits_of(flat), bits_of(old)
+        places = [np.zeros(0, dtype=np.int64)]
+        for start, stop in blocks(0, flat.numel(), BLOCK_NUMEL):
+            there = np.flatnonzero(now_bits[start:stop] != old_bits[start:stop])
+            budget_bytes -= there.size * flat.dtype.itemsize
+            if budget_bytes < 0:
+                return None
+            places.append(there + start)
+        found.append(torch.from_numpy(np.concatenate(places)))
+    return found
+
+
+def _sampled_bytes(params: FlatModel, copy: FlatModel) -> float:
+    """Return about how many bytes of parameters differ, from a look at a few."""
+    total = 0.0
+    for flat, old in zip(params.flats, copy.flats, strict=True):
+        # odd, or a power-of-two row length would show one column only
+        stride = max(1, flat.numel() // _SAMPLE_NUMEL) | 1
+        differing = bits_of(flat)[::stride] != bits_of(old)[::stride]
+        if differing.size:
+            total += float(differing.mean()) * flat.numel() * flat.dtype.itemsize
+    return total
+
+
+def _set_frames(params: FlatModel, changed: Sequence[Tensor]) -> Payloads | None:
+    """Return the frames that set these elements; None where all raw is smaller or is needed."""
+    frames = []
+    for vector, flat, indices in zip(params.spec.vectors, params.flats, changed, strict=True):
+        values = flat[indices]
+        if not bool(torch.isfinite(values).all()):
+            return None
+        frames.append(_lossless_frame(vector, indices, values))
+    if sum(frame.numel() for frame in frames) > params.spec.raw_bytes:
+        return None
+    return Payloads(UpdateKind.SET, tuple(raw_view(frame) for frame in frames))
+
+
+def _lossless_frame(vector: VectorSpec, indices: Tensor, values: Tensor) -> Tensor:
+    frame, decoded = encode_frame(vector.numel, indices, values, vector.value_format)
+    if vector.dtype == torch.float16 and bool(_differ(decoded.half(), values).any()):
+        # scaled down beside very large values, the smallest lose a bit
+        return encode_frame(vector.numel, indices, values, "fp32").frame
+    return frame

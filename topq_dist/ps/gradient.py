@@ -1,0 +1,88 @@
+"""The mean gradient of a round, added up straight from the pushes' frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.blocks import not_finite_allowed
+from topq_dist.compress.frame import Frame
+from topq_dist.ps.model import FlatModel, ModelSpec, zeros
+
+# with more nonzero elements than this share, a pass over the whole vector is cheaper than a
+# scatter
+_MOST_SCATTERED = 1 / 8
+
+
+class GradientSum:
+    """Flat gradients that are zero between rounds, in kept memory.
+
+    model: the mean gradient after `add`, in the model's own dtypes.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.model = FlatModel(spec)
+        # half precision would round once a frame
+        self._totals = [
+            flat if flat.dtype.itemsize > 2 else zeros(flat.numel(), torch.float32)
+            for flat in self.model.flats
+        ]
+        self._indices: list[list[Tensor]] = []
+
+    def add(self, pushes: Sequence[Sequence[Frame]]) -> None:
+        """Add up the mean of the pushes, each of one frame for each vector, in their order."""
+        for frames in pushes:
+            for total, frame in zip(self._totals, frames, strict=True):
+                with not_finite_allowed():
+                    replace(frame, values=frame.values / len(pushes)).add_to(total)
+        self._indices = [
+            [frame.indices for frame in frames] for frames in zip(*pushes, strict=True)
+        ]
+        for flat, total, indices in self._vectors():
+            if total is not flat and self._scattered(flat, indices):
+                for where in indices:
+                    flat[where] = total[where].to(flat.dtype)
+            elif total is not flat:
+                flat.copy_(total)
+
+    def touched(self) -> list[Tensor] | None:
+        """Return the ascending indices of each vector that are in any frame; None: too many."""
+        unions = []
+        for flat, _, indices in self._vectors():
+            if not self._scattered(flat, indices):
+                return None
+            unions.append(_union(indices))
+        return unions
+
+    def clear(self) -> None:
+        """Make the sum zero again."""
+        for flat, total, indices in self._vectors():
+            scattered = self._scattered(flat, indices)
+            for vector in {id(flat): flat, id(total): total}.values():
+                if scattered:
+                    for where in indices:
+                        vector[where] = 0
+                else:
+                    vector.zero_()
+        self._indices = []
+
+    def _vectors(self) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+        return list(zip(self.model.flats, self._totals, self._indices, strict=True))
+
+    @staticmethod
+    def _scattered(flat: Tensor, indices: Sequence[Tensor]) -> bool:
+        return sum(where.numel() for where in indices) <= _MOST_SCATTERED * flat.numel()
+
+
+def _union(indices: Sequence[Tensor]) -> Tensor:
+    if len(indices) == 1:
+        return indices[0]
+    # ascending runs, which a merge sort merges
+    merged = np.sort(np.concatenate([where.numpy() for where in indices]), kind="stable")
+    first = np.ones(merged.size, dtype=bool)
+    np.not_equal(merged[1:], merged[:-1], out=first[1:])
+    return torch.from_numpy(merged[first])
