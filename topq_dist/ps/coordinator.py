@@ -1,0 +1,636 @@
+"""The coordinator: takes pushes from many threads and turns them into versions, one at a time.
+
+One lock guards everything. The thread whose push completes a version makes it; the others wait
+and, when a lease or a time runs out, look again. Nothing depends on a thread staying: a push whose
+sender is gone stays pending, and whoever comes next decides on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.ledger import Ledger, Repeat
+from topq_dist.ps.members import Members
+from topq_dist.ps.model import ModelSpec
+from topq_dist.ps.protocol import (
+    START,
+    Answer,
+    DigestDiffersError,
+    GroupView,
+    InvalidError,
+    NotJoinedError,
+    NotReadyError,
+    OldEpochError,
+    Point,
+    Push,
+    RefusedError,
+    TooLargeError,
+    TooManyWorkersError,
+    WrongRunError,
+    check_worker_name,
+)
+from topq_dist.ps.rounds import Apply, AsyncRule, Decision, Situation, SyncRule, Wait
+from topq_dist.ps.run_state import RunState, new_run
+from topq_dist.ps.saver import Saver
+from topq_dist.ps.snapshot import StateDir
+
+_log = logging.getLogger(__name__)
+_DURABLE_WITHIN_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who speaks, and in which run."""
+
+    run: str
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinCall:
+    """What a worker says when it joins; the fields are those of JoinRequest."""
+
+    run: str
+    worker: str
+    instance: bytes
+    epoch: int
+    next_sequence: int
+    held: Point | None
+    first_kept: int
+    spec: ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What a worker is told when it has joined; the fields are those of JoinResponse."""
+
+    caller: Caller
+    next_sequence: int
+    point: Point
+    durable_version: int
+    upload: bool
+    groups: tuple[GroupView, ...]
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """A push that was taken in: `outcome` is set once it is decided."""
+
+    push: Push
+    arrived_s: float
+    outcome: Answer | RefusedError | None = None
+
+    def settle(self, outcome: Answer | RefusedError) -> None:
+        """Set the outcome, and free the gradient."""
+        self.outcome = outcome
+        self.push = replace(self.push, frames=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerView:
+    """A worker as status shows it; the fields are those of WorkerStatus."""
+
+    worker: str
+    epoch: int
+    sequence: int
+    version: int
+    lag: int
+    lease_left_s: float
+    waiting: bool
+    received_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """The run as status shows it; the fields are those of StatusResponse."""
+
+    run: str
+    point: Point
+    durable_version: int
+    numel: int
+    workers: tuple[WorkerView, ...]
+    refused: dict[str, int]
+    received_bytes: int
+    sent_bytes: int
+    uptime_s: float
+    state_sha256: str
+
+
+class Coordinator:
+    """Runs one training on one state directory, for callers in any number of threads.
+
+    clock: seconds, from anywhere on; leases and time-outs go by it.
+
+    Raises ValueError for a configuration that no optimizer takes, or a snapshot of another one.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        serving: ServingConfig,
+        state_dir: StateDir,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.training = training
+        self.serving = serving
+        self._state_dir = state_dir
+        self._clock = clock
+        self._started_s = clock()
+        self._changed = threading.Condition()
+        self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
+        self._pending: dict[str, Ticket] = {}
+        self._waiting_for: tuple[str, ...] = ()
+        self._refused: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._draining = False
+        self._failed = False
+        self._uploader: str | None = None
+        self._spec: ModelSpec | None = None
+        self._sync = SyncRule(
+            start_workers=serving.start_workers,
+            min_workers=serving.min_workers,
+            round_timeout_s=serving.round_timeout_s,
+        )
+        self._async = AsyncRule(max_staleness=training.max_staleness)
+        # the version that a restarted server finds its way back to, where it is doing so
+        self._recover_to: int | None = None
+        self._durable = -1
+        self._asked = 0
+        self.run = new_run()
+        self._ledger = Ledger()
+        self._state: RunState | None = None
+        self._load()
+        self._saver = Saver(self._save)
+        self._saver.start()
+
+    def _load(self) -> None:
+        loaded = RunState.load(
+            self._state_dir, self.training, history_bytes=self.serving.history_bytes
+        )
+        if loaded is None:
+            return
+        self._state, workers = loaded
+        self.run, self._ledger, self._spec = self._state.run, self._state.ledger, self._state.spec
+        self._durable = self._asked = self._recover_to = self._state.point.version
+        self._members.add(workers, self._clock())
+
+    @property
+    def failed(self) -> bool:
+        """Whether a version could not be made, after which nothing is answered or saved."""
+        return self._failed
+
+    # joining
+
+    def join(self, call: JoinCall, *, wait_s: float = 5.0) -> Joined:
+        """Give the worker a place in the run, or renew it.
+
+        Waits at most `wait_s` while another worker brings the model. Raises RefusedError.
+        """
+        check_worker_name(call.worker)
+        with self._changed:
+            self._check_serving()
+            self._check_join(call)
+            entry = self._ledger.join(
+                call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
+            )
+            ticket = self._pending.get(call.worker)
+            if ticket is not None and ticket.push.epoch != entry.epoch:
+                # not applied, so the new process sends it again where it goes on from there
+                self._settle_with(ticket, OldEpochError(_fenced(ticket.push)))
+            held = call.held or START
+            self._members.join(call.worker, held_version=held.version, now_s=self._clock())
+            if self._recover_to is not None:
+                self._recover_to = max(self._recover_to, held.version)
+            upload = self._model_or_upload(call, wait_s)
+            self._advance()
+            state = self._state
+            return Joined(
+                caller=Caller(run=self.run, worker=call.worker, epoch=entry.epoch),
+                next_sequence=self._ledger.next_sequence(call.worker),
+                point=START if state is None else state.point,
+                durable_version=max(self._durable, 0),
+                upload=upload,
+                groups=() if state is None else state.central.groups(),
+            )
+
+    def _check_join(self, call: JoinCall) -> None:
+        if call.run != self.run and call.held is not None:
+            raise WrongRunError(
+                f"worker {call.worker!r} belongs to run {call.run!r} and this server's is "
+                f"{self.run!r}: point it to its own server, or start it anew"
+            )
+        if not self._members.has_room(call.worker, self._clock()):
+            raise TooManyWorkersError(
+                f"worker {call.worker!r} would be one too many: expected at most "
+                f"max_workers={self.serving.max_workers} at a time"
+            )
+        uploading = self._uploader not in (None, call.worker)
+        if self._spec is not None and (self._state is not None or uploading):
+            call.spec.check_same(self._spec)
+        elif call.spec.raw_bytes > self.serving.max_model_bytes:
+            raise TooLargeError(
+                f"a model of {call.spec.raw_bytes} bytes: expected at most "
+                f"max_model_bytes={self.serving.max_model_bytes}"
+            )
+
+    def _model_or_upload(self, call: JoinCall, wait_s: float) -> bool:
+        end_s = time.monotonic() + wait_s
+        while self._state is None:
+            self._check_serving()
+            live = self._members.live(self._clock())
+            if self._uploader in (None, call.worker) or self._uploader not in live:
+                self._uploader, self._spec = call.worker, call.spec
+                return True
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                raise NotReadyError(
+                    f"worker {self._uploader!r} is still bringing the model: join again"
+                )
+            self._changed.wait(min(left_s, 1.0))
+            self._members.touch(call.worker, self._clock())
+        return False
+
+    def upload_spec(self, caller: Caller) -> ModelSpec | None:
+        """Return what `caller` is to upload, or None where the model is there already."""
+        with self._changed:
+            self._check_serving()
+            self._check_caller(caller)
+            if self._state is not None:
+                return None
+            if self._uploader != caller.worker:
+                raise InvalidError(
+                    f"worker {caller.worker!r} was not told to upload; "
+                    f"{self._uploader!r} brings the model"
+                )
+            return self._spec
+
+    def upload(self, caller: Caller, vectors: Sequence[memoryview]) -> None:
+        """Start the run with these raw vectors; once the model is there, nothing happens.
+
+        Returns when the initial model is durable. Raises RefusedError.
+        """
+        spec = self.upload_spec(caller)
+        if spec is not None:
+            # built outside the lock: the model may be large, and leases are renewed meanwhile
+            state = RunState.start(
+                self.run,
+                self.training,
+                spec,
+                vectors,
+                ledger=self._ledger,
+                history_bytes=self.serving.history_bytes,
+            )
+            with self._changed:
+                if self.upload_spec(caller) is spec:
+                    self._state = state
+                    self._saver.request()
+                    self._changed.notify_all()
+        with self._changed:
+            self._await_durable(0)
+
+    # pushes
+
+    def push_spec(self, caller: Caller, sequence: int, digest: bytes) -> ModelSpec:
+        """Return the model that a push is checked against, before its bytes are taken in.
+
+        Raises RefusedError for a push that `submit` would refuse for its number.
+        """
+        with self._changed:
+            self._check_serving()
+            self._check_caller(caller)
+            state = self._started()
+            self._ledger.check(caller.worker, caller.epoch, sequence, digest)
+            return state.spec
+
+    def submit(self, run: str, push: Push) -> Ticket:
+        """Take a push in; `wait` says what became of it. Raises RefusedError."""
+        with self._changed:
+            self._check_serving()
+            self._check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
+            self._check_push(push)
+            verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
+            ticket = Ticket(push=push, arrived_s=self._clock())
+            if isinstance(verdict, Repeat):
+                ticket.settle(self._started().repeat(push, verdict.version))
+                return ticket
+            held = self._pending.setdefault(push.worker, ticket)
+            if held is not ticket:
+                _check_same(held.push, push)
+                return held
+            self._members.expect(push.members, self._clock())
+            self._advance()
+            return ticket
+
+    def wait(self, ticket: Ticket, timeout_s: float) -> Answer | tuple[str, ...]:
+        """Return the push's answer, or whom it waits for after `timeout_s` without one.
+
+        To call it says that the sender is there, which keeps its lease. Raises RefusedError.
+        """
+        end_s = time.monotonic() + timeout_s
+        with self._changed:
+            self._members.touch(ticket.push.worker, self._clock())
+            while True:
+                if self._failed:
+                    raise NotReadyError("the server failed while it made a version")
+                self._advance()
+                outcome = ticket.outcome
+                if isinstance(outcome, RefusedError):
+                    raise outcome
+                if outcome is not None and self._may_answer(outcome):
+                    return self._hand_out(ticket.push.worker, outcome)
+                if outcome is None and self._draining:
+                    self._pending.pop(ticket.push.worker, None)
+                    raise NotReadyError("the server is shutting down: try again later")
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    return self._waiting_for
+                self._changed.wait(max(0.0, min(left_s, self._next_event_s())))
+
+    def count_received(self, worker: str, received_bytes: int) -> None:
+        """Count bytes of a push's frames."""
+        with self._changed:
+            self._bytes["received"] += received_bytes
+            member = self._members.get(worker)
+            if member is not None:
+                member.received_bytes += received_bytes
+
+    def count_refused(self, reason: str) -> None:
+        """Count a refused call."""
+        with self._changed:
+            self._refused[reason] += 1
+
+    # everything else that workers ask for
+
+    def hear(self, worker: str) -> None:
+        """Renew the lease of a worker whose bytes come in; takes no lock."""
+        self._members.touch(worker, self._clock())
+
+    def fetch(self, caller: Caller, *, central: bool) -> tuple[Point, int, tuple[memoryview, ...]]:
+        """Return (point, durable version, raw vectors): what workers hold, or `central`'s own.
+
+        Raises RefusedError.
+        """
+        with self._changed:
+            self._check_serving()
+            self._check_caller(caller)
+            state = self._started()
+            point = state.point
+            full = state.full(central=central)
+            if self.serving.snapshot_every == 1:
+                self._await_durable(point.version)
+            member = self._members.get(caller.worker)
+            if member is not None and not central:
+                member.held_version = point.version
+            return point, max(self._durable, 0), full.payloads
+
+    def renew(self, caller: Caller) -> int:
+        """Renew the lease and return the durable version; raises RefusedError."""
+        with self._changed:
+            self._check_caller(caller)
+            return max(self._durable, 0)
+
+    def leave(self, caller: Caller) -> Point:
+        """Give the worker's place up and return the present point, once that is durable."""
+        with self._changed:
+            if self._members.get(caller.worker) is not None:
+                self._check_caller(caller)
+            elif caller.run != self.run or self._ledger.entry(caller.worker).epoch != caller.epoch:
+                raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
+            self._members.remove(caller.worker)
+            ticket = self._pending.get(caller.worker)
+            if ticket is not None:
+                left = NotJoinedError(f"worker {caller.worker!r} has left the run")
+                self._settle_with(ticket, left)
+            if self._uploader == caller.worker:
+                self._uploader = None
+            self._advance()
+            self._changed.notify_all()
+            if self._state is None:
+                return START
+            point = self._state.point
+            if self._durable < point.version:
+                self._saver.request()
+                self._await_durable(point.version)
+            return point
+
+    def status(self, *, state_sha256: bool = False) -> Status:
+        """Return how the run is doing; with `state_sha256` the whole state is read."""
+        with self._changed:
+            now_s = self._clock()
+            state = self._state
+            point = START if state is None else state.point
+            return Status(
+                run=self.run,
+                point=point,
+                durable_version=max(self._durable, 0),
+                numel=0 if state is None else state.spec.numel,
+                workers=tuple(
+                    WorkerView(
+                        worker=member.worker,
+                        epoch=self._ledger.entry(member.worker).epoch,
+                        sequence=self._ledger.next_sequence(member.worker) - 1,
+                        version=member.held_version,
+                        lag=max(0, point.version - member.held_version),
+                        lease_left_s=max(0.0, member.lease_end_s - now_s),
+                        waiting=member.worker in self._pending,
+                        received_bytes=member.received_bytes,
+                        sent_bytes=member.sent_bytes,
+                    )
+                    for member in self._members.all()
+                    if member.worker in self._ledger.workers
+                ),
+                refused=dict(self._refused),
+                received_bytes=self._bytes["received"],
+                sent_bytes=self._bytes["sent"],
+                uptime_s=now_s - self._started_s,
+                state_sha256="" if state is None or not state_sha256 else state.sha256(),
+            )
+
+    def drain(self) -> None:
+        """Take in nothing more, send those who wait away, and make what there is durable."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+        self._saver.close()
+        with self._changed:
+            unsaved = self._state is not None and self._durable < self._state.point.version
+            if unsaved and not self._failed:
+                self._save()
+
+    # under the lock
+
+    def _check_serving(self) -> None:
+        if self._failed:
+            raise NotReadyError("the server failed while it made a version")
+        if self._draining:
+            raise NotReadyError("the server is shutting down: try again later")
+
+    def _started(self) -> RunState:
+        if self._state is None:
+            raise NotReadyError("the run has no model yet: join again")
+        return self._state
+
+    def _check_caller(self, caller: Caller) -> None:
+        if caller.run != self.run:
+            raise WrongRunError(
+                f"worker {caller.worker!r} speaks of run {caller.run!r}: this server's is "
+                f"{self.run!r}"
+            )
+        member = self._members.get(caller.worker)
+        if member is None or not member.joined:
+            # after a restart too: the worker has to learn how far back the server is
+            raise NotJoinedError(f"worker {caller.worker!r} has not joined this server: join first")
+        entry = self._ledger.entry(caller.worker)
+        if caller.epoch < entry.epoch:
+            raise OldEpochError(
+                f"worker {caller.worker!r} in epoch {caller.epoch}: a newer process has taken this "
+                f"name, in epoch {entry.epoch}"
+            )
+        if caller.epoch > entry.epoch:
+            raise NotJoinedError(f"worker {caller.worker!r} is not known in its epoch: join again")
+        self._members.touch(caller.worker, self._clock())
+
+    def _check_push(self, push: Push) -> None:
+        self._started().central.check_push(push)
+        if push.applied_version and push.worker not in push.members:
+            raise InvalidError(
+                f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
+            )
+
+    def _advance(self) -> None:
+        while self._state is not None and self._pending and not self._draining:
+            decision = self._decide(self._state)
+            if isinstance(decision, Wait):
+                self._waiting_for = decision.workers
+                return
+            if isinstance(decision, Apply):
+                self._apply(self._state, sorted(decision.workers))
+            else:
+                for worker in decision.workers:
+                    self._refused["stale"] += 1
+                    ticket = self._pending[worker]
+                    self._settle_with(ticket, self._state.stale(ticket.push))
+            self._changed.notify_all()
+
+    def _decide(self, state: RunState) -> Decision:
+        now_s = self._clock()
+        live = self._members.live(now_s)
+        arrivals = [
+            ticket.arrived_s for ticket in self._pending.values() if ticket.push.base == state.point
+        ]
+        situation = Situation(
+            point=state.point,
+            pending={worker: ticket.push for worker, ticket in self._pending.items()},
+            live=live,
+            joined=len(self._ledger.workers),
+            on_chain=state.on_chain,
+            first_arrival_s=min(arrivals, default=None),
+            now_s=now_s,
+        )
+        if self.training.mode == "sync":
+            return self._sync.decide(situation)
+        if self._recover_to is not None:
+            awaited = frozenset(
+                member.worker
+                for member in self._members.all()
+                if member.worker in live and not member.joined
+            )
+            if awaited or state.point.version < self._recover_to:
+                decision = self._async.recover(situation, awaited)
+                if decision is not None:
+                    return decision
+            self._recover_to = None
+        return self._async.decide(situation)
+
+    def _apply(self, state: RunState, workers: Sequence[str]) -> None:
+        started_s = self._clock()
+        tickets = [self._pending[worker] for worker in workers]
+        # stays set where the optimizer raises: half a step may be done, so that nothing may be
+        # answered or saved any more
+        self._failed = True
+        state.apply([ticket.push for ticket in tickets])
+        self._failed = False
+        for ticket in tickets:
+            self._settle_with(ticket, state.fresh(ticket.push))
+        if state.point.version - self._asked >= self.serving.snapshot_every:
+            self._asked = state.point.version
+            self._saver.request()
+        self._members.extend(self._clock() - started_s)
+
+    def _settle_with(self, ticket: Ticket, outcome: Answer | RefusedError) -> None:
+        del self._pending[ticket.push.worker]
+        ticket.settle(outcome)
+        self._changed.notify_all()
+
+    def _may_answer(self, answer: Answer) -> bool:
+        if self.serving.snapshot_every > 1:
+            return True
+        points = [update.point.version for update in answer.updates]
+        return self._durable >= max(points, default=0)
+
+    def _hand_out(self, worker: str, answer: Answer) -> Answer:
+        sent_bytes = sum(update.payload_bytes for update in answer.updates)
+        self._bytes["sent"] += sent_bytes
+        member = self._members.get(worker)
+        if member is not None:
+            member.sent_bytes += sent_bytes
+            if answer.updates:
+                member.held_version = answer.updates[-1].point.version
+        return replace(answer, durable_version=max(self._durable, 0))
+
+    def _next_event_s(self) -> float:
+        now_s = self._clock()
+        end_s = self._members.next_end_s(now_s)
+        if self.serving.round_timeout_s is not None and self._pending:
+            first_s = min(ticket.arrived_s for ticket in self._pending.values())
+            closing_s = first_s + self.serving.round_timeout_s
+            if closing_s > now_s:
+                end_s = min(end_s, closing_s)
+        return end_s - now_s
+
+    def _await_durable(self, version: int) -> None:
+        end_s = time.monotonic() + _DURABLE_WITHIN_S
+        while self._durable < version:
+            if self._failed or time.monotonic() >= end_s:
+                raise NotReadyError(f"version {version} could not be made durable: try again")
+            self._changed.wait(1.0)
+
+    def _save(self) -> None:
+        with self._changed:
+            if self._state is None or self._failed:
+                return
+            version = self._state.point.version
+            snapshot = self._state.snapshot(self._members.live(self._clock()))
+        self._state_dir.save(snapshot)
+        with self._changed:
+            self._durable = max(self._durable, version)
+            self._changed.notify_all()
+
+
+def _fenced(push: Push) -> str:
+    return (
+        f"worker {push.worker!r} in epoch {push.epoch}: a newer process has taken this name while "
+        f"push {push.sequence} was waiting"
+    )
+
+
+def _check_same(held: Push, push: Push) -> None:
+    if held.digest != push.digest:
+        raise DigestDiffersError(
+            f"worker {push.worker!r} sent push {push.sequence} with other contents than those that "
+            "wait under this number: expected the same bytes"
+        )
+    if (held.base, held.applied_version) != (push.base, push.applied_version):
+        raise InvalidError(
+            f"worker {push.worker!r} sent push {push.sequence} again with another base: expected "
+            f"version {held.base.version}"
+        )

@@ -1,0 +1,152 @@
+"""The server process: one coordinator behind gRPC, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from types import FrameType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.coordinator import Coordinator
+from topq_dist.ps.security import Address, ServerSecurity
+from topq_dist.ps.service import ParameterServerService
+from topq_dist.ps.snapshot import StateDir
+from topq_dist.v1 import parameter_server_pb2 as pb
+from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+_GRACE_S = 5.0
+# beside two steps a worker: joins, fetches, renewals, status and health
+_SPARE_CALLS = 16
+
+
+def server_options() -> list[tuple[str, Any]]:
+    """Return the gRPC options of a server."""
+    return [
+        # or two servers could share a port without a word
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", 4 << 20),
+        # its estimates grow the windows of all streams at once, and with them the memory
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+class ParameterServer:
+    """A server that listens as soon as it is made; `stop` ends it in good order.
+
+    interceptors: grpc.ServerInterceptor, the first outermost.
+
+    Raises ValueError for a configuration, an address or TLS files that do not work, StateError for
+    a state directory that is in use or damaged, OSError for an address that cannot be had.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        serving: ServingConfig,
+        *,
+        state_dir: str | os.PathLike[str],
+        address: str,
+        security: ServerSecurity | None = None,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
+    ) -> None:
+        security = security or ServerSecurity()
+        security.check(address)
+        authenticator = security.authenticator()
+        self._state_dir = StateDir(state_dir)
+        self._coordinator: Coordinator | None = None
+        try:
+            self._coordinator = Coordinator(training, serving, self._state_dir)
+            calls = 2 * serving.max_workers + _SPARE_CALLS
+            self._server = grpc.server(
+                futures.ThreadPoolExecutor(calls, thread_name_prefix="call"),
+                options=server_options(),
+                maximum_concurrent_rpcs=calls,
+                interceptors=list(interceptors),
+            )
+            service = ParameterServerService(self._coordinator, authenticator=authenticator)
+            pb_grpc.add_ParameterServerServicer_to_server(service, self._server)
+            self._health = health.HealthServicer()
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+            self.address: Address = security.bind(self._server, address)
+            self._server.start()
+        except BaseException:
+            if self._coordinator is not None:
+                self._coordinator.drain()
+            self._state_dir.close()
+            raise
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """What runs the training."""
+        if self._coordinator is None:
+            raise RuntimeError("the server was not started")
+        return self._coordinator
+
+    def stop(self) -> None:
+        """Say "not serving", send away who waits, save, and end; answers under way may finish."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.coordinator.drain()
+        self._server.stop(_GRACE_S).wait()
+        self._state_dir.close()
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for service in ("", SERVICE_NAME):
+            self._health.set(service, status)
+
+
+def serve(
+    training: TrainingConfig,
+    serving: ServingConfig,
+    *,
+    state_dir: str | os.PathLike[str],
+    address: str,
+    security: ServerSecurity | None = None,
+    on_listening: Callable[[Address], None] | None = None,
+) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain, save and return.
+
+    on_listening: called once, with the address and its true port. For the main thread. Raises
+    what ParameterServer does, and RuntimeError where the server had to stop because a version
+    could not be made.
+    """
+    stop = threading.Event()
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    handlers = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        server = ParameterServer(
+            training, serving, state_dir=state_dir, address=address, security=security
+        )
+        _log.info("listening on %s", server.address)
+        if on_listening is not None:
+            on_listening(server.address)
+        while not stop.wait(1.0) and not server.coordinator.failed:
+            pass
+        server.stop()
+        if server.coordinator.failed:
+            raise RuntimeError("a version could not be made: the log says why")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

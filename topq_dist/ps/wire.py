@@ -1,0 +1,363 @@
+"""Protobuf messages <-> the protocol's objects, and long bytes <-> chunks; for both sides.
+
+Everything that comes in is checked here: what is not what protocol.py means raises InvalidError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from topq_dist.compress.frame import FrameError, decode_frame
+from topq_dist.ps.model import DTYPES, ModelSpec, TensorSpec
+from topq_dist.ps.protocol import (
+    CHAIN_BYTES,
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    MAX_CHUNK_BYTES,
+    Answer,
+    GroupView,
+    InvalidError,
+    NonFiniteError,
+    Point,
+    Push,
+    TooLargeError,
+    Update,
+    UpdateKind,
+    check_worker_name,
+    push_digest,
+)
+from topq_dist.v1 import parameter_server_pb2 as pb
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def point_to_wire(point: Point) -> pb.Point:
+    """Return `point` as a message."""
+    return pb.Point(version=point.version, chain=point.chain)
+
+
+def point_from_wire(message: pb.Point) -> Point:
+    """Return the point in `message`; raises InvalidError where its chain is no chain."""
+    if len(message.chain) != CHAIN_BYTES:
+        raise InvalidError(
+            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
+        )
+    return Point(version=message.version, chain=message.chain)
+
+
+def spec_to_wire(spec: ModelSpec) -> list[pb.TensorSpec]:
+    """Return the tensors of `spec` as messages, in its order."""
+    return [
+        pb.TensorSpec(name=tensor.name, shape=tensor.shape, dtype=_DTYPE_NAMES[tensor.dtype])
+        for tensor in spec.tensors
+    ]
+
+
+def spec_from_wire(messages: Iterable[pb.TensorSpec]) -> ModelSpec:
+    """Return the model in `messages`; raises InvalidError for what can be none."""
+    tensors = []
+    for message in messages:
+        if message.dtype not in DTYPES:
+            raise InvalidError(
+                f"tensor {message.name!r} has dtype {message.dtype!r}: expected one of "
+                f"{', '.join(DTYPES)}"
+            )
+        tensors.append(
+            TensorSpec(name=message.name, shape=tuple(message.shape), dtype=DTYPES[message.dtype])
+        )
+    return ModelSpec(tensors=tuple(tensors))
+
+
+def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
+    """Return parameter groups as messages."""
+    return [pb.Group(names=group.names, numbers=group.numbers) for group in groups]
+
+
+def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
+    """Return the parameter groups in `messages`."""
+    return tuple(
+        GroupView(names=tuple(message.names), numbers=dict(message.numbers)) for message in messages
+    )
+
+
+def chunks(buffers: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Yield what is in `buffers`, one behind the other, in pieces of `chunk_bytes`.
+
+    The last piece may be shorter. Each byte is copied once.
+    """
+    started: list[memoryview] = []
+    started_bytes = 0
+    for buffer in buffers:
+        view = buffer.cast("B")
+        while view.nbytes:
+            piece = view[: chunk_bytes - started_bytes]
+            view = view[piece.nbytes :]
+            started.append(piece)
+            started_bytes += piece.nbytes
+            if started_bytes == chunk_bytes:
+                yield b"".join(started)
+                started, started_bytes = [], 0
+    if started:
+        yield b"".join(started)
+
+
+class Receiver:
+    """Takes chunks into one buffer of a size that was declared, and agreed to, before.
+
+    sizes: bytes of each part. limit_bytes: of all parts together. what: names it in errors.
+
+    Raises TooLargeError for more than `limit_bytes`, before anything is allocated.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, limit_bytes: int, what: str) -> None:
+        self._what = what
+        self._edges = [0, *accumulate(sizes)]
+        total = self._edges[-1]
+        if total > limit_bytes:
+            raise TooLargeError(f"{what} of {total} bytes: expected at most {limit_bytes}")
+        # memory that nothing has written to yet costs nothing, so a declaration alone does not
+        self._buffer = np.empty(total, dtype=np.uint8).data
+        self._received = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was declared is there."""
+        return self._received == self._edges[-1]
+
+    def take(self, chunk: bytes) -> None:
+        """Add the next chunk; raises InvalidError where it is too long or nothing is due."""
+        end = self._received + len(chunk)
+        if len(chunk) > MAX_CHUNK_BYTES:
+            raise InvalidError(
+                f"a chunk of {len(chunk)} bytes in {self._what}: expected at most {MAX_CHUNK_BYTES}"
+            )
+        if end > self._edges[-1]:
+            raise InvalidError(
+                f"{self._what} goes on after the {self._edges[-1]} bytes that it declared"
+            )
+        self._buffer[self._received : end] = chunk
+        self._received = end
+
+    def parts(self) -> tuple[memoryview, ...]:
+        """Return the parts, writable views of one buffer; raises InvalidError for a short one."""
+        if not self.complete:
+            raise InvalidError(
+                f"{self._what} ended after {self._received} of {self._edges[-1]} bytes"
+            )
+        return tuple(self._buffer[start:stop] for start, stop in pairwise(self._edges))
+
+
+def step_requests(
+    worker: pb.WorkerId,
+    *,
+    sequence: int,
+    base: Point,
+    frames: Sequence[memoryview],
+    lr: Sequence[float],
+    digest: bytes,
+    applied_version: int = 0,
+    members: Sequence[str] = (),
+) -> Iterator[pb.StepRequest]:
+    """Yield the messages of a push; its parameters are those of protocol.Push."""
+    header = pb.StepHeader(
+        id=worker,
+        sequence=sequence,
+        base=point_to_wire(base),
+        frame_bytes=[frame.nbytes for frame in frames],
+        lr=lr,
+        digest=digest,
+        applied_version=applied_version,
+        members=members,
+    )
+    yield pb.StepRequest(header=header)
+    for chunk in chunks(frames):
+        yield pb.StepRequest(chunk=chunk)
+
+
+def receiver_of(header: pb.StepHeader, spec: ModelSpec) -> Receiver:
+    """Return what takes the chunks of a push on a model of `spec`.
+
+    Raises InvalidError or TooLargeError for a header that no push can have.
+    """
+    vectors = len(spec.vectors)
+    if len(header.frame_bytes) not in (0, vectors):
+        raise InvalidError(f"{len(header.frame_bytes)} frames: expected {vectors}, or none")
+    if len(header.digest) != DIGEST_BYTES:
+        raise InvalidError(f"{len(header.digest)} bytes of digest: expected {DIGEST_BYTES}")
+    for worker in header.members:
+        check_worker_name(worker)
+    return Receiver(
+        header.frame_bytes,
+        limit_bytes=spec.max_frame_bytes,
+        what=f"push {header.sequence} of {header.id.worker!r}",
+    )
+
+
+def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: ModelSpec) -> Push:
+    """Return the push of `header`, its frames (as many as the header says) decoded and checked.
+
+    Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
+    that are no frames of `spec`.
+    """
+    lr = tuple(header.lr)
+    what = f"push {header.sequence} of {header.id.worker!r}"
+    if push_digest(lr, frames) != header.digest:
+        raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
+    if not all(np.isfinite(value) for value in lr):
+        raise NonFiniteError(f"{what} has lr={lr!r}: expected finite numbers")
+    if any(value < 0 for value in lr):
+        raise InvalidError(f"{what} has lr={lr!r}: expected numbers of at least 0")
+    decoded = []
+    for number, (frame, vector) in enumerate(
+        zip(frames, spec.vectors if frames else (), strict=True)
+    ):
+        try:
+            decoded.append(decode_frame(frame, numel=vector.numel))
+        except FrameError as error:
+            raise InvalidError(f"frame {number} of {what}: {error}") from error
+    if not all(frame.finite for frame in decoded):
+        raise NonFiniteError(f"{what} holds NaN or infinity: skip the step, and send no gradient")
+    return Push(
+        worker=header.id.worker,
+        epoch=header.id.epoch,
+        sequence=header.sequence,
+        base=point_from_wire(header.base),
+        frames=tuple(decoded),
+        lr=lr,
+        digest=header.digest,
+        applied_version=header.applied_version,
+        members=tuple(header.members),
+    )
+
+
+def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse]:
+    """Yield the messages of `answer`."""
+    outcome = pb.StepAnswer.OUTCOME_STALE
+    message = pb.StepAnswer(
+        members=answer.members,
+        durable_version=answer.durable_version,
+        updates=[
+            pb.Update(
+                kind=pb.Update.Kind.ValueType(update.kind.value),
+                point=point_to_wire(update.point),
+                payload_bytes=[payload.nbytes for payload in update.payloads],
+            )
+            for update in answer.updates
+        ],
+    )
+    if answer.applied is not None:
+        outcome = pb.StepAnswer.OUTCOME_APPLIED
+        message.applied_version = answer.applied.version
+        message.applied_point.CopyFrom(point_to_wire(answer.applied))
+    message.outcome = outcome
+    yield pb.StepResponse(answer=message)
+    payloads = (payload for update in answer.updates for payload in update.payloads)
+    for chunk in chunks(payloads):
+        yield pb.StepResponse(chunk=chunk)
+
+
+def read_answer(
+    responses: Iterator[pb.StepResponse],
+    spec: ModelSpec,
+    *,
+    waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
+) -> Answer:
+    """Read the messages of an answer to its end, calling `waiting` with each sign of life.
+
+    Raises InvalidError for what no server of this library would send.
+    """
+    message = None
+    for response in responses:
+        part = response.WhichOneof("part")
+        if part == "answer":
+            message = response.answer
+            break
+        if part != "waiting":
+            raise InvalidError("a step's answer begins with its payload: expected its header")
+        waiting(tuple(response.waiting.workers))
+    if message is None:
+        raise InvalidError("the stream ended before the step's answer")
+    known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
+    if message.outcome not in known:
+        raise InvalidError(
+            f"a step's answer has outcome {message.outcome}: expected one of {known}"
+        )
+    sizes = [size for update in message.updates for size in _payload_bytes(update, spec)]
+    receiver = Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer")
+    for response in responses:
+        receiver.take(response.chunk)
+    payloads = iter(receiver.parts())
+    applied = message.outcome == pb.StepAnswer.OUTCOME_APPLIED
+    return Answer(
+        applied=point_from_wire(message.applied_point) if applied else None,
+        members=tuple(message.members),
+        updates=tuple(
+            Update(
+                kind=UpdateKind(update.kind),
+                point=point_from_wire(update.point),
+                payloads=tuple(next(payloads) for _ in spec.vectors),
+            )
+            for update in message.updates
+        ),
+        durable_version=message.durable_version,
+    )
+
+
+def fetch_to_wire(
+    point: Point, durable_version: int, vectors: Sequence[memoryview]
+) -> Iterator[pb.FetchResponse]:
+    """Yield the messages that bring a whole model, as raw vectors."""
+    header = pb.FetchHeader(
+        point=point_to_wire(point),
+        durable_version=durable_version,
+        vector_bytes=[vector.nbytes for vector in vectors],
+    )
+    yield pb.FetchResponse(header=header)
+    for chunk in chunks(vectors):
+        yield pb.FetchResponse(chunk=chunk)
+
+
+def read_fetch(
+    responses: Iterator[pb.FetchResponse], spec: ModelSpec
+) -> tuple[Point, int, tuple[memoryview, ...]]:
+    """Read a whole model: its point, the durable version, and the raw vectors.
+
+    Raises InvalidError where it is not a model of `spec`.
+    """
+    first = next(responses, None)
+    if first is None or first.WhichOneof("part") != "header":
+        raise InvalidError("a fetched model begins without its header")
+    expected = [vector.raw_bytes for vector in spec.vectors]
+    if list(first.header.vector_bytes) != expected:
+        raise InvalidError(
+            f"a fetched model has vectors of {list(first.header.vector_bytes)} bytes: "
+            f"expected {expected}"
+        )
+    receiver = Receiver(expected, limit_bytes=sum(expected), what="a fetched model")
+    for response in responses:
+        receiver.take(response.chunk)
+    return point_from_wire(first.header.point), first.header.durable_version, receiver.parts()
+
+
+def upload_requests(
+    worker: pb.WorkerId, vectors: Sequence[memoryview]
+) -> Iterator[pb.UploadRequest]:
+    """Yield the messages that bring a worker's raw vectors to the server."""
+    yield pb.UploadRequest(id=worker)
+    for chunk in chunks(vectors):
+        yield pb.UploadRequest(chunk=chunk)
+
+
+def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
+    if update.kind not in (kind.value for kind in UpdateKind):
+        raise InvalidError(f"an update of kind {update.kind}: expected SET, ADD or FULL")
+    sizes = list(update.payload_bytes)
+    if len(sizes) != len(spec.vectors):
+        raise InvalidError(f"an update of {len(sizes)} payloads: expected {len(spec.vectors)}")
+    largest = max(spec.raw_bytes, spec.max_frame_bytes)
+    if sum(sizes) > largest:
+        raise InvalidError(f"an update of {sum(sizes)} bytes: expected at most {largest}")
+    return sizes
