@@ -1,16 +1,21 @@
 """Top-Q gradient compression for distributed training across slow links."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from topq_dist._version import __version__
-from topq_dist.compress.compressor import Compressor
-from topq_dist.compress.frame import FrameError
-from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
-from topq_dist.ddp.messages import ExchangeError
-from topq_dist.optim import (
-    GradientTransformerOptimizer,
-    ParamTransformingOptimizer,
-    TopQGradientOptimizer,
-)
-from topq_dist.telemetry import Stats
+
+if TYPE_CHECKING:
+    from topq_dist.compress.compressor import Compressor
+    from topq_dist.compress.frame import FrameError
+    from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
+    from topq_dist.ddp.messages import ExchangeError
+    from topq_dist.optim import (
+        GradientTransformerOptimizer,
+        ParamTransformingOptimizer,
+        TopQGradientOptimizer,
+    )
+    from topq_dist.telemetry import Stats
 
 __all__ = [
     "Compressor",
@@ -25,3 +30,30 @@ __all__ = [
     "register_topq_hook",
     "topq_hook",
 ]
+
+# Where each name lives. They come when first asked for (PEP 562): torch takes seconds to import,
+# and `topq status` and `topq health` do without it.
+_HOMES = {
+    "Compressor": "compress.compressor",
+    "ExchangeError": "ddp.messages",
+    "FrameError": "compress.frame",
+    "GradientTransformerOptimizer": "optim",
+    "ParamTransformingOptimizer": "optim",
+    "Stats": "telemetry",
+    "TopQGradientOptimizer": "optim",
+    "TopQState": "ddp.hook",
+    "register_topq_hook": "ddp.hook",
+    "topq_hook": "ddp.hook",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

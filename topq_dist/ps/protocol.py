@@ -121,7 +121,7 @@ class UnauthenticatedError(RefusedError):
 class WrongTokenError(RefusedError):
     """A call in a worker's name with another worker's token."""
 
-    reason = "wrong_token"
+    reason = "permission_denied"
 
 
 class NotJoinedError(RefusedError):

@@ -44,13 +44,14 @@ class ServerSecurity:
             return where
         if not self.insecure:
             raise ValueError(
-                f"address={address!r}: in the clear a server listens on loopback alone; give tls,"
-                " or insecure=True where everybody on the network may read and alter the training"
+                f"address={address!r}: in the clear a server listens on loopback alone:"
+                " configure TLS, or say insecure where everybody on the network may read and alter"
+                " the training"
             )
         if self.tokens is not None:
             raise ValueError(
                 f"tokens={str(self.tokens)!r}: in the clear beyond loopback everybody could read"
-                f" them (address={address!r}); give tls"
+                f" them (address={address!r}): configure TLS"
             )
         return where
 
@@ -97,7 +98,8 @@ class ClientSecurity:
         where = Address.parse(address).to_reach()
         if self.token is not None and self.tls is None and not where.is_loopback:
             raise ValueError(
-                f"address={address!r}: a token in the clear goes no further than loopback; give tls"
+                f"address={address!r}: a token in the clear goes no further than loopback:"
+                " configure TLS"
             )
         return where
 

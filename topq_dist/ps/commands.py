@@ -1,0 +1,136 @@
+"""The commands of `topq`. Whatever imports torch or gRPC is imported where it is used."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from topq_dist._version import __version__
+from topq_dist.ps.cli_options import (
+    DEFAULT_ADDRESS,
+    client_options,
+    client_security,
+    option,
+    server_security,
+    server_security_options,
+    serving_config,
+    serving_options,
+    training_config,
+    training_options,
+    usage_errors,
+)
+
+_log = logging.getLogger(__name__)
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@click.group(
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__)
+def topq() -> None:
+    """The parameter server of topq_dist. Each option can be given as a variable TOPQ_... too."""
+
+
+@topq.command(short_help="Run a parameter server.")
+@option(
+    "--address",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to listen: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 takes any free one.",
+)
+@serving_options
+@training_options
+@server_security_options
+@option(
+    "--log-level",
+    type=click.Choice(_LEVELS),
+    default="warning",
+    show_default=True,
+    help="What is told on stderr.",
+)
+def serve(**given: Any) -> None:
+    """Run a parameter server until SIGTERM, which lets it save its state and exit 0.
+
+    One line on stdout says where it listens.
+    """
+    training, serving = training_config(given), serving_config(given)
+    security = server_security(given)
+    with usage_errors():
+        security.check(given["address"])
+    logging.basicConfig(
+        level=given["log_level"].upper(), format="topq serve: %(levelname)s: %(message)s"
+    )
+    from topq_dist.ps.inner import check_inner_optimizer
+    from topq_dist.ps.server import serve as run
+    from topq_dist.ps.snapshot_file import StateError
+
+    with usage_errors():
+        check_inner_optimizer(training)
+    try:
+        with usage_errors():
+            run(
+                training,
+                serving,
+                state_dir=given["state_dir"],
+                address=given["address"],
+                security=security,
+                on_listening=lambda address: click.echo(f"listening on {address}"),
+            )
+    except (StateError, OSError, RuntimeError) as error:
+        _log.debug("where it failed:", exc_info=True)
+        raise click.ClickException(str(error)) from error
+
+
+@topq.command(short_help="Say how the run of a server is doing.")
+@client_options(beside_server=False)
+@option(
+    "--token-file",
+    type=click.Path(),
+    metavar="FILE",
+    help="A token of this server, alone in a file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
+@click.option("--sha256", is_flag=True, help="Have the server hash its whole state.")
+def status(**given: Any) -> None:
+    """Say how the run of a server is doing: version, workers, bytes, refused pushes."""
+    from topq_dist.ps.asking import NoAnswerError, ask_status
+    from topq_dist.ps.status_text import status_json, status_text
+
+    security = client_security(given)
+    try:
+        with usage_errors():
+            answer = ask_status(
+                given["address"],
+                security,
+                timeout_s=given["timeout_s"],
+                state_sha256=given["sha256"],
+            )
+    except NoAnswerError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(status_json(answer) if given["as_json"] else status_text(answer))
+
+
+@topq.command(short_help="Exit 0 where a server takes calls, else 1.")
+@client_options(beside_server=True)
+def health(**given: Any) -> None:
+    """Exit 0 where a server takes calls, else 1: for a container's HEALTHCHECK.
+
+    In the server's own environment it needs no options: it tries a server on all interfaces on
+    loopback, shows the server's certificate, which must serve as a client's too where clients have
+    to show one, and takes the clients' CA for the server's where no other is given.
+    """
+    from topq_dist.ps.asking import NoAnswerError, ask_health
+
+    security = client_security(given)
+    try:
+        with usage_errors():
+            answer = ask_health(given["address"], security, timeout_s=given["timeout_s"])
+    except NoAnswerError as error:
+        raise click.ClickException(str(error)) from error
+    if answer != "SERVING":
+        raise click.ClickException(f"the server at {given['address']} says {answer}")
