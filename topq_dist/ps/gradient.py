@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topq_dist.compress.blocks import not_finite_allowed
 from topq_dist.compress.frame import Frame
-from topq_dist.ps.model import FlatModel, ModelSpec, zeros
+from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, put_zeros, zeros
 
 # with more nonzero elements than this share, a pass over the whole vector is cheaper than a
 # scatter
@@ -38,14 +38,15 @@ class GradientSum:
         for frames in pushes:
             for total, frame in zip(self._totals, frames, strict=True):
                 with not_finite_allowed():
-                    replace(frame, values=frame.values / len(pushes)).add_to(total)
+                    values = torch.from_numpy(frame.values.numpy() / len(pushes))
+                    replace(frame, values=values).add_to(total)
         self._indices = [
             [frame.indices for frame in frames] for frames in zip(*pushes, strict=True)
         ]
         for flat, total, indices in self._vectors():
             if total is not flat and self._scattered(flat, indices):
                 for where in indices:
-                    flat[where] = total[where].to(flat.dtype)
+                    put(flat, where, picked(total, where).to(flat.dtype))
             elif total is not flat:
                 flat.copy_(total)
 
@@ -65,7 +66,7 @@ class GradientSum:
             for vector in {id(flat): flat, id(total): total}.values():
                 if scattered:
                     for where in indices:
-                        vector[where] = 0
+                        put_zeros(vector, where)
                 else:
                     vector.zero_()
         self._indices = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topq_dist.ps.downlink import Touched
 from topq_dist.ps.gradient import GradientSum
-from topq_dist.ps.model import FlatModel, ModelSpec
+from topq_dist.ps.model import FlatModel, ModelSpec, picked, put
 
 
 class SparseStep:
@@ -40,7 +40,7 @@ class SparseStep:
         if unions is None:
             return None
         touched = [
-            Touched(indices=indices, before=flat[indices])
+            Touched(indices=indices, before=picked(flat, indices))
             for indices, flat in zip(unions, params.flats, strict=True)
         ]
         if any(flat.dtype.itemsize == 2 for flat in params.flats):
@@ -48,8 +48,8 @@ class SparseStep:
             self._inner.step()
             return touched
         for place, (there, flat) in enumerate(zip(touched, params.flats, strict=True)):
-            slopes = gradient.model.flats[place][there.indices]
-            flat[there.indices] = self._stepped(place, there, slopes)
+            slopes = picked(gradient.model.flats[place], there.indices)
+            put(flat, there.indices, self._stepped(place, there, slopes))
         return touched
 
     def _stepped(self, place: int, there: Touched, slopes: Tensor) -> Tensor:
