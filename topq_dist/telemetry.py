@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 class Stats:
     """Totals of one rank since its state was made, those before a resume included.
 
-    steps: synchronised backward passes.
-    sent_bytes: handed to collectives by this rank, headers and padding included.
+    steps: synchronised backward passes, or steps through a parameter server.
+    sent_bytes: handed to collectives by this rank, headers and padding included; or payloads that a
+        parameter server took.
+    received_bytes: payloads that came from a parameter server; with collectives it stays 0.
     wire_bytes: what those collectives make this rank put on its link, forwarding included: an
         all-gather among W ranks W - 1 times what is handed to it, a ring all-reduce 2 (W - 1) / W
         times.
@@ -24,6 +26,7 @@ class Stats:
 
     steps: int = 0
     sent_bytes: int = 0
+    received_bytes: int = 0
     wire_bytes: int = 0
     dense_bytes: int = 0
     select_s: float = 0.0

@@ -1,0 +1,168 @@
+"""The calls to one server, and what their errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+
+from topq_dist.ps.kept import KeptPush
+from topq_dist.ps.model import ModelSpec
+from topq_dist.ps.protocol import Answer, NotReadyError, Point
+from topq_dist.ps.reach import why_unreachable
+from topq_dist.ps.refusals import refusal_of
+from topq_dist.ps.security import ClientSecurity
+from topq_dist.ps.wire import read_answer, read_fetch, step_requests, upload_requests
+from topq_dist.v1 import parameter_server_pb2 as pb
+from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
+
+# no retries of gRPC's own: above 256 KiB they stop without a word, and a push that is sent again
+# may need a Join before it
+_OPTIONS = (
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.bdp_probe", 0),
+    # workers in one process would share a connection, and its flow control, otherwise
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    # too many calls at once, and streams that a dying server breaks off
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+}
+
+
+class ServerLostError(ConnectionError):
+    """A parameter server that cannot be talked to; the message names it and says why."""
+
+
+class TransientError(Exception):
+    """A call that failed in a way that may pass."""
+
+
+class Connection:
+    """A channel to the server at `address`.
+
+    Every call has a time limit, and raises RefusedError, TransientError or ServerLostError.
+    """
+
+    def __init__(self, address: str, security: ClientSecurity) -> None:
+        self.address = address
+        self._security = security
+        self._metadata = security.metadata()
+        self._open()
+
+    def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
+        """Take up or renew a worker's place."""
+        with self._errors():
+            return self._stub.Join(request, timeout=timeout_s, metadata=self._metadata)
+
+    def upload(self, worker: pb.WorkerId, vectors: Sequence[memoryview], timeout_s: float) -> None:
+        """Bring the initial values."""
+        requests = upload_requests(worker, vectors)
+        with self._errors():
+            self._stub.Upload(requests, timeout=timeout_s, metadata=self._metadata)
+
+    def fetch(
+        self,
+        worker: pb.WorkerId,
+        which: pb.FetchRequest.Which.ValueType,
+        spec: ModelSpec,
+        timeout_s: float,
+    ) -> tuple[Point, int, tuple[memoryview, ...]]:
+        """Return (point, durable version, raw vectors)."""
+        request = pb.FetchRequest(id=worker, which=which)
+        with self._errors():
+            responses = self._stub.Fetch(request, timeout=timeout_s, metadata=self._metadata)
+            return read_fetch(iter(responses), spec)
+
+    def step(
+        self,
+        worker: pb.WorkerId,
+        push: KeptPush,
+        spec: ModelSpec,
+        timeout_s: float,
+        sign_of_life: Callable[[], None],
+    ) -> Answer:
+        """Push, or replay, a gradient; returns what the server has decided on it."""
+        requests = step_requests(
+            worker,
+            sequence=push.sequence,
+            base=push.base,
+            frames=push.frames,
+            lr=push.lr,
+            digest=push.digest,
+            applied_version=0 if push.applied is None else push.applied.version,
+            members=push.members,
+        )
+        with self._errors():
+            call = self._stub.Step(requests, timeout=timeout_s, metadata=self._metadata)
+            try:
+                return read_answer(iter(call), spec, waiting=lambda workers: sign_of_life())
+            finally:
+                # or an answer that is no good would leave the call open
+                call.cancel()
+
+    def renew(self, worker: pb.WorkerId, timeout_s: float) -> int:
+        """Keep the lease; returns the durable version."""
+        request = pb.RenewRequest(id=worker)
+        with self._errors():
+            response = self._stub.Renew(request, timeout=timeout_s, metadata=self._metadata)
+        return response.durable_version
+
+    def leave(self, worker: pb.WorkerId, timeout_s: float) -> int:
+        """Give the place up; returns the server's version, which is durable."""
+        request = pb.LeaveRequest(id=worker)
+        with self._errors():
+            response = self._stub.Leave(request, timeout=timeout_s, metadata=self._metadata)
+        return response.point.version
+
+    def refresh(self) -> None:
+        """Make the channel anew, where TLS is used: certificates may have changed since."""
+        if self._security.tls is not None:
+            self._channel.close()
+            self._open()
+
+    def close(self) -> None:
+        """Break off what is under way, and close the channel."""
+        self._channel.close()
+
+    def lost(self, timeout_s: float, last_error: Exception | None) -> ServerLostError:
+        """Return the error that says that the server was silent for `timeout_s`."""
+        where = self._security.check(self.address)
+        why = why_unreachable(where, self._security.tls) or last_error or "it is there, but silent"
+        return ServerLostError(
+            f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
+        )
+
+    def _open(self) -> None:
+        self._channel = self._security.channel(self.address, _OPTIONS)
+        self._stub = pb_grpc.ParameterServerStub(self._channel)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+            if isinstance(refusal, NotReadyError):
+                raise TransientError(str(refusal)) from error
+            if refusal is not None:
+                raise type(refusal)(f"parameter server {self.address}: {refusal}") from error
+            known = isinstance(error, grpc.Call)
+            code = error.code() if known else grpc.StatusCode.UNKNOWN
+            details = error.details() if known else repr(error)
+            if code in _TRANSIENT:
+                raise TransientError(f"{code.name}: {details}") from error
+            raise ServerLostError(
+                f"parameter server {self.address}: {code.name}: {details}"
+            ) from error

@@ -1,0 +1,129 @@
+"""The part of a model that one server holds: gradients to frames, values to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.density import Scope, uniform_cuts
+from topq_dist.compress.feedback import Layout
+from topq_dist.compress.frame import decode_frame, peek_header
+from topq_dist.ps.kept import KeptPush
+from topq_dist.ps.model import FlatModel, ModelSpec, raw_view
+from topq_dist.ps.protocol import NonFiniteError
+
+
+class Shard:
+    """Named parameters, their gradients as flat vectors, and what is still owed for them.
+
+    model: the values that the worker holds; `write_back` puts them into the parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], compressor: FlatCompressor) -> None:
+        self.parameters = dict(parameters)
+        self.spec = ModelSpec.of(self.parameters.items())
+        self.model = FlatModel(self.spec)
+        self.compressor = compressor
+        self.read_parameters()
+        self._gradients = [
+            torch.zeros(vector.numel, dtype=vector.dtype, device=self._device(vector.layout))
+            for vector in self.spec.vectors
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, in order."""
+        return list(self.parameters)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the parameters' gradients as they are."""
+        return self.spec.raw_bytes
+
+    def _device(self, layout: Layout) -> torch.device:
+        devices = {self.parameters[name].device for name in layout.names}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    def read_parameters(self) -> None:
+        """Take the model's values from the parameters."""
+        self.model.copy_from(self.parameters.items())
+
+    def write_back(self) -> None:
+        """Put the model's values into the parameters."""
+        self.write(self.model.tensors())
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put other values, by name, into the parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def compress(self, *, q: float, scope: Scope, scale: float = 1.0) -> list[Compressed]:
+        """Return the top-Q part of the parameters' gradients / `scale`, plus what is owed.
+
+        A parameter without a gradient counts as zeros. What the frames leave out is owed only once
+        they are committed. Raises NonFiniteError, naming the first parameter, for NaN or infinity.
+        """
+        compressed = []
+        for vector, gradient in zip(self.spec.vectors, self._gradients, strict=True):
+            self._gather(vector.layout, gradient)
+            if scale != 1.0:
+                gradient.mul_(1.0 / scale)
+            cuts = uniform_cuts(vector.numels, q=q, scope=scope)
+            compressed.append(self.compressor.compress(gradient, vector.layout, cuts))
+        for made in compressed:
+            if not peek_header(made.frames[0]).finite:
+                raise NonFiniteError(
+                    f"the gradient of {self._first_non_finite()} holds NaN or infinity: nothing "
+                    "was sent"
+                )
+        return compressed
+
+    def _gather(self, layout: Layout, gradient: Tensor) -> None:
+        for name, stretch in zip(layout.names, layout.stretches(), strict=True):
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                gradient[stretch].zero_()
+                continue
+            if parameter.grad.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {name!r} has layout {parameter.grad.layout}: expected a "
+                    "dense one, so make the embedding with sparse=False"
+                )
+            gradient[stretch].view(parameter.shape).copy_(parameter.grad)
+
+    def _first_non_finite(self) -> str:
+        by_name = {
+            name: gradient[stretch]
+            for vector, gradient in zip(self.spec.vectors, self._gradients, strict=True)
+            for name, stretch in zip(vector.layout.names, vector.layout.stretches(), strict=True)
+        }
+        for name in self.names:
+            if not bool(torch.isfinite(by_name[name]).all()):
+                return repr(name)
+        return "a parameter, with what is owed for it,"
+
+    def owe(self, push: KeptPush) -> None:
+        """Owe again what `push` holds, which the server did not take."""
+        if not self.compressor.error_feedback:
+            return
+        for vector, frame in zip(
+            self.spec.vectors if push.frames else (), push.frames, strict=True
+        ):
+            dtype = torch.float64 if vector.dtype == torch.float64 else torch.float32
+            residual = self.compressor.residuals.flat(
+                vector.layout, dtype=dtype, device=self._device(vector.layout)
+            )
+            decode_frame(frame, numel=vector.numel).add_to(residual)
+
+    def forgive(self) -> None:
+        """Owe nothing any more."""
+        self.compressor.residuals.load_state_dict({})
+
+
+def frames_of(compressed: Sequence[Compressed]) -> list[memoryview]:
+    """Return the bytes of a step's frames, one for each vector."""
+    return [raw_view(frame) for made in compressed for frame in made.frames]
