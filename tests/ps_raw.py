@@ -1,21 +1,20 @@
 """A parameter server as a real process, and a worker of bare gRPC stubs, for tests of the server.
 
-Run as a script it is the server: python ps_raw.py STATE_DIR PORT TRAINING SERVING [CRASH_AT], with
-two JSON objects of options, and where to kill itself.
+Server processes are forked from one that has imported torch, and neither grpc nor anything with
+threads: each starts in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +32,8 @@ from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 CALL_S = 30.0
+# what a worker meets whose server has gone or come back
+LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 def free_port() -> int:
@@ -43,7 +44,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """`python -m` of this file on one state directory and port; started, killed, started again."""
+    """A server on one state directory and port; started, killed, started again."""
 
     def __init__(
         self,
@@ -55,8 +56,9 @@ class ServerProcess:
     ) -> None:
         self.state_dir = state_dir
         self.port = port or free_port()
+        self._log = state_dir.parent / f"{state_dir.name}.stderr"
         self._training, self._serving = dict(training), dict(serving or {})
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ForkServerProcess | None = None
 
     @property
     def address(self) -> str:
@@ -64,20 +66,25 @@ class ServerProcess:
         return f"127.0.0.1:{self.port}"
 
     @property
-    def pid(self) -> int:
-        """Of the process that was started last."""
+    def process(self) -> ForkServerProcess:
+        """The process that was started last."""
         assert self._process is not None
-        return self._process.pid
+        return self._process
+
+    def launch(self, crash_at: str = "") -> None:
+        """Start the process; it kills itself at the point `crash_at`."""
+        context = multiprocessing.get_context("forkserver")
+        # the second is what an optimizer imports when it is made
+        context.set_forkserver_preload(["topq_dist.ps.run_state", "torch._dynamo"])
+        arguments = (self.state_dir, self.port, self._training, self._serving, crash_at, self._log)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
 
     def start(self, crash_at: str = "") -> None:
-        """Start the process and wait until it answers; it kills itself at the point `crash_at`."""
-        arguments = [str(self.state_dir), str(self.port)]
-        arguments += [json.dumps(self._training), json.dumps(self._serving), crash_at]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stderr=subprocess.PIPE, text=True
-        )
+        """Start the process and wait until it answers."""
+        self.launch(crash_at)
         end_s = time.monotonic() + CALL_S
-        while time.monotonic() < end_s and self._process.poll() is None:
+        while time.monotonic() < end_s and self.process.is_alive():
             try:
                 with grpc.insecure_channel(self.address) as channel:
                     pb_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=1)
@@ -88,28 +95,26 @@ class ServerProcess:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send the process a signal."""
-        assert self._process is not None
-        self._process.send_signal(number)
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def finish(self, timeout_s: float = CALL_S) -> tuple[int, str]:
         """Wait for the process and return its exit status and what it wrote to stderr."""
-        assert self._process is not None
-        try:
-            _, errors = self._process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            _, errors = self._process.communicate()
-            raise AssertionError(f"the server did not end by itself: {errors}") from None
-        return self._process.returncode, errors
+        self.process.join(timeout_s)
+        errors = self._log.read_text() if self._log.exists() else ""
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"the server did not end by itself: {errors}")
+        return self.process.exitcode, errors
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.is_alive():
             self._process.kill()
-            self._process.communicate()
+            self._process.join()
 
 
 @dataclass(kw_only=True)
@@ -233,6 +238,17 @@ class RawWorker:
                 if answer.applied is None:
                     raise AssertionError(f"replay {push.sequence} of {self.name} was stale")
 
+    def join_through(self, end_s: float) -> None:
+        """Join, whatever happens to the server until `end_s`."""
+        while self.point is None:
+            try:
+                self.join()
+            except grpc.RpcError as error:
+                refused = isinstance(error, grpc.Call) and error.code() in LOST
+                if not refused or time.monotonic() > end_s:
+                    raise
+                time.sleep(0.02)
+
     def step_through(self, gradients: Sequence[Tensor], end_s: float) -> Answer:
         """Push until it is answered, whatever happens to the server until `end_s`."""
         push = self.push_of(gradients)
@@ -249,10 +265,10 @@ class RawWorker:
         while True:
             if not isinstance(error, grpc.Call) or time.monotonic() > end_s:
                 raise error
-            lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
-            if error.code() not in lost:
+            if error.code() not in LOST:
                 raise error
             try:
+                time.sleep(0.02)
                 if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                     self.come_back()
                 return
@@ -307,21 +323,24 @@ def arm(crash_at: str) -> None:
         raise ValueError(f"crash_at={crash_at!r}: no such point")
 
 
-def main() -> None:
-    """Serve until SIGTERM."""
+def _serve(
+    state_dir: Path,
+    port: int,
+    training: Mapping[str, Any],
+    serving: Mapping[str, Any],
+    crash_at: str,
+    log: Path,
+) -> None:
     from topq_dist.ps.server import serve
 
+    errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(errors, 2)
     torch.set_num_threads(1)
-    state_dir, port, training, serving, crash_at = sys.argv[1:]
     if crash_at:
         arm(crash_at)
     serve(
-        TrainingConfig(**json.loads(training)),
-        ServingConfig(**json.loads(serving)),
-        state_dir=Path(state_dir),
+        TrainingConfig(**training),
+        ServingConfig(**serving),
+        state_dir=state_dir,
         address=f"127.0.0.1:{port}",
     )
-
-
-if __name__ == "__main__":
-    main()
