@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +36,15 @@ MIXED: Shapes = (
     ("d.weight", (301,), torch.float16),
 )
 SINGLE: Shapes = (("a.weight", (40, 33), torch.float32), ("a.bias", (33,), torch.float32))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    # on tensors this small a second thread only waits
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def spec_of(shapes: Shapes) -> ModelSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.frame import Frame, FrameError, encode_non_finite_frame, peek_header
-from topq_dist.ps import downlink as downlink_module
+from topq_dist.ps import changes, downlink
 from topq_dist.ps.central import CentralModel
 from topq_dist.ps.config import TrainingConfig
 from topq_dist.ps.downlink import (
@@ -36,6 +37,15 @@ MODELS: dict[str, tuple[tuple[str, tuple[int, ...], torch.dtype], ...]] = {
     "fp16": (("a", (1000,), torch.float16),),
     "mixed": MIXED,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    # on tensors this small a second thread only waits
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_model(tensors: Any, seed: int = 0) -> FlatModel:
@@ -124,7 +134,7 @@ def test_exact_after_plain_sgd_looks_only_at_what_was_touched(
     worker = model.clone()
     central = CentralModel(TrainingConfig(inner_opt="sgd"), model.spec, model)
     looked_at: list[int] = []
-    differ = downlink_module._differ
+    differ = changes._differ
 
     def counting(now: Tensor, before: Tensor) -> Tensor:
         looked_at.append(now.numel())
@@ -133,8 +143,8 @@ def test_exact_after_plain_sgd_looks_only_at_what_was_touched(
     def never(*_: Any) -> Any:
         raise AssertionError("the whole model was looked at")
 
-    monkeypatch.setattr(downlink_module, "_differ", counting)
-    monkeypatch.setattr(downlink_module, "_changed", never)
+    monkeypatch.setattr(changes, "_differ", counting)
+    monkeypatch.setattr(downlink, "changes_between", never)
     monkeypatch.setattr(ExactDownlink, "before_step", never)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):

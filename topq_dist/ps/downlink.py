@@ -6,26 +6,19 @@ Payloads are encoded once, in memory that later steps leave alone, and sent to a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import BLOCK_NUMEL, bits_of, blocks
 from topq_dist.compress.density import uniform_cuts
 from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
 from topq_dist.compress.selection import Selector
 from topq_dist.compress.values import check_value_format
+from topq_dist.ps.changes import Change, Touched, changes_between, set_frames
 from topq_dist.ps.config import TrainingConfig
-from topq_dist.ps.model import FlatModel, ModelSpec, VectorSpec, picked, put, raw_view, zeros
+from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, raw_view, zeros
 from topq_dist.ps.protocol import InvalidError, Update, UpdateKind
-
-# beyond this share of changed elements a frame saves a fifth at most, and takes ten times as long
-# to make
-_MOST_CHANGED = 3 / 4
-_SAMPLE_NUMEL = 32_768
 
 
 class Payloads(NamedTuple):
@@ -33,17 +26,6 @@ class Payloads(NamedTuple):
 
     kind: UpdateKind
     parts: tuple[memoryview, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Touched:
-    """The only elements of a vector that a step can have changed, and their values before it.
-
-    indices: int64, ascending. before: of the vector's dtype.
-    """
-
-    indices: Tensor
-    before: Tensor
 
 
 class Downlink(Protocol):
@@ -137,19 +119,16 @@ class ExactDownlink:
         """Return frames to set, or all parameters."""
         if touched is not None:
             self._copy = None
-            changed: list[Tensor] | None = [
-                there.indices[_differ(picked(flat, there.indices), there.before)]
-                for there, flat in zip(touched, params.flats, strict=True)
-            ]
+            changes: list[Change] | None = [there.change() for there in touched]
         else:
-            changed = _changed(params, self._copy)
-        payloads = None if changed is None else _set_frames(params, changed)
-        if payloads is None:
+            changes = None if self._copy is None else changes_between(self._copy, params)
+        frames = None if changes is None else set_frames(self._spec, changes)
+        if changes is None or frames is None:
             self._copy, self._sent = params.clone(), True
             return Payloads(UpdateKind.FULL, tuple(self._copy.raw()))
-        if self._copy is not None and changed is not None:
-            self._keep_up(params, self._copy, changed)
-        return payloads
+        if self._copy is not None:
+            self._keep_up(params, self._copy, changes)
+        return Payloads(UpdateKind.SET, tuple(frames))
 
     def nothing(self) -> Payloads:
         """Return empty frames to set."""
@@ -167,12 +146,12 @@ class ExactDownlink:
         """Forget the copy: the parameters are others now."""
         self._copy = None
 
-    def _keep_up(self, params: FlatModel, copy: FlatModel, changed: list[Tensor]) -> None:
+    def _keep_up(self, params: FlatModel, copy: FlatModel, changes: list[Change]) -> None:
         if self._sent:
             self._copy, self._sent = params.clone(), False
             return
-        for flat, ours, indices in zip(params.flats, copy.flats, changed, strict=True):
-            put(ours, indices, picked(flat, indices))
+        for flat, change in zip(copy.flats, changes, strict=True):
+            put(flat, *change)
 
 
 class TopQDownlink:
@@ -295,10 +274,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _differ(now: Tensor, before: Tensor) -> Tensor:
-    return torch.from_numpy(bits_of(now) != bits_of(before))
-
-
 def _full(params: FlatModel) -> Payloads:
     return Payloads(UpdateKind.FULL, tuple(params.clone().raw()))
 
@@ -310,57 +285,3 @@ def _nothing(kind: UpdateKind, spec: ModelSpec) -> Payloads:
         for vector in spec.vectors
     ]
     return Payloads(kind, tuple(raw_view(frame) for frame in frames))
-
-
-def _changed(params: FlatModel, copy: FlatModel | None) -> list[Tensor] | None:
-    """Return where the bits of each vector differ, or None where a frame would save little."""
-    if copy is None:
-        return None
-    budget_bytes = int(_MOST_CHANGED * params.spec.raw_bytes)
-    if _sampled_bytes(params, copy) > budget_bytes:
-        return None
-    found = []
-    for flat, old in zip(params.flats, copy.flats, strict=True):
-        now_bits, old_bits = bits_of(flat), bits_of(old)
-        places = [np.zeros(0, dtype=np.int64)]
-        for start, stop in blocks(0, flat.numel(), BLOCK_NUMEL):
-            there = np.flatnonzero(now_bits[start:stop] != old_bits[start:stop])
-            budget_bytes -= there.size * flat.dtype.itemsize
-            if budget_bytes < 0:
-                return None
-            places.append(there + start)
-        found.append(torch.from_numpy(np.concatenate(places)))
-    return found
-
-
-def _sampled_bytes(params: FlatModel, copy: FlatModel) -> float:
-    """Return about how many bytes of parameters differ, from a look at a few."""
-    total = 0.0
-    for flat, old in zip(params.flats, copy.flats, strict=True):
-        # odd, or a power-of-two row length would show one column only
-        stride = max(1, flat.numel() // _SAMPLE_NUMEL) | 1
-        differing = bits_of(flat)[::stride] != bits_of(old)[::stride]
-        if differing.size:
-            total += float(differing.mean()) * flat.numel() * flat.dtype.itemsize
-    return total
-
-
-def _set_frames(params: FlatModel, changed: Sequence[Tensor]) -> Payloads | None:
-    """Return the frames that set these elements; None where all raw is smaller or is needed."""
-    frames = []
-    for vector, flat, indices in zip(params.spec.vectors, params.flats, changed, strict=True):
-        values = picked(flat, indices)
-        if not bool(torch.isfinite(values).all()):
-            return None
-        frames.append(_lossless_frame(vector, indices, values))
-    if sum(frame.numel() for frame in frames) > params.spec.raw_bytes:
-        return None
-    return Payloads(UpdateKind.SET, tuple(raw_view(frame) for frame in frames))
-
-
-def _lossless_frame(vector: VectorSpec, indices: Tensor, values: Tensor) -> Tensor:
-    frame, decoded = encode_frame(vector.numel, indices, values, vector.value_format)
-    if vector.dtype == torch.float16 and bool(_differ(decoded.half(), values).any()):
-        # scaled down beside very large values, the smallest lose a bit
-        return encode_frame(vector.numel, indices, values, "fp32").frame
-    return frame

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topq_dist.ps.downlink import Touched
+from topq_dist.ps.changes import Touched
 from topq_dist.ps.gradient import GradientSum
 from topq_dist.ps.model import FlatModel, ModelSpec, picked, put
 
@@ -39,28 +39,35 @@ class SparseStep:
         unions = gradient.touched()
         if unions is None:
             return None
-        touched = [
-            Touched(indices=indices, before=picked(flat, indices))
-            for indices, flat in zip(unions, params.flats, strict=True)
-        ]
+        before = [picked(flat, at) for at, flat in zip(unions, params.flats, strict=True)]
         if any(flat.dtype.itemsize == 2 for flat in params.flats):
             # in half precision torch's kernels round by where in memory an element lies
             self._inner.step()
-            return touched
-        for place, (there, flat) in enumerate(zip(touched, params.flats, strict=True)):
-            slopes = picked(gradient.model.flats[place], there.indices)
-            put(flat, there.indices, self._stepped(place, there, slopes))
-        return touched
+            after = [picked(flat, at) for at, flat in zip(unions, params.flats, strict=True)]
+        else:
+            after = [
+                self._stepped(place, at, before[place], picked(slopes, at))
+                for place, (at, slopes) in enumerate(zip(unions, gradient.model.flats, strict=True))
+            ]
+            for flat, at, values in zip(params.flats, unions, after, strict=True):
+                put(flat, at, values)
+        return [
+            Touched(indices=at, before=old, after=new)
+            for at, old, new in zip(unions, before, after, strict=True)
+        ]
 
-    def _stepped(self, place: int, there: Touched, slopes: Tensor) -> Tensor:
+    def _stepped(self, place: int, at: Tensor, before: Tensor, slopes: Tensor) -> Tensor:
         groups = self._inner.param_groups
         ends = torch.tensor([end for end, _ in self._runs[place]])
-        stops = torch.searchsorted(there.indices, ends).tolist()
-        stepped = []
-        for start, stop, (_, group) in zip([0, *stops], stops, self._runs[place], strict=False):
-            before = there.before[start:stop]
-            stepped.append(before.add(slopes[start:stop], alpha=-groups[group]["lr"]))
-        return torch.cat(stepped)
+        stops = torch.searchsorted(at, ends).tolist()
+        return torch.cat(
+            [
+                before[start:stop].add(slopes[start:stop], alpha=-groups[group]["lr"])
+                for start, stop, (_, group) in zip(
+                    [0, *stops], stops, self._runs[place], strict=False
+                )
+            ]
+        )
 
 
 def _is_sparse(group: dict[str, Any]) -> bool:
