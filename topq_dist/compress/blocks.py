@@ -133,9 +133,14 @@ def blocks(start: int, stop: int, numel: int = BLOCK_NUMEL) -> Iterator[tuple[in
         yield at, min(at + numel, stop)
 
 
-def settle_blocks(residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats) -> None:
-    """residual += gradient, then residual[indices] = rest; the indices ascend."""
-    terms = residual.detach(), gradient.detach(), indices, rest
+def settle_blocks(
+    residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats, *, clear: bool
+) -> None:
+    """residual += gradient, then residual[indices] = rest; the indices ascend.
+
+    With `clear` the gradient becomes zero.
+    """
+    terms = residual.detach(), gradient.detach(), indices, rest, clear
     run_all([partial(_settle, *terms, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
 
 
@@ -175,7 +180,13 @@ def _widened(narrow: Tensor) -> Tensor:
 
 
 def _settle(
-    residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats, start: int, stop: int
+    residual: Tensor,
+    gradient: Tensor,
+    indices: Indices,
+    rest: Floats,
+    clear: bool,
+    start: int,
+    stop: int,
 ) -> None:
     owed, bits = residual.numpy(), bits_of(gradient)
     # from the end, which the selection read last and left in the cache
@@ -184,6 +195,9 @@ def _settle(
         np.add(owed[at:end], summand, out=owed[at:end])
         low, high = np.searchsorted(indices, (at, end))
         owed[indices[low:high]] = rest[low:high]
+        if clear:
+            # while the block is cached
+            bits[at:end].fill(0)
 
 
 def _as_summand(bits: Keys, dtype: torch.dtype, sum_dtype: torch.dtype) -> Floats:

@@ -43,7 +43,7 @@ from topq_dist.compress.candidates import (
     sampled_threshold,
 )
 from topq_dist.compress.workers import run_all
-from topq_dist.topq import _top_indices
+from topq_dist.top_k import top_indices
 
 # up to here a partition of everything is cheaper than a search
 _SMALL_NUMEL = 4_096
@@ -145,18 +145,23 @@ class Selector:
         self._threshold = threshold
 
 
-def settle(residual: Tensor, gradient: Tensor, indices: Tensor, rest: Tensor) -> None:
+def settle(
+    residual: Tensor, gradient: Tensor, indices: Tensor, rest: Tensor, *, clear: bool = False
+) -> None:
     """residual += gradient, then residual[indices] = rest: what the receivers did not get.
 
-    `residual` and `gradient` are those of the selection; `rest` is of the residual's dtype, the
-    selected values less what they decode to.
+    `residual` and `gradient` are those of the selection, `indices` (ascending) and `rest` on any
+    device; `rest` is of the residual's dtype, the selected values less what they decode to. With
+    `clear` the gradient is zero afterwards.
     """
     _check_vectors(gradient, residual)
     if residual.device.type != "cpu":
         residual += gradient
-        residual.index_copy_(0, indices, rest)
+        residual.index_copy_(0, indices.to(residual.device), rest.to(residual.device))
+        if clear:
+            gradient.zero_()
         return
-    settle_blocks(residual, gradient, indices.numpy(), rest.numpy())
+    settle_blocks(residual, gradient, indices.numpy(), rest.numpy(), clear=clear)
 
 
 def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
@@ -221,7 +226,7 @@ def _rows_of_span(
             first_row * row_numel, end_row * row_numel, max(1, BLOCK_NUMEL // row_numel) * row_numel
         ):
             rows = _keys_of_rows(vector, start, stop).reshape(-1, row_numel)
-            indices = np.sort(_top_indices(rows.view(f"i{rows.itemsize}"), k))
+            indices = np.sort(top_indices(rows.view(f"i{rows.itemsize}"), k))
             indices += start
             found.append(indices)
     return np.concatenate(found)

@@ -12,7 +12,8 @@ from torch.optim.optimizer import required
 
 from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
-from topq_dist.topq import check_fraction, check_number, draw_q, keep_top_, kept_count
+from topq_dist.top_k import keep_top_
+from topq_dist.topq import check_fraction, check_number, draw_q, kept_count
 
 _REQUIRED: Any = required  # shown as <required parameter> in the signature
 
