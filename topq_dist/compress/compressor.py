@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
@@ -47,10 +48,18 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """The frames of a vector; `commit`, called at most once, keeps what they leave out."""
+    """The frames of a vector; `commit`, called at most once, keeps what they leave out.
+
+    own: what decoding the only frame returns, where there is one and it holds values.
+    """
 
     frames: list[Tensor]
-    commit: Callable[[], None] = lambda: None
+    own: Frame | None = None
+    keep: Callable[[bool], None] = lambda _: None
+
+    def commit(self, *, clear: bool = False) -> None:
+        """Keep what the frames leave out; with `clear` a finite gradient is zero afterwards."""
+        self.keep(clear)
 
 
 def at_least_one(q: float, numel: int) -> int:
@@ -65,14 +74,16 @@ class FlatCompressor:
         gradient's own dtype.
     error_feedback: keep what was not sent, value rounding included, and add it the next time.
 
-    Raises ValueError for an unknown value format.
+    Raises ValueError for an unknown value format, TypeError for an error_feedback that is no bool.
     """
 
     def __init__(self, *, value_format: str | None, error_feedback: bool) -> None:
         self.value_format = None if value_format is None else check_value_format(value_format)
+        if not isinstance(error_feedback, bool):
+            raise TypeError(f"error_feedback={error_feedback!r}: expected True or False")
         self.error_feedback = error_feedback
         self.residuals = Residuals()
-        self._selectors: dict[tuple[tuple[str, ...], str], list[Selector]] = {}
+        self._selectors = ByLayout[dict[str, list[Selector]]](dict)
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -100,21 +111,27 @@ class FlatCompressor:
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
-        indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
-        values = torch.cat([selection.values for selection in selected])
-        frames, rest = [], torch.empty_like(values)
+        indices, values = _joined(selected, cuts)
+        encoded, rest = [], torch.empty_like(values)
         for part, (mine, places) in enumerate(dealt.deal(indices)):
             sent = values[mine]
-            frame, decoded = encode_frame(dealt.numel_of(part), places, sent, value_format)
-            frames.append(frame)
-            rest[mine] = sent - decoded.to(sent)
-        if residual is None:
-            return Compressed(frames=frames)
+            encoded.append(encode_frame(dealt.numel_of(part), places, sent, value_format))
+            if residual is not None:
+                # numpy, since torch would wake its threads
+                rest[mine] = torch.from_numpy(sent.numpy() - encoded[-1].decoded.numpy())
 
-        def commit() -> None:
-            settle(residual, gradient, indices, rest)
+        def keep(clear: bool) -> None:
+            if residual is not None:
+                settle(residual, gradient, indices, rest, clear=clear)
+            elif clear:
+                gradient.zero_()
 
-        return Compressed(frames=frames, commit=commit)
+        own = None
+        if parts == 1:
+            own = Frame(
+                numel=gradient.numel(), indices=indices, values=encoded[0].decoded, finite=True
+            )
+        return Compressed(frames=[frame for frame, _ in encoded], own=own, keep=keep)
 
     def reduce(
         self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int
@@ -143,12 +160,12 @@ class FlatCompressor:
         # owed by one rank of many, and divided by their number when it is paid
         left = mean[places].mul_(len(frames))
 
-        def commit() -> None:
+        def keep(_: bool) -> None:
             owed = self.residuals.home(layout)
             indices = dealt.gather(part, places).to(owed.device)
             owed.index_add_(0, indices, left.to(owed))
 
-        return Compressed(frames=[frame], commit=commit)
+        return Compressed(frames=[frame], keep=keep)
 
     def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
         """Add a share in (0, 1] of what is owed for `layout` to `gradient`, which travels whole.
@@ -177,7 +194,7 @@ class FlatCompressor:
         )
 
     def _selectors_of(self, layout: Layout, stage: str, count: int) -> list[Selector]:
-        selectors = self._selectors.setdefault((layout.names, stage), [])
+        selectors = self._selectors.of(layout).setdefault(stage, [])
         selectors.extend(Selector() for _ in range(count - len(selectors)))
         return selectors[:count]
 
@@ -203,8 +220,11 @@ class Compressor:
         """Return the frame of the top-Q part of `gradient` plus what `name` still owes.
 
         gradient: dense, of any shape and float dtype. The frame is a 1-D uint8 tensor on the CPU.
-        Raises ValueError where `name` came with another shape before.
+        Raises TypeError for what is no name or gradient, ValueError where `name` came with another
+        shape before.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r}: expected a string")
         if not isinstance(gradient, Tensor):
             raise TypeError(f"gradient is a {type(gradient).__name__}: expected a tensor")
         if gradient.layout != torch.strided or gradient.is_meta:
@@ -262,18 +282,24 @@ def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
     ]
 
 
-def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
+def write_sum(
+    frames: Sequence[Frame], *, divisor: int, out: Tensor, cleared: bool = False
+) -> Tensor:
     """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
 
-    `out` is as in `average`. The frames are used up: their values are divided in place.
+    `out` is as in `average`; `cleared` says that it is zero already. The frames are used up: their
+    values are divided in place.
     """
     flat = out.view(-1)
     # half precision would round once a frame
     whole = flat.dtype == _residual_dtype(flat.dtype) or len(frames) == 1
-    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
-    for frame in frames:
+    if not whole:
+        total = torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
+    else:
+        total = flat if cleared else flat.zero_()
+    for number, frame in enumerate(frames):
         frame.values.div_(divisor)
-        frame.add_to(total)
+        frame.add_to(total, cleared=number == 0)
     if total is not flat:
         flat.copy_(total)
     return out
@@ -325,3 +351,11 @@ def _select(
             owed = None if owed is None else owed.view(matrix)
             selected.append(select_rows(vector.view(matrix), cut.kept, residual=owed))
     return selected
+
+
+def _joined(selected: Sequence[Selection], cuts: Sequence[Cut]) -> tuple[Tensor, Tensor]:
+    """Return the indices in the whole vector and the values, on the CPU."""
+    if len(cuts) == 1 and cuts[0].start == 0:
+        return selected[0].indices.cpu(), selected[0].values.cpu()
+    indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
+    return indices.cpu(), torch.cat([selection.values for selection in selected]).cpu()

@@ -74,8 +74,11 @@ class Frame:
     values: Tensor
     finite: bool
 
-    def add_to(self, out: Tensor) -> None:
-        """Add the frame to `out`, (numel,) of any float dtype; a non-finite one makes it NaN."""
+    def add_to(self, out: Tensor, *, cleared: bool = False) -> None:
+        """Add the frame to `out`, (numel,) of any float dtype; a non-finite one makes it NaN.
+
+        cleared: the caller knows `out` to be zero.
+        """
         if tuple(out.shape) != (self.numel,):
             raise ValueError(f"out has shape {tuple(out.shape)}: expected ({self.numel},)")
         if not self.finite:
@@ -85,7 +88,8 @@ class Frame:
             # of index_add_'s time
             dense = out.detach().numpy()
             at = self.indices.numpy()
-            dense[at] = dense.take(at, mode="clip") + self.values.numpy()
+            # what 0 + -0 is, adding 0 is
+            dense[at] = (0.0 if cleared else dense.take(at, mode="clip")) + self.values.numpy()
         else:
             indices = self.indices.to(out.device)
             out.index_add_(0, indices, self.values.to(device=out.device, dtype=out.dtype))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 # a prime, so that no row or column length deals a hot one to a single part
@@ -27,14 +29,23 @@ class Parts:
     def deal(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
         """Return for each part where in `indices` its own are, and their places in the part.
 
-        `indices` (int64, ascending) give places that ascend as well.
+        `indices` (int64, ascending, on the CPU) give places that ascend as well.
         """
         if self.count == 1:
             return [(slice(None), indices)]
-        block = indices // _BLOCK_NUMEL
+        block = indices.numpy() // _BLOCK_NUMEL
         owner = block % self.count
-        place = indices - (block - block // self.count) * _BLOCK_NUMEL
-        return [(mine := owner == part, place[mine]) for part in range(self.count)]
+        place = indices.numpy() - (block - block // self.count) * _BLOCK_NUMEL
+        # numpy sorts short integers stably by radix, in one pass or two
+        short = np.uint8 if self.count <= 1 << 8 else np.uint16 if self.count <= 1 << 16 else None
+        order = np.argsort(owner if short is None else owner.astype(short), kind="stable")
+        edges = np.bincount(owner, minlength=self.count).cumsum()[:-1]
+        return [
+            (torch.from_numpy(mine), torch.from_numpy(places))
+            for mine, places in zip(
+                np.split(order, edges), np.split(place.take(order), edges), strict=True
+            )
+        ]
 
     def gather(self, part: int, places: Tensor) -> Tensor:
         """Return the indices in the vector of these places in a part."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.compressor import Compressed, FlatCompressor, write_sum
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
-from topq_dist.ddp.messages import FrameGather, Slot, member
+from topq_dist.ddp.messages import FrameGather, GatherLane, member
 from topq_dist.telemetry import Meter
 
 
@@ -101,25 +103,28 @@ class AllGather(Exchange):
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._slots: dict[Layout, Slot] = {}
+        self._kept = ByLayout(GatherLane)
 
     def launch(self, job: Job) -> Gathering:
         compressed = job.compress(1)
         gather = FrameGather(
             None if compressed is None else compressed.frames[0],
             settings_digest=job.settings_digest,
-            slot=self._slots.setdefault(job.layout, Slot()),
+            lane=self._kept.of(job.layout),
             group=self._link.group,
             device=self._link.device,
             meter=self._link.meter,
         )
-        return Gathering(job.bucket, compressed, gather)
+        return Gathering(job.bucket, compressed, gather, self._link.rank)
 
 
 class Gathering:
     """Frames on their way to every rank; `frames` are those of the group, once received."""
 
-    def __init__(self, bucket: Tensor, compressed: Compressed | None, gather: FrameGather) -> None:
+    def __init__(
+        self, bucket: Tensor, compressed: Compressed | None, gather: FrameGather, rank: int
+    ) -> None:
+        self._rank = rank
         self._bucket = bucket
         self._compressed = compressed
         self._gather = gather
@@ -131,13 +136,20 @@ class Gathering:
 
     def receive(self) -> bool:
         self.frames = self._gather.frames()
-        self._decoded = [decode_frame(f, numel=self._bucket.numel()) for f in self.frames]
+        numel = self._bucket.numel()
+        own = None if self._compressed is None else self._compressed.own
+        self._decoded = [
+            own if own is not None and rank == self._rank else decode_frame(frame, numel=numel)
+            for rank, frame in enumerate(self.frames)
+        ]
         return all(frame.finite for frame in self._decoded)
 
     def deliver(self) -> None:
+        cleared = self._compressed is not None
         if self._compressed is not None:
-            self._compressed.commit()
-        write_sum(self._decoded, divisor=len(self._decoded), out=self._bucket)
+            self._compressed.commit(clear=True)
+        frames = self._decoded
+        write_sum(frames, divisor=len(frames), out=self._bucket, cleared=cleared)
 
 
 # all at once, what many sparse steps have left would be one step many times as long
@@ -157,11 +169,10 @@ class Dense(Exchange):
         self._link = link
         self._compressor = compressor
         self._unpaid_steps = unpaid_steps
-        self._steps: dict[Layout, int] = {}
+        self._steps = ByLayout(lambda: count())
 
     def launch(self, job: Job) -> Pending:
-        step = self._steps.get(job.layout, 0)
-        self._steps[job.layout] = step + 1
+        step = next(self._steps.of(job.layout))
         left = self._unpaid_steps + _PAY_STEPS - step
         share = 0.0 if step < self._unpaid_steps else 1.0 / max(1, left)
         return _Reducing(job, self._link, self._compressor, share)

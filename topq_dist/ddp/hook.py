@@ -109,6 +109,7 @@ class TopQState:
         self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
         self._pipeline = Pipeline(self._link, stages, self._exchange)
         self._unpaired = optimizer
+        self._layouts: dict[tuple[int, ...], Layout] = {}
 
     @property
     def q(self) -> float:
@@ -154,13 +155,19 @@ class TopQState:
             # not before the hook is in use, or a hook that was refused would leave its mark
             self._unpaired.sparsified_elsewhere(self._names)
             self._unpaired = None
-        layout = Layout(
-            names=tuple(self._names[parameter] for parameter in parameters),
-            shapes=tuple(tuple(parameter.shape) for parameter in parameters),
-        )
-        bucket = Bucket(flat, layout, parameters, Future())
+        bucket = Bucket(flat, self._layout_of(parameters), parameters, Future())
         self._pipeline.push(bucket, first=first, last=last)
         return bucket.future
+
+    def _layout_of(self, parameters: Sequence[Tensor]) -> Layout:
+        # by identity: parameters live as long as the model, and comparing them compares numbers
+        key = tuple(map(id, parameters))
+        if key not in self._layouts:
+            self._layouts[key] = Layout(
+                names=tuple(self._names[parameter] for parameter in parameters),
+                shapes=tuple(tuple(parameter.shape) for parameter in parameters),
+            )
+        return self._layouts[key]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, q or generator,

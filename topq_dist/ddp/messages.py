@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class KeptBuffer:
 class Slot:
     """How many bytes are reserved for a frame of one bucket, the same on each rank that uses it.
 
-    spare: room beyond the longest frame of the last step, as a fraction of it.
+    spare: room beyond the frame of the last step, the longest of several, as a fraction of it.
     """
 
     def __init__(self, spare: float = 0.02) -> None:
@@ -88,14 +89,23 @@ class Slot:
         """Return whether a frame of this length fits."""
         return frame_bytes <= self.room_bytes
 
-    def fit(self, frame_lengths_bytes: Sequence[int]) -> None:
-        """Make room for the longest of these frames and the spare, in whole cache lines.
+    def fit(self, frame_bytes: int) -> None:
+        """Make room for a frame of this length and the spare, in whole cache lines.
 
         A slot shrinks slowly: a step that overflowed, or drew a higher q, says little of the next.
         """
-        need = int((_HEAD.size + max(frame_lengths_bytes)) * (1.0 + self._spare))
+        need = int((_HEAD.size + frame_bytes) * (1.0 + self._spare))
         need = max(need, int(0.9 * self.bytes))
         self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherLane:
+    """What one bucket keeps between steps for its all-gather."""
+
+    slot: Slot = field(default_factory=Slot)
+    sent: KeptBuffer = field(default_factory=KeptBuffer)
+    received: KeptBuffer = field(default_factory=KeptBuffer)
 
 
 def pack(row: Tensor, frame: Tensor | None, settings_digest: int, *, tailed: bool = False) -> None:
@@ -158,26 +168,25 @@ class FrameGather:
         frame: Tensor | None,
         *,
         settings_digest: int,
-        slot: Slot,
+        lane: GatherLane,
         group: dist.ProcessGroup,
         device: torch.device,
         meter: Meter,
-        buffers: tuple[KeptBuffer, KeptBuffer] | None = None,
     ) -> None:
         self._group = group
-        self._slot = slot
+        self._lane = lane
         self._device = device
         self._meter = meter
         self._frame = frame
         self._settings_digest = settings_digest
-        self._sent_buffer, self._received_buffer = buffers or (KeptBuffer(), KeptBuffer())
         self._received, self._work = self._gather()
 
     def _gather(self) -> tuple[Tensor, dist.Work]:
-        sent = self._sent_buffer.take(self._slot.bytes, _CPU)
+        lane = self._lane
+        sent = lane.sent.take(lane.slot.bytes, _CPU)
         pack(sent, self._frame, self._settings_digest)
         peers = self._group.size()
-        received = self._received_buffer.take(peers * sent.numel(), self._device).view(peers, -1)
+        received = lane.received.take(peers * sent.numel(), self._device).view(peers, -1)
         work = dist.all_gather(
             list(received.unbind()), sent.to(self._device), group=self._group, async_op=True
         )
@@ -187,15 +196,15 @@ class FrameGather:
     def frames(self) -> list[Tensor]:
         """Return the frames in rank order, each a 1-D uint8 tensor on the CPU.
 
-        They are valid until the next gather with these buffers. Raises ExchangeError, on every
+        They are valid until the next gather on this lane. Raises ExchangeError, on every
         rank, where a rank failed or has other settings.
         """
         with self._meter.timed("wait_s"):
             slots, heads = self._wait()
             check_heads(heads)
             longest = max(head.frame_bytes for head in heads)
-            fits = self._slot.holds(longest)
-            self._slot.fit([longest])
+            fits = self._lane.slot.holds(longest)
+            self._lane.slot.fit(longest)
             if not fits:
                 self._received, self._work = self._gather()
                 slots, heads = self._wait()
@@ -203,8 +212,8 @@ class FrameGather:
 
     def _wait(self) -> tuple[Tensor, list[Head]]:
         self._work.wait()
-        self._sent_buffer.release()
-        self._received_buffer.release()
+        self._lane.sent.release()
+        self._lane.received.release()
         slots = self._received.cpu()
         return slots, [unpack(row) for row in slots]
 

@@ -24,8 +24,8 @@ from topq_dist.ddp.messages import (
     NO_FRAME,
     ExchangeError,
     FrameGather,
+    GatherLane,
     SettingsDifferError,
-    Slot,
     agree,
     digest,
 )
@@ -73,6 +73,7 @@ class Pipeline:
         self._held: list[Bucket] = []
         self._in_flight: list[tuple[Bucket, Pending]] = []
         self._announcement: FrameGather | None = None
+        self._announcing = GatherLane()
 
     def push(self, bucket: Bucket, *, first: bool, last: bool) -> None:
         """Take the next bucket of a backward pass; its future is done once `last` has come.
@@ -115,7 +116,7 @@ class Pipeline:
         return FrameGather(
             NO_FRAME if self._failure is None else None,
             settings_digest=self._settings_digest,
-            slot=Slot(),
+            lane=self._announcing,
             group=self._link.group,
             device=self._link.device,
             meter=self._link.meter,

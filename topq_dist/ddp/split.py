@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.compressor import Compressed, FlatCompressor, decode_parts, write_sum
-from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, FrameError
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
 from topq_dist.ddp.messages import ExchangeError
@@ -29,12 +29,10 @@ class SplitReduce(Exchange):
     def __init__(self, link: Link, compressor: FlatCompressor) -> None:
         self._link = link
         self._compressor = compressor
-        self._lanes: dict[Layout, tuple[Lanes, Lanes]] = {}
+        self._lanes = ByLayout(lambda: (Lanes.among(link.size), Lanes.among(link.size)))
 
     def launch(self, job: Job) -> Pending:
-        size = self._link.size
-        lanes = self._lanes.setdefault(job.layout, (Lanes.among(size), Lanes.among(size)))
-        return _Splitting(job, self._link, self._compressor, *lanes)
+        return _Splitting(job, self._link, self._compressor, *self._lanes.of(job.layout))
 
 
 class _Splitting:
@@ -102,8 +100,9 @@ class _Splitting:
         return all(frame.finite for frame in self._reduced)
 
     def deliver(self) -> None:
+        cleared = self._compressed is not None
         if self._compressed is not None:
-            self._compressed.commit()
+            self._compressed.commit(clear=True)
         if self._reduction is not None:
             self._reduction.commit()
-        write_sum(self._reduced, divisor=1, out=self._job.bucket)
+        write_sum(self._reduced, divisor=1, out=self._job.bucket, cleared=cleared)

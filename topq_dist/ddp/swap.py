@@ -125,8 +125,8 @@ class FrameSwap:
                 for peer, tail in self._tails(self._mine, lengths).items():
                     frames[peer] = torch.cat([frames[peer], tail])
         for peer in self._others:
-            self._lanes.outgoing[peer].fit([self._mine[peer].numel()])
-            self._lanes.incoming[peer].fit([heads[peer].frame_bytes])
+            self._lanes.outgoing[peer].fit(self._mine[peer].numel())
+            self._lanes.incoming[peer].fit(heads[peer].frame_bytes)
         self._lanes.sent.release()
         self._lanes.received.release()
         return [frames.get(peer, self._mine[peer]) for peer in range(self._group.size())]
