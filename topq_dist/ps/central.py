@@ -15,7 +15,7 @@ from topq_dist.ps.downlink import make_downlink
 from topq_dist.ps.gradient import GradientSum
 from topq_dist.ps.inner import make_inner_optimizer
 from topq_dist.ps.inner_state import check_inner_state, inner_state, load_inner_state
-from topq_dist.ps.model import FlatModel, ModelSpec, raw_view
+from topq_dist.ps.model import FlatModel, ModelSpec, copy_of, raw_view
 from topq_dist.ps.protocol import GroupView, InvalidError, NonFiniteError, Push, UpdateKind
 from topq_dist.ps.sparse_step import SparseStep
 
@@ -110,14 +110,15 @@ class CentralModel:
     def state(self, *, copied: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that the next steps depend on: tensors by key, and the rest fit for JSON.
 
-        copied: False returns views where it can, which the next `apply` changes.
+        copied: False returns views, which the next `apply` changes: for a snapshot that is written
+            before it.
         """
         tensors = {f"model.{place}": flat for place, flat in enumerate(self._params.flats)}
         tensors |= {f"held.{place}": flat for place, flat in enumerate(self._downlink.state())}
         inner_tensors, metadata = inner_state(self._inner, self._named)
         tensors |= inner_tensors
         if copied:
-            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+            tensors = {key: copy_of(tensor) for key, tensor in tensors.items()}
         return tensors, {"inner": metadata}
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

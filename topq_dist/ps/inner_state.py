@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topq_dist.ps.model import copy_of
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -75,7 +77,7 @@ def check_inner_state(
         if head != "inner" or not key or name not in loaded:
             raise ValueError(f"state holds a tensor {label!r} that no optimizer here has")
         _check_fits(label, tensor, named[name])
-        loaded[name][key] = tensor.detach().clone()
+        loaded[name][key] = copy_of(tensor.detach())
     return InnerState(
         groups=[
             _checked_group(place, group, saved)
