@@ -7,22 +7,23 @@ sender is gone stays pending, and whoever comes next decides on it.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from topq_dist.ps.calls import Caller, JoinCall, Joined, Status, WorkerView
 from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.downlink import check_downlink
+from topq_dist.ps.inner import check_inner_optimizer
 from topq_dist.ps.ledger import Ledger, Repeat
 from topq_dist.ps.members import Members
 from topq_dist.ps.model import ModelSpec
+from topq_dist.ps.pending import FAILED, PendingPushes, Ticket
 from topq_dist.ps.protocol import (
     START,
     Answer,
-    DigestDiffersError,
-    GroupView,
     InvalidError,
     NotJoinedError,
     NotReadyError,
@@ -35,93 +36,13 @@ from topq_dist.ps.protocol import (
     WrongRunError,
     check_worker_name,
 )
-from topq_dist.ps.rounds import Apply, AsyncRule, Decision, Situation, SyncRule, Wait
 from topq_dist.ps.run_state import RunState, new_run
 from topq_dist.ps.saver import Saver
 from topq_dist.ps.snapshot import StateDir
 
-_log = logging.getLogger(__name__)
 _DURABLE_WITHIN_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Who speaks, and in which run."""
-
-    run: str
-    worker: str
-    epoch: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinCall:
-    """What a worker says when it joins; the fields are those of JoinRequest."""
-
-    run: str
-    worker: str
-    instance: bytes
-    epoch: int
-    next_sequence: int
-    held: Point | None
-    first_kept: int
-    spec: ModelSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """What a worker is told when it has joined; the fields are those of JoinResponse."""
-
-    caller: Caller
-    next_sequence: int
-    point: Point
-    durable_version: int
-    upload: bool
-    groups: tuple[GroupView, ...]
-
-
-@dataclass(eq=False, kw_only=True)
-class Ticket:
-    """A push that was taken in: `outcome` is set once it is decided."""
-
-    push: Push
-    arrived_s: float
-    outcome: Answer | RefusedError | None = None
-
-    def settle(self, outcome: Answer | RefusedError) -> None:
-        """Set the outcome, and free the gradient."""
-        self.outcome = outcome
-        self.push = replace(self.push, frames=())
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerView:
-    """A worker as status shows it; the fields are those of WorkerStatus."""
-
-    worker: str
-    epoch: int
-    sequence: int
-    version: int
-    lag: int
-    lease_left_s: float
-    waiting: bool
-    received_bytes: int
-    sent_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """The run as status shows it; the fields are those of StatusResponse."""
-
-    run: str
-    point: Point
-    durable_version: int
-    numel: int
-    workers: tuple[WorkerView, ...]
-    refused: dict[str, int]
-    received_bytes: int
-    sent_bytes: int
-    uptime_s: float
-    state_sha256: str
+_DRAINING = "the server is shutting down: try again later"
+_NO_MODEL = "the run has no model yet: join again"
 
 
 class Coordinator:
@@ -147,46 +68,47 @@ class Coordinator:
         self._started_s = clock()
         self._changed = threading.Condition()
         self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
-        self._pending: dict[str, Ticket] = {}
-        self._waiting_for: tuple[str, ...] = ()
         self._refused: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._draining = False
-        self._failed = False
         self._uploader: str | None = None
         self._spec: ModelSpec | None = None
-        self._sync = SyncRule(
-            start_workers=serving.start_workers,
-            min_workers=serving.min_workers,
-            round_timeout_s=serving.round_timeout_s,
-        )
-        self._async = AsyncRule(max_staleness=training.max_staleness)
-        # the version that a restarted server finds its way back to, where it is doing so
-        self._recover_to: int | None = None
+        # -1: not even the initial model
         self._durable = -1
         self._asked = 0
         self.run = new_run()
         self._ledger = Ledger()
         self._state: RunState | None = None
-        self._load()
+        self._pushes: PendingPushes | None = None
         self._saver = Saver(self._save)
+        loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
+        if loaded is None:
+            check_inner_optimizer(training)
+            check_downlink(training)
+        else:
+            state, workers = loaded
+            self.run, self._ledger, self._spec = state.run, state.ledger, state.spec
+            self._durable = self._asked = state.point.version
+            self._members.add(workers, clock())
+            self._begin(state, recover_to=state.point.version)
         self._saver.start()
 
-    def _load(self) -> None:
-        loaded = RunState.load(
-            self._state_dir, self.training, history_bytes=self.serving.history_bytes
+    def _begin(self, state: RunState, *, recover_to: int | None) -> None:
+        self._state = state
+        self._pushes = PendingPushes(
+            self.training,
+            self.serving,
+            state,
+            self._members,
+            recover_to=recover_to,
+            clock=self._clock,
+            made=self._after_version,
         )
-        if loaded is None:
-            return
-        self._state, workers = loaded
-        self.run, self._ledger, self._spec = self._state.run, self._state.ledger, self._state.spec
-        self._durable = self._asked = self._recover_to = self._state.point.version
-        self._members.add(workers, self._clock())
 
     @property
     def failed(self) -> bool:
         """Whether a version could not be made, after which nothing is answered or saved."""
-        return self._failed
+        return self._pushes is not None and self._pushes.failed
 
     # joining
 
@@ -202,14 +124,15 @@ class Coordinator:
             entry = self._ledger.join(
                 call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
             )
-            ticket = self._pending.get(call.worker)
-            if ticket is not None and ticket.push.epoch != entry.epoch:
-                # not applied, so the new process sends it again where it goes on from there
-                self._settle_with(ticket, OldEpochError(_fenced(ticket.push)))
             held = call.held or START
             self._members.join(call.worker, held_version=held.version, now_s=self._clock())
-            if self._recover_to is not None:
-                self._recover_to = max(self._recover_to, held.version)
+            if self._pushes is not None:
+                self._pushes.heard_of(held.version)
+                ticket = self._pushes.get(call.worker)
+                if ticket is not None and ticket.push.epoch != entry.epoch:
+                    # not applied: the new process sends it again where it goes on from there
+                    self._pushes.settle(call.worker, OldEpochError(_fenced(ticket.push)))
+                    self._changed.notify_all()
             upload = self._model_or_upload(call, wait_s)
             self._advance()
             state = self._state
@@ -290,8 +213,8 @@ class Coordinator:
                 history_bytes=self.serving.history_bytes,
             )
             with self._changed:
-                if self.upload_spec(caller) is spec:
-                    self._state = state
+                if self._state is None and self._spec == spec:
+                    self._begin(state, recover_to=None)
                     self._saver.request()
                     self._changed.notify_all()
         with self._changed:
@@ -318,15 +241,13 @@ class Coordinator:
             self._check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
             self._check_push(push)
             verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
-            ticket = Ticket(push=push, arrived_s=self._clock())
             if isinstance(verdict, Repeat):
+                ticket = Ticket(push=push, arrived_s=self._clock())
                 ticket.settle(self._started().repeat(push, verdict.version))
                 return ticket
-            held = self._pending.setdefault(push.worker, ticket)
-            if held is not ticket:
-                _check_same(held.push, push)
-                return held
-            self._members.expect(push.members, self._clock())
+            if self._pushes is None:
+                raise NotReadyError(_NO_MODEL)
+            ticket = self._pushes.add(push)
             self._advance()
             return ticket
 
@@ -339,8 +260,7 @@ class Coordinator:
         with self._changed:
             self._members.touch(ticket.push.worker, self._clock())
             while True:
-                if self._failed:
-                    raise NotReadyError("the server failed while it made a version")
+                self._check_alive()
                 self._advance()
                 outcome = ticket.outcome
                 if isinstance(outcome, RefusedError):
@@ -348,12 +268,12 @@ class Coordinator:
                 if outcome is not None and self._may_answer(outcome):
                     return self._hand_out(ticket.push.worker, outcome)
                 if outcome is None and self._draining:
-                    self._pending.pop(ticket.push.worker, None)
-                    raise NotReadyError("the server is shutting down: try again later")
+                    raise NotReadyError(_DRAINING)
                 left_s = end_s - time.monotonic()
-                if left_s <= 0:
-                    return self._waiting_for
-                self._changed.wait(max(0.0, min(left_s, self._next_event_s())))
+                pushes = self._pushes
+                if left_s <= 0 or pushes is None:
+                    return () if pushes is None else pushes.waiting_for
+                self._changed.wait(max(0.0, min(left_s, pushes.next_event_s())))
 
     def count_received(self, worker: str, received_bytes: int) -> None:
         """Count bytes of a push's frames."""
@@ -406,10 +326,9 @@ class Coordinator:
             elif caller.run != self.run or self._ledger.entry(caller.worker).epoch != caller.epoch:
                 raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
             self._members.remove(caller.worker)
-            ticket = self._pending.get(caller.worker)
-            if ticket is not None:
+            if self._pushes is not None and caller.worker in self._pushes:
                 left = NotJoinedError(f"worker {caller.worker!r} has left the run")
-                self._settle_with(ticket, left)
+                self._pushes.settle(caller.worker, left)
             if self._uploader == caller.worker:
                 self._uploader = None
             self._advance()
@@ -428,6 +347,9 @@ class Coordinator:
             now_s = self._clock()
             state = self._state
             point = START if state is None else state.point
+            refused = dict(self._refused)
+            if self._pushes is not None and self._pushes.stale_count:
+                refused["stale"] = self._pushes.stale_count
             return Status(
                 run=self.run,
                 point=point,
@@ -441,14 +363,14 @@ class Coordinator:
                         version=member.held_version,
                         lag=max(0, point.version - member.held_version),
                         lease_left_s=max(0.0, member.lease_end_s - now_s),
-                        waiting=member.worker in self._pending,
+                        waiting=self._pushes is not None and member.worker in self._pushes,
                         received_bytes=member.received_bytes,
                         sent_bytes=member.sent_bytes,
                     )
                     for member in self._members.all()
                     if member.worker in self._ledger.workers
                 ),
-                refused=dict(self._refused),
+                refused=refused,
                 received_bytes=self._bytes["received"],
                 sent_bytes=self._bytes["sent"],
                 uptime_s=now_s - self._started_s,
@@ -463,20 +385,23 @@ class Coordinator:
         self._saver.close()
         with self._changed:
             unsaved = self._state is not None and self._durable < self._state.point.version
-            if unsaved and not self._failed:
+            if unsaved and not self.failed:
                 self._save()
 
     # under the lock
 
     def _check_serving(self) -> None:
-        if self._failed:
-            raise NotReadyError("the server failed while it made a version")
+        self._check_alive()
         if self._draining:
-            raise NotReadyError("the server is shutting down: try again later")
+            raise NotReadyError(_DRAINING)
+
+    def _check_alive(self) -> None:
+        if self.failed:
+            raise NotReadyError(FAILED)
 
     def _started(self) -> RunState:
         if self._state is None:
-            raise NotReadyError("the run has no model yet: join again")
+            raise NotReadyError(_NO_MODEL)
         return self._state
 
     def _check_caller(self, caller: Caller) -> None:
@@ -507,69 +432,14 @@ class Coordinator:
             )
 
     def _advance(self) -> None:
-        while self._state is not None and self._pending and not self._draining:
-            decision = self._decide(self._state)
-            if isinstance(decision, Wait):
-                self._waiting_for = decision.workers
-                return
-            if isinstance(decision, Apply):
-                self._apply(self._state, sorted(decision.workers))
-            else:
-                for worker in decision.workers:
-                    self._refused["stale"] += 1
-                    ticket = self._pending[worker]
-                    self._settle_with(ticket, self._state.stale(ticket.push))
+        if self._pushes is not None and not self._draining and self._pushes.advance():
             self._changed.notify_all()
 
-    def _decide(self, state: RunState) -> Decision:
-        now_s = self._clock()
-        live = self._members.live(now_s)
-        arrivals = [
-            ticket.arrived_s for ticket in self._pending.values() if ticket.push.base == state.point
-        ]
-        situation = Situation(
-            point=state.point,
-            pending={worker: ticket.push for worker, ticket in self._pending.items()},
-            live=live,
-            joined=len(self._ledger.workers),
-            on_chain=state.on_chain,
-            first_arrival_s=min(arrivals, default=None),
-            now_s=now_s,
-        )
-        if self.training.mode == "sync":
-            return self._sync.decide(situation)
-        if self._recover_to is not None:
-            awaited = frozenset(
-                member.worker
-                for member in self._members.all()
-                if member.worker in live and not member.joined
-            )
-            if awaited or state.point.version < self._recover_to:
-                decision = self._async.recover(situation, awaited)
-                if decision is not None:
-                    return decision
-            self._recover_to = None
-        return self._async.decide(situation)
-
-    def _apply(self, state: RunState, workers: Sequence[str]) -> None:
-        started_s = self._clock()
-        tickets = [self._pending[worker] for worker in workers]
-        # stays set where the optimizer raises: half a step may be done, so that nothing may be
-        # answered or saved any more
-        self._failed = True
-        state.apply([ticket.push for ticket in tickets])
-        self._failed = False
-        for ticket in tickets:
-            self._settle_with(ticket, state.fresh(ticket.push))
-        if state.point.version - self._asked >= self.serving.snapshot_every:
-            self._asked = state.point.version
+    def _after_version(self) -> None:
+        version = self._started().point.version
+        if version - self._asked >= self.serving.snapshot_every:
+            self._asked = version
             self._saver.request()
-        self._members.extend(self._clock() - started_s)
-
-    def _settle_with(self, ticket: Ticket, outcome: Answer | RefusedError) -> None:
-        del self._pending[ticket.push.worker]
-        ticket.settle(outcome)
-        self._changed.notify_all()
 
     def _may_answer(self, answer: Answer) -> bool:
         if self.serving.snapshot_every > 1:
@@ -587,26 +457,16 @@ class Coordinator:
                 member.held_version = answer.updates[-1].point.version
         return replace(answer, durable_version=max(self._durable, 0))
 
-    def _next_event_s(self) -> float:
-        now_s = self._clock()
-        end_s = self._members.next_end_s(now_s)
-        if self.serving.round_timeout_s is not None and self._pending:
-            first_s = min(ticket.arrived_s for ticket in self._pending.values())
-            closing_s = first_s + self.serving.round_timeout_s
-            if closing_s > now_s:
-                end_s = min(end_s, closing_s)
-        return end_s - now_s
-
     def _await_durable(self, version: int) -> None:
         end_s = time.monotonic() + _DURABLE_WITHIN_S
         while self._durable < version:
-            if self._failed or time.monotonic() >= end_s:
+            if self.failed or time.monotonic() >= end_s:
                 raise NotReadyError(f"version {version} could not be made durable: try again")
             self._changed.wait(1.0)
 
     def _save(self) -> None:
         with self._changed:
-            if self._state is None or self._failed:
+            if self._state is None or self.failed:
                 return
             version = self._state.point.version
             snapshot = self._state.snapshot(self._members.live(self._clock()))
@@ -621,16 +481,3 @@ def _fenced(push: Push) -> str:
         f"worker {push.worker!r} in epoch {push.epoch}: a newer process has taken this name while "
         f"push {push.sequence} was waiting"
     )
-
-
-def _check_same(held: Push, push: Push) -> None:
-    if held.digest != push.digest:
-        raise DigestDiffersError(
-            f"worker {push.worker!r} sent push {push.sequence} with other contents than those that "
-            "wait under this number: expected the same bytes"
-        )
-    if (held.base, held.applied_version) != (push.base, push.applied_version):
-        raise InvalidError(
-            f"worker {push.worker!r} sent push {push.sequence} again with another base: expected "
-            f"version {held.base.version}"
-        )

@@ -14,8 +14,10 @@ from typing import Protocol
 
 import grpc
 
-from topq_dist.ps.coordinator import Caller, Coordinator, JoinCall, Ticket
+from topq_dist.ps.calls import Caller, JoinCall
+from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.model import ModelSpec
+from topq_dist.ps.pending import Ticket
 from topq_dist.ps.protocol import Answer, InvalidError, RefusedError, check_worker_name
 from topq_dist.ps.refusals import REASON_KEY, status_of
 from topq_dist.ps.wire import (

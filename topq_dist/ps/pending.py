@@ -1,0 +1,195 @@
+"""Pushes between their arrival and their version, and the way back after a restart.
+
+Not for several threads at once: the coordinator's lock guards it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.members import Members
+from topq_dist.ps.protocol import (
+    Answer,
+    DigestDiffersError,
+    InvalidError,
+    NotReadyError,
+    Push,
+    RefusedError,
+)
+from topq_dist.ps.rounds import Apply, AsyncRule, Decision, Situation, SyncRule, Wait
+from topq_dist.ps.run_state import RunState
+
+_log = logging.getLogger(__name__)
+FAILED = "the server failed while it made a version: it has to be started again"
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """A push that was taken in: `outcome` is set once it is decided."""
+
+    push: Push
+    arrived_s: float
+    outcome: Answer | RefusedError | None = None
+
+    def settle(self, outcome: Answer | RefusedError) -> None:
+        """Set the outcome, and free the gradient."""
+        self.outcome = outcome
+        self.push = replace(self.push, frames=())
+
+
+class PendingPushes:
+    """The undecided pushes of a run, at most one of each worker.
+
+    recover_to: the version up to which a restarted server waits for replays before it takes what
+    is new; None where nothing is lost. clock: seconds. made: called after each new version.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        serving: ServingConfig,
+        state: RunState,
+        members: Members,
+        *,
+        recover_to: int | None,
+        clock: Callable[[], float],
+        made: Callable[[], None],
+    ) -> None:
+        self._state = state
+        self._members = members
+        self._clock = clock
+        self._made = made
+        self._recover_to = recover_to if training.mode == "async" else None
+        self._round_timeout_s = serving.round_timeout_s
+        self._tickets: dict[str, Ticket] = {}
+        self._sync = training.mode == "sync"
+        self._sync_rule = SyncRule(
+            start_workers=serving.start_workers,
+            min_workers=serving.min_workers,
+            round_timeout_s=serving.round_timeout_s,
+        )
+        self._async_rule = AsyncRule(max_staleness=training.max_staleness)
+        self.waiting_for: tuple[str, ...] = ()
+        self.stale_count = 0
+        # the optimizer raised: half a step may be done, so that nothing may be answered or saved
+        self.failed = False
+
+    def __contains__(self, worker: str) -> bool:
+        return worker in self._tickets
+
+    def get(self, worker: str) -> Ticket | None:
+        """Return the worker's undecided push, or None."""
+        return self._tickets.get(worker)
+
+    def add(self, push: Push) -> Ticket:
+        """Take a push in that the ledger calls next; one that is there already is not doubled.
+
+        Raises DigestDiffersError or InvalidError where another push waits under its number.
+        """
+        ticket = Ticket(push=push, arrived_s=self._clock())
+        held = self._tickets.setdefault(push.worker, ticket)
+        if held is not ticket:
+            _check_same(held.push, push)
+            return held
+        self._members.expect(push.members, self._clock())
+        return ticket
+
+    def settle(self, worker: str, outcome: Answer | RefusedError) -> None:
+        """Decide the worker's push."""
+        self._tickets.pop(worker).settle(outcome)
+
+    def heard_of(self, version: int) -> None:
+        """Note that a worker came back who holds `version`."""
+        if self._recover_to is not None:
+            self._recover_to = max(self._recover_to, version)
+
+    def advance(self) -> bool:
+        """Make what versions can be made, refuse what is stale; return whether anything was."""
+        decided = False
+        while self._tickets and not self.failed:
+            decision = self._decide()
+            if isinstance(decision, Wait):
+                self.waiting_for = decision.workers
+                break
+            decided = True
+            if isinstance(decision, Apply):
+                self._apply(sorted(decision.workers))
+            else:
+                for worker in decision.workers:
+                    self.stale_count += 1
+                    self.settle(worker, self._state.stale(self._tickets[worker].push))
+        return decided
+
+    def next_event_s(self) -> float:
+        """Return the seconds until a lease or a round's time ends; infinity where none runs."""
+        now_s = self._clock()
+        end_s = self._members.next_end_s(now_s)
+        if self._round_timeout_s is not None and self._tickets:
+            first_s = min(ticket.arrived_s for ticket in self._tickets.values())
+            closing_s = first_s + self._round_timeout_s
+            if closing_s > now_s:
+                end_s = min(end_s, closing_s)
+        return end_s - now_s
+
+    def _decide(self) -> Decision:
+        state, now_s = self._state, self._clock()
+        live = self._members.live(now_s)
+        arrivals = [
+            ticket.arrived_s for ticket in self._tickets.values() if ticket.push.base == state.point
+        ]
+        situation = Situation(
+            point=state.point,
+            pending={worker: ticket.push for worker, ticket in self._tickets.items()},
+            live=live,
+            joined=len(state.ledger.workers),
+            on_chain=state.on_chain,
+            first_arrival_s=min(arrivals, default=None),
+            now_s=now_s,
+        )
+        if self._sync:
+            return self._sync_rule.decide(situation)
+        if self._recover_to is not None:
+            awaited = frozenset(
+                member.worker
+                for member in self._members.all()
+                if member.worker in live and not member.joined
+            )
+            if awaited or state.point.version < self._recover_to:
+                decision = self._async_rule.recover(situation, awaited)
+                if decision is not None:
+                    return decision
+            self._recover_to = None
+        return self._async_rule.decide(situation)
+
+    def _apply(self, workers: Sequence[str]) -> None:
+        started_s = self._clock()
+        pushes = [self._tickets[worker].push for worker in workers]
+        self.failed = True
+        try:
+            self._state.apply(pushes)
+        except Exception as error:
+            version = self._state.point.version + 1
+            _log.exception("version %d could not be made: this server is of no use now", version)
+            raise NotReadyError(FAILED) from error
+        self.failed = False
+        for push in pushes:
+            self.settle(push.worker, self._state.fresh(push))
+        # while the lock was held nobody was heard
+        self._members.extend(self._clock() - started_s)
+        self._made()
+
+
+def _check_same(held: Push, push: Push) -> None:
+    if held.digest != push.digest:
+        raise DigestDiffersError(
+            f"worker {push.worker!r} sent push {push.sequence} with other contents than those that "
+            "wait under this number: expected the same bytes"
+        )
+    if (held.base, held.applied_version) != (push.base, push.applied_version):
+        raise InvalidError(
+            f"worker {push.worker!r} sent push {push.sequence} again with another base: expected "
+            f"version {held.base.version}"
+        )
