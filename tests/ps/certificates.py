@@ -38,19 +38,20 @@ class Authority:
         self.certificate = folder / f"{name}.pem"
         self.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *, server: bool, days: int = 1) -> Pair:
+    def issue(self, name: str, *, server: bool, client: bool = False, days: int = 1) -> Pair:
         """Write NAME.pem and NAME.key, in place of older ones.
 
-        server: for localhost, 127.0.0.1 and ::1; otherwise a client's. days: of validity from now
-        on; below 0, it ended so long ago.
+        server: for localhost, 127.0.0.1 and ::1; otherwise a client's; with `client`, both. days:
+        of validity from now on; below 0, it ended so long ago.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH] if server else []
+        usages += [ExtendedKeyUsageOID.CLIENT_AUTH] if client or not server else []
         builder = (
             _builder(_name(name), self._name, key.public_key(), days=days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         )
         if server:
             hosts: list[x509.GeneralName] = [

@@ -316,12 +316,25 @@ class TestMutualTls:
             code = unchecked_call(where, ours.certificate, expired)
             assert code is grpc.StatusCode.UNAVAILABLE
 
-    def test_a_server_certificate_is_no_clients(self, ours: Authority, server_pair: Pair) -> None:
+    def test_a_server_certificate_is_no_clients(
+        self, ours: Authority, server_pair: Pair, client_pair: Pair
+    ) -> None:
         with serving(ServerSecurity(tls=server_tls(server_pair, ours.certificate))) as where:
-            with pytest.raises(ValueError, match="purpose"):
-                ask(where, ClientSecurity(tls=client_tls(ours.certificate, server_pair)))
-            code = unchecked_call(where, ours.certificate, server_pair)
-            assert code is grpc.StatusCode.UNAVAILABLE
+            tls = client_tls(ours.certificate, server_pair)
+            assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
+            assert str(server_pair.certificate) in str(why_unreachable(where, tls))
+        with pytest.raises(ValueError, match=r"^certificate=.*purpose"):
+            server_tls(client_pair).credentials()
+
+    def test_a_server_certificate_can_be_trusted_by_itself(
+        self, server_pair: Pair, foreign: Authority
+    ) -> None:
+        with serving(ServerSecurity(tls=server_tls(server_pair))) as where:
+            tls = client_tls(server_pair.certificate)
+            assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.OK
+            assert why_unreachable(where, tls) is None
+            tls = client_tls(foreign.issue("server", server=True).certificate)
+            assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
 
 
 class TestRotation:
@@ -428,8 +441,12 @@ class TestFilesOfTls:
         for message, tls in cases.items():
             with pytest.raises(ValueError, match=message):
                 tls.credentials()
-        with pytest.raises(ValueError, match=r"^ca=.*as PEM"):
-            ClientTls(ca=junk).credentials()
+        for content in (b"no PEM", b"", b"\xff\x00", b"-----BEGIN CERTIFICATE-----\nAAAA\n"):
+            junk.write_bytes(content)
+            with pytest.raises(ValueError, match=r"^ca=.*as PEM"):
+                ClientTls(ca=junk).credentials()
+            with pytest.raises(ValueError, match="expected a certificate chain"):
+                replace(good, certificate=junk).credentials()
         with pytest.raises(ValueError, match="expected both or neither"):
             ClientTls(certificate=client_pair.certificate)
 

@@ -42,12 +42,10 @@ _SPELLINGS |= {name: f"--{name.replace('_', '-')}" for name in _PLAIN.split()}
 _FIELD = re.compile(rf"(?<![\w-])({'|'.join(_SPELLINGS)})=")
 
 
-def option(
-    name: str, *, variables: tuple[str, ...] = (), **rest: Any
-) -> Callable[[Command], Command]:
+def option(name: str, **rest: Any) -> Callable[[Command], Command]:
     """Return click's option `name`, which TOPQ_NAME of the environment gives as well."""
-    own = f"TOPQ_{name.split('/')[0].removeprefix('--').replace('-', '_').upper()}"
-    return click.option(name, envvar=[own, *variables], show_envvar=True, **rest)
+    variable = "TOPQ_" + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, envvar=variable, show_envvar=True, **rest)
 
 
 def _field(name: str, config: type, field: str, **rest: Any) -> Callable[[Command], Command]:
@@ -209,35 +207,35 @@ server_security_options = _all(
 )
 
 
-def client_options(*, beside_server: bool) -> Callable[[Command], Command]:
-    """Return the options of a command that asks a server.
-
-    beside_server: it runs in the server's own environment, whose variables are to do.
-    """
-    return _all(
-        option("--address", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT"),
-        option(
-            "--tls-ca",
-            type=_FILE,
-            metavar="FILE",
-            variables=("TOPQ_TLS_CLIENT_CA",) if beside_server else (),
-            help="Speak TLS; the server's certificate must be signed by one of these.",
-        ),
-        option("--tls-cert", type=_FILE, metavar="FILE", help="Mutual TLS: a certificate to show."),
-        option("--tls-key", type=_FILE, metavar="FILE", help="Its key."),
-        option(
-            "--tls-server-name",
-            metavar="NAME",
-            help="Expect this name in the server's certificate, not the host of --address.",
-        ),
-        option(
-            "--timeout-s",
-            type=click.FloatRange(min=0, min_open=True),
-            default=DEFAULT_TIMEOUT_S,
-            show_default=True,
-            help="Wait no longer for the answer.",
-        ),
-    )
+client_options = _all(
+    option(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        metavar="HOST:PORT",
+        help="Where the server listens.",
+    ),
+    option(
+        "--tls-ca",
+        type=_FILE,
+        metavar="FILE",
+        help="Speak TLS; the server's certificate must be signed by one of these.",
+    ),
+    option("--tls-cert", type=_FILE, metavar="FILE", help="Mutual TLS: a certificate to show."),
+    option("--tls-key", type=_FILE, metavar="FILE", help="Its key."),
+    option(
+        "--tls-server-name",
+        metavar="NAME",
+        help="Expect this name in the server's certificate, not the host of --address.",
+    ),
+    option(
+        "--timeout-s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULT_TIMEOUT_S,
+        show_default=True,
+        help="Wait no longer for the answer.",
+    ),
+)
 
 
 def training_config(given: Mapping[str, Any]) -> TrainingConfig:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -65,32 +70,47 @@ def serve(**given: Any) -> None:
     logging.basicConfig(
         level=given["log_level"].upper(), format="topq serve: %(levelname)s: %(message)s"
     )
-    from topq_dist.ps.inner import check_inner_optimizer
-    from topq_dist.ps.server import serve as run
-    from topq_dist.ps.snapshot_file import StateError
+    with _exit_on_sigterm():
+        from topq_dist.ps.server import serve as run
+        from topq_dist.ps.snapshot_file import StateError
 
-    with usage_errors():
-        check_inner_optimizer(training)
+        try:
+            with usage_errors():
+                run(
+                    training,
+                    serving,
+                    state_dir=given["state_dir"],
+                    address=given["address"],
+                    security=security,
+                    on_listening=lambda address: click.echo(f"listening on {address}"),
+                )
+        except (StateError, OSError, RuntimeError) as error:
+            _log.debug("where it failed:", exc_info=True)
+            raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Take SIGTERM as an order to exit 0, until the server has a better answer to it.
+
+    The kernel would withhold it from the first process of a container, which has no handler.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        with usage_errors():
-            run(
-                training,
-                serving,
-                state_dir=given["state_dir"],
-                address=given["address"],
-                security=security,
-                on_listening=lambda address: click.echo(f"listening on {address}"),
-            )
-    except (StateError, OSError, RuntimeError) as error:
-        _log.debug("where it failed:", exc_info=True)
-        raise click.ClickException(str(error)) from error
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @topq.command(short_help="Say how the run of a server is doing.")
-@client_options(beside_server=False)
+@client_options
 @option(
     "--token-file",
-    type=click.Path(),
+    type=click.Path(path_type=Path),
     metavar="FILE",
     help="A token of this server, alone in a file.",
 )
@@ -116,14 +136,18 @@ def status(**given: Any) -> None:
 
 
 @topq.command(short_help="Exit 0 where a server takes calls, else 1.")
-@client_options(beside_server=True)
+@client_options
+@option("--tls-client-ca", type=click.Path(path_type=Path), hidden=True)
 def health(**given: Any) -> None:
     """Exit 0 where a server takes calls, else 1: for a container's HEALTHCHECK.
 
-    In the server's own environment it needs no options: it tries a server on all interfaces on
-    loopback, shows the server's certificate, which must serve as a client's too where clients have
-    to show one, and takes the clients' CA for the server's where no other is given.
+    In the server's own environment it needs no options. It tries a server on all interfaces at
+    loopback, so that 127.0.0.1 must be in its certificate, or --tls-server-name be given. Without
+    --tls-ca it trusts TOPQ_TLS_CLIENT_CA, or else the certificate itself; under mutual TLS it shows
+    the server's certificate, which must then be good for a client as well.
     """
+    if given["tls_ca"] is None:
+        given["tls_ca"] = given["tls_client_ca"] or given["tls_cert"]
     from topq_dist.ps.asking import NoAnswerError, ask_health
 
     security = client_security(given)

@@ -47,6 +47,7 @@ def _why_no_plain_talk(address: Address, end: socket.socket, timeout_s: float) -
 
 def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> str | None:
     context = ssl.create_default_context(cafile=tls.ca)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
     context.set_alpn_protocols(["h2"])
     if tls.certificate is not None:
         context.load_cert_chain(tls.certificate, tls.key)
@@ -65,4 +66,4 @@ def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> s
             return "the server does not speak TLS"
     if tls.certificate is None:
         return "the server hung up on a client without certificate: it seems to want one"
-    return f"the server does not take the client certificate={str(tls.certificate)!r}"
+    return f"the server does not take certificate={str(tls.certificate)!r} of this client"

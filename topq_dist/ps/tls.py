@@ -11,6 +11,7 @@ import grpc
 from topq_dist.ps.secret_files import Watched, read_file
 
 _HANDSHAKE_TURNS = 8
+_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE of OpenSSL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,9 @@ def _read_ca(name: str, path: Path | None) -> bytes | None:
     content = read_file(name, path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
-            cadata=content.decode("ascii", "replace")
+            cadata=content.decode("ascii", "ignore")
         )
-    except ssl.SSLError as error:
+    except (ssl.SSLError, ValueError) as error:
         raise ValueError(f"{name}={str(path)!r}: expected certificates as PEM") from error
     return content
 
@@ -94,9 +95,11 @@ def _read_pair(certificate: Path, key: Path, *, at_server: bool) -> tuple[bytes,
     """Return key and chain as read, once a handshake in memory has shown that they work."""
     before = read_file("key", key, secret=True), read_file("certificate", certificate)
     try:
-        _try_pair(certificate, key, before[1].decode("ascii", "replace"), at_server=at_server)
+        _try_pair(certificate, key, before[1].decode("ascii", "ignore"), at_server=at_server)
     except ssl.SSLCertVerificationError as error:
-        raise ValueError(f"certificate={str(certificate)!r}: {error.verify_message}") from error
+        # a client with a certificate for servers alone may never be asked for it
+        if at_server or error.verify_code != _WRONG_PURPOSE:
+            raise ValueError(f"certificate={str(certificate)!r}: {error.verify_message}") from error
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None)
         if reason == "KEY_VALUES_MISMATCH":
