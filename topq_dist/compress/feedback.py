@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Residuals:
         if flat is not None and flat.dtype == dtype and flat.device == device:
             return flat
         self._check_shapes(layout)
-        flat = torch.zeros(layout.numel, dtype=dtype, device=device)
+        flat = _zeros(layout.numel, dtype, device)
         homes: dict[str, Tensor] = {}
         start = 0
         for name, shape in zip(layout.names, layout.shapes, strict=True):
@@ -120,6 +121,13 @@ class Residuals:
         # cloned, or two owners (and every slice of one saved storage) would share memory
         self._by_name = {name: residual.detach().clone() for name, residual in state.items()}
         self._flat = {}
+
+
+def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    # numpy asks the system for huge pages, which torch does not
+    return torch.from_numpy(np.zeros(numel, np.float64 if dtype == torch.float64 else np.float32))
 
 
 def check_residual(name: str, residual: Tensor) -> None:
