@@ -210,3 +210,12 @@ def test_what_a_gradient_cannot_be_written_into_is_refused(out: Tensor) -> None:
     frame = Compressor().compress("w", torch.ones(3))
     with pytest.raises(ValueError, match="out has"):
         Compressor().decompress(frame, out)
+
+
+def test_a_name_that_is_no_string_and_a_switch_that_is_no_bool_are_refused() -> None:
+    name: Any = 7
+    with pytest.raises(TypeError, match="name=7: expected a string"):
+        Compressor().compress(name, torch.ones(3))
+    switch: Any = "no"
+    with pytest.raises(TypeError, match="error_feedback='no': expected True or False"):
+        Compressor(error_feedback=switch)

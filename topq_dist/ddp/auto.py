@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
+from topq_dist.ddp.messages import agree
 
 _log = logging.getLogger(__name__)
 # DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds settle
@@ -70,9 +71,19 @@ class Auto(Exchange):
         self._exchange = self._trial.exchange
         self._began_s: float | None = None
         self._wire_bytes_before = 0
-        self.chosen = None
+        self._chosen: str | None = None
+        self._resumed: str | None = None
+        self._told = False
+        self._first = bool(self._left)
         if not self._left:
-            self._choose(self._trial.name)
+            self._chosen = self._trial.name
+
+    @property
+    def chosen(self) -> str | None:  # type: ignore[override]
+        return self._resumed or self._chosen
+
+    def settings(self) -> str:
+        return f"resumed exchange={self._resumed}"
 
     def check_chosen(self, chosen: str | None) -> None:
         if chosen is not None and chosen not in self._exchanges:
@@ -80,12 +91,26 @@ class Auto(Exchange):
             raise ValueError(f"state has chosen_exchange={chosen!r}: expected one of {known}")
 
     def resume(self, chosen: str | None) -> None:
-        if chosen is not None:
-            self._choose(chosen)
+        if len(self._exchanges) > 1:
+            self._resumed = chosen
+
+    def _take_up_resumed(self) -> None:
+        """Go over to the exchange of a loaded state, once every rank is known to have loaded it.
+
+        Ranks in different exchanges would wait for each other. Before the first step all of them
+        ask; later, the settings of one more step in the old exchange tell.
+        """
+        if self._first:
+            agree(self.settings(), group=self._link.group, device=self._link.device)
+        told, self._told = self._first or self._told, self._resumed is not None
+        self._first = False
+        if told and self._resumed is not None:
+            self._choose(self._resumed)
+            self._resumed, self._told = None, False
 
     def _choose(self, name: str) -> None:
         self._exchange = self._exchanges[name]
-        self.chosen = name
+        self._chosen = name
 
     @property
     def tells(self) -> bool:  # type: ignore[override]
@@ -96,7 +121,8 @@ class Auto(Exchange):
 
     def begin_step(self) -> None:
         """Account for the step that has ended, and go on to the next trial or decide."""
-        if self.chosen is not None:
+        self._take_up_resumed()
+        if self._chosen is not None:
             return
         now_s, wire_bytes = time.perf_counter(), self._link.meter.stats.wire_bytes
         trial = self._trial

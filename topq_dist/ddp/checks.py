@@ -74,16 +74,24 @@ def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
     return grad_scaler
 
 
-def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
-    """Return the name of each parameter whose gradient DistributedDataParallel exchanges.
+def exchanged_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
+    """Return the name of each parameter that may be in a bucket: also of those frozen by now.
 
-    torch.compile's prefix is left out, so that a state fits the model compiled or not.
+    DistributedDataParallel goes by what was trainable when it was made.
     """
     return {
         parameter: plain_name(name)
         for name, parameter in ddp_model.module.named_parameters()
-        if parameter.requires_grad and name not in ddp_model.parameters_to_ignore
+        if name not in ddp_model.parameters_to_ignore
     }
+
+
+def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
+    """Return the name of each parameter whose gradient the hook is to sparsify.
+
+    torch.compile's prefix is left out, so that a state fits the model compiled or not.
+    """
+    return {p: name for p, name in exchanged_names(ddp_model).items() if p.requires_grad}
 
 
 def plain_name(name: str) -> str:

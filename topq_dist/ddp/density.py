@@ -129,6 +129,17 @@ class PairedDensity:
     def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
         cuts, start = [], 0
         for parameter in parameters:
+            if not parameter.requires_grad:
+                # frozen since DDP was made, which still exchanges the zeros in its place
+                numel = parameter.numel()
+                cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=0))
+                start += numel
+                continue
+            if parameter not in self._step_q:
+                raise ValueError(
+                    f"optimizer holds no group with {self._names.get(parameter, 'a parameter')} "
+                    "any more: expected every trainable parameter of the model"
+                )
             rows, row_numel = row_shape(parameter.shape, self._param_ndim[parameter])
             kept = kept_count(self._step_q[parameter], row_numel)
             cuts.append(Cut(start=start, rows=rows, row_numel=row_numel, kept=kept))
@@ -144,7 +155,14 @@ class PairedDensity:
         if "q" in state:
             raise ValueError("state has a q: expected that of a hook paired with an optimizer")
         if "generator" in state:
-            self._optimizer.generator.set_state(state["generator"])
+            saved = state["generator"]
+            try:
+                self._optimizer.generator.set_state(saved)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    "state has a generator state that this generator cannot take: expected what "
+                    f"get_state() of one on {self._optimizer.generator.device} returned"
+                ) from error
 
     def _warn_of_the_unmoving(self) -> None:
         unmoving = []

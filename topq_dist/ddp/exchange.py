@@ -91,6 +91,10 @@ class Exchange(ABC):
     def begin_step(self) -> None:  # noqa: B027 - most have nothing to note
         """Take note of a new step, before its first bucket; on every rank alike."""
 
+    def settings(self) -> str:
+        """Return what must be the same on every rank in the step that has begun."""
+        return ""
+
     def check_chosen(self, chosen: str | None) -> None:  # noqa: B027
         """Raise ValueError unless `resume` can take this up."""
 

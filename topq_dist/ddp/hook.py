@@ -20,6 +20,7 @@ from topq_dist.ddp.checks import (
     check_positive,
     check_takes_hook,
     check_unused,
+    exchanged_names,
     trainable_names,
 )
 from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
@@ -78,6 +79,7 @@ class TopQState:
     ) -> None:
         check_takes_hook(ddp_model)
         self._names = trainable_names(ddp_model)
+        self._exchanged_names = exchanged_names(ddp_model)
         self._meter = Meter()
         self._link = Link(
             group=ddp_model.process_group,
@@ -164,7 +166,7 @@ class TopQState:
         key = tuple(map(id, parameters))
         if key not in self._layouts:
             self._layouts[key] = Layout(
-                names=tuple(self._names[parameter] for parameter in parameters),
+                names=tuple(self._exchanged_names[parameter] for parameter in parameters),
                 shapes=tuple(tuple(parameter.shape) for parameter in parameters),
             )
         return self._layouts[key]
@@ -194,7 +196,7 @@ class TopQState:
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank, world size or number of ranks a node.
         """
-        shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
+        shapes = {name: tuple(p.shape) for p, name in self._exchanged_names.items()}
         feeds_back = self._compressor.error_feedback
         if isinstance(state, Mapping):
             check_state(state, self._identity(), shapes, feeds_back)

@@ -106,10 +106,13 @@ class Pipeline:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
             self._stages.density.begin_step()
-            self._settings_digest = digest(self._stages.settings())
+            self._settings_digest = digest(self._settings())
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
         self._announcement = None if self._exchange.tells else self._announce()
+
+    def _settings(self) -> str:
+        return f"{self._stages.settings()}\n{self._exchange.settings()}"
 
     def _announce(self) -> FrameGather:
         """Tell every rank of this one's settings and failure, where no frame of its will."""
@@ -159,7 +162,7 @@ class Pipeline:
             finite = [pending.receive() for _, pending in in_flight]
         except SettingsDifferError:
             # every rank is here, having read the same digests, and may ask for the particulars
-            agree(self._stages.settings(), group=self._link.group, device=self._link.device)
+            agree(self._settings(), group=self._link.group, device=self._link.device)
             raise
         except ExchangeError as error:
             raise self._failure or error from None
