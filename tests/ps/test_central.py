@@ -143,9 +143,14 @@ def test_the_gradient_has_the_bits_of_the_hooks_sum(shapes: Shapes) -> None:
 
 @pytest.mark.parametrize("q", [0.0, 0.5, 0.95, 0.99])
 @pytest.mark.parametrize("shapes", [SINGLE, MIXED])
-def test_the_sparse_step_has_the_bits_of_torchs_own(shapes: Shapes, q: float) -> None:
+@pytest.mark.parametrize(
+    "extra", [{}, {"maximize": True}, {"weight_decay": 0.01}, {"momentum": 0.5, "dampening": 0.1}]
+)
+def test_a_step_of_sgd_sparse_or_not_has_the_bits_of_torchs_own(
+    shapes: Shapes, q: float, extra: dict[str, Any]
+) -> None:
     rules = (GroupRule(pattern="*bias", options={"lr": 0.37}),)
-    config = TrainingConfig(inner_opt="sgd", options={"lr": 0.013}, groups=rules)
+    config = TrainingConfig(inner_opt="sgd", options={"lr": 0.013, **extra}, groups=rules)
     model = random_model(shapes)
     model.flats[0][:50] = -0.0
     central = CentralModel(config, model.spec, model)
@@ -155,7 +160,8 @@ def test_the_sparse_step_has_the_bits_of_torchs_own(shapes: Shapes, q: float) ->
         {"params": [t for name, t in views.items() if "bias" not in name]},
         {"params": [t for name, t in views.items() if "bias" in name], "lr": 0.37},
     ]
-    optimizer = torch.optim.SGD(groups, lr=0.013)
+    kernels = {"foreach": True} if shapes is MIXED else {"fused": True}
+    optimizer = torch.optim.SGD(groups, lr=0.013, **extra, **kernels)
     generator = torch.Generator().manual_seed(3)
     for _ in range(10):
         pushes = random_pushes(model, generator, q=q)

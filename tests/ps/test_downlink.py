@@ -241,6 +241,17 @@ def test_topq_catches_up_once_the_parameters_rest(model_name: str) -> None:
     assert all(peek_header(part).k == 0 for part in parts)
 
 
+@pytest.mark.parametrize("model_name", MODELS)
+def test_topq_agrees_on_the_sign_of_zero(model_name: str) -> None:
+    model = random_model(MODELS[model_name])
+    worker, topq = model.clone(), TopQDownlink(model, q=0.0, value_format=None)
+    for value in (0.0, 1.0, -0.0):
+        for flat in model.flats:
+            flat.fill_(value)
+        received(worker, topq.after_step(model, None))
+        assert same_bits(worker, topq.held(model))
+
+
 def test_topq_sends_the_largest_part_of_each_tensor() -> None:
     model = random_model(MODELS["fp32"])
     before, topq = model.clone(), TopQDownlink(model, q=0.9, value_format=None)
