@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -435,6 +435,24 @@ def test_an_optimizer_that_raises_ends_everything(
     bench.state_dir.close()
     bench.restart()
     assert bench.point == START
+
+
+def test_a_version_in_the_making_is_no_failure(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # whoever ends the process looks at `failed` without the lock, at any moment
+    bench = make()
+    a = bench.join("a")
+    central = bench.server._state.central  # type: ignore[union-attr]
+    apply, seen = central.apply, []
+
+    def watched(pushes: Sequence[Push]) -> object:
+        seen.append(bench.server.failed)
+        return apply(pushes)
+
+    monkeypatch.setattr(central, "apply", watched)
+    bench.round(1, a)
+    assert seen == [False]
 
 
 def test_with_a_snapshot_each_version_no_answer_comes_before_it(

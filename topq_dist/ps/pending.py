@@ -167,14 +167,14 @@ class PendingPushes:
     def _apply(self, workers: Sequence[str]) -> None:
         started_s = self._clock()
         pushes = [self._tickets[worker].push for worker in workers]
-        self.failed = True
         try:
             self._state.apply(pushes)
         except Exception as error:
+            # read without the lock by whoever ends the process, so never set for a moment only
+            self.failed = True
             version = self._state.point.version + 1
             _log.exception("version %d could not be made: this server is of no use now", version)
             raise NotReadyError(FAILED) from error
-        self.failed = False
         for push in pushes:
             self.settle(push.worker, self._state.fresh(push))
         # while the lock was held nobody was heard
