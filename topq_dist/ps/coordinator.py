@@ -251,10 +251,13 @@ class Coordinator:
             self._advance()
             return ticket
 
-    def wait(self, ticket: Ticket, timeout_s: float) -> Answer | tuple[str, ...]:
+    def wait(
+        self, ticket: Ticket, timeout_s: float, *, is_active: Callable[[], bool] = lambda: True
+    ) -> Answer | tuple[str, ...]:
         """Return the push's answer, or whom it waits for after `timeout_s` without one.
 
-        To call it says that the sender is there, which keeps its lease. Raises RefusedError.
+        To call it says that the sender is there, which keeps its lease; once `is_active` says that
+        it is not, it returns early. Raises RefusedError.
         """
         end_s = time.monotonic() + timeout_s
         with self._changed:
@@ -271,9 +274,20 @@ class Coordinator:
                     raise NotReadyError(_DRAINING)
                 left_s = end_s - time.monotonic()
                 pushes = self._pushes
-                if left_s <= 0 or pushes is None:
+                if left_s <= 0 or pushes is None or not is_active():
                     return () if pushes is None else pushes.waiting_for
                 self._changed.wait(max(0.0, min(left_s, pushes.next_event_s())))
+
+    def wake(self) -> None:
+        """Have those who wait look at whether they are active; never blocks.
+
+        Where the lock is taken nobody is woken: they look again within their time anyway.
+        """
+        if self._changed.acquire(blocking=False):
+            try:
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
 
     def count_received(self, worker: str, received_bytes: int) -> None:
         """Count bytes of a push's frames."""

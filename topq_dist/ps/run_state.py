@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from topq_dist.ps.central import CentralModel
 from topq_dist.ps.config import TrainingConfig
@@ -61,6 +62,7 @@ class RunState:
         self.ledger = ledger
         self.history = history
         self._full: Update | None = None
+        self._copies: dict[str, Tensor] = {}
 
     @classmethod
     def start(
@@ -122,8 +124,13 @@ class RunState:
         return state, tuple(snapshot.workers)
 
     def snapshot(self, workers: Iterable[str]) -> Snapshot:
-        """Return all of it, copied where it changes, with whose leases run."""
-        tensors, central = self.central.state()
+        """Return all of it, copied where it changes, with whose leases run.
+
+        The copies are valid until the next call: they are made in memory that is kept, because
+        fresh memory costs several times what the copying does.
+        """
+        tensors, central = self.central.state(copied=False)
+        self._copies = {key: _copied(t, self._copies.get(key)) for key, t in tensors.items()}
         payloads, history = self.history.state()
         return Snapshot(
             run=self.run,
@@ -134,7 +141,7 @@ class RunState:
             history=history,
             history_payloads=payloads,
             central=central,
-            tensors=tensors,
+            tensors=self._copies,
             workers=sorted(workers),
         )
 
@@ -214,6 +221,12 @@ class RunState:
         if updates is None or sum(u.payload_bytes for u in updates) > self.spec.raw_bytes:
             updates = (self.full(),)
         return Answer(applied=applied, members=members, updates=updates, durable_version=0)
+
+
+def _copied(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None or kept.dtype != tensor.dtype or kept.shape != tensor.shape:
+        return tensor.clone()
+    return kept.copy_(tensor)
 
 
 def _joined(parts: Sequence[memoryview]) -> memoryview:

@@ -103,9 +103,11 @@ class ParameterServer:
     def stop(self) -> None:
         """Say "not serving", send away who waits, save, and end; answers under way may finish."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.coordinator.drain()
-        self._server.stop(_GRACE_S).wait()
-        self._state_dir.close()
+        try:
+            self.coordinator.drain()
+        finally:
+            self._server.stop(_GRACE_S).wait()
+            self._state_dir.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for service in ("", SERVICE_NAME):

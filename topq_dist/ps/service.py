@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 5.0
-# one that is answered and one that repeats it on a new connection, before the old one is missed
-_STEPS_OF_A_WORKER = 2
+# one, and one that repeats it on a new connection before the old one is missed
+_CALLS_OF_A_WORKER = 2
 
 
 class Authenticates(Protocol):
@@ -57,7 +57,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
     ) -> None:
         self._coordinator = coordinator
         self._authenticator = authenticator
-        self._steps = _Steps()
+        self._steps = _FewCalls()
+        self._models = _FewCalls()
         self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
@@ -106,10 +107,11 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                     limit_bytes=self._coordinator.serving.max_model_bytes,
                     what=f"the model that {caller.worker!r} uploads",
                 )
-                for request in request_iterator:
-                    self._coordinator.hear(caller.worker)
-                    receiver.take(request.chunk)
-                self._coordinator.upload(caller, receiver.parts())
+                with self._models.of(caller.worker, context):
+                    for request in request_iterator:
+                        self._coordinator.hear(caller.worker)
+                        receiver.take(request.chunk)
+                    self._coordinator.upload(caller, receiver.parts())
             return pb.UploadResponse()
 
     def Step(
@@ -123,11 +125,14 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             header = first.header
             caller = self._caller(context, header.id)
             spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
-            with self._steps.only_few_of(caller.worker, context):
+            with self._steps.of(caller.worker, context):
                 ticket = self._take_push(header, request_iterator, spec)
+                context.add_callback(self._coordinator.wake)
                 silent_s = 0.0
                 while True:
-                    answer = self._coordinator.wait(ticket, self._look_s)
+                    answer = self._coordinator.wait(
+                        ticket, self._look_s, is_active=context.is_active
+                    )
                     if isinstance(answer, Answer):
                         break
                     if not context.is_active():
@@ -150,7 +155,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             ):
                 raise InvalidError(f"which={request.which}: expected WORKERS or CENTRAL")
             central = request.which == pb.FetchRequest.WHICH_CENTRAL
-            yield from fetch_to_wire(*self._coordinator.fetch(caller, central=central))
+            with self._models.of(caller.worker, context):
+                yield from fetch_to_wire(*self._coordinator.fetch(caller, central=central))
 
     def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewResponse:
         """Keep the lease."""
@@ -221,11 +227,11 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             context.abort(status_of(error), str(error))
 
 
-class _Steps:
-    """The steps that are under way, by worker: what one worker can make the server hold is bounded.
+class _FewCalls:
+    """The large calls under way, by worker: what one worker can make the server hold is bounded.
 
     A worker has one, and a second where it repeats the first before the server has noticed that
-    the connection was lost. Beyond that the oldest is cancelled; its push stays where it is.
+    the connection was lost. Beyond that the oldest is cancelled; a push that it brought stays.
     """
 
     def __init__(self) -> None:
@@ -233,12 +239,12 @@ class _Steps:
         self._of: defaultdict[str, deque[grpc.ServicerContext]] = defaultdict(deque)
 
     @contextmanager
-    def only_few_of(self, worker: str, context: grpc.ServicerContext) -> Iterator[None]:
+    def of(self, worker: str, context: grpc.ServicerContext) -> Iterator[None]:
         """Count `context` as one of the worker's while the block runs."""
         with self._lock:
             under_way = self._of[worker]
             under_way.append(context)
-            surplus = under_way.popleft() if len(under_way) > _STEPS_OF_A_WORKER else None
+            surplus = under_way.popleft() if len(under_way) > _CALLS_OF_A_WORKER else None
         if surplus is not None:
             surplus.cancel()
         try:
