@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess as SpawnedProcess
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.security import Address
-from topq_dist.ps.server import ParameterServer, serve
+from topq_dist.ps.server import ParameterServer
 
 Options = dict[str, Any]
 _LONGEST_END_S = 20
+# forks from a process that has torch and no gRPC, so that a start takes a part of a second
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["topq_dist.ps.run_state", "topq_dist.ps.saver", "torch._dynamo"])
 
 
 @contextmanager
@@ -37,72 +42,67 @@ class ServerProcess:
     """A server in a process of its own, which keeps its port and its state across restarts."""
 
     def __init__(self, state_dir: Path, training: Options, **options: Any) -> None:
-        self._state_dir = state_dir
-        self._training = training
-        self._options = options
+        self._arguments = (TrainingConfig(**training), ServingConfig(**options), state_dir)
         self.address = "127.0.0.1:0"
         self._process = self._start()
 
-    def _start(self) -> subprocess.Popen[str]:
-        arguments = json.dumps(
-            {
-                "state_dir": str(self._state_dir),
-                "training": self._training,
-                "serving": self._options,
-                "address": self.address,
-            }
+    def _start(self) -> SpawnedProcess:
+        ours, theirs = FORKED.Pipe()
+        process = FORKED.Process(
+            target=_serve, args=(theirs, *self._arguments, self.address), daemon=True
         )
-        process = subprocess.Popen(
-            [sys.executable, __file__, arguments], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        self.address = process.stdout.readline().strip()
-        if not self.address:
-            raise RuntimeError(f"the server ended with {process.wait(_LONGEST_END_S)}")
+        process.start()
+        theirs.close()
+        try:
+            self.address = ours.recv()
+        except EOFError:
+            process.join(_LONGEST_END_S)
+            raise RuntimeError(f"the server ended with {process.exitcode}") from None
+        finally:
+            ours.close()
         return process
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id."""
+        return self._process.pid
 
     def kill(self) -> None:
         """End the process as kill -9 does."""
         self._process.kill()
-        self._reap()
+        self._process.join(_LONGEST_END_S)
 
     def restart(self) -> None:
         """Start it again, on the same port and state directory."""
         self._process = self._start()
 
-    def terminate(self) -> int:
+    def terminate(self) -> int | None:
         """Ask the process to end (SIGTERM), and return its exit status."""
         self._process.terminate()
-        return self._reap()
-
-    def _reap(self) -> int:
-        status = self._process.wait(_LONGEST_END_S)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        return status
+        self._process.join(_LONGEST_END_S)
+        return self._process.exitcode
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
+        if self._process.is_alive():
             self.kill()
-        elif self._process.stdout is not None:
-            self._process.stdout.close()
 
 
-def _main(arguments: Options) -> None:
-    def tell(address: Address) -> None:
-        print(address, flush=True)
+def _serve(
+    told: Connection,
+    training: TrainingConfig,
+    serving_config: ServingConfig,
+    state_dir: Path,
+    address: str,
+) -> None:
+    from topq_dist.ps.server import serve
 
-    serve(
-        TrainingConfig(**arguments["training"]),
-        ServingConfig(**arguments["serving"]),
-        state_dir=arguments["state_dir"],
-        address=arguments["address"],
-        on_listening=tell,
-    )
+    torch.set_num_threads(1)
 
+    def tell(where: Address) -> None:
+        told.send(str(where))
+        told.close()
 
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    serve(training, serving_config, state_dir=state_dir, address=address, on_listening=tell)
