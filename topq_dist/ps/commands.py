@@ -13,18 +13,20 @@ from typing import Any, NoReturn
 import click
 
 from topq_dist._version import __version__
+from topq_dist.ps.cli_configs import (
+    client_security,
+    server_security,
+    serving_config,
+    training_config,
+    usage_errors,
+)
 from topq_dist.ps.cli_options import (
     DEFAULT_ADDRESS,
     client_options,
-    client_security,
     option,
-    server_security,
     server_security_options,
-    serving_config,
     serving_options,
-    training_config,
     training_options,
-    usage_errors,
 )
 
 _log = logging.getLogger(__name__)
