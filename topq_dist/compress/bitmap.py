@@ -17,6 +17,14 @@ Positions = npt.NDArray[np.int64]
 _FREQUENT = 0.1
 
 
+def nonzero(vector: npt.NDArray[np.floating]) -> Positions:
+    """Return where a 1-D vector, mostly zero, is not."""
+    bitmap = np.zeros(-(-vector.size // 64) * 8, dtype=np.uint8)
+    packed = np.packbits(vector != 0.0, bitorder="little")
+    bitmap[: packed.size] = packed
+    return set_bits(bitmap, count_set_bits(bitmap))
+
+
 def count_set_bits(bitmap: Bytes) -> int:
     """Return how many bits are set; the bitmap's length is a multiple of 8 bytes."""
     return int(np.bitwise_count(bitmap.view(np.uint64)).sum(dtype=np.int64))

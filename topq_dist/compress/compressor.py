@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from topq_dist.compress.bitmap import nonzero
 from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
@@ -84,6 +85,7 @@ class FlatCompressor:
         self.error_feedback = error_feedback
         self.residuals = Residuals()
         self._selectors = ByLayout[dict[str, list[Selector]]](dict)
+        self._means = ByLayout[dict[torch.dtype, Tensor]](dict)
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -147,23 +149,26 @@ class FlatCompressor:
         value_format = headers[0].value_format
         if not all(header.finite for header in headers):
             return Compressed(frames=[encode_non_finite_frame(numel, value_format)])
-        mean = average(frames, out=torch.empty(numel, dtype=decoded_dtype(value_format)))
+        mean = average(frames, out=self._mean_of(layout, numel, decoded_dtype(value_format)))
         if not self.error_feedback:
-            places = mean.nonzero().view(-1)
+            places = torch.from_numpy(nonzero(mean.numpy()))
             return Compressed(frames=[encode_frame(numel, places, mean[places], value_format)[0]])
         (selector,) = self._selectors_of(layout, "reduce", 1)
         sent = sum(header.k for header in headers)
         selected = selector.select(mean, min(-(-sent // len(frames)), numel))
         frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
         mean[selected.indices] = selected.values - decoded.to(mean)
-        places = mean.nonzero().view(-1)
+        places = torch.from_numpy(nonzero(mean.numpy()))
         # owed by one rank of many, and divided by their number when it is paid
-        left = mean[places].mul_(len(frames))
+        left = Frame(
+            numel=layout.numel,
+            indices=dealt.gather(part, places),
+            values=mean[places].mul_(len(frames)),
+            finite=True,
+        )
 
         def keep(_: bool) -> None:
-            owed = self.residuals.home(layout)
-            indices = dealt.gather(part, places).to(owed.device)
-            owed.index_add_(0, indices, left.to(owed))
+            left.add_to(self.residuals.home(layout))
 
         return Compressed(frames=[frame], keep=keep)
 
@@ -192,6 +197,12 @@ class FlatCompressor:
         return self.residuals.flat(
             layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
         )
+
+    def _mean_of(self, layout: Layout, numel: int, dtype: torch.dtype) -> Tensor:
+        kept = self._means.of(layout)
+        if dtype not in kept or kept[dtype].numel() != numel:
+            kept[dtype] = torch.empty(numel, dtype=dtype)
+        return kept[dtype]
 
     def _selectors_of(self, layout: Layout, stage: str, count: int) -> list[Selector]:
         selectors = self._selectors.of(layout).setdefault(stage, [])
