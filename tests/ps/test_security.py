@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import grpc
@@ -57,6 +58,12 @@ class TestWhereAServerListens:
         with serving(ServerSecurity(), address) as where:
             with pytest.raises(OSError, match="already"), serving(ServerSecurity(), address):
                 pass
+            assert ask(where, ClientSecurity()) is grpc.StatusCode.OK
+
+    def test_a_unix_socket_left_behind_is_taken_over(self, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(f"{tmp_path}/socket")
+        with serving(ServerSecurity(), f"unix:{tmp_path}/socket") as where:
             assert ask(where, ClientSecurity()) is grpc.StatusCode.OK
 
     def test_a_foreign_address_is_refused_with_the_reason(self) -> None:

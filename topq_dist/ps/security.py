@@ -71,6 +71,7 @@ class ServerSecurity:
             else:
                 port = server.add_secure_port(str(where), credentials)
         except RuntimeError as error:
+            where.check_free()  # where another was quicker, it knows the reason
             raise OSError(f"address {where}: {error}") from error
         return where.with_port(port)
 
