@@ -360,3 +360,17 @@ def test_bad_matrices_are_named() -> None:
         select_rows(torch.zeros(4), 1)
     with pytest.raises(ValueError, match=r"k=4: expected a number in \[0, 3\]"):
         select_rows(torch.zeros(2, 3), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_settling_can_clear_the_gradient(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(11)
+    gradient = torch.randn(600_000, generator=generator).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    residual = torch.randn(600_000, generator=generator, dtype=wide)
+    picked = Selector().select(gradient, 6_000, residual=residual)
+    kept = residual + gradient
+    kept[picked.indices] = 0.5
+    settle(residual, gradient, picked.indices, torch.full((6_000,), 0.5, dtype=wide), clear=True)
+    assert torch.equal(residual, kept)
+    assert not gradient.any()

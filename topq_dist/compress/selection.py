@@ -42,6 +42,7 @@ from topq_dist.compress.candidates import (
     partitioned_candidates,
     sampled_threshold,
 )
+from topq_dist.compress.device_selection import DeviceSelector
 from topq_dist.compress.workers import run_all
 from topq_dist.top_k import top_indices
 
@@ -75,6 +76,7 @@ class Selector:
     def __init__(self) -> None:
         self._threshold: float | None = None
         self._slack = _FIRST_SLACK
+        self._on_device = DeviceSelector()
 
     def select(self, gradient: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
         """Return the k elements of gradient + residual largest in magnitude; change neither.
@@ -86,7 +88,7 @@ class Selector:
         _check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         if gradient.device.type != "cpu":
-            return select_with_torch(gradient, k, residual=residual)
+            return Selection(*self._on_device.select(gradient, k, residual))
         vector = CompensatedGradient(gradient, residual)
         with not_finite_allowed():
             if k == 0:
