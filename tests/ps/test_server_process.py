@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from ps_raw import RawWorker, ServerProcess
 from torch import Tensor
 
 from topq_dist.compress.frame import encode_non_finite_frame
-from topq_dist.ps import wire
+from topq_dist.ps import ParameterServerOptimizer, wire
 from topq_dist.ps.protocol import START, push_digest
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -378,3 +379,39 @@ def test_health_and_reflection_answer(tmp_path: Path) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
         assert "topq_dist.v1.ParameterServer" in services
+
+
+def test_a_worker_that_the_snapshot_does_not_know_keeps_its_waiting_push(tmp_path: Path) -> None:
+    uploaded, waiting, restarted = threading.Event(), threading.Event(), threading.Event()
+    with ServerProcess(tmp_path, SGD, {"start_workers": 2, "snapshot_every": 1000}) as server:
+
+        def work(number: int) -> Tensor:
+            if number == 1:
+                uploaded.wait(10)
+            named = {name: torch.nn.Parameter(tensor) for name, tensor in model().items()}
+            with ParameterServerOptimizer(
+                named.items(), server.address, q=0, worker=f"w{number}", timeout_s=20
+            ) as optimizer:
+                if number == 0:
+                    uploaded.set()
+                    restarted.wait(20)
+                for parameter in named.values():
+                    parameter.grad = torch.full_like(parameter, 1.0 + number)
+                if number == 1:
+                    waiting.set()
+                optimizer.step()
+            return torch.cat([parameter.detach().flatten() for parameter in named.values()])
+
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(work, number) for number in range(2)]
+            waiting.wait(20)
+            time.sleep(0.3)
+            server.kill()
+            server.finish()
+            server.start()
+            time.sleep(0.3)  # the one that waits comes back before the other
+            restarted.set()
+            held = [future.result() for future in futures]
+    started = torch.cat([tensor.flatten() for tensor in model().values()])
+    for one in held:
+        torch.testing.assert_close(one, started - 0.1 * 1.5)

@@ -52,8 +52,9 @@ class KeptPushes:
 
     @property
     def first_kept(self) -> int:
-        """The number of the oldest push that can be replayed; 0: there is none."""
-        return self._applied[0].sequence if self._applied else 0
+        """The number of the oldest push that can be sent again; 0: there is none."""
+        oldest = self._applied[0] if self._applied else self.pending
+        return 0 if oldest is None else oldest.sequence
 
     @property
     def unsent_sequence(self) -> int:

@@ -16,7 +16,7 @@ from topq_dist.ps.central import CentralModel
 from topq_dist.ps.config import TrainingConfig
 from topq_dist.ps.history import History
 from topq_dist.ps.ledger import Ledger
-from topq_dist.ps.model import FlatModel, ModelSpec
+from topq_dist.ps.model import FlatModel, ModelSpec, copy_of
 from topq_dist.ps.protocol import (
     START,
     Answer,
@@ -225,7 +225,7 @@ class RunState:
 
 def _copied(tensor: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None or kept.dtype != tensor.dtype or kept.shape != tensor.shape:
-        return tensor.clone()
+        return copy_of(tensor)
     return kept.copy_(tensor)
 
 
