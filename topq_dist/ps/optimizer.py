@@ -88,6 +88,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         if check_number("timeout_s", timeout_s) <= 0:
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
         named = _trainable(named_parameters)
+        self._names = list(named)
         addresses = [servers] if isinstance(servers, str) else list(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
         security = ClientSecurity(tls=tls, token=token)
@@ -228,7 +229,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         finally:
             self._absorb()
         found = {name: tensor for model in models for name, tensor in model.tensors().items()}
-        return {name: found[name] for shard in self._shards for name in shard.names}
+        return {name: found[name] for name in self._names}
 
     @contextmanager
     def central(self) -> Iterator[None]:

@@ -1,0 +1,363 @@
+"""ParameterServerOptimizer: the numbers of one process, and the manners of a torch optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ps.servers import Options, serving
+from ps.workers import backward, batch, make_model, side_by_side, values
+from torch import Tensor, nn
+
+import topq_dist.ps
+from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.protocol import ModelDiffersError, NonFiniteError, OldEpochError, WrongRunError
+from topq_dist.ps.server import ParameterServer
+
+SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9}}
+ADAMW: Options = {"inner_opt": "adamw", "options": {"lr": 0.01, "weight_decay": 0.1}}
+PLAIN: Options = {"inner_opt": "sgd", "options": {"lr": 0.1}}
+
+
+def connect(
+    model: nn.Module, *servers: ParameterServer, worker: int = 0, **knobs: Any
+) -> ParameterServerOptimizer:
+    knobs = {"q": 0.0, "timeout_s": 30, "worker": f"w{worker}", **knobs}
+    addresses = [str(server.address) for server in servers]
+    return ParameterServerOptimizer(model.named_parameters(), addresses, **knobs)
+
+
+def steps_alone(inner: type[torch.optim.Optimizer], options: Options, steps: int) -> Tensor:
+    """Return what one process holds that trains on the batches of three workers, joined."""
+    model = make_model()
+    optimizer = inner(model.parameters(), **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, [batch(worker, step) for worker in range(3)])
+        optimizer.step()
+    return values(model)
+
+
+def gradient_of(model: nn.Module, name: str) -> Tensor:
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_three_workers_equal_one_process_on_the_joined_batch(
+    tmp_path: Path, training: Options, servers: int
+) -> None:
+    inner = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training["inner_opt"]]
+    with (
+        serving(tmp_path / "1", training, start_workers=3) as one,
+        serving(tmp_path / "2", training, start_workers=3) as two,
+    ):
+
+        def work(worker: int) -> Tensor:
+            model = make_model()
+            with connect(model, *[one, two][:servers], worker=worker) as optimizer:
+                for step in range(50):
+                    optimizer.zero_grad()
+                    backward(model, [batch(worker, step)])
+                    optimizer.step()
+                stats = optimizer.stats()
+            assert stats.steps == 50
+            assert stats.sent_bytes > stats.dense_bytes == 50 * 4 * values(model).numel()
+            return values(model)
+
+        first, *others = side_by_side(3, work)
+    assert all(torch.equal(first, other) for other in others)
+    expected = steps_alone(inner, training["options"], 50)
+    assert float((first - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_a_learning_rate_scheduler_drives_the_server(tmp_path: Path) -> None:
+    alone, model = make_model(), make_model()
+    reference = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
+    with serving(tmp_path, SGD) as server, connect(model, server) as optimizer:
+        schedulers = [
+            torch.optim.lr_scheduler.StepLR(each, step_size=3, gamma=0.3)
+            for each in (reference, optimizer)
+        ]
+        for step in range(9):
+            for one, each in ((alone, reference), (model, optimizer)):
+                each.zero_grad()
+                backward(one, [batch(0, step)])
+                each.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.3**3)
+        torch.testing.assert_close(values(model), values(alone))
+
+
+def test_gradients_accumulate_and_closures_are_called(tmp_path: Path) -> None:
+    alone, model = make_model(), make_model()
+    reference = torch.optim.SGD(alone.parameters(), lr=0.1)
+    with serving(tmp_path, PLAIN) as server, connect(model, server) as optimizer:
+        for one, each in ((alone, reference), (model, optimizer)):
+            backward(one, [batch(0, 0)])
+            backward(one, [batch(0, 1)])
+            each.step()
+
+            def closure(one: nn.Module = one, each: torch.optim.Optimizer = each) -> Tensor:
+                each.zero_grad()
+                return backward(one, [batch(0, 2)])
+
+            loss = each.step(closure)
+            assert float(loss) > 0
+        torch.testing.assert_close(values(model), values(alone))
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_gradient_counts_as_zeros_and_frozen_parameters_stay_out(tmp_path: Path) -> None:
+    model = make_model()
+    model[0].bias.requires_grad_(False)
+    before = values(model)
+    with serving(tmp_path, PLAIN) as server, connect(model, server) as optimizer:
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+        optimizer.step()
+        assert torch.equal(values(model), before)
+        model[2].bias.grad = torch.ones(4)
+        optimizer.step()
+    moved = values(model) - before
+    assert moved[:-4].count_nonzero() == 0
+    torch.testing.assert_close(moved[-4:], torch.full((4,), -0.1))
+
+
+def test_groups_are_the_servers(tmp_path: Path) -> None:
+    model = make_model()
+    with serving(tmp_path, SGD) as server, connect(model, server) as optimizer:
+        assert optimizer.param_groups[0]["momentum"] == 0.9
+        with pytest.raises(RuntimeError, match="the servers hold the groups"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+        optimizer.param_groups[0]["momentum"] = 0.5
+        with pytest.raises(ValueError, match=r"momentum=0.5 in param_groups\[0\]: expected 0.9"):
+            optimizer.step()
+        optimizer.param_groups[0].update(momentum=0.9, lr=float("nan"))
+        with pytest.raises(ValueError, match="lr=nan"):
+            optimizer.step()
+        for copier in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                copier(optimizer)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_not_sent(tmp_path: Path) -> None:
+    model = make_model()
+    with serving(tmp_path, SGD) as server, connect(model, server, q=0.5) as optimizer:
+        backward(model, [batch(0, 0)])
+        owed = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
+        gradient_of(model, "2.weight")[1, 1] = torch.inf
+        with pytest.raises(NonFiniteError, match=r"the gradient of '2\.weight'"):
+            optimizer.step()
+        assert server.coordinator.status().received_bytes == 0
+        assert optimizer.state_dict()["topq"]["servers"][0]["residuals"].keys() >= owed.keys()
+        optimizer.zero_grad()
+        backward(model, [batch(0, 0)])
+        optimizer.step()
+        assert server.coordinator.status().point.version == 1
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_skips_the_worker_and_not_the_round(tmp_path: Path, unscaled: bool) -> None:
+    """Of two workers one overflows in step 1: that version is the other's gradient alone."""
+    with serving(tmp_path, PLAIN, start_workers=2) as server:
+
+        def work(worker: int) -> Tensor:
+            model = make_model()
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            with connect(model, server, worker=worker) as optimizer:
+                for step in range(3):
+                    optimizer.zero_grad()
+                    inputs, targets = batch(worker, step)
+                    scaled = scaler.scale(nn.functional.mse_loss(model(inputs), targets))
+                    torch.autograd.backward(scaled)
+                    if worker == 0 and step == 1:
+                        gradient_of(model, "0.bias")[0] = torch.inf
+                    if unscaled:
+                        scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+            assert scaler.get_scale() == (2.0 if worker == 0 else 4.0)
+            return values(model)
+
+        first, second = side_by_side(2, work)
+        assert server.coordinator.status().point.version == 3
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, [batch(worker, step) for worker in ((1,) if step == 1 else (0, 1))])
+        optimizer.step()
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, values(model))
+
+
+def test_central_parameters_with_a_sparse_downlink(tmp_path: Path) -> None:
+    training = {**SGD, "downlink": "topq", "q": 0.9}
+    model = make_model()
+    with serving(tmp_path, training) as server, connect(model, server) as optimizer:
+        backward(model, [batch(0, 0)])
+        optimizer.step()
+        held = values(model)
+        central = optimizer.fetch_central()
+        with optimizer.central():
+            inside = values(model)
+        assert list(central) == [name for name, _ in model.named_parameters()]
+        assert torch.equal(inside, torch.cat([each.flatten() for each in central.values()]))
+        assert not torch.equal(inside, held)
+        assert torch.equal(values(model), held)
+    alone = make_model()
+    reference = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
+    backward(alone, [batch(0, 0)])
+    reference.step()
+    torch.testing.assert_close(inside, values(alone))
+
+
+def saved_and_read(optimizer: ParameterServerOptimizer) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+def test_resumed_it_walks_the_same_path(tmp_path: Path, model_first: bool) -> None:
+    with serving(tmp_path, ADAMW) as server:
+        model = make_model()
+        optimizer = connect(model, server, q=0.8)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for step in range(8):
+            if step == 4:
+                state, then = saved_and_read(optimizer), copy.deepcopy(model.state_dict())
+                of_scheduler = scheduler.state_dict()
+            optimizer.zero_grad()
+            backward(model, [batch(0, step)])
+            optimizer.step()
+            scheduler.step()
+        expected = values(model)
+        again = make_model()
+        resumed = connect(again, server, q=0.8)  # the first process is fenced off, as if killed
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(resumed, 0.9)
+        if model_first:
+            again.load_state_dict(then)
+        resumed.load_state_dict(state)
+        scheduler.load_state_dict(of_scheduler)
+        again.load_state_dict(then)
+        assert resumed.stats().steps == 4
+        for step in range(4, 8):
+            resumed.zero_grad()
+            backward(again, [batch(0, step)])
+            resumed.step()
+            scheduler.step()
+        assert torch.equal(values(again), expected)
+        assert server.coordinator.status().point.version == 8
+        with pytest.raises(OldEpochError, match="newer process"):
+            optimizer.close()
+        resumed.close()
+
+
+@pytest.mark.parametrize("what", ["another gradient", "another model"])
+def test_resumed_on_another_path_it_goes_on_from_the_servers(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path, SGD) as server:
+        model = make_model()
+        optimizer = connect(model, server, q=0.8)
+        for step in range(4):
+            if step == 2:
+                state, then = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+            optimizer.zero_grad()
+            backward(model, [batch(0, step)])
+            optimizer.step()
+        expected = values(model)
+        again = make_model()
+        with connect(again, server, q=0.8) as resumed:
+            resumed.load_state_dict(state)
+            if what == "another gradient":
+                again.load_state_dict(then)
+            backward(again, [batch(5, 5)])
+            with caplog.at_level(logging.WARNING):
+                resumed.step()
+            warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+            assert len(warnings) == 1
+            assert "going on from version 4" in warnings[0].getMessage()
+            assert torch.equal(values(again), expected)
+            resumed.zero_grad()
+            backward(again, [batch(0, 9)])
+            resumed.step()
+            assert not torch.equal(values(again), expected)
+
+
+def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "1", SGD) as one,
+        serving(tmp_path / "2", SGD) as two,
+        connect(make_model(), one) as optimizer,
+        connect(make_model(), one, worker=1) as other,
+        connect(make_model(), two) as elsewhere,
+    ):
+        state = optimizer.state_dict()
+        with pytest.raises(ValueError, match=r"worker 'w0': expected 'w1', so pass worker='w0'"):
+            other.load_state_dict(state)
+        with pytest.raises(WrongRunError, match="the state belongs to run"):
+            elsewhere.load_state_dict(state)
+        with pytest.raises(ValueError, match="lacks 'topq'"):
+            optimizer.load_state_dict({"state": {}, "param_groups": []})
+        broken = copy.deepcopy(state)
+        broken["topq"]["servers"][0]["residuals"] = {"0.bias": torch.zeros(3)}
+        with pytest.raises(ValueError, match=r"residual of '0.bias' has shape \(3,\)"):
+            optimizer.load_state_dict(broken)
+        broken["topq"]["servers"][0].update(residuals={}, pushes={"next_sequence": 0})
+        with pytest.raises(ValueError, match="no pushes of a worker"):
+            optimizer.load_state_dict(broken)
+        optimizer.load_state_dict(state)
+
+
+def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> None:
+    with serving(tmp_path, SGD) as server, connect(make_model(), server):
+        model = make_model()
+        model[2] = nn.Linear(16, 5)
+        with pytest.raises(ModelDiffersError, match=r"'2\.weight' has shape \(5, 16\) here"):
+            connect(model, server, worker=1)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"q": 1.5}, "q=1.5"),
+        ({"worker": "a b"}, "worker='a b'"),
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"scope": "layer"}, "scope='layer'"),
+        ({"value_format": "fp8"}, "fp8"),
+        ({"servers": []}, "servers is empty"),
+        ({"servers": "nowhere"}, "nowhere"),
+        ({"named_parameters": []}, "no trainable parameter"),
+        ({"token": "short"}, "token"),
+    ],
+)
+def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
+    arguments = {
+        "named_parameters": make_model().named_parameters(),
+        "servers": "127.0.0.1:1",
+        **knobs,
+    }
+    with pytest.raises(ValueError, match=message):
+        ParameterServerOptimizer(**arguments)
+    with pytest.raises(TypeError, match="expected pairs of a name and a tensor"):
+        ParameterServerOptimizer(make_model().parameters(), "127.0.0.1:1")  # type: ignore[arg-type]
+
+
+def test_it_is_where_users_look_for_it() -> None:
+    assert topq_dist.ps.ParameterServerOptimizer is ParameterServerOptimizer
+    with pytest.raises(AttributeError, match="no attribute 'Optimizer'"):
+        topq_dist.ps.Optimizer  # noqa: B018
