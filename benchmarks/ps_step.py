@@ -37,7 +37,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OUT = Path(__file__).resolve().parents[1] / "runs"
-WORKER = Path(__file__).with_name("ps_worker.py")
+WORKER = Path(__file__).with_name("ps_step_worker.py")
 WORKERS = 2
 ADDRESS = "10.77.0.1:7077"
 START_LIMIT_S = 60.0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes topq_dist/v1 from protos/; tests/test_stubs.py fails where the two have drifted apart.
+# Makes topq_dist/v1 from protos/; tests/v1/test_stubs.py fails where the two have drifted apart.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
