@@ -437,9 +437,7 @@ def test_an_optimizer_that_raises_ends_everything(
     assert bench.point == START
 
 
-def test_a_version_in_the_making_is_no_failure(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_in_the_making_is_no_failure(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # whoever ends the process looks at `failed` without the lock, at any moment
     bench = make()
     a = bench.join("a")
@@ -539,6 +537,23 @@ def test_a_replay_is_made_of_the_same_workers_again(make: Make) -> None:
     stranger = bench.submit(push_of(b, 1, START))
     assert bench.answer(bench.submit(push_of(a, 1, START, replay=alone))).members == ("a",)
     assert bench.answer(stranger).applied is None
+    assert bench.sha256() == sha256
+
+
+def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) -> None:
+    bench = make(round_timeout_s=1.0)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    lost = bench.round(1, a, b)
+    sha256 = bench.sha256()
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=START)  # the answer never arrived
+    ticket = bench.submit(push_of(a, 1, START))
+    bench.clock.pass_s(2)
+    assert bench.look(ticket) == ("b",)
+    b = bench.join("b", epoch=b.epoch, held=lost[1].applied, kept=(1, 2))
+    bench.submit(push_of(b, 1, START, replay=lost[1]))
+    assert bench.answer(ticket).members == ("a", "b")
     assert bench.sha256() == sha256
 
 

@@ -125,14 +125,14 @@ class Coordinator:
                 call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
             )
             held = call.held or START
-            self._members.join(call.worker, held_version=held.version, now_s=self._clock())
             if self._pushes is not None:
-                self._pushes.heard_of(held.version)
+                self._pushes.note_return(call.worker, held.version)
                 ticket = self._pushes.get(call.worker)
                 if ticket is not None and ticket.push.epoch != entry.epoch:
                     # not applied: the new process sends it again where it goes on from there
                     self._pushes.settle(call.worker, OldEpochError(_fenced(ticket.push)))
                     self._changed.notify_all()
+            self._members.join(call.worker, held_version=held.version, now_s=self._clock())
             upload = self._model_or_upload(call, wait_s)
             self._advance()
             state = self._state

@@ -6,6 +6,7 @@ Not for several threads at once: the coordinator's lock guards it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,7 @@ class PendingPushes:
         self._made = made
         self._recover_to = recover_to if training.mode == "async" else None
         self._round_timeout_s = serving.round_timeout_s
+        self._returned_s = -math.inf
         self._tickets: dict[str, Ticket] = {}
         self._sync = training.mode == "sync"
         self._sync_rule = SyncRule(
@@ -101,8 +103,12 @@ class PendingPushes:
         """Decide the worker's push."""
         self._tickets.pop(worker).settle(outcome)
 
-    def heard_of(self, version: int) -> None:
-        """Note that a worker came back who holds `version`."""
+    def note_return(self, worker: str, version: int) -> None:
+        """Note that `worker` is joining, and holds `version`."""
+        member = self._members.get(worker)
+        if member is not None and not member.joined:
+            # it has what it may replay on the way: a round's time begins anew
+            self._returned_s = self._clock()
         if self._recover_to is not None:
             self._recover_to = max(self._recover_to, version)
 
@@ -129,7 +135,7 @@ class PendingPushes:
         end_s = self._members.next_end_s(now_s)
         if self._round_timeout_s is not None and self._tickets:
             first_s = min(ticket.arrived_s for ticket in self._tickets.values())
-            closing_s = first_s + self._round_timeout_s
+            closing_s = max(first_s, self._returned_s) + self._round_timeout_s
             if closing_s > now_s:
                 end_s = min(end_s, closing_s)
         return end_s - now_s
@@ -137,6 +143,7 @@ class PendingPushes:
     def _decide(self) -> Decision:
         state, now_s = self._state, self._clock()
         live = self._members.live(now_s)
+        returning = (member.worker for member in self._members.all() if not member.joined)
         arrivals = [
             ticket.arrived_s for ticket in self._tickets.values() if ticket.push.base == state.point
         ]
@@ -144,21 +151,17 @@ class PendingPushes:
             point=state.point,
             pending={worker: ticket.push for worker, ticket in self._tickets.items()},
             live=live,
+            returning=live.intersection(returning),
             joined=len(state.ledger.workers),
             on_chain=state.on_chain,
-            first_arrival_s=min(arrivals, default=None),
+            waiting_since_s=max(min(arrivals), self._returned_s) if arrivals else None,
             now_s=now_s,
         )
         if self._sync:
             return self._sync_rule.decide(situation)
         if self._recover_to is not None:
-            awaited = frozenset(
-                member.worker
-                for member in self._members.all()
-                if member.worker in live and not member.joined
-            )
-            if awaited or state.point.version < self._recover_to:
-                decision = self._async_rule.recover(situation, awaited)
+            if situation.returning or state.point.version < self._recover_to:
+                decision = self._async_rule.recover(situation)
                 if decision is not None:
                     return decision
             self._recover_to = None

@@ -17,8 +17,8 @@ class Situation:
     """What a rule decides on.
 
     point: the present one. pending: pushes by worker, in the order of arrival; each is its
-    worker's next. first_arrival_s: of those based on the present point, None where there are none.
-    live: workers whose lease runs, whether they have joined this server or are only expected.
+    worker's next. waiting_since_s: when a round's time began, None where it has no push yet.
+    live: workers whose lease runs. returning: those of them that have not joined this server yet.
     on_chain: whether a point lies on the way to the present one.
     joined: how many workers ever joined.
     """
@@ -26,9 +26,10 @@ class Situation:
     point: Point
     pending: Mapping[str, Push]
     live: frozenset[str]
+    returning: frozenset[str]
     joined: int
     on_chain: Callable[[Point], bool]
-    first_arrival_s: float | None
+    waiting_since_s: float | None
     now_s: float
 
 
@@ -98,9 +99,10 @@ class SyncRule:
         return Wait(tuple(sorted(missing)))
 
     def _timed_out(self, now: Situation) -> bool:
-        if self.round_timeout_s is None or now.first_arrival_s is None:
+        # who comes back after a restart may bring a replay, which says who belongs to the round
+        if self.round_timeout_s is None or now.waiting_since_s is None or now.returning:
             return False
-        return now.now_s - now.first_arrival_s >= self.round_timeout_s
+        return now.now_s - now.waiting_since_s >= self.round_timeout_s
 
 
 def stated_members(now: Situation) -> frozenset[str]:
@@ -125,17 +127,17 @@ class AsyncRule:
             return self._take(now, worker, push)
         return Wait(())
 
-    def recover(self, now: Situation, awaited: frozenset[str]) -> Decision | None:
+    def recover(self, now: Situation) -> Decision | None:
         """Return what is to be done next on the way back to where the run was; None: we are there.
 
-        awaited: live workers that have not come back yet. Replays are applied where they were
-        before. Where one is missing for good (its worker is gone too), pushes that were never
-        answered may have been there, and take its place; then the earliest of what is left does.
+        Replays are applied where they were before. Where one is missing for good (its worker is
+        gone too), pushes that were never answered may have been there, and take its place; then
+        the earliest of what is left does.
         """
         for worker, push in now.pending.items():
             if push.applied_version == now.point.version + 1:
                 return self._take(now, worker, push)
-        missing = (now.live - now.pending.keys()) | awaited
+        missing = (now.live - now.pending.keys()) | now.returning
         if missing:
             return Wait(tuple(sorted(missing)))
         replays = {worker: push for worker, push in now.pending.items() if push.applied_version > 0}
