@@ -11,10 +11,11 @@ import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from topq_dist.ps.connection import Connection, ServerLostError, TransientError
 from topq_dist.ps.downlink import apply_update
-from topq_dist.ps.kept import KeptPush, KeptPushes
+from topq_dist.ps.kept import KeptPush, KeptPushes, point_to_state
 from topq_dist.ps.model import FlatModel
 from topq_dist.ps.patience import Patience
 from topq_dist.ps.protocol import (
@@ -160,6 +161,15 @@ class ServerClient:
                 else:
                     model.load_raw(buffers)
                     return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a process needs, beside the model's values, to `resume` here."""
+        with self._lock:
+            return {
+                "run": self.run,
+                "point": point_to_state(self.point),
+                "pushes": self.pushes.state_dict(),
+            }
 
     def check_run(self, run: str) -> None:
         """Raise WrongRunError where the server keeps another run."""

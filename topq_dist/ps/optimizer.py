@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +14,11 @@ from torch import Tensor
 
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.density import Scope, check_scope
+from topq_dist.ps.arguments import checked_worker, trainable
 from topq_dist.ps.client import ServerClient
 from topq_dist.ps.connection import ServerLostError
 from topq_dist.ps.groups import ServerGroups
-from topq_dist.ps.protocol import InvalidError, RefusedError, check_worker_name
+from topq_dist.ps.protocol import RefusedError
 from topq_dist.ps.saved import SavedShard, model_sha256, read_state, shard_state
 from topq_dist.ps.security import ClientSecurity, ClientTls
 from topq_dist.ps.shard import Shard, frames_of
@@ -84,10 +82,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._q = check_fraction("q", q)
         self._scope = check_scope(scope)
-        self._worker = _checked_worker(worker)
+        self._worker = checked_worker(worker)
         if check_number("timeout_s", timeout_s) <= 0:
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
-        named = _trainable(named_parameters)
+        named = trainable(named_parameters)
         self._names = list(named)
         addresses = [servers] if isinstance(servers, str) else list(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
@@ -115,8 +113,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="ps")
         try:
             self._at_all(ServerClient.start)
-        except BaseException:
-            self.close(timeout_s=0.0)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         self._absorb()
         self._groups = ServerGroups([client.groups for client in self._clients])
@@ -262,6 +260,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "worker": self._worker,
             "open": self._open,
             "sends_lr": self._groups.sends_lr,
+            "told_lr": list(self._groups.told_lr),
             "stats": vars(self._meter.stats).copy(),
             "servers": [
                 shard_state(shard, client, held)
@@ -298,7 +297,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
         self._open = saved.open
-        self._groups.sends_lr = saved.sends_lr
+        self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
         self._meter.stats = saved.stats
         self._resumed = list(saved.shards)
 
@@ -348,32 +347,3 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "a ParameterServerOptimizer holds connections and cannot be copied or pickled: save "
             "state_dict() instead"
         )
-
-
-def _trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for entry in named_parameters:
-        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
-            raise TypeError(
-                f"named_parameters holds a {type(entry).__name__}: expected pairs of a name and a "
-                "tensor, as model.named_parameters() has them"
-            )
-        name = str(entry[0]).replace("_orig_mod.", "")  # of torch.compile
-        if name in named:
-            raise ValueError(f"named_parameters has {name!r} twice: expected distinct names")
-        if entry[1].requires_grad:
-            named[name] = entry[1]
-    if not named:
-        raise ValueError("named_parameters has no trainable parameter: expected one at least")
-    return named
-
-
-def _checked_worker(worker: str | None) -> str:
-    if worker is None:
-        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
-        rank = os.environ.get("RANK")
-        worker = f"{host}-{os.getpid()}" if rank is None else f"rank-{rank}"
-    try:
-        return check_worker_name(worker)
-    except InvalidError as error:
-        raise ValueError(str(error)) from None

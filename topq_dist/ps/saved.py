@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topq_dist.compress.feedback import check_residual
 from topq_dist.ps.client import ServerClient
-from topq_dist.ps.kept import KeptPushes, point_from_state, point_to_state
+from topq_dist.ps.kept import KeptPushes, point_from_state
 from topq_dist.ps.model import FlatModel
 from topq_dist.ps.protocol import Point
 from topq_dist.ps.shard import Shard
@@ -36,6 +36,7 @@ class SavedWorker:
 
     open: bool
     sends_lr: bool
+    told_lr: tuple[float, ...]
     stats: Stats
     shards: tuple[SavedShard, ...]
 
@@ -51,10 +52,8 @@ def model_sha256(model: FlatModel) -> str:
 def shard_state(shard: Shard, client: ServerClient, held_sha256: str) -> dict[str, Any]:
     """Return the state of one server's part."""
     return {
-        "run": client.run,
+        **client.state_dict(),
         "names": shard.names,
-        "point": point_to_state(client.point),
-        "pushes": client.pushes.state_dict(),
         "residuals": shard.compressor.residuals.state_dict(),
         "model_sha256": held_sha256,
     }
@@ -82,6 +81,8 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             raise ValueError(
                 f"state_dict has {len(state['servers'])} servers: expected {len(shards)}"
             )
+        if len(state["told_lr"]) != len(state_dict["param_groups"]):
+            raise ValueError("state_dict has another number of told_lr than of param_groups")
         if set(state["stats"]) != set(vars(Stats())):
             raise ValueError(f"state_dict has stats of {list(state['stats'])}")
         for key, total in state["stats"].items():
@@ -89,6 +90,7 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
         return SavedWorker(
             open=bool(state["open"]),
             sends_lr=bool(state["sends_lr"]),
+            told_lr=tuple(check_number("told_lr", lr) for lr in state["told_lr"]),
             stats=Stats(**state["stats"]),
             shards=tuple(
                 _read_shard(saved, shard)
