@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from topq_dist.ps.admission import Admission
 from topq_dist.ps.calls import Caller, JoinCall, Joined, Status, WorkerView
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.downlink import check_downlink
@@ -31,9 +32,6 @@ from topq_dist.ps.protocol import (
     Point,
     Push,
     RefusedError,
-    TooLargeError,
-    TooManyWorkersError,
-    WrongRunError,
     check_worker_name,
 )
 from topq_dist.ps.run_state import RunState, new_run
@@ -71,13 +69,9 @@ class Coordinator:
         self._refused: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._draining = False
-        self._uploader: str | None = None
-        self._spec: ModelSpec | None = None
         # -1: not even the initial model
         self._durable = -1
         self._asked = 0
-        self.run = new_run()
-        self._ledger = Ledger()
         self._state: RunState | None = None
         self._pushes: PendingPushes | None = None
         self._saver = Saver(self._save)
@@ -85,12 +79,18 @@ class Coordinator:
         if loaded is None:
             check_inner_optimizer(training)
             check_downlink(training)
+            run, ledger, spec = new_run(), Ledger(), None
         else:
             state, workers = loaded
-            self.run, self._ledger, self._spec = state.run, state.ledger, state.spec
+            run, ledger, spec = state.run, state.ledger, state.spec
             self._durable = self._asked = state.point.version
             self._members.add(workers, clock())
             self._begin(state, recover_to=state.point.version)
+        self.run = run
+        self._ledger = ledger
+        self._door = Admission(
+            serving, run=run, ledger=ledger, members=self._members, spec=spec, clock=clock
+        )
         self._saver.start()
 
     def _begin(self, state: RunState, *, recover_to: int | None) -> None:
@@ -120,10 +120,7 @@ class Coordinator:
         check_worker_name(call.worker)
         with self._changed:
             self._check_serving()
-            self._check_join(call)
-            entry = self._ledger.join(
-                call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
-            )
+            entry = self._door.enter(call, has_model=self._state is not None)
             held = call.held or START
             if self._pushes is not None:
                 self._pushes.note_return(call.worker, held.version)
@@ -145,39 +142,16 @@ class Coordinator:
                 groups=() if state is None else state.central.groups(),
             )
 
-    def _check_join(self, call: JoinCall) -> None:
-        if call.run != self.run and call.held is not None:
-            raise WrongRunError(
-                f"worker {call.worker!r} belongs to run {call.run!r} and this server's is "
-                f"{self.run!r}: point it to its own server, or start it anew"
-            )
-        if not self._members.has_room(call.worker, self._clock()):
-            raise TooManyWorkersError(
-                f"worker {call.worker!r} would be one too many: expected at most "
-                f"max_workers={self.serving.max_workers} at a time"
-            )
-        uploading = self._uploader not in (None, call.worker)
-        if self._spec is not None and (self._state is not None or uploading):
-            call.spec.check_same(self._spec)
-        elif call.spec.raw_bytes > self.serving.max_model_bytes:
-            raise TooLargeError(
-                f"a model of {call.spec.raw_bytes} bytes: expected at most "
-                f"max_model_bytes={self.serving.max_model_bytes}"
-            )
-
     def _model_or_upload(self, call: JoinCall, wait_s: float) -> bool:
         end_s = time.monotonic() + wait_s
-        while self._state is None:
+        # a model that is not durable yet may have been another one after a restart
+        while self._durable < 0:
             self._check_serving()
-            live = self._members.live(self._clock())
-            if self._uploader in (None, call.worker) or self._uploader not in live:
-                self._uploader, self._spec = call.worker, call.spec
+            if self._state is None and self._door.is_to_upload(call):
                 return True
             left_s = end_s - time.monotonic()
             if left_s <= 0:
-                raise NotReadyError(
-                    f"worker {self._uploader!r} is still bringing the model: join again"
-                )
+                raise NotReadyError("another worker is still bringing the model: join again")
             self._changed.wait(min(left_s, 1.0))
             self._members.touch(call.worker, self._clock())
         return False
@@ -186,15 +160,11 @@ class Coordinator:
         """Return what `caller` is to upload, or None where the model is there already."""
         with self._changed:
             self._check_serving()
-            self._check_caller(caller)
+            self._door.check_caller(caller)
             if self._state is not None:
                 return None
-            if self._uploader != caller.worker:
-                raise InvalidError(
-                    f"worker {caller.worker!r} was not told to upload; "
-                    f"{self._uploader!r} brings the model"
-                )
-            return self._spec
+            self._door.check_uploader(caller.worker)
+            return self._door.spec
 
     def upload(self, caller: Caller, vectors: Sequence[memoryview]) -> None:
         """Start the run with these raw vectors; once the model is there, nothing happens.
@@ -213,7 +183,7 @@ class Coordinator:
                 history_bytes=self.serving.history_bytes,
             )
             with self._changed:
-                if self._state is None and self._spec == spec:
+                if self._state is None and self._door.spec == spec:
                     self._begin(state, recover_to=None)
                     self._saver.request()
                     self._changed.notify_all()
@@ -229,7 +199,7 @@ class Coordinator:
         """
         with self._changed:
             self._check_serving()
-            self._check_caller(caller)
+            self._door.check_caller(caller)
             state = self._started()
             self._ledger.check(caller.worker, caller.epoch, sequence, digest)
             return state.spec
@@ -238,7 +208,7 @@ class Coordinator:
         """Take a push in; `wait` says what became of it. Raises RefusedError."""
         with self._changed:
             self._check_serving()
-            self._check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
+            self._door.check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
             self._check_push(push)
             verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
             if isinstance(verdict, Repeat):
@@ -315,7 +285,7 @@ class Coordinator:
         """
         with self._changed:
             self._check_serving()
-            self._check_caller(caller)
+            self._door.check_caller(caller)
             state = self._started()
             point = state.point
             full = state.full(central=central)
@@ -329,22 +299,16 @@ class Coordinator:
     def renew(self, caller: Caller) -> int:
         """Renew the lease and return the durable version; raises RefusedError."""
         with self._changed:
-            self._check_caller(caller)
+            self._door.check_caller(caller)
             return max(self._durable, 0)
 
     def leave(self, caller: Caller) -> Point:
         """Give the worker's place up and return the present point, once that is durable."""
         with self._changed:
-            if self._members.get(caller.worker) is not None:
-                self._check_caller(caller)
-            elif caller.run != self.run or self._ledger.entry(caller.worker).epoch != caller.epoch:
-                raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
-            self._members.remove(caller.worker)
+            self._door.leave(caller)
             if self._pushes is not None and caller.worker in self._pushes:
                 left = NotJoinedError(f"worker {caller.worker!r} has left the run")
                 self._pushes.settle(caller.worker, left)
-            if self._uploader == caller.worker:
-                self._uploader = None
             self._advance()
             self._changed.notify_all()
             if self._state is None:
@@ -414,29 +378,9 @@ class Coordinator:
             raise NotReadyError(FAILED)
 
     def _started(self) -> RunState:
-        if self._state is None:
+        if self._state is None or self._durable < 0:
             raise NotReadyError(_NO_MODEL)
         return self._state
-
-    def _check_caller(self, caller: Caller) -> None:
-        if caller.run != self.run:
-            raise WrongRunError(
-                f"worker {caller.worker!r} speaks of run {caller.run!r}: this server's is "
-                f"{self.run!r}"
-            )
-        member = self._members.get(caller.worker)
-        if member is None or not member.joined:
-            # after a restart too: the worker has to learn how far back the server is
-            raise NotJoinedError(f"worker {caller.worker!r} has not joined this server: join first")
-        entry = self._ledger.entry(caller.worker)
-        if caller.epoch < entry.epoch:
-            raise OldEpochError(
-                f"worker {caller.worker!r} in epoch {caller.epoch}: a newer process has taken this "
-                f"name, in epoch {entry.epoch}"
-            )
-        if caller.epoch > entry.epoch:
-            raise NotJoinedError(f"worker {caller.worker!r} is not known in its epoch: join again")
-        self._members.touch(caller.worker, self._clock())
 
     def _check_push(self, push: Push) -> None:
         self._started().central.check_push(push)
