@@ -6,7 +6,8 @@
                       rank-1.pt     ...
 
 A run that dies while it writes leaves step-00000200.tmp, which nothing reads and the next one
-removes. All ranks write to one file system.
+removes. All ranks write to one file system; a worker of a parameter server, which has no process
+group, writes to a folder of its own as the one rank there is.
 """
 
 from __future__ import annotations
@@ -48,23 +49,27 @@ def step_of(checkpoint: Path) -> int:
 def save(
     directory: Path, step: int, *, config: Config, shared: dict[str, Any], own: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; a collective. `shared` and `config` are taken from rank 0.
+    """Write a checkpoint; a collective where there is a process group, else of this process alone.
 
+    `shared` and `config` are taken from rank 0.
     Whatever kills the run, the newest whole checkpoint stays the last one or becomes this one.
     """
-    rank = dist.get_rank()
+    together = dist.is_initialized()
+    rank = dist.get_rank() if together else 0
     partial = directory / f"step-{step:08d}.tmp"
     if rank == 0:
         for torn in directory.glob("step-*.tmp"):
             shutil.rmtree(torn)
         partial.mkdir(parents=True)
-    dist.barrier()
+    if together:
+        dist.barrier()
     _write(partial / _rank_file(rank), lambda file: torch.save(own, file))
     if rank == 0:
         _write(partial / _SHARED, lambda file: torch.save(shared, file))
         text = json.dumps(dict(config), indent=1)
         _write(partial / _CONFIG, lambda file: file.write(text.encode()))
-    dist.barrier()
+    if together:
+        dist.barrier()
     if rank == 0:
         _sync_folder(partial)
         partial.rename(partial.with_suffix(""))

@@ -1,7 +1,8 @@
 """Trains with dense DDP and with top-Q gradients, one after the other, and compares the two.
 
-Each is `torchrun --standalone --nproc-per-node RANKS launch/train.py ...`, with torchrun called
-within this process: one signal to it, from a terminal or a supervisor, ends everything.
+Each is `torchrun --standalone --nproc-per-node RANKS launch/train.py ...`, or ps_worker.py beside a
+parameter server, with torchrun called within this process: one signal to it, from a terminal or a
+supervisor, ends everything.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connection import ServerUnfitError
+from local_server import ServerError
 from options import Comparison, Mode, Training, fail, parse_comparison
 from result import MODE_NAMES, Result
 from torchrun import RankError, Stopped, end_on_signals, raise_on_signals, run_ranks
+from worker_options import worker_name
 
 if TYPE_CHECKING:
     # torch takes 2 s to import: --help and a wrong option need not wait for it
@@ -36,9 +40,9 @@ def main() -> None:
         raise_on_signals()
         results = [_train(options, mode, training) for mode, training in trainings.items()]
         _report(options, results)
-    except RankError as error:
+    except (RankError, ServerError) as error:
         if error.exit_code == 2:
-            # bad input that only a rank could see: it has said so itself
+            # bad input that only a rank, or the server, could see: it has said so itself
             sys.exit(2)
         sys.stderr.write(f"\n{PROGRAM}: {error}; {_last_checkpoint(options)}\n")
         sys.exit(1)
@@ -75,7 +79,7 @@ def check(options: Comparison) -> dict[Mode, Training]:
         model = build_model(data)
     try:
         trainings = {mode: _start(options, mode, model) for mode in options.modes}
-    except CheckpointError as error:
+    except (CheckpointError, ServerUnfitError) as error:
         fail(PROGRAM, error)
     if training.resume and not any(start.resume for start in trainings.values()):
         fail(
@@ -95,24 +99,41 @@ def check(options: Comparison) -> dict[Mode, Training]:
         f"samples; {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{options.ranks} ranks of {training.batch_size} samples; {training.inner_opt}, "
         f"lr {training.lr:g}; {training.steps} steps; seed {training.seed}"
-        + (f"; q {training.q:g}" if "topq" in options.modes else ""),
+        + (f"; q {training.q:g}" if options.modes != ("dense",) else "")
+        + _server_words(options),
         flush=True,
     )
     return trainings
 
 
+def _server_words(options: Comparison) -> str:
+    if "ps" not in options.modes:
+        return ""
+    if options.connection is not None:
+        return f"\nserver {', '.join(options.connection.servers)}"
+    q = f" q {options.downlink_q:g}" if options.downlink == "topq" else ""
+    return f"\nlocal server; downlink {options.downlink}{q}"
+
+
 def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
     """Return the options of one mode, resumed if they ask for it and there is a checkpoint."""
     from checkpoint import check_files, latest
-    from run import OWN_KEYS, SHARED_KEYS, checkpoint_folder, checkpoint_to_resume, run_config
+    from ddp_run import OWN_KEYS, SHARED_KEYS
+    from resume import checkpoint_folder, checkpoint_to_resume, run_config
 
+    if mode == "ps":
+        from ps_comparison import check_workers
+
+        return check_workers(options, model)
     training = options.training
-    if training.resume and training.checkpoint is not None:
+    if training.checkpoint is None:
+        return training
+    folder = checkpoint_folder(training.checkpoint, mode)
+    if training.resume:
         # stopped in the first of two modes, there is nothing to resume the second from
-        there = latest(checkpoint_folder(training.checkpoint, mode)) is not None
-        training = replace(training, resume=there)
+        training = replace(training, resume=latest(folder) is not None)
     config = run_config(training, mode, options.ranks, model)
-    newest = checkpoint_to_resume(training, mode, config)
+    newest = checkpoint_to_resume(training, folder, config)
     if newest is not None:
         # here, where one line can say which file it is, and not on some rank
         check_files(newest, options.ranks, shared=SHARED_KEYS, own=OWN_KEYS)
@@ -122,14 +143,20 @@ def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
 def _train(options: Comparison, mode: Mode, training: Training) -> Result:
     verb = "resuming" if training.resume else "training with"
     print(f"{verb} {MODE_NAMES[mode]}", flush=True)
-    result = options.out / f"{options.training.data}-{mode}.json"
+    file = options.out / f"{options.training.data}-{mode}.json"
+    if mode == "ps":
+        from ps_comparison import train_on_server
+
+        result = train_on_server(options, training)
+        result.write(file)
+        return result
     with tempfile.TemporaryDirectory(prefix="topq-") as log_dir:
         run_ranks(
             options.ranks,
-            [str(TRAIN), *training.arguments(mode), "--result", str(result)],
+            [str(TRAIN), *training.arguments(mode), "--result", str(file)],
             log_dir=log_dir,
         )
-    return Result.read(result)
+    return Result.read(file)
 
 
 def _report(options: Comparison, results: Sequence[Result]) -> None:
@@ -137,21 +164,30 @@ def _report(options: Comparison, results: Sequence[Result]) -> None:
     from rich.console import Console
 
     print_table(results, Console())
-    picture = options.out / f"{options.training.data}.png"
+    on_server = [result for result in results if result.mode == "ps"]
+    picture = options.out / f"{options.training.data}{'-ps' if on_server else ''}.png"
     draw(results, picture)
-    sums = ", ".join(f"{MODE_NAMES[r.mode]} {r.parameters_sha256[:12]}..." for r in results)
-    print(f"parameters sha256: {sums}")
+    for result in on_server:
+        print(f"parameters sha256: {result.parameters_sha256}")
+    if not on_server:
+        sums = ", ".join(f"{MODE_NAMES[r.mode]} {r.parameters_sha256[:12]}..." for r in results)
+        print(f"parameters sha256: {sums}")
     print(f"loss over steps and over bytes: {picture} (all figures: *.json beside it)")
 
 
 def _last_checkpoint(options: Comparison) -> str:
     from checkpoint import latest
-    from run import checkpoint_folder
+    from resume import checkpoint_folder
 
     folder = options.training.checkpoint
     if folder is None:
         return "no checkpoint was asked for (--checkpoint DIR)"
-    newest = [latest(checkpoint_folder(folder, mode)) for mode in options.modes]
+    workers = [worker_name(rank) for rank in range(options.ranks)]
+    newest = [
+        latest(checkpoint_folder(folder, mode, worker))
+        for mode in options.modes
+        for worker in (workers if mode == "ps" else [None])
+    ]
     names = [str(path) for path in newest if path is not None]
     if not names:
         return f"there is no checkpoint in {folder} yet"

@@ -1,17 +1,20 @@
-"""The command lines of train.py and compare.py, checked and made into frozen options."""
+"""The command lines of the training scripts, checked and made into frozen options."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args
 
-Mode = Literal["dense", "topq"]
+from connection import Connection, add_connection, connection
+from option_types import count, fraction, natural, positive
+
+Mode = Literal["dense", "topq", "ps"]
+Downlink = Literal["exact", "topq", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ RECIPES = {
     "shakespeare": Recipe(inner_opt="sgd", lr=0.3, steps=1200, batch_size=8),
 }
 DEFAULT_Q = 0.99
+DEFAULT_DOWNLINK: Downlink = "topq"
+DEFAULT_DOWNLINK_Q = 0.99
 CHECKPOINT_EVERY = 100
 
 
@@ -84,22 +89,29 @@ class Rank:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What compare.py is given: the modes to run one after the other on `ranks` processes."""
+    """What compare.py is given: the modes to run one after the other on `ranks` processes.
+
+    connection: of running parameter servers; None: one is started for the mode "ps", which sends
+    by `downlink`, with downlink_q where that is "topq".
+    """
 
     training: Training
     modes: tuple[Mode, ...]
     ranks: int
     out: Path
+    connection: Connection | None
+    downlink: Downlink
+    downlink_q: float
 
 
 def parse_rank(argv: Sequence[str] | None = None) -> Rank:
     """Parse train.py's command line; on a wrong one, say so in one line and exit with 2."""
-    parser = _training_parser("train.py", "One rank of a training run; start it with torchrun.")
+    parser = training_parser("train.py", "One rank of a training run; start it with torchrun.")
     parser.add_argument("--dense", action="store_true", help="plain DDP, for comparison")
     parser.add_argument("--result", type=Path, help="write the result to this JSON file")
     given = parser.parse_args(argv)
     return Rank(
-        training=_training(parser, given, q_has_effect=not given.dense),
+        training=training_of(parser, given, q_has_effect=not given.dense),
         mode="dense" if given.dense else "topq",
         result=given.result,
     )
@@ -107,11 +119,17 @@ def parse_rank(argv: Sequence[str] | None = None) -> Rank:
 
 def parse_comparison(argv: Sequence[str] | None = None) -> Comparison:
     """Parse compare.py's command line; on a wrong one, say so in one line and exit with 2."""
-    parser = _training_parser(
+    parser = training_parser(
         "train.sh",
         "Train with dense DDP and with top-Q gradients from the same seed, and compare them.",
     )
-    parser.add_argument("--ranks", type=_count, metavar="N", default=2, help="processes (2)")
+    parser.add_argument(
+        "--mode",
+        choices=("ddp", "ps"),
+        default="ddp",
+        help="top-Q gradients by DDP's hook or by a parameter server (ddp)",
+    )
+    parser.add_argument("--ranks", type=count, metavar="N", default=2, help="processes (2)")
     parser.add_argument("--dense-only", action="store_true", help="only plain DDP")
     parser.add_argument("--topq-only", action="store_true", help="only top-Q")
     parser.add_argument(
@@ -121,36 +139,74 @@ def parse_comparison(argv: Sequence[str] | None = None) -> Comparison:
         default=Path("runs"),
         help="folder for the PNG and JSON files (runs)",
     )
+    add_connection(parser, {})
+    parser.add_argument(
+        "--downlink",
+        choices=get_args(Downlink),
+        help=f"what the server sends: all that changed, its top-Q part, all ({DEFAULT_DOWNLINK})",
+    )
+    parser.add_argument(
+        "--downlink-q",
+        type=fraction,
+        metavar="Q",
+        help=f"share of the update that --downlink topq does not send ({DEFAULT_DOWNLINK_Q})",
+    )
     given = parser.parse_args(argv)
     if given.dense_only and given.topq_only:
         parser.error("--dense-only with --topq-only: expected one of them at most")
-    modes: tuple[Mode, ...] = ("dense", "topq")
+    topq: Mode = "ps" if given.mode == "ps" else "topq"
+    modes: tuple[Mode, ...] = ("dense", topq)
     if given.dense_only:
         modes = ("dense",)
     if given.topq_only:
-        modes = ("topq",)
+        modes = (topq,)
+    link = connection(parser, given)
+    _check_server_options(parser, given, link)
     return Comparison(
-        training=_training(parser, given, q_has_effect=not given.dense_only),
+        training=training_of(parser, given, q_has_effect=not given.dense_only),
         modes=modes,
         ranks=given.ranks,
         out=given.out,
+        connection=link,
+        downlink=given.downlink or DEFAULT_DOWNLINK,
+        downlink_q=DEFAULT_DOWNLINK_Q if given.downlink_q is None else given.downlink_q,
     )
 
 
+def _check_server_options(
+    parser: Parser, given: argparse.Namespace, link: Connection | None
+) -> None:
+    if given.mode == "ps" and given.dense_only:
+        parser.error("--dense-only with --mode ps: expected one of them at most")
+    for option in ("server", "downlink", "downlink_q"):
+        value = getattr(given, option)
+        if value is None:
+            continue
+        said = f"--{option.replace('_', '-')} {value[0] if option == 'server' else value}"
+        if given.mode != "ps":
+            parser.error(f"{said} without --mode ps: expected both of them")
+        if option != "server" and link is not None:
+            parser.error(f"{said} with --server: expected it where that server was started")
+    if given.downlink_q is not None and given.downlink not in (None, "topq"):
+        parser.error(
+            f"--downlink-q {given.downlink_q} with --downlink {given.downlink}: expected topq"
+        )
+
+
 def fail(program: str, message: object) -> NoReturn:
-    """Exit with 2 after one line on stderr; of several ranks, only the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    """Exit with 2 after one line on stderr; of torchrun's ranks, only the first one speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"{program}: {message}\n")
     sys.exit(2)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(self.prog, message)
 
 
-def _training_parser(program: str, description: str) -> _Parser:
-    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+def training_parser(program: str, description: str) -> Parser:
+    parser = Parser(prog=program, description=description, allow_abbrev=False)
 
     def by_data(field: str) -> str:
         return ", ".join(f"{name} {getattr(recipe, field)}" for name, recipe in RECIPES.items())
@@ -160,14 +216,14 @@ def _training_parser(program: str, description: str) -> _Parser:
 
     add("--data", _data_name, "NAME", " | ".join(RECIPES) + " (digits)")
     add("--data-dir", Path, "DIR", "where the files of the data set are")
-    add("--q", _fraction, "Q", f"share of each gradient that is not sent ({DEFAULT_Q})")
+    add("--q", fraction, "Q", f"share of each gradient that is not sent ({DEFAULT_Q})")
     add("--inner-opt", _optimizer_name, "NAME", f"of torch.optim ({by_data('inner_opt')})")
-    add("--lr", _positive, "LR", f"learning rate ({by_data('lr')})")
-    add("--steps", _count, "N", f"training steps ({by_data('steps')})")
-    add("--batch-size", _count, "N", f"samples a rank a step ({by_data('batch_size')})")
-    add("--seed", _seed, "N", "of the first parameters and the data order (0)")
+    add("--lr", positive, "LR", f"learning rate ({by_data('lr')})")
+    add("--steps", count, "N", f"training steps ({by_data('steps')})")
+    add("--batch-size", count, "N", f"samples a rank a step ({by_data('batch_size')})")
+    add("--seed", natural, "N", "of the first parameters and the data order (0)")
     add("--checkpoint", Path, "DIR", "write checkpoints to this folder")
-    add("--checkpoint-every", _count, "N", f"steps between checkpoints ({CHECKPOINT_EVERY})")
+    add("--checkpoint-every", count, "N", f"steps between checkpoints ({CHECKPOINT_EVERY})")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in --checkpoint"
     )
@@ -175,7 +231,7 @@ def _training_parser(program: str, description: str) -> _Parser:
     return parser
 
 
-def _training(parser: _Parser, given: argparse.Namespace, *, q_has_effect: bool) -> Training:
+def training_of(parser: Parser, given: argparse.Namespace, *, q_has_effect: bool) -> Training:
     recipe = RECIPES[given.data]
     if given.q is not None and not q_has_effect:
         parser.error(f"--q {given.q} without top-Q: expected no --q, since dense sends everything")
@@ -229,43 +285,3 @@ def _optimizer_name(text: str) -> str:
     if name not in OPTIMIZERS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(OPTIMIZERS)}")
     return name
-
-
-def _fraction(text: str) -> float:
-    number = _number(text)
-    if not 0.0 <= number <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number in [0, 1]")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = _number(text)
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _count(text: str) -> int:
-    return _integer(text, at_least=1)
-
-
-def _seed(text: str) -> int:
-    return _integer(text, at_least=0)
-
-
-def _integer(text: str, *, at_least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = at_least - 1
-    # torch's generators and numpy's sizes take no more than 63 bits
-    if not at_least <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {at_least}")
-    return number

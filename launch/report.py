@@ -16,6 +16,7 @@ from rich.table import Table
 STYLES: dict[Mode, dict[str, Any]] = {
     "dense": {"color": "#6f8fb5", "linewidth": 3.0},
     "topq": {"color": "#b3263e", "linewidth": 1.3},
+    "ps": {"color": "#b3263e", "linewidth": 1.3},
 }
 
 
@@ -28,32 +29,52 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def ratio(result: Result) -> float:
-    """Return how many times fewer bytes than dense DDP `result` sent; inf where it sent none."""
-    sent = result.sent_bytes[-1]
-    return result.dense_bytes / sent if sent else float("inf")
+def ratio(dense_bytes: int, moved_bytes: int) -> float:
+    """Return how many times fewer bytes than dense DDP were moved; inf where none were."""
+    return dense_bytes / moved_bytes if moved_bytes else float("inf")
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
-    """Print a row a mode."""
+    """Print a row a mode; where a server took part, what came back and what took time as well."""
+    on_server = [result for result in results if result.mode == "ps"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for heading in ("test accuracy", "test loss", "sent a rank", "fewer bytes", "train time"):
+    headings = ["test accuracy", "test loss", "sent a rank", "fewer bytes", "train time"]
+    if on_server:
+        headings = ["accuracy", "loss", "sent", "fewer", "received", "fewer", "time"]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for result in results:
+        counts = [result.sent_bytes]
+        if on_server and result.received_bytes is not None:
+            counts.append(result.received_bytes)
         table.add_row(
             MODE_NAMES[result.mode],
             f"{100 * result.test_accuracy:.2f} %",
             f"{result.test_loss:.3f}",
-            human_bytes(result.sent_bytes[-1]),
-            f"{ratio(result):.1f} x",
+            *(
+                cell
+                for count in counts
+                for cell in (
+                    human_bytes(count[-1]),
+                    f"{ratio(result.dense_bytes, count[-1]):.1f} x",
+                )
+            ),
             f"{result.train_s:.1f} s",
         )
     console.print(table)
+    for result in on_server:
+        console.print(
+            f"{MODE_NAMES[result.mode]}: selected and encoded for {result.select_s:.1f} s, "
+            f"waited for {result.wait_s:.1f} s"
+        )
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw the training loss over steps and over bytes sent a rank into a PNG file."""
+    """Draw the training loss over steps and over bytes into a PNG file.
+
+    The bytes are those that a rank sent; where a server took part, those received on top.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -65,6 +86,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, (by_step, by_bytes) = plt.subplots(
         1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
     )
+    both_ways = any(result.mode == "ps" for result in results)
     every_loss = []
     for result in results:
         losses = _running_mean(result.losses, window)
@@ -72,10 +94,15 @@ def draw(results: Sequence[Result], path: Path) -> None:
         label = MODE_NAMES[result.mode] + (f", q = {result.q:g}" if result.q is not None else "")
         style = {**STYLES[result.mode], "label": label}
         by_step.plot(range(1, len(losses) + 1), losses, **style)
-        by_bytes.plot(result.sent_bytes, losses, **style)
+        moved_bytes = result.sent_bytes
+        if both_ways and result.received_bytes is not None:
+            moved_bytes = [
+                sum(both) for both in zip(moved_bytes, result.received_bytes, strict=True)
+            ]
+        by_bytes.plot(moved_bytes, losses, **style)
         by_bytes.annotate(
-            human_bytes(result.sent_bytes[-1]),
-            (result.sent_bytes[-1], losses[-1]),
+            human_bytes(moved_bytes[-1]),
+            (moved_bytes[-1], losses[-1]),
             xytext=(0, -6),
             textcoords="offset points",
             horizontalalignment="center",
@@ -92,7 +119,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     by_step.set_xlabel("step")
     by_step.set_ylabel(f"training loss (nats, mean of {window} steps)")
     by_step.legend()
-    by_bytes.set_xlabel("bytes sent by each rank so far")
+    what = "sent and received" if both_ways else "sent"
+    by_bytes.set_xlabel(f"bytes {what} by each rank so far")
     by_bytes.set_xscale("log")
     by_bytes.margins(x=0.08)
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: human_bytes(count)))

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from options import Mode
 
-MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q"}
+MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q", "ps": "top-Q server"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One finished training run, as rank 0 saw it.
+    """One finished training run, as one rank saw it: rank 0, or any worker of a server.
 
-    losses: rank 0's training loss in nats, one a step. sent_bytes: handed to collectives by a
-    rank up to and including each step. select_s and wait_s: None for dense.
+    losses: that rank's training loss in nats, one a step. sent_bytes: handed to collectives, or
+    pushed, by a rank up to and including each step. received_bytes: what an all-reduce returned,
+    or a server sent; None where nobody counts it. select_s and wait_s: None for dense.
     """
 
     mode: Mode
@@ -38,6 +39,7 @@ class Result:
     train_s: float
     losses: list[float]
     sent_bytes: list[int]
+    received_bytes: list[int] | None
 
     @classmethod
     def read(cls, path: Path) -> Result:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 # how long a rank that was asked to end may take before it is killed
 SHUTDOWN_S = 5
+_PR_SET_PDEATHSIG = 1
 
 
 class RankError(Exception):
@@ -86,20 +89,17 @@ def run_ranks(ranks: int, command: Sequence[str], *, log_dir: str) -> None:
         killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
         return not killed, failure.timestamp
 
+    others = _children()
     try:
         with _quiet_log():
             run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=blame)
-        how = (
-            f"was killed by {signal.Signals(-failure.exitcode).name}"
-            if failure.exitcode < 0
-            else f"ended with exit code {failure.exitcode}"
-        )
+        how = ending(failure.exitcode)
         message = f"rank {rank} (process {failure.pid}) {how}, the other ranks were stopped"
         raise RankError(message, failure.exitcode) from None
     finally:
-        _kill_children()
+        _kill(_children() - others)
 
 
 @contextlib.contextmanager
@@ -112,9 +112,27 @@ def _quiet_log() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _kill_children() -> None:
+def ending(exit_code: int) -> str:
+    """Return how a process ended, in words; exit_code: negative for a signal."""
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent ends, even by SIGKILL; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _children() -> set[int]:
+    """Return the processes that this one has started."""
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
+
+
+def _kill(processes: set[int]) -> None:
     """Kill ranks that torchrun had started but not yet noted when a signal reached it."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), signal.SIGKILL)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)

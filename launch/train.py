@@ -12,11 +12,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from data import load_data
+from ddp_run import DdpRun
 from endings import leave, one_line_errors
 from models import build_model, cross_entropy
 from optimizers import OPTIMIZERS
 from options import Rank, parse_rank
-from run import Run
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import register_topq_hook  # <== 1. topq_dist
@@ -34,7 +34,7 @@ def main(options: Rank) -> None:
         # by default, a link fast enough gets dense gradients: those are the other mode here
         state = register_topq_hook(model, q=training.q, exchange="allgather")  # <== 2. topq_dist
 
-    run = Run(options, data, model, optimizer, state)
+    run = DdpRun(options, data, model, optimizer, state)
     for step in run.steps():
         inputs, targets = run.batch(step)
         optimizer.zero_grad()

@@ -9,9 +9,10 @@ import compare
 import pytest
 import torchrun
 from data import load_data
+from ddp_run import OWN_KEYS, SHARED_KEYS
 from models import build_model
 from options import Comparison, Mode, parse_comparison
-from run import OWN_KEYS, SHARED_KEYS, checkpoint_folder, run_config
+from resume import checkpoint_folder, run_config
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def test_bad_input_is_refused_in_one_line(
 def test_only_the_first_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as exit_info:
         parse_rank(["--q", "7"])
     assert exit_info.value.code == 2

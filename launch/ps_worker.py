@@ -1,0 +1,54 @@
+"""A plain training script on a parameter server; topq_dist adds the two marked lines.
+
+    topq serve --address 127.0.0.1:50051 --state-dir state --workers 2 --inner-opt sgd --lr 0.1 &
+    python launch/ps_worker.py --server 127.0.0.1:50051 --rank 0 --ranks 2 &
+    python launch/ps_worker.py --server 127.0.0.1:50051 --rank 1 --ranks 2
+
+Workers need neither torchrun nor a process group: each is a process, or a container, of its own.
+`launch/train.sh --mode ps` runs all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from data import load_data
+from models import build_model, cross_entropy
+from ps_endings import end_with_torchrun, one_line_errors
+from ps_run import PsRun
+from running_server import client_security
+from worker_options import Worker, parse_worker
+
+from topq_dist.ps import ParameterServerOptimizer  # <== 1. topq_dist
+
+
+def main(options: Worker) -> None:
+    training = options.training
+    torch.manual_seed(training.seed)
+    data = load_data(training.data, training.data_dir)
+    model = build_model(data)
+    security = client_security(options.connection, options.name)
+    optimizer = ParameterServerOptimizer(  # <== 2. topq_dist, in place of torch.optim
+        model.named_parameters(),
+        options.connection.servers,
+        q=training.q,
+        worker=options.name,
+        tls=security.tls,
+        token=security.token,
+    )
+
+    run = PsRun(options, data, model, optimizer)
+    for step in run.steps():
+        inputs, targets = run.batch(step)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        run.record(step, loss.detach())
+    run.finish()
+
+
+if __name__ == "__main__":
+    end_with_torchrun()
+    options = parse_worker()
+    with one_line_errors("ps_worker.py", options.name):
+        main(options)

@@ -1,0 +1,42 @@
+"""What a worker, or whoever starts workers, must know of servers that are running already."""
+
+from __future__ import annotations
+
+from connection import Connection, ServerUnfitError
+from options import Training
+
+from topq_dist.ps.asking import NoAnswerError, ask_status
+from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
+
+ASK_S = 10.0
+
+
+def client_security(connection: Connection, worker: str) -> ClientSecurity:
+    """Return how `worker` shows itself to the servers; raises ServerUnfitError."""
+    ca, token = connection.file("tls_ca", worker), connection.file("token_file", worker)
+    try:
+        tls = None
+        if ca is not None:
+            tls = ClientTls(
+                ca=ca,
+                certificate=connection.file("tls_cert", worker),
+                key=connection.file("tls_key", worker),
+            )
+        return ClientSecurity(tls=tls, token=None if token is None else read_token(token))
+    except ValueError as error:
+        raise ServerUnfitError(str(error)) from error
+
+
+def check_servers(connection: Connection, worker: str, training: Training) -> None:
+    """Raise ServerUnfitError unless all servers answer `worker` and train by --inner-opt."""
+    security = client_security(connection, worker)
+    for server in connection.servers:
+        try:
+            status = ask_status(server, security, timeout_s=ASK_S)
+        except (NoAnswerError, ValueError) as error:
+            raise ServerUnfitError(f"--server {server}: {error}") from error
+        if status.inner_opt.lower() != training.inner_opt:
+            raise ServerUnfitError(
+                f"--inner-opt {training.inner_opt}: the server at {server} trains with "
+                f"{status.inner_opt.lower()}: expected the same"
+            )
