@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from topq_dist.ps.config import ServingConfig, TrainingConfig
-from topq_dist.ps.security import Address
+from topq_dist.ps.security import Address, ServerSecurity
 from topq_dist.ps.server import ParameterServer
 
 Options = dict[str, Any]
@@ -24,13 +24,16 @@ FORKED.set_forkserver_preload(["topq_dist.ps.run_state", "topq_dist.ps.saver", "
 
 
 @contextmanager
-def serving(state_dir: Path, training: Options, **options: Any) -> Iterator[ParameterServer]:
+def serving(
+    state_dir: Path, training: Options, *, security: ServerSecurity | None = None, **options: Any
+) -> Iterator[ParameterServer]:
     """Run a server in this process: keyword arguments of TrainingConfig, then of ServingConfig."""
     server = ParameterServer(
         TrainingConfig(**training),
         ServingConfig(**options),
         state_dir=state_dir,
         address="127.0.0.1:0",
+        security=security,
     )
     try:
         yield server

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ps.certificates import Authority
 from ps.servers import Options, serving
 from ps.workers import backward, batch, make_model, side_by_side, values
 from torch import Tensor, nn
 
 import topq_dist.ps
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.protocol import ModelDiffersError, NonFiniteError, OldEpochError, WrongRunError
+from topq_dist.ps.connection import ServerLostError
+from topq_dist.ps.protocol import (
+    ModelDiffersError,
+    NonFiniteError,
+    UnauthenticatedError,
+    WrongTokenError,
+)
+from topq_dist.ps.security import ClientTls, ServerSecurity, ServerTls
 from topq_dist.ps.server import ParameterServer
 
 SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9}}
@@ -222,105 +228,27 @@ def test_central_parameters_with_a_sparse_downlink(tmp_path: Path) -> None:
     torch.testing.assert_close(inside, values(alone))
 
 
-def saved_and_read(optimizer: ParameterServerOptimizer) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    return state
-
-
-@pytest.mark.parametrize("model_first", [False, True])
-def test_resumed_it_walks_the_same_path(tmp_path: Path, model_first: bool) -> None:
-    with serving(tmp_path, ADAMW) as server:
+def test_over_tls_with_a_token(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server", server=True)
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"w0 {'a' * 32}\nw1 {'b' * 32}\n")
+    tokens.chmod(0o600)
+    security = ServerSecurity(
+        tls=ServerTls(certificate=pair.certificate, key=pair.key), tokens=tokens
+    )
+    tls = ClientTls(ca=authority.certificate)
+    with serving(tmp_path / "state", PLAIN, security=security) as server:
         model = make_model()
-        optimizer = connect(model, server, q=0.8)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        for step in range(8):
-            if step == 4:
-                state, then = saved_and_read(optimizer), copy.deepcopy(model.state_dict())
-                of_scheduler = scheduler.state_dict()
-            optimizer.zero_grad()
-            backward(model, [batch(0, step)])
+        with connect(model, server, tls=tls, token="a" * 32) as optimizer:
+            backward(model, [batch(0, 0)])
             optimizer.step()
-            scheduler.step()
-        expected = values(model)
-        again = make_model()
-        resumed = connect(again, server, q=0.8)  # the first process is fenced off, as if killed
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(resumed, 0.9)
-        if model_first:
-            again.load_state_dict(then)
-        resumed.load_state_dict(state)
-        scheduler.load_state_dict(of_scheduler)
-        again.load_state_dict(then)
-        assert resumed.stats().steps == 4
-        for step in range(4, 8):
-            resumed.zero_grad()
-            backward(again, [batch(0, step)])
-            resumed.step()
-            scheduler.step()
-        assert torch.equal(values(again), expected)
-        assert server.coordinator.status().point.version == 8
-        with pytest.raises(OldEpochError, match="newer process"):
-            optimizer.close()
-        resumed.close()
-
-
-@pytest.mark.parametrize("what", ["another gradient", "another model"])
-def test_resumed_on_another_path_it_goes_on_from_the_servers(
-    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with serving(tmp_path, SGD) as server:
-        model = make_model()
-        optimizer = connect(model, server, q=0.8)
-        for step in range(4):
-            if step == 2:
-                state, then = optimizer.state_dict(), copy.deepcopy(model.state_dict())
-            optimizer.zero_grad()
-            backward(model, [batch(0, step)])
-            optimizer.step()
-        expected = values(model)
-        again = make_model()
-        with connect(again, server, q=0.8) as resumed:
-            resumed.load_state_dict(state)
-            if what == "another gradient":
-                again.load_state_dict(then)
-            backward(again, [batch(5, 5)])
-            with caplog.at_level(logging.WARNING):
-                resumed.step()
-            warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-            assert len(warnings) == 1
-            assert "going on from version 4" in warnings[0].getMessage()
-            assert torch.equal(values(again), expected)
-            resumed.zero_grad()
-            backward(again, [batch(0, 9)])
-            resumed.step()
-            assert not torch.equal(values(again), expected)
-
-
-def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with (
-        serving(tmp_path / "1", SGD) as one,
-        serving(tmp_path / "2", SGD) as two,
-        connect(make_model(), one) as optimizer,
-        connect(make_model(), one, worker=1) as other,
-        connect(make_model(), two) as elsewhere,
-    ):
-        state = optimizer.state_dict()
-        with pytest.raises(ValueError, match=r"worker 'w0': expected 'w1', so pass worker='w0'"):
-            other.load_state_dict(state)
-        with pytest.raises(WrongRunError, match="the state belongs to run"):
-            elsewhere.load_state_dict(state)
-        with pytest.raises(ValueError, match="lacks 'topq'"):
-            optimizer.load_state_dict({"state": {}, "param_groups": []})
-        broken = copy.deepcopy(state)
-        broken["topq"]["servers"][0]["residuals"] = {"0.bias": torch.zeros(3)}
-        with pytest.raises(ValueError, match=r"residual of '0.bias' has shape \(3,\)"):
-            optimizer.load_state_dict(broken)
-        broken["topq"]["servers"][0].update(residuals={}, pushes={"next_sequence": 0})
-        with pytest.raises(ValueError, match="no pushes of a worker"):
-            optimizer.load_state_dict(broken)
-        optimizer.load_state_dict(state)
+        with pytest.raises(WrongTokenError, match=rf"{server.address}.*worker='w1'"):
+            connect(model, server, worker=1, tls=tls, token="a" * 32)
+        with pytest.raises(UnauthenticatedError, match="no token"):
+            connect(model, server, tls=tls)
+        with pytest.raises(ServerLostError, match="the server speaks TLS"):
+            connect(model, server, timeout_s=0.5)
 
 
 def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> None:
