@@ -752,3 +752,75 @@ def test_refusals_are_counted_and_change_nothing(make: Make) -> None:
             bench.submit(wrong)
     assert bench.sha256() == sha256
     assert bench.point.version == 1
+
+
+def test_nobody_gets_a_model_before_it_is_durable(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make()
+    gate = threading.Event()
+    save = bench.state_dir.save
+
+    def slow_save(snapshot: Any) -> None:
+        gate.wait(10)
+        save(snapshot)
+
+    monkeypatch.setattr(bench.state_dir, "save", slow_save)
+    with ThreadPoolExecutor(1) as pool:
+        uploading = pool.submit(bench.join, "a")
+        while bench.server.status().numel == 0:
+            time.sleep(0.01)
+        with pytest.raises(NotReadyError):
+            bench.join("b")
+        gate.set()
+        a = uploading.result(10)
+    assert bench.server.fetch(bench.join("b"), central=False)[0] == START
+    bench.crash()
+    assert bench.join("a", epoch=a.epoch, held=START).worker == "a"
+
+
+def test_waiting_threads_see_a_lease_end_by_themselves(tmp_path: Path) -> None:
+    bench = Bench(
+        tmp_path,
+        TrainingConfig(inner_opt="sgd"),
+        ServingConfig(lease_s=0.4, snapshot_every=NEVER),
+        clock=time.monotonic,  # type: ignore[arg-type]
+    )
+    try:
+        a, _ = bench.join("a"), bench.join("b")
+        ticket = bench.submit(push_of(a, 1, START))
+        started_s = time.monotonic()
+        answer = bench.server.wait(ticket, 30.0)
+        assert isinstance(answer, Answer)
+        assert answer.members == ("a",)
+        assert 0.2 < time.monotonic() - started_s < 10
+    finally:
+        bench.server._saver.close()
+        bench.state_dir.close()
+
+
+def test_many_threads_at_once_count_each_push_once(make: Make) -> None:
+    bench = make({"options": {"lr": 1.0}}, start_workers=6, round_timeout_s=None)
+    names = [f"w{number}" for number in range(6)]
+    callers = [bench.join(name) for name in names]
+    rounds = 15
+
+    def work(caller: Caller) -> Point:
+        base = START
+        for sequence in range(1, rounds + 1):
+            for _ in range(2):  # each is sent twice, one after or beside the other
+                ticket = bench.submit(push_of(caller, sequence, base))
+            answer = bench.server.wait(ticket, 30.0)
+            assert isinstance(answer, Answer)
+            assert answer.applied is not None
+            assert answer.members == tuple(names)
+            base = answer.updates[-1].point
+        return base
+
+    with ThreadPoolExecutor(6) as pool:
+        points = list(pool.map(work, callers))
+    assert set(points) == {bench.point}
+    assert bench.point.version == rounds
+    raw = bench.server.fetch(callers[0], central=True)[2][0]
+    values = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+    torch.testing.assert_close(values, torch.full((4,), -float(rounds)))
