@@ -5,6 +5,6 @@ set -eu
 
 site=$(echo "$1"/lib/python3*/site-packages)
 rm -rf "$site"/torch/test "$site"/torch/include "$site"/torch/share
-find "$site"/torch/bin -type f ! -name torch_shm_manager -delete
+[ ! -d "$site"/torch/bin ] || find "$site"/torch/bin -type f ! -name torch_shm_manager -delete
 find "$site" -type d -name tests -prune -exec rm -rf {} +
 find "$site" -name '*.a' -delete
