@@ -637,6 +637,24 @@ def test_a_repeat_that_cannot_be_answered_faithfully_is_refused(make: Make) -> N
         bench.submit(push_of(a, 2, answers[0].applied))  # type: ignore[arg-type]
 
 
+def test_a_snapshot_of_each_version_does_not_grow_with_the_history(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("topq_dist.ps.run_state._HISTORY_BYTES", 5000)
+    bench = make()
+    a = bench.join("a")
+    state, lengths = bench.server._state, []
+    assert state is not None
+    for sequence in range(1, 30):
+        (answer,) = bench.round(sequence, a)
+        lengths.append(len(state.snapshot((), every=1).history["versions"]))
+    assert lengths[:3] == [1, 2, 3]
+    assert lengths[-1] == lengths[-10] < 5
+    assert len(state.snapshot((), every=1000).history["versions"]) == 29
+    again = bench.answer(bench.submit(push_of(a, 29, bench.point)))
+    assert again.applied == answer.applied
+
+
 # asynchronous
 
 

@@ -131,6 +131,15 @@ def test_state_round_trips(kinds: list[UpdateKind], max_bytes: int, other: int) 
         loaded.add(update(len(kinds) + 1), ("a",))
 
 
+@given(KINDS, st.integers(0, 20_000))
+def test_a_state_of_the_latest_is_that_of_a_smaller_history(
+    kinds: list[UpdateKind], max_bytes: int
+) -> None:
+    whole = history(kinds, length=3000)
+    assert whole.state(max_bytes) == history(kinds, max_bytes, length=3000).state()
+    assert whole.oldest_version == 1
+
+
 def test_loaded_payloads_do_not_hold_the_snapshot() -> None:
     state = history([UpdateKind.ADD] * 2).state()
     buffer = bytearray(joined(state))

@@ -427,7 +427,8 @@ class Coordinator:
             if self._state is None or self.failed:
                 return
             version = self._state.point.version
-            snapshot = self._state.snapshot(self._members.live(self._clock()))
+            live = self._members.live(self._clock())
+            snapshot = self._state.snapshot(live, every=self.serving.snapshot_every)
         self._state_dir.save(snapshot)
         with self._changed:
             self._durable = max(self._durable, version)

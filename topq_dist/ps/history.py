@@ -92,9 +92,18 @@ class History:
                 return tuple(updates[place:])
         return tuple(updates)
 
-    def state(self) -> tuple[list[memoryview], dict[str, Any]]:
-        """Return all of it for a snapshot: payloads, not copied, and the rest fit for JSON."""
-        payloads = [payload for made in self._made for payload in made.update.payloads]
+    def state(self, max_bytes: int | None = None) -> tuple[list[memoryview], dict[str, Any]]:
+        """Return it for a snapshot: payloads, not copied, and the rest fit for JSON.
+
+        Of more than `max_bytes`, counted as in held_bytes, the oldest are left out.
+        """
+        kept = deque(self._made)
+        before, held_bytes = self._before, self._held_bytes
+        while max_bytes is not None and held_bytes > max_bytes and len(kept) > 1:
+            left_out = kept.popleft()
+            before = left_out.update.point
+            held_bytes -= left_out.held_bytes
+        payloads = [payload for made in kept for payload in made.update.payloads]
         versions = [
             {
                 "kind": made.update.kind.name,
@@ -102,10 +111,10 @@ class History:
                 "payload_bytes": [payload.nbytes for payload in made.update.payloads],
                 "members": list(made.members),
             }
-            for made in self._made
+            for made in kept
         ]
-        before = {"version": self._before.version, "chain": self._before.chain.hex()}
-        return payloads, {"before": before, "versions": versions}
+        start = {"version": before.version, "chain": before.chain.hex()}
+        return payloads, {"before": start, "versions": versions}
 
     def load_state(self, payloads: memoryview, metadata: Mapping[str, Any]) -> None:
         """Replace all of it by what `state` returned, the payloads one behind the other.

@@ -36,6 +36,8 @@ from topq_dist.ps.snapshot import (
     training_json,
 )
 
+_HISTORY_BYTES = 4 << 20
+
 
 def new_run() -> str:
     """Return a name for a new run."""
@@ -123,15 +125,17 @@ class RunState:
             raise StateError(f"{state_dir.snapshot_path} is no snapshot: {error}") from error
         return state, tuple(snapshot.workers)
 
-    def snapshot(self, workers: Iterable[str]) -> Snapshot:
+    def snapshot(self, workers: Iterable[str], *, every: int = 1) -> Snapshot:
         """Return all of it, copied where it changes, with whose leases run.
 
+        every: versions between two snapshots. The history goes along as far as that costs each
+        version no more than a model's bytes, or 4 MiB, to write.
         The copies are valid until the next call: they are made in memory that is kept, because
         fresh memory costs several times what the copying does.
         """
         tensors, central = self.central.state(copied=False)
         self._copies = {key: _copied(t, self._copies.get(key)) for key, t in tensors.items()}
-        payloads, history = self.history.state()
+        payloads, history = self.history.state(every * max(self.spec.raw_bytes, _HISTORY_BYTES))
         return Snapshot(
             run=self.run,
             point=self.point,
