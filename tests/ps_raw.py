@@ -304,7 +304,7 @@ def _crash_in(owner: Any, name: str, *, at_call: int, after: bool = False) -> No
 
 def arm(crash_at: str) -> None:
     """Have this process kill itself at "POINT CALL": the CALL-th time that it comes to POINT."""
-    from topq_dist.ps import snapshot
+    from topq_dist.ps import snapshot, snapshot_file
     from topq_dist.ps.run_state import RunState
 
     point, call = crash_at.split()
@@ -313,6 +313,8 @@ def arm(crash_at: str) -> None:
         _crash_in(RunState, "apply", at_call=at_call)
     elif point == "after-apply":
         _crash_in(RunState, "apply", at_call=at_call, after=True)
+    elif point == "mid-write":
+        _crash_in(snapshot_file, "_write", at_call=at_call, after=True)
     elif point == "mid-snapshot":
         _crash_in(os, "fsync", at_call=at_call)
     elif point == "before-rename":

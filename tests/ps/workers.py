@@ -43,7 +43,7 @@ def values(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def side_by_side(count: int, work: Work) -> list[Any]:
+def side_by_side(count: int, work: Work, *, within_s: float = JOIN_S) -> list[Any]:
     """Return work(0), work(1), ..., each of which ran in a thread; raises the first error."""
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
@@ -58,7 +58,7 @@ def side_by_side(count: int, work: Work) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(JOIN_S)
+        thread.join(within_s)
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a worker hangs"
