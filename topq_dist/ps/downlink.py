@@ -5,20 +5,27 @@ Payloads are encoded once, in memory that later steps leave alone, and sent to a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from topq_dist.compress.compressor import Cut
 from topq_dist.compress.density import uniform_cuts
 from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
-from topq_dist.compress.selection import Selector
+from topq_dist.compress.selection import Selection, Selector
 from topq_dist.compress.values import check_value_format
+from topq_dist.compress.workers import thread_count
 from topq_dist.ps.changes import Change, Touched, changes_between, set_frames
 from topq_dist.ps.config import TrainingConfig
 from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, raw_view, zeros
 from topq_dist.ps.protocol import InvalidError, Update, UpdateKind
+
+# selection runs at the speed of memory, which few threads exhaust
+_MOST_THREADS = 4
 
 
 class Payloads(NamedTuple):
@@ -168,6 +175,10 @@ class TopQDownlink:
             uniform_cuts(vector.numels, q=q, scope="parameter") for vector in params.spec.vectors
         ]
         self._selectors = [[Selector() for _ in cuts] for cuts in self._cuts]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = ThreadPoolExecutor(
+            max(1, min(_MOST_THREADS, cores or 1) // thread_count()), "downlink"
+        )
         # kept negative, so that selecting from params - shadow is one fused pass; in fp32 for half
         # precision, as selection wants its residuals
         self._negative = [
@@ -180,13 +191,12 @@ class TopQDownlink:
 
     def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
         """Return frames to add, or all parameters where the difference is not finite."""
-        chosen = [self._largest(place, flat) for place, flat in enumerate(params.flats)]
+        chosen = self._largest(params)
+        if chosen is None:
+            self._catch_up(params)
+            return _full(params)
         parts = []
-        for place, vector in enumerate(self._spec.vectors):
-            found = chosen[place]
-            if found is None:
-                self._catch_up(params)
-                return _full(params)
+        for vector, found in zip(self._spec.vectors, chosen, strict=True):
             value_format = self._value_format or vector.value_format
             frame, decoded = encode_frame(vector.numel, *found, value_format)
             parts.append((frame, found[0], decoded))
@@ -222,19 +232,34 @@ class TopQDownlink:
         for negative, saved in zip(self._negative, tensors, strict=True):
             negative.copy_(saved)
 
-    def _largest(self, place: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return indices and values of what to send of a vector; None: it is not finite."""
-        indices, values = [], []
-        for cut, selector in zip(self._cuts[place], self._selectors[place], strict=True):
-            residual = self._negative[place][cut.stretch]
-            selected = selector.select(flat[cut.stretch], cut.kept, residual=residual)
-            if not selected.finite:
+    def _largest(self, params: FlatModel) -> list[tuple[Tensor, Tensor]] | None:
+        """Return indices and values of what to send of each vector; None: they are not finite."""
+
+        def select(place: int, cut: Cut, selector: Selector) -> Selection:
+            vector, residual = params.flats[place], self._negative[place]
+            return selector.select(vector[cut.stretch], cut.kept, residual=residual[cut.stretch])
+
+        # workers wait meanwhile, and where there is one machine for all their cores are idle
+        pending = [
+            [
+                self._threads.submit(select, place, cut, selector)
+                for cut, selector in zip(cuts, selectors, strict=True)
+            ]
+            for place, (cuts, selectors) in enumerate(zip(self._cuts, self._selectors, strict=True))
+        ]
+        chosen = []
+        for cuts, futures in zip(self._cuts, pending, strict=True):
+            selected = [future.result() for future in futures]
+            if not all(selection.finite for selection in selected):
+                wait(future for futures in pending for future in futures)
                 return None
-            indices.append(selected.indices + cut.start)
-            values.append(selected.values)
-        places, gaps = torch.cat(indices), torch.cat(values)
-        kept = gaps != 0
-        return (places, gaps) if bool(kept.all()) else (places[kept], gaps[kept])
+            places = torch.cat(
+                [one.indices + cut.start for one, cut in zip(selected, cuts, strict=True)]
+            )
+            gaps = torch.cat([one.values for one in selected])
+            kept = gaps != 0
+            chosen.append((places, gaps) if bool(kept.all()) else (places[kept], gaps[kept]))
+        return chosen
 
     def _catch_up(self, params: FlatModel) -> None:
         for negative, flat in zip(self._negative, params.flats, strict=True):
