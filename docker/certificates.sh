@@ -7,9 +7,9 @@
 #   DIR/WORKER/         ca.crt, tls.crt, tls.key, token
 #   DIR/server/         the same, its token for `topq status` there, and tokens: a line for each
 #
-# SERVER_NAMES is what workers call the server: "server,localhost,127.0.0.1". What is there stays as it
-# is, except for certificates with less than 30 days to go: those are made anew, and a server that
-# runs takes them up by itself.
+# SERVER_NAMES is what workers call the server: "server,10.0.0.7"; localhost and 127.0.0.1, as which
+# it asks after its own health, are there without. What is good stays as it is; certificates with
+# less than 30 days to go are made anew, and a server that runs takes them up by itself.
 set -eu
 umask 077
 
@@ -18,7 +18,7 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 dir=$1
-names=$2
+names=$2,localhost,127.0.0.1
 shift 2
 authority=$dir/authority
 

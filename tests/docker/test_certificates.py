@@ -11,7 +11,7 @@ from topq_dist.ps.security import Authenticator, ClientTls, ServerTls, read_toke
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 
-NAMES = "server,localhost,127.0.0.1,::1"
+NAMES = "server,::1"
 WORKERS = ("worker-0", "worker-1")
 
 

@@ -15,7 +15,7 @@ from docker_engine import Project, inspect, run, wait_until
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1000)]
 
-STEPS = 1000
+STEPS = 800
 MAX_STOP_S = 8.0
 WORKERS = ("worker-0", "worker-1")
 SHA256 = re.compile(r"parameters sha256: ([0-9a-f]{64})")

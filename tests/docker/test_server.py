@@ -11,23 +11,20 @@ MAX_STOP_S = 5.0
 SERVE = ("serve", "--address", "127.0.0.1:50051", "--inner-opt", "sgd", "--lr", "0.1")
 
 
-def start(name: str, *words: str) -> None:
+def start(name: str) -> None:
+    """Start SERVE as a container of that name, on the volume of that name."""
+    often = ("--health-interval", "1s")
     run(
-        "docker",
-        "run",
-        "--detach",
-        "--name",
-        name,
+        *f"docker run --detach --name {name} --volume {name}:/state".split(),
+        *often,
         *CONFINED,
-        "-v",
-        f"{name}:/state",
         "topq",
-        *words,
+        *SERVE,
     )
 
 
 def test_server_gets_healthy_and_ends_with_0_within_seconds_of_sigterm(volume: str) -> None:
-    start(volume, *SERVE)
+    start(volume)
     try:
         wait_healthy(volume)
         begin_s = time.monotonic()
@@ -40,7 +37,7 @@ def test_server_gets_healthy_and_ends_with_0_within_seconds_of_sigterm(volume: s
 
 
 def test_second_server_on_the_same_volume_ends_at_once_and_says_why(volume: str) -> None:
-    start(volume, *SERVE)
+    start(volume)
     try:
         wait_healthy(volume)
         with pytest.raises(AssertionError, match=r"exit code [1-9]") as failure:
