@@ -71,7 +71,7 @@ def undisturbed(folder: Path, training: Options, **options: Any) -> Tensor:
 @pytest.mark.parametrize("downlink", ["exact", "topq"])
 def test_a_server_killed_again_and_again(tmp_path: Path, downlink: str) -> None:
     training = {**ADAMW, "downlink": downlink, "q": 0.7}
-    options = {"start_workers": 2, "snapshot_every": 4}
+    options: Options = {"start_workers": 2, "snapshot_every": 4}
     expected = undisturbed(tmp_path, training, **options)
     with ServerProcess(tmp_path / "state", training, **options) as server:
 
@@ -100,7 +100,7 @@ def train_and_die(servers: str | list[str], checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("server_too", [False, True])
 def test_a_worker_killed_and_resumed_from_its_checkpoint(tmp_path: Path, server_too: bool) -> None:
-    options = {"start_workers": 2, "snapshot_every": 4}
+    options: Options = {"start_workers": 2, "snapshot_every": 4}
     expected = undisturbed(tmp_path, ADAMW, **options)
     checkpoint = tmp_path / "checkpoint.pt"
     with ServerProcess(tmp_path / "state", ADAMW, **options) as server:
@@ -123,7 +123,7 @@ def test_a_worker_killed_and_resumed_from_its_checkpoint(tmp_path: Path, server_
 
 
 def test_two_servers_of_which_each_is_killed(tmp_path: Path) -> None:
-    options = {"start_workers": 2, "snapshot_every": 4}
+    options: Options = {"start_workers": 2, "snapshot_every": 4}
     with (
         serving(tmp_path / "1", ADAMW, **options) as one,
         serving(tmp_path / "2", ADAMW, **options) as two,
