@@ -169,17 +169,18 @@ def _quiet_port() -> int:
 def _arguments(
     address: str, state_dir: Path, training: TrainingConfig, serving: ServingConfig
 ) -> list[str]:
-    named = {
+    named: dict[str, object] = {
         "address": address,
         "state-dir": state_dir,
         "inner-opt": training.inner_opt,
         "mode": training.mode,
         "downlink": training.downlink,
-        "downlink-q": training.q,
         "workers": serving.start_workers,
         "lease-s": serving.lease_s,
         "snapshot-every": serving.snapshot_every,
     }
+    if training.downlink == "topq":
+        named["downlink-q"] = training.q
     options = [f"--inner-option={name}={value}" for name, value in training.options.items()]
     return ["serve", *(f"--{name}={value}" for name, value in named.items()), *options]
 
