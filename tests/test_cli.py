@@ -7,17 +7,16 @@ import io
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from ps.certificates import Authority
+from served import START_S, TOPQ, Served, environment, serving
 
 import topq_dist
 from topq_dist.cli import main
@@ -25,15 +24,8 @@ from topq_dist.ps.security import ClientSecurity, ClientTls
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
-TOPQ = [sys.executable, "-m", "topq_dist.cli"]
-START_S = 60
 SGD = ("--inner-opt", "sgd", "--lr", "0.1")
 TOKEN, OTHER_TOKEN = "a" * 32, "b" * 32
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("TOPQ_")}
-    return ours | dict(extra)
 
 
 def run(*words: str, **variables: str) -> tuple[int, str, str]:
@@ -61,49 +53,6 @@ def run_process(*words: str, **variables: str) -> tuple[int, str, str]:
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
-
-
-class Served:
-    """A `topq serve` process that listens; `stop` ends it with SIGTERM."""
-
-    def __init__(self, *words: str, **variables: str) -> None:
-        self._process = subprocess.Popen(
-            [*TOPQ, "serve", *words],
-            env=environment(variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        readable, _, _ = select.select([self._process.stdout], [], [], START_S)
-        said = self._process.stdout.readline() if readable else ""
-        match = re.fullmatch(r"listening on (\S+)\n", said)
-        if match is None:
-            raise AssertionError((said, *self.kill()))
-        self.address = match[1]
-
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-        try:
-            said, errors = self._process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-        return self._process.returncode, said, errors
-
-    def kill(self) -> tuple[str, str]:
-        self._process.kill()
-        return self._process.communicate()
-
-
-@contextmanager
-def serving(*words: str, **variables: str) -> Iterator[Served]:
-    served = Served(*words, **variables)
-    try:
-        yield served
-    finally:
-        served.kill()
 
 
 def join(address: str, security: ClientSecurity, worker: str) -> grpc.StatusCode:
