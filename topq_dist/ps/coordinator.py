@@ -67,6 +67,7 @@ class Coordinator:
         self._changed = threading.Condition()
         self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
         self._refused: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._bytes: Counter[str] = Counter()
         self._draining = False
         # -1: not even the initial model
@@ -268,8 +269,8 @@ class Coordinator:
                 member.received_bytes += received_bytes
 
     def count_refused(self, reason: str) -> None:
-        """Count a refused call."""
-        with self._changed:
+        """Count a refused call; never waits for a version in the making."""
+        with self._counting:
             self._refused[reason] += 1
 
     # everything else that workers ask for
@@ -325,7 +326,8 @@ class Coordinator:
             now_s = self._clock()
             state = self._state
             point = START if state is None else state.point
-            refused = dict(self._refused)
+            with self._counting:
+                refused = dict(self._refused)
             if self._pushes is not None and self._pushes.stale_count:
                 refused["stale"] = self._pushes.stale_count
             return Status(

@@ -196,6 +196,12 @@ class NotReadyError(RefusedError):
     reason = "not_ready"
 
 
+class BusyError(NotReadyError):
+    """More calls at a time than one worker may have: try again."""
+
+    reason = "too_many_calls"
+
+
 def check_worker_name(worker: str) -> str:
     """Return `worker` where it can name one; raises InvalidError."""
     if not isinstance(worker, str) or not _WORKER_NAME.fullmatch(worker):

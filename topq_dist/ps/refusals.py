@@ -21,6 +21,7 @@ _STATUS = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
     "non_finite": grpc.StatusCode.INVALID_ARGUMENT,
     "too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "too_many_calls": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "too_many_workers": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "not_ready": grpc.StatusCode.UNAVAILABLE,
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.coordinator import Coordinator
+from topq_dist.ps.gate import Gate
 from topq_dist.ps.security import Address, ServerSecurity
 from topq_dist.ps.service import ParameterServerService
 from topq_dist.ps.snapshot import StateDir
@@ -45,6 +46,14 @@ def server_options() -> list[tuple[str, Any]]:
     ]
 
 
+class _Health(health.HealthServicer):  # type: ignore[misc]
+    """Answers whoever asks, but tells nobody of changes: a stranger's call would last."""
+
+    def Watch(self, request: Any, context: grpc.ServicerContext, *_: Any) -> None:  # noqa: N802
+        """Say that this is not done; a client then takes the server for healthy."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Watch: ask Check now and then instead")
+
+
 class ParameterServer:
     """A server that listens as soon as it is made; `stop` ends it in good order.
 
@@ -69,18 +78,22 @@ class ParameterServer:
         authenticator = security.authenticator()
         self._state_dir = StateDir(state_dir)
         self._coordinator: Coordinator | None = None
+        self._gate: Gate | None = None
         try:
             self._coordinator = Coordinator(training, serving, self._state_dir)
+            self._gate = Gate(
+                authenticator=authenticator, count_refused=self._coordinator.count_refused
+            )
             calls = 2 * serving.max_workers + _SPARE_CALLS
             self._server = grpc.server(
                 futures.ThreadPoolExecutor(calls, thread_name_prefix="call"),
                 options=server_options(),
                 maximum_concurrent_rpcs=calls,
-                interceptors=list(interceptors),
+                interceptors=[*interceptors, self._gate],
             )
             service = ParameterServerService(self._coordinator, authenticator=authenticator)
             pb_grpc.add_ParameterServerServicer_to_server(service, self._server)
-            self._health = health.HealthServicer()
+            self._health = _Health()
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
@@ -89,7 +102,7 @@ class ParameterServer:
         except BaseException:
             if self._coordinator is not None:
                 self._coordinator.drain()
-            self._state_dir.close()
+            self._close()
             raise
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -107,7 +120,12 @@ class ParameterServer:
             self.coordinator.drain()
         finally:
             self._server.stop(_GRACE_S).wait()
-            self._state_dir.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+        self._state_dir.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for service in ("", SERVICE_NAME):

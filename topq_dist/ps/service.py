@@ -7,19 +7,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Protocol
 
 import grpc
 
 from topq_dist.ps.calls import Caller, JoinCall
 from topq_dist.ps.coordinator import Coordinator
+from topq_dist.ps.gate import Authenticates
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.pending import Ticket
-from topq_dist.ps.protocol import Answer, InvalidError, RefusedError, check_worker_name
-from topq_dist.ps.refusals import REASON_KEY, status_of
+from topq_dist.ps.protocol import Answer, InvalidError, check_worker_name
 from topq_dist.ps.wire import (
     Receiver,
     answer_to_wire,
@@ -42,15 +41,11 @@ _SIGN_OF_LIFE_S = 5.0
 _CALLS_OF_A_WORKER = 2
 
 
-class Authenticates(Protocol):
-    """Says whether a call may speak in a worker's name."""
-
-    def check(self, metadata: Iterable[tuple[str, str | bytes]], worker: str | None) -> None:
-        """Raise RefusedError unless it may; None stands for no worker in particular."""
-
-
 class ParameterServerService(pb_grpc.ParameterServerServicer):
-    """Serves one coordinator. authenticator: None lets everybody speak in every worker's name."""
+    """Serves one coordinator; RefusedError is for the gate before it to report.
+
+    authenticator: None lets everybody speak in every worker's name.
+    """
 
     def __init__(
         self, coordinator: Coordinator, *, authenticator: Authenticates | None = None
@@ -63,134 +58,125 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         """Take a worker in."""
-        with self._refusals(context):
-            self._authenticate(context, request.worker)
-            call = JoinCall(
-                run=request.run,
-                worker=request.worker,
-                instance=request.instance,
-                epoch=request.epoch,
-                next_sequence=request.next_sequence,
-                held=point_from_wire(request.point) if request.HasField("point") else None,
-                first_kept=request.first_kept,
-                spec=spec_from_wire(request.model),
-            )
-            joined = self._coordinator.join(call)
-            training = self._coordinator.training
-            caller = joined.caller
-            return pb.JoinResponse(
-                id=pb.WorkerId(run=caller.run, worker=caller.worker, epoch=caller.epoch),
-                next_sequence=joined.next_sequence,
-                point=point_to_wire(joined.point),
-                durable_version=joined.durable_version,
-                upload=joined.upload,
-                groups=groups_to_wire(joined.groups),
-                mode=training.mode,
-                downlink=training.downlink,
-                lease_s=self._coordinator.serving.lease_s,
-                max_push_bytes=call.spec.max_frame_bytes,
-            )
+        self._authenticate(context, request.worker)
+        call = JoinCall(
+            run=request.run,
+            worker=request.worker,
+            instance=request.instance,
+            epoch=request.epoch,
+            next_sequence=request.next_sequence,
+            held=point_from_wire(request.point) if request.HasField("point") else None,
+            first_kept=request.first_kept,
+            spec=spec_from_wire(request.model),
+        )
+        joined = self._coordinator.join(call)
+        training = self._coordinator.training
+        caller = joined.caller
+        return pb.JoinResponse(
+            id=pb.WorkerId(run=caller.run, worker=caller.worker, epoch=caller.epoch),
+            next_sequence=joined.next_sequence,
+            point=point_to_wire(joined.point),
+            durable_version=joined.durable_version,
+            upload=joined.upload,
+            groups=groups_to_wire(joined.groups),
+            mode=training.mode,
+            downlink=training.downlink,
+            lease_s=self._coordinator.serving.lease_s,
+            max_push_bytes=call.spec.max_frame_bytes,
+        )
 
     def Upload(
         self, request_iterator: Iterator[pb.UploadRequest], context: grpc.ServicerContext
     ) -> pb.UploadResponse:
         """Take the initial model in."""
-        with self._refusals(context):
-            first = next(request_iterator, None)
-            if first is None or first.WhichOneof("part") != "id":
-                raise InvalidError("an upload begins without saying who sends it")
-            caller = self._caller(context, first.id)
-            spec = self._coordinator.upload_spec(caller)
-            if spec is not None:
-                receiver = Receiver(
-                    [vector.raw_bytes for vector in spec.vectors],
-                    limit_bytes=self._coordinator.serving.max_model_bytes,
-                    what=f"the model that {caller.worker!r} uploads",
-                )
-                with self._models.of(caller.worker, context):
-                    for request in request_iterator:
-                        self._coordinator.hear(caller.worker)
-                        receiver.take(request.chunk)
-                    self._coordinator.upload(caller, receiver.parts())
-            return pb.UploadResponse()
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "id":
+            raise InvalidError("an upload begins without saying who sends it")
+        caller = self._caller(context, first.id)
+        spec = self._coordinator.upload_spec(caller)
+        if spec is not None:
+            receiver = Receiver(
+                [vector.raw_bytes for vector in spec.vectors],
+                limit_bytes=self._coordinator.serving.max_model_bytes,
+                what=f"the model that {caller.worker!r} uploads",
+            )
+            with self._models.of(caller.worker, context):
+                for request in request_iterator:
+                    self._coordinator.hear(caller.worker)
+                    receiver.take(request.chunk)
+                self._coordinator.upload(caller, receiver.parts())
+        return pb.UploadResponse()
 
     def Step(
         self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StepResponse]:
         """Take a push in, wait until it is decided, and answer."""
-        with self._refusals(context):
-            first = next(request_iterator, None)
-            if first is None or first.WhichOneof("part") != "header":
-                raise InvalidError("a step begins without its header")
-            header = first.header
-            caller = self._caller(context, header.id)
-            spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
-            with self._steps.of(caller.worker, context):
-                ticket = self._take_push(header, request_iterator, spec)
-                context.add_callback(self._coordinator.wake)
-                silent_s = 0.0
-                while True:
-                    answer = self._coordinator.wait(
-                        ticket, self._look_s, is_active=context.is_active
-                    )
-                    if isinstance(answer, Answer):
-                        break
-                    if not context.is_active():
-                        return
-                    silent_s += self._look_s
-                    if silent_s >= _SIGN_OF_LIFE_S:
-                        silent_s = 0.0
-                        yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
-                yield from answer_to_wire(answer)
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidError("a step begins without its header")
+        header = first.header
+        caller = self._caller(context, header.id)
+        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        with self._steps.of(caller.worker, context):
+            ticket = self._take_push(header, request_iterator, spec)
+            context.add_callback(self._coordinator.wake)
+            silent_s = 0.0
+            while True:
+                answer = self._coordinator.wait(ticket, self._look_s, is_active=context.is_active)
+                if isinstance(answer, Answer):
+                    break
+                if not context.is_active():
+                    return
+                silent_s += self._look_s
+                if silent_s >= _SIGN_OF_LIFE_S:
+                    silent_s = 0.0
+                    yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
+            yield from answer_to_wire(answer)
 
     def Fetch(
         self, request: pb.FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.FetchResponse]:
         """Bring the whole model."""
-        with self._refusals(context):
-            caller = self._caller(context, request.id)
-            if request.which not in (
-                pb.FetchRequest.WHICH_WORKERS,
-                pb.FetchRequest.WHICH_CENTRAL,
-            ):
-                raise InvalidError(f"which={request.which}: expected WORKERS or CENTRAL")
-            central = request.which == pb.FetchRequest.WHICH_CENTRAL
-            with self._models.of(caller.worker, context):
-                yield from fetch_to_wire(*self._coordinator.fetch(caller, central=central))
+        caller = self._caller(context, request.id)
+        if request.which not in (
+            pb.FetchRequest.WHICH_WORKERS,
+            pb.FetchRequest.WHICH_CENTRAL,
+        ):
+            raise InvalidError(f"which={request.which}: expected WORKERS or CENTRAL")
+        central = request.which == pb.FetchRequest.WHICH_CENTRAL
+        with self._models.of(caller.worker, context):
+            yield from fetch_to_wire(*self._coordinator.fetch(caller, central=central))
 
     def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewResponse:
         """Keep the lease."""
-        with self._refusals(context):
-            caller = self._caller(context, request.id)
-            return pb.RenewResponse(durable_version=self._coordinator.renew(caller))
+        caller = self._caller(context, request.id)
+        return pb.RenewResponse(durable_version=self._coordinator.renew(caller))
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         """Give the worker's place up."""
-        with self._refusals(context):
-            caller = self._caller(context, request.id)
-            return pb.LeaveResponse(point=point_to_wire(self._coordinator.leave(caller)))
+        caller = self._caller(context, request.id)
+        return pb.LeaveResponse(point=point_to_wire(self._coordinator.leave(caller)))
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         """Say how the run is doing."""
-        with self._refusals(context):
-            self._authenticate(context, None)
-            status = self._coordinator.status(state_sha256=request.state_sha256)
-            training = self._coordinator.training
-            return pb.StatusResponse(
-                run=status.run,
-                point=point_to_wire(status.point),
-                durable_version=status.durable_version,
-                mode=training.mode,
-                downlink=training.downlink,
-                inner_opt=training.inner_opt,
-                numel=status.numel,
-                workers=[pb.WorkerStatus(**asdict(worker)) for worker in status.workers],
-                refused=status.refused,
-                received_bytes=status.received_bytes,
-                sent_bytes=status.sent_bytes,
-                uptime_s=status.uptime_s,
-                state_sha256=status.state_sha256,
-            )
+        self._authenticate(context, None)
+        status = self._coordinator.status(state_sha256=request.state_sha256)
+        training = self._coordinator.training
+        return pb.StatusResponse(
+            run=status.run,
+            point=point_to_wire(status.point),
+            durable_version=status.durable_version,
+            mode=training.mode,
+            downlink=training.downlink,
+            inner_opt=training.inner_opt,
+            numel=status.numel,
+            workers=[pb.WorkerStatus(**asdict(worker)) for worker in status.workers],
+            refused=status.refused,
+            received_bytes=status.received_bytes,
+            sent_bytes=status.sent_bytes,
+            uptime_s=status.uptime_s,
+            state_sha256=status.state_sha256,
+        )
 
     def _take_push(
         self, header: pb.StepHeader, requests: Iterator[pb.StepRequest], spec: ModelSpec
@@ -215,16 +201,6 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             check_worker_name(worker)
         if self._authenticator is not None:
             self._authenticator.check(context.invocation_metadata(), worker)
-
-    @contextmanager
-    def _refusals(self, context: grpc.ServicerContext) -> Iterator[None]:
-        try:
-            yield
-        except RefusedError as error:
-            self._coordinator.count_refused(error.reason)
-            _log.debug("refused: %s", error)
-            context.set_trailing_metadata(((REASON_KEY, error.reason),))
-            context.abort(status_of(error), str(error))
 
 
 class _FewCalls:

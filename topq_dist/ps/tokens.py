@@ -34,8 +34,8 @@ class Authenticator:
     def __init__(self, tokens: Path) -> None:
         self._known = Watched((tokens,), lambda: _read_tokens(tokens))
 
-    def check(self, metadata: Iterable[tuple[str, str | bytes]], worker: str | None) -> None:
-        """Return where `metadata` of a call holds a token of `worker`, or of any for None.
+    def check(self, metadata: Iterable[tuple[str, str | bytes]], worker: str | None) -> str:
+        """Return whose token `metadata` of a call holds: that of `worker`, or of any for None.
 
         Raises UnauthenticatedError for no token or an unknown one, WrongTokenError for another
         worker's.
@@ -57,6 +57,7 @@ class Authenticator:
             raise UnauthenticatedError("unknown token: the server's tokens file does not hold it")
         if worker is not None and not hmac.compare_digest(holder.encode(), worker.encode()):
             raise WrongTokenError(f"worker={worker!r}: the token that was given is of {holder!r}")
+        return holder
 
 
 def check_token(token: str) -> str:
