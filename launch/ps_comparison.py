@@ -37,16 +37,17 @@ def check_workers(options: Comparison, model: nn.Module) -> Training:
     if training.checkpoint is None:
         return training
     folders = {name: checkpoint_folder(training.checkpoint, "ps", name) for name in workers}
-    server = server_folder(training.checkpoint)
-    if server.exists() and not training.resume:
-        raise CheckpointError(
-            f"{server} is there already: expected --resume to go on from it, or another folder"
-        )
     newest = {name: latest(folder) for name, folder in folders.items()}
     lacking = [folders[name] for name, path in newest.items() if path is None]
-    if training.resume and lacking:
+    server = server_folder(training.checkpoint)
+    if len(lacking) == len(workers) and server.exists():
+        raise CheckpointError(
+            f"{server} is there without a checkpoint of any worker: "
+            f"remove {server.parent} to begin anew, or give another folder"
+        )
+    if lacking:
         if any(path is not None and step_of(path) > 0 for path in newest.values()):
-            raise CheckpointError(f"--resume: expected a checkpoint in {lacking[0]}")
+            raise CheckpointError(f"expected a checkpoint in {lacking[0]}, as the others have")
         # a worker has a checkpoint before it pushes: nothing was trained yet
         return replace(training, resume=False)
     config = run_config(training, "ps", options.ranks, model)

@@ -2,17 +2,20 @@
 
 import shlex
 import shutil
+import socket
 from pathlib import Path
 
 import checkpoint
 import compare
+import ps_run
 import pytest
 import torchrun
 from data import load_data
 from ddp_run import OWN_KEYS, SHARED_KEYS
 from models import build_model
 from options import Comparison, Mode, parse_comparison
-from resume import checkpoint_folder, run_config
+from ps_comparison import check_workers
+from resume import checkpoint_folder, run_config, server_folder
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,19 @@ def write_checkpoint(comparison: Comparison, mode: Mode, step: int = 5) -> None:
     (saved,) = folder.glob(f"step-*{step}")
     for rank in range(1, comparison.ranks):
         shutil.copy(saved / "rank-0.pt", saved / f"rank-{rank}.pt")
+
+
+def write_workers(comparison: Comparison, steps: list[int | None], own: set[str]) -> None:
+    """Write what workers of a server leave behind, whose newest checkpoints are of these steps."""
+    training = comparison.training
+    assert training.checkpoint is not None
+    config = run_config(training, "ps", comparison.ranks, build_model(load_data("digits", None)))
+    server_folder(training.checkpoint).mkdir(parents=True)
+    for rank, step in enumerate(steps):
+        if step is not None:
+            folder = checkpoint_folder(training.checkpoint, "ps", f"worker-{rank}")
+            shared = dict.fromkeys(ps_run.SHARED_KEYS)
+            checkpoint.save(folder, step, config=config, shared=shared, own=dict.fromkeys(own))
 
 
 def refusal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
@@ -144,3 +160,50 @@ def test_a_rank_whose_file_is_broken_is_named(
     (broken,) = (tmp_path / "ck" / "dense").glob("step-*/rank-1.pt")
     broken.write_bytes(broken.read_bytes()[:40])
     assert "rank-1.pt" in refusal(comparison, capsys)
+
+
+@pytest.mark.parametrize(("steps", "resumed"), [([5, 10], True), ([0, None], False)])
+def test_workers_resume_once_all_could_have_pushed(
+    tmp_path: Path, steps: list[int | None], resumed: bool
+) -> None:
+    comparison = options(tmp_path, "--mode ps --topq-only --resume --steps 20")
+    write_workers(comparison, steps, set(ps_run.OWN_KEYS))
+    model = build_model(load_data("digits", None))
+    assert check_workers(comparison, model).resume is resumed
+
+
+@pytest.mark.parametrize(
+    ("line", "steps", "message"),
+    [
+        ("", [5, 5], "worker-0/step-00000005 is there already"),
+        ("", [None, None], "ps/server is there without a checkpoint of any worker"),
+        ("--resume", [5, None], "expected a checkpoint in"),
+        ("--resume --seed 1", [5, 5], "seed 0, here 1"),
+        ("--resume --steps 4", [5, 5], "past --steps 4"),
+    ],
+)
+def test_checkpoints_of_workers_that_do_not_fit(
+    tmp_path: Path,
+    line: str,
+    steps: list[int | None],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_workers(options(tmp_path, "--mode ps"), steps, set(ps_run.OWN_KEYS))
+    assert message in refusal(options(tmp_path, f"--mode ps --topq-only {line}"), capsys)
+
+
+def test_a_workers_checkpoint_without_its_optimizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_workers(options(tmp_path, "--mode ps"), [5, 5], {"generator"})
+    message = refusal(options(tmp_path, "--mode ps --topq-only --resume"), capsys)
+    assert "rank-0.pt lacks optimizer" in message
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        comparison = options(tmp_path, f"--mode ps --server 127.0.0.1:{port}")
+        assert f"--server 127.0.0.1:{port}" in refusal(comparison, capsys)

@@ -1,73 +1,19 @@
 """The main job end to end: real torchrun, real ranks, real kills."""
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import checkpoint
 import pytest
+from train_jobs import finish, processes_with, ranks_below, results, start, wait_for
 
 pytestmark = pytest.mark.gloo
 
-COMPARE = Path(__file__).resolve().parents[2] / "launch" / "compare.py"
-DEADLINE_S = 100.0
 STEPS = 160
 # a mode's result, but for what a clock said
 EXACT = ("parameters_sha256", "losses", "dense_bytes", "test_loss", "test_accuracy")
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start compare.py as the leader of a process group of its own, as a shell would."""
-    return subprocess.Popen(
-        [sys.executable, str(COMPARE), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Return (exit code, stdout, stderr) once the process has ended."""
-    out, err = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, out, err
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Return as soon as `path` is there; fail where the process ends before."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-def processes_with(text: str) -> list[int]:
-    """Return the ids of the live processes whose command line holds `text`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                found.append(int(folder.name))
-    return found
-
-
-def ranks_below(process: subprocess.Popen[str]) -> list[int]:
-    """Return the process ids of the ranks, in the order of their start."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return sorted(int(pid) for file in children for pid in file.read_text().split())
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the result of each mode that the JSON files in `out` hold."""
-    read = [json.loads(path.read_bytes()) for path in sorted(out.glob("*.json"))]
-    return {result["mode"]: result for result in read}
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """The command lines: what they default to, hand on, and refuse."""
 
+import os
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from optimizers import OPTIMIZERS
 from options import RECIPES, parse_comparison, parse_rank
+from worker_options import parse_worker
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,17 @@ from options import RECIPES, parse_comparison, parse_rank
         ("--dense-only --q 0.5", ["--q 0.5", "without top-Q"]),
         ("--data-dir d", ["--data-dir d", "digits", "no --data-dir"]),
         ("--stepss 4", ["--stepss 4"]),
+        ("--mode grpc", ["--mode", "'grpc'", "ddp", "ps"]),
+        ("--mode ps --dense-only", ["--dense-only", "--mode ps", "one of them"]),
+        ("--server h:1", ["--server h:1", "without --mode ps"]),
+        ("--downlink exact", ["--downlink exact", "without --mode ps"]),
+        ("--mode ps --downlink some", ["--downlink", "'some'", "exact", "topq", "dense"]),
+        ("--mode ps --downlink-q 2", ["--downlink-q", "'2'", "a number in [0, 1]"]),
+        ("--mode ps --downlink exact --downlink-q 0.9", ["--downlink-q 0.9", "exact", "topq"]),
+        ("--mode ps --server h:1 --downlink exact", ["--downlink exact", "with --server"]),
+        ("--mode ps --tls-ca f", ["--tls-ca f", "without --server"]),
+        ("--mode ps --server h:1 --tls-ca f --tls-cert c", ["--tls-cert", "--tls-key", "both"]),
+        ("--mode ps --server h:1 --tls-cert c --tls-key k", ["--tls-cert c", "--tls-ca", "both"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
@@ -93,6 +107,71 @@ def test_dense_ranks_get_no_q() -> None:
     rank = parse_rank(training.arguments("dense"))
     assert rank.mode == "dense"
     assert rank.training.steps == 3
+
+
+SERVER = {"TOPQ_SERVER": "a:1, b:2", "RANK": "1", "WORLD_SIZE": "3"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without what a worker reads from it."""
+    for name in [name for name in os.environ if name.startswith("TOPQ_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_worker_is_told_by_its_environment(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**SERVER, "TOPQ_TOKEN_FILE": "{worker}.token"}.items():
+        environment.setenv(name, value)
+    worker = parse_worker([])
+    assert (worker.rank, worker.ranks, worker.name) == (1, 3, "worker-1")
+    assert worker.connection.servers == ("a:1", "b:2")
+    assert worker.connection.file("token_file", worker.name) == Path("worker-1.token")
+    assert worker.connection.file("tls_ca", worker.name) is None
+    told = parse_worker(shlex.split("--server c:3 --rank 0 --worker w --token-file t"))
+    assert (told.rank, told.name, told.connection.servers) == (0, "w", ("c:3",))
+    assert told.connection.token_file == "t"  # noqa: S105 - a file's name
+
+
+def test_the_workers_get_the_options_of_the_comparison(environment: pytest.MonkeyPatch) -> None:
+    line = "--mode ps --q 0.9 --server a:1 --server b:2 --tls-ca c --tls-cert d --tls-key e"
+    comparison = parse_comparison(shlex.split(line + " --checkpoint f --resume"))
+    assert comparison.modes == ("dense", "ps")
+    assert comparison.connection is not None
+    environment.setenv("RANK", "0")
+    environment.setenv("WORLD_SIZE", "2")
+    words = [*comparison.training.arguments("ps"), *comparison.connection.arguments()]
+    worker = parse_worker(words)
+    assert worker.training == comparison.training
+    assert worker.connection == comparison.connection
+    assert worker.mode == "ps"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--rank 0 --ranks 1", ["--server", "HOST:PORT"]),
+        ("--server a:1 --ranks 2", ["--rank", "RANK"]),
+        ("--server a:1 --rank 0", ["--ranks", "WORLD_SIZE"]),
+        ("--server a:1 --rank 2 --ranks 2", ["--rank 2", "--ranks 2", "smaller"]),
+        ("--server a:1 --rank=-1 --ranks 2", ["--rank", "'-1'", "at least 0"]),
+    ],
+)
+def test_a_worker_that_knows_too_little_says_so_in_one_line(
+    line: str,
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
+    environment: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_worker(shlex.split(line))
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for part in expected:
+        assert part in message
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
