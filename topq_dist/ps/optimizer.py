@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.density import Scope, check_scope
 from topq_dist.ps.arguments import checked_worker, trainable
 from topq_dist.ps.client import ServerClient
@@ -149,6 +149,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         and RefusedError, after which step() finishes what it began.
         """
         loss = None
+        left_out: list[Compressed] = []
         if self._open:
             _log.warning("finishing the step that was broken off, with its own gradient")
             self._take_up()
@@ -156,17 +157,24 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._begin()
+            left_out = self._begin()
+
+        def owe_the_rest() -> None:
+            for compressed in left_out:
+                compressed.commit()
+
         with self._meter.timed("wait_s"):
             try:
-                self._at_all(ServerClient.finish)
+                # while the frames travel
+                self._at_all(ServerClient.finish, meanwhile=owe_the_rest)
             finally:
                 self._absorb()
         self._open = False
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
         return loss
 
-    def _begin(self) -> None:
+    def _begin(self) -> list[Compressed]:
+        """Make the next push for each server; return what is to be committed."""
         rates = self._groups.rates(self.param_groups)
         elsewhere = self._take_up()
         found_inf = getattr(self, "found_inf", None)
@@ -180,19 +188,24 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 else shard.compress(q=self._q, scope=self._scope, scale=scale)
                 for shard in self._shards
             ]
-            # only now: an error above leaves no server with a push that the others lack
-            for compressed in made:
-                for part in compressed:
-                    part.commit()
+        # only now: an error above leaves no server with a push that the others lack
         for client, compressed, lr in zip(self._clients, made, rates, strict=True):
             client.begin(frames_of(compressed), lr)
         self._open = True
+        return [part for compressed in made for part in compressed]
 
-    def _at_all(self, call: Callable[[ServerClient], Any]) -> list[Any]:
+    def _at_all(
+        self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
         """Call at all servers at once; raises the first error once all are done."""
-        if len(self._clients) == 1:
+        if len(self._clients) == 1 and meanwhile is None:
             return [call(self._clients[0])]
         calls = [self._threads.submit(call, client) for client in self._clients]
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            wait(calls)
         errors = [error for made in calls if (error := made.exception()) is not None]
         for other in errors[1:]:
             errors[0].add_note(f"and {other}")
