@@ -1,9 +1,10 @@
-"""How a worker of a parameter server ends: in one line where it must, and with its launcher."""
+"""How a worker of a parameter server ends: in one line where it must, at once when told to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -30,7 +31,10 @@ def one_line_errors(program: str, worker: str) -> Iterator[None]:
         sys.exit(2 if isinstance(error, ServerUnfitError) else 1)
 
 
-def end_with_torchrun() -> None:
-    """Have the kernel end this process with the torchrun that started it, where one has."""
+def end_when_told() -> None:
+    """Have this process end on SIGTERM, and with the torchrun that started it, where one has."""
+    if os.getpid() == 1:
+        # in a container: the kernel keeps a signal from process 1 that it has no handler for
+        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from data import load_data
 from models import build_model, cross_entropy
-from ps_endings import end_with_torchrun, one_line_errors
+from ps_endings import end_when_told, one_line_errors
 from ps_run import PsRun
 from running_server import client_security
 from worker_options import Worker, parse_worker
@@ -48,7 +48,7 @@ def main(options: Worker) -> None:
 
 
 if __name__ == "__main__":
-    end_with_torchrun()
+    end_when_told()
     options = parse_worker()
     with one_line_errors("ps_worker.py", options.name):
         main(options)
