@@ -6,13 +6,17 @@ from connection import Connection, ServerUnfitError
 from options import Training
 
 from topq_dist.ps.asking import NoAnswerError, ask_status
+from topq_dist.ps.protocol import RefusedError, check_worker_name
 from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
 
 ASK_S = 10.0
 
 
 def client_security(connection: Connection, worker: str) -> ClientSecurity:
-    """Return how `worker` shows itself to the servers; raises ServerUnfitError."""
+    """Return how `worker` shows itself to the servers.
+
+    Raises ServerUnfitError for a worker's name, an address or files that cannot be.
+    """
     ca, token = connection.file("tls_ca", worker), connection.file("token_file", worker)
     try:
         tls = None
@@ -22,9 +26,14 @@ def client_security(connection: Connection, worker: str) -> ClientSecurity:
                 certificate=connection.file("tls_cert", worker),
                 key=connection.file("tls_key", worker),
             )
-        return ClientSecurity(tls=tls, token=None if token is None else read_token(token))
-    except ValueError as error:
+            tls.credentials()
+        security = ClientSecurity(tls=tls, token=None if token is None else read_token(token))
+        check_worker_name(worker)
+        for server in connection.servers:
+            security.check(server)
+    except (RefusedError, ValueError) as error:
         raise ServerUnfitError(str(error)) from error
+    return security
 
 
 def check_servers(connection: Connection, worker: str, training: Training) -> None:
@@ -33,7 +42,7 @@ def check_servers(connection: Connection, worker: str, training: Training) -> No
     for server in connection.servers:
         try:
             status = ask_status(server, security, timeout_s=ASK_S)
-        except (NoAnswerError, ValueError) as error:
+        except NoAnswerError as error:
             raise ServerUnfitError(f"--server {server}: {error}") from error
         if status.inner_opt.lower() != training.inner_opt:
             raise ServerUnfitError(

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import checkpoint
 import pytest
+from connection import ServerUnfitError
+from running_server import client_security
 from train_jobs import finish, processes_with, results, start, wait_for
+from worker_options import parse_worker
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 STEPS = 60
@@ -174,3 +177,18 @@ def worker(rank: int, address: str, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--server", "nonsense"], "address='nonsense': expected HOST:PORT"),
+        (["--server", "a:1", "--tls-ca", "absent"], "ca='absent': No such file"),
+        (["--server", "a:1", "--token-file", "absent"], "token_file='absent': No such file"),
+        (["--server", "a:1", "--worker", "b c"], "worker='b c': expected 1 to 64 letters"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: list[str], complaint: str) -> None:
+    told = parse_worker([*arguments, "--rank", "0", "--ranks", "1"])
+    with pytest.raises(ServerUnfitError, match=re.escape(complaint)):
+        client_security(told.connection, told.name)
