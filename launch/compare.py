@@ -98,7 +98,7 @@ def check(options: Comparison) -> dict[Mode, Training]:
         f"{data.name}: {len(data.train_inputs):,} training and {len(data.test_inputs):,} test "
         f"samples; {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{options.ranks} ranks of {training.batch_size} samples; {training.inner_opt}, "
-        f"lr {training.lr:g}; {training.steps} steps; seed {training.seed}"
+        f"lr {training.lr:g} {training.lr_schedule}; {training.steps} steps; seed {training.seed}"
         + (f"; q {training.q:g}" if options.modes != ("dense",) else "")
         + _server_words(options),
         flush=True,

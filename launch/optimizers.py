@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from options import Training
 
 # a closure, sparse gradients, matrices only: not what a plain loop over any model has to offer
 _UNFIT = {"LBFGS", "SparseAdam", "Muon"}
@@ -23,3 +24,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def default_lr(name: str) -> float:
     """Return torch's own default learning rate of OPTIMIZERS[name]."""
     return float(inspect.signature(OPTIMIZERS[name]).parameters["lr"].default)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
+    """Give all parameter groups the learning rate of `step`, where the schedule changes it."""
+    if training.lr_schedule != "constant":
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr_at(step)

@@ -35,12 +35,6 @@ class PsRun(Run):
     ) -> None:
         training = options.training
         check_servers(options.connection, options.name, training)
-        rates = {group["lr"] for group in optimizer.param_groups}
-        if training.lr not in rates:
-            raise ServerUnfitError(
-                f"--lr {training.lr:g}: the server has "
-                f"{', '.join(f'{rate:g}' for rate in sorted(rates))}: expected the same"
-            )
         folder = training.checkpoint and checkpoint_folder(training.checkpoint, "ps", options.name)
         super().__init__(
             options,
@@ -55,7 +49,19 @@ class PsRun(Run):
         self._name = options.name
         if self._start is not None:
             self._resume(self._start)
-        elif self._folder is not None:
+            return
+        # only at the beginning: later, a schedule of the workers may have changed it
+        rates = {group["lr"] for group in optimizer.param_groups}
+        # a schedule gives all groups the same
+        fits = (
+            training.lr in rates if training.lr_schedule == "constant" else rates == {training.lr}
+        )
+        if not fits:
+            raise ServerUnfitError(
+                f"--lr {training.lr:g}: the server has "
+                f"{', '.join(f'{rate:g}' for rate in sorted(rates))}: expected the same"
+            )
+        if self._folder is not None:
             # before the first push: a worker without a checkpoint has pushed nothing
             self._save(self._folder, 0)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from data import load_data
 from models import build_model, cross_entropy
+from optimizers import set_lr
 from ps_endings import end_when_told, one_line_errors
 from ps_run import PsRun
 from running_server import client_security
@@ -39,6 +40,7 @@ def main(options: Worker) -> None:
     run = PsRun(options, data, model, optimizer)
     for step in run.steps():
         inputs, targets = run.batch(step)
+        set_lr(optimizer, training, step)
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -23,6 +23,9 @@ def run_config(training: Training, mode: Mode, ranks: int, model: nn.Module) -> 
         "seed": training.seed,
         "model": {name: list(value.shape) for name, value in model.state_dict().items()},
     }
+    if training.lr_schedule == "linear":
+        # another number of steps is another learning rate in each
+        config |= {"learning rate schedule": "linear", "steps": training.steps}
     if mode == "dense":
         del config["q"]
     return config

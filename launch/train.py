@@ -15,7 +15,7 @@ from data import load_data
 from ddp_run import DdpRun
 from endings import leave, one_line_errors
 from models import build_model, cross_entropy
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, set_lr
 from options import Rank, parse_rank
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +37,7 @@ def main(options: Rank) -> None:
     run = DdpRun(options, data, model, optimizer, state)
     for step in run.steps():
         inputs, targets = run.batch(step)
+        set_lr(optimizer, training, step)
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -128,6 +128,7 @@ def test_a_checkpoint_without_resume(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("--q 0.5", "q 0.99, here 0.5"),
         ("--inner-opt adam --lr 0.1", "inner optimizer sgd, here adam"),
         ("--seed 1", "seed 0, here 1"),
+        ("--lr-schedule linear", "learning rate schedule unknown, here linear"),
         ("--batch-size 16", "batch size 32, here 16"),
         ("--steps 4", "past --steps 4: expected at least 5"),
     ],

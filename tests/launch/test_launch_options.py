@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, set_lr
 from options import RECIPES, parse_comparison, parse_rank
 from worker_options import parse_worker
 
@@ -75,6 +75,7 @@ def test_defaults_are_the_recipe_of_the_data_set(data: str) -> None:
     comparison = parse_comparison(["--data", data])
     training, recipe = comparison.training, RECIPES[data]
     assert (training.inner_opt, training.lr) == (recipe.inner_opt, recipe.lr)
+    assert training.lr_schedule == recipe.lr_schedule
     assert (training.steps, training.batch_size) == (recipe.steps, recipe.batch_size)
     assert (training.q, training.seed, comparison.ranks) == (0.99, 0, 2)
     assert comparison.modes == ("dense", "topq")
@@ -91,6 +92,7 @@ def test_another_optimizer_gets_a_learning_rate_that_fits_it() -> None:
     [
         "",
         "--q 0.1 --lr 3e-7 --inner-opt adamw",
+        "--lr-schedule linear --lr 0.2",
         "--data shakespeare --data-dir 'a b' --steps 3 --batch-size 5 --seed 9",
         "--checkpoint c --checkpoint-every 4 --resume",
     ],
@@ -100,6 +102,23 @@ def test_the_ranks_get_the_options_of_the_comparison(line: str) -> None:
     rank = parse_rank(training.arguments("topq"))
     assert rank.training == training
     assert rank.mode == "topq"
+
+
+def test_a_linear_schedule_goes_down_to_zero() -> None:
+    training = parse_comparison(shlex.split("--lr 0.4 --lr-schedule linear --steps 4")).training
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    rates = []
+    for step in range(4):
+        set_lr(optimizer, training, step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_constant_schedule_leaves_groups_alone() -> None:
+    training = parse_comparison(shlex.split("--lr 0.4 --lr-schedule constant")).training
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 0.7}], lr=0.4)
+    set_lr(optimizer, training, 5)
+    assert optimizer.param_groups[0]["lr"] == 0.7
 
 
 def test_dense_ranks_get_no_q() -> None:

@@ -18,13 +18,15 @@ from worker_options import parse_worker
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 STEPS = 60
 EVERY = 20
+# workers that drive the learning rate have more to remember
+SCHEDULE = ("--lr-schedule", "linear")
 # a run's result, but for what a clock said, and for what was sent twice
 EXACT = ("parameters_sha256", "losses", "test_loss", "test_accuracy")
 
 
 def mode_ps(out: Path, *arguments: object) -> list[object]:
     """Return arguments of compare.py for the server alone."""
-    return ["--mode", "ps", "--topq-only", "--steps", STEPS, "--out", out, *arguments]
+    return ["--mode", "ps", "--topq-only", *SCHEDULE, "--steps", STEPS, "--out", out, *arguments]
 
 
 def checkpoints(folder: Path) -> list[object]:
@@ -39,7 +41,7 @@ def worker_folder(folder: Path, rank: int) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     code, said, complaints = finish(
-        start("--mode", "ps", "--steps", STEPS, "--out", out, "--ranks", 2)
+        start("--mode", "ps", *SCHEDULE, "--steps", STEPS, "--out", out)
     )
     assert (code, complaints) == (0, "")
     (out / "said.txt").write_text(said)
@@ -167,11 +169,11 @@ def test_uses_a_running_server_by_workers_alone(undisturbed: Path, tmp_path: Pat
             process.communicate()
 
 
-def worker(rank: int, address: str, *arguments: str) -> subprocess.Popen[str]:
+def worker(rank: int, address: str) -> subprocess.Popen[str]:
     """Start one worker alone."""
     told = {"TOPQ_SERVER": address, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(LAUNCH / "ps_worker.py"), "--steps", str(STEPS), *arguments],
+        [sys.executable, str(LAUNCH / "ps_worker.py"), "--steps", str(STEPS), *SCHEDULE],
         env={**os.environ, **told},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
