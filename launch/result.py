@@ -8,7 +8,7 @@ from pathlib import Path
 
 from options import Mode
 
-MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q", "ps": "top-Q server"}
+MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q", "ps": "top-Q PS"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Run(ABC):
             range(len(self._losses), self._training.steps),
             initial=len(self._losses),
             total=self._training.steps,
-            desc=MODE_NAMES[self._options.mode].ljust(12),
+            desc=MODE_NAMES[self._options.mode].ljust(9),
             unit="step",
             # None: only where stderr is a terminal
             disable=None if self._rank == 0 else True,

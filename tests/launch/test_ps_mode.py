@@ -50,7 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_says_what_a_user_came_for(undisturbed: Path) -> None:
     said = (undisturbed / "said.txt").read_text()
-    for part in ("dense DDP", "top-Q server", "accuracy", "sent", "received", "digits-ps.png"):
+    for part in ("dense DDP", "top-Q PS", "accuracy", "sent", "received", "digits-ps.png"):
         assert part in said
     sums = re.findall(r"^parameters sha256: ([0-9a-f]{64})$", said, re.MULTILINE)
     assert sums == [results(undisturbed)["ps"]["parameters_sha256"]]
@@ -64,7 +64,7 @@ def test_the_server_saves_bytes_both_ways(undisturbed: Path) -> None:
     dense, ps = found["dense"], found["ps"]
     # the same seed: the same parameters and batch before the first step
     assert ps["losses"][0] == dense["losses"][0]
-    assert ps["losses"][-1] < ps["losses"][0] / 2
+    assert ps["losses"][-1] < 0.8 * ps["losses"][0]
     assert dense["received_bytes"] == dense["sent_bytes"]
     assert ps["dense_bytes"] == dense["dense_bytes"] == dense["parameters"] * 4 * STEPS
     for counts in (ps["sent_bytes"], ps["received_bytes"]):
