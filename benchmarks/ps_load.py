@@ -50,6 +50,7 @@ OUT = Path(__file__).resolve().parents[1] / "runs"
 HOST = "127.0.0.1"
 CALL_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
+CHANNELS = 4
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -134,9 +135,8 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
 class Worker:
     """A place in the run, and one prepared frame that is sent again and again."""
 
-    def __init__(self, address: str, number: int, load: Load) -> None:
-        options = [("grpc.max_receive_message_length", 4 << 20), ("channel", number)]
-        self.stub = ParameterServerStub(grpc.insecure_channel(address, options=options))
+    def __init__(self, channel: grpc.Channel, number: int, load: Load) -> None:
+        self.stub = ParameterServerStub(channel)
         self.name = f"worker-{number:03}"
         generator = torch.Generator().manual_seed(number)
         gradient = torch.randn(load.numel, generator=generator)
@@ -194,7 +194,10 @@ class Worker:
 
 def join(address: str, load: Load, workers: int) -> list[Worker]:
     """Return workers that have joined, the first of them with the model."""
-    crew = [Worker(address, number, load) for number in range(workers)]
+    # gRPC starts a thread for each channel that goes from idle to busy, which 32 workers of one
+    # process would do all the time: a few channels are rarely idle
+    channels = [grpc.insecure_channel(address, options=[("channel", n)]) for n in range(CHANNELS)]
+    crew = [Worker(channels[number % CHANNELS], number, load) for number in range(workers)]
     for worker in crew:
         worker.join()
     return crew

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+ALLGATHER, SPLIT = "topq_allgather", "topq_split"
 LINKS = {"loopback": "loopback speed", "1gbit": "1 Gbit", "100mbit": "100 Mbit"}
 
 
@@ -111,6 +112,103 @@ def optimizer_step() -> str:
     )
 
 
+def engine() -> str:
+    """Return the engine's own figures: speed, size, volume and memory."""
+    lines = [*speed().items(), *size().items(), *volume().items(), *beyond_dense().items()]
+    return markdown(["the engine", "measured"], lines)
+
+
+def speed() -> dict[str, str]:
+    """Return what compress() takes."""
+    return {
+        f"`compress()`, 6.55 M fp32 elements, q = {row['q']}, one thread": (
+            f"{1e3 * statistics.median(row['times_s']):.1f} ms: {row['memcpys']:.1f} memcpys, "
+            f"1/{1 / row['of_topk']:.0f} of `torch.topk`"
+        )
+        for row in results("selection")["rows"]
+        if row["method"] == "compress()" and row["threads"] == 1
+    }
+
+
+def size() -> dict[str, str]:
+    """Return how large a frame is."""
+    return {
+        f"frame of {100 * row['density']:g} % of 25.56 M elements, fp16": (
+            f"{row['frame_bytes'] / 1e6:.3f} MB, {row['times_smaller_than_fp32']:.0f} x smaller; "
+            f"{100 * row['over']:.2f} % over the entropy bound"
+        )
+        for row in results("frame_size")["rows"]
+        if row["value_format"] == "fp16" and row["density"] in (0.01, 0.001)
+    }
+
+
+def volume() -> dict[str, str]:
+    """Return what leaves a rank, by the number of ranks."""
+    sent = {(row["hook"], row["world_size"]): row for row in results("bytes_vs_world")["rows"]}
+    sizes = sorted({size for _, size in sent})
+    frame_bytes = sent[ALLGATHER, 2]["tcp_bytes"]
+    return {
+        f"frames that leave a rank, {title}, W = {', '.join(map(str, sizes))}": ", ".join(
+            f"{sent[hook, size]['tcp_bytes'] / frame_bytes:.2f}" for size in sizes
+        )
+        for hook, title in ((ALLGATHER, "all-gather"), (SPLIT, "split-reduce"))
+    }
+
+
+def beyond_dense() -> dict[str, str]:
+    """Return what memory the hook takes."""
+    found = results("memory")
+    gradient_mb = found["gradient_bytes"] / 1e6
+    return {
+        f"memory beyond a dense step, {row['mode']}": (
+            f"{row['beyond_dense_bytes'] / 1e6:.0f} MB, {gradient_mb:.0f} of it the residual"
+        )
+        for row in found["rows"]
+        if row["mode"] != "dense"
+    }
+
+
+def accuracy_ps() -> str:
+    """Return accuracy and bytes both ways, dense DDP beside the parameter server."""
+    rows = results("accuracy_ps")["rows"]
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        dense, topq = (
+            [row for row in rows if row["data"] == data and (row["mode"] == "dense") == is_dense]
+            for is_dense in (True, False)
+        )
+        gaps = [
+            100 * (two["test_accuracy"] - one["test_accuracy"])
+            for one, two in zip(dense, topq, strict=True)
+        ]
+        lines.append(
+            [
+                data,
+                f"{100 * median(dense, 'test_accuracy'):.2f} %",
+                f"{100 * median(topq, 'test_accuracy'):.2f} %",
+                ", ".join(f"{gap:+.2f}" for gap in gaps),
+                *(
+                    f"**{median(dense, way) / median(topq, way):.0f} x**"
+                    for way in ("sent_bytes", "received_bytes")
+                ),
+            ]
+        )
+    heads = ["data", "dense DDP", "server", "points, seed by seed", "fewer bytes up", "down"]
+    return markdown(heads, lines)
+
+
+def ps_step() -> str:
+    """Return what the exchange through a server adds to a step, by link."""
+    found = results("ps_step")
+    rows, ways = found["rows"], found["ways"]
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    lines = []
+    for way, title in ways.items():
+        shown = {row["link"]: row for row in rows if row["hook"] == way}
+        lines.append([title, *(exchange(shown.get(link)) for link in links)])
+    return markdown(["ms a step, 2 workers", *(LINKS[link] for link in links)], lines)
+
+
 def results(name: str) -> Any:
     """Return what the script of this name has written."""
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -129,8 +227,11 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "accuracy_ps": accuracy_ps,
     "ddp_step": ddp_step,
+    "engine": engine,
     "optimizer_step": optimizer_step,
+    "ps_step": ps_step,
 }
 
 
