@@ -16,8 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def train(
     model = make_model()
     first = 0
     with ParameterServerOptimizer(
-        model.named_parameters(), server, q=0.9, worker=f"worker{worker}", timeout_s=60
+        model.named_parameters(), server, q=0.9, worker=f"worker{worker}", timeout_s=_RUN_S
     ) as optimizer:
         if checkpoint is not None and checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True)
@@ -141,8 +141,8 @@ def train(
 class _Killing:
     """Kills what the plan says, in threads of its own, and starts it again at once.
 
-    Moments are drawn over all steps, and then within the next hundredths of a second; a part of
-    the server's are drawn within the time that it takes to start.
+    Moments are drawn over all steps, and then within the next part of a second; some of the
+    server's are drawn within the time that it takes to start.
     """
 
     def __init__(self, server: TopqServe, folder: Path, plan: Plan) -> None:
@@ -152,7 +152,7 @@ class _Killing:
         self._folder = folder
         self._plan = plan
         self._draws = random.Random(plan.seed)
-        self._reached: Synchronized[int] = FORKED.Value("l", -1)
+        self._reached = -1
         self._errors: list[BaseException] = []
         self._over = threading.Event()
         self._done = threading.Event()
@@ -161,8 +161,7 @@ class _Killing:
 
     def reach(self, step: int) -> None:
         """Note a step of a worker; the last one waits until all has been killed."""
-        with self._reached.get_lock():
-            self._reached.value = max(step, self._reached.value)
+        self._reached = max(step, self._reached)
         if step == self._plan.steps - 1:
             self._done.wait(_RUN_S)
 
@@ -184,7 +183,7 @@ class _Killing:
             self._done.set()
 
     def _await_step(self, step: int) -> None:
-        while self._reached.value < step and not self._over.is_set():
+        while self._reached < step and not self._over.is_set():
             time.sleep(0.001)
 
     def _see_crashes(self) -> None:
@@ -210,7 +209,8 @@ class _Killing:
             else:
                 start_s = max(start_s, self._server.await_listening())
                 self._await_step(step)
-                time.sleep(0.03 * self._draws.random())
+                # workers take up to a second to come back: some find it dead again, some do not
+                time.sleep(self._draws.choice((0.03, 0.6)) * self._draws.random())
                 what = "listening"
             self._server.kill()
             self._count(what)
@@ -219,7 +219,7 @@ class _Killing:
     def _count(self, what: str) -> None:
         self.kills[what] += 1
         if what != "starting":
-            self.lost += max(0, self._reached.value - self._server.durable_version())
+            self.lost += max(0, self._reached - self._server.durable_version())
 
     def worker(self) -> Tensor:
         """Train as worker 0 in processes that are killed; return what the last one held."""
@@ -227,7 +227,8 @@ class _Killing:
         steps = sorted(self._draws.sample(range(1, last), self._plan.worker_kills))
         result = self._folder / "worker0.pt"
         for step in [*steps, self._plan.steps]:
-            mine: Synchronized[int] = FORKED.Value("l", -1)
+            # without a lock, which the killed would keep
+            mine = FORKED.RawValue("l", -1)
             process = FORKED.Process(
                 target=_train_as_process,
                 args=(self._server.address, self._plan.steps, mine, self._folder),
@@ -248,7 +249,7 @@ class _Killing:
         return held
 
 
-def _train_as_process(server: str, steps: int, mine: Synchronized[int], folder: Path) -> None:
+def _train_as_process(server: str, steps: int, mine: Any, folder: Path) -> None:
     torch.set_num_threads(1)
 
     def reach(step: int) -> None:
