@@ -39,6 +39,7 @@ from topq_dist.ps.saver import Saver
 from topq_dist.ps.snapshot import StateDir
 
 _DURABLE_WITHIN_S = 60.0
+_PAUSE_PER_HASH = 4.0
 _DRAINING = "the server is shutting down: try again later"
 _NO_MODEL = "the run has no model yet: join again"
 
@@ -68,6 +69,8 @@ class Coordinator:
         self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._hashing = threading.Lock()
+        self._next_hash_s = 0.0
         self._bytes: Counter[str] = Counter()
         self._draining = False
         # -1: not even the initial model
@@ -121,6 +124,7 @@ class Coordinator:
         check_worker_name(call.worker)
         with self._changed:
             self._check_serving()
+            self._make_room()
             entry = self._door.enter(call, has_model=self._state is not None)
             held = call.held or START
             if self._pushes is not None:
@@ -322,10 +326,23 @@ class Coordinator:
 
     def status(self, *, state_sha256: bool = False) -> Status:
         """Return how the run is doing; with `state_sha256` the whole state is read."""
+        if not state_sha256:
+            return self._status(state_sha256=False)
+        with self._hashing:
+            # everybody waits meanwhile, so that those who ask get a part of the time at most
+            time.sleep(max(0.0, self._next_hash_s - time.monotonic()))
+            started_s = time.monotonic()
+            status = self._status(state_sha256=True)
+            ended_s = time.monotonic()
+            self._next_hash_s = ended_s + _PAUSE_PER_HASH * (ended_s - started_s)
+            return status
+
+    def _status(self, *, state_sha256: bool) -> Status:
         with self._changed:
             now_s = self._clock()
             state = self._state
             point = START if state is None else state.point
+            known = frozenset(self._ledger.workers)
             with self._counting:
                 refused = dict(self._refused)
             if self._pushes is not None and self._pushes.stale_count:
@@ -348,7 +365,7 @@ class Coordinator:
                         sent_bytes=member.sent_bytes,
                     )
                     for member in self._members.all()
-                    if member.worker in self._ledger.workers
+                    if member.worker in known
                 ),
                 refused=refused,
                 received_bytes=self._bytes["received"],
@@ -369,6 +386,12 @@ class Coordinator:
                 self._save()
 
     # under the lock
+
+    def _make_room(self) -> None:
+        present = {member.worker for member in self._members.all()}
+        if self._pushes is not None:
+            present.update(self._pushes.workers)
+        self._ledger.make_room(present)
 
     def _check_serving(self) -> None:
         self._check_alive()

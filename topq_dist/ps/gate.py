@@ -145,7 +145,7 @@ class _Answerer:
                     yield response
 
     def _argument(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
-        messages = self._messages(requests, self._gate.pace(context))
+        messages = self._messages(requests, context)
         if self._behind.request_streaming:
             return messages
         message = next(messages, None)
@@ -153,10 +153,13 @@ class _Answerer:
             raise InvalidError(f"{self._method} without a request: expected one")
         return message
 
-    def _messages(self, requests: Iterator[bytes], pace: Pace) -> Iterator[Any]:
+    def _messages(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+        pace = self._gate.pace(context)
         while True:
             with pace.waiting():
                 raw = next(requests, None)
+            if pace.late:  # a call that is cancelled may look like one that has said all
+                context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
             if raw is None:
                 return
             pace.moved(len(raw))

@@ -8,7 +8,7 @@ whoever applies a push calls `check` and `record` under one lock.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -23,12 +23,15 @@ from topq_dist.ps.protocol import (
     OldEpochError,
     Push,
     SequenceGapError,
+    TooManyWorkersError,
     check_worker_name,
 )
 
 _APPLIED = struct.Struct(f"<Q{DIGEST_BYTES}s")  # version, digest
 _LARGEST = 2**63 - 1
 _LARGEST_CLAIM = 2**62  # of a worker that joins: counting on from it stays below _LARGEST
+# each is kept for ever, in memory and in every snapshot
+MOST_WORKERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,21 @@ class Ledger:
         """All workers that ever joined, in the order of names."""
         return tuple(sorted(self._entries))
 
+    @property
+    def worker_count(self) -> int:
+        """How many workers ever joined."""
+        return len(self._entries)
+
+    def make_room(self, present: Collection[str]) -> None:
+        """Where no more workers can join, forget those that never pushed, but for `present`.
+
+        Others cannot be forgotten: what they pushed could be applied again.
+        """
+        if len(self._entries) >= MOST_WORKERS:
+            for worker in list(self._entries.keys() - set(present)):
+                if self._entries[worker].next_sequence == 1:
+                    del self._entries[worker], self._applied[worker]
+
     def entry(self, worker: str) -> Entry:
         """Return the worker's place; raises NotJoinedError where it has none."""
         entry = self._entries.get(worker)
@@ -100,15 +118,22 @@ class Ledger:
         next_sequence: what a worker that the ledger does not know goes on from; 0 stands for 1. A
         known one goes on from the ledger's number.
 
-        Raises InvalidError, and OldEpochError where a newer process has the name.
+        Raises InvalidError, OldEpochError where a newer process has the name, and
+        TooManyWorkersError for a name too many.
         """
         check_worker_name(worker)
         if not isinstance(instance, bytes) or len(instance) != INSTANCE_BYTES:
             raise InvalidError(f"instance={instance!r}: expected {INSTANCE_BYTES} bytes")
-        _check_count("epoch", epoch, 0, _LARGEST_CLAIM)
-        _check_count("next_sequence", next_sequence, 0, _LARGEST_CLAIM)
         known = self._entries.get(worker)
+        largest_epoch = _LARGEST_CLAIM if known is None else max(_LARGEST_CLAIM, known.epoch)
+        _check_count("epoch", epoch, 0, largest_epoch)
         if known is None:
+            _check_count("next_sequence", next_sequence, 0, _LARGEST_CLAIM)
+            if len(self._entries) >= MOST_WORKERS:
+                raise TooManyWorkersError(
+                    f"worker {worker!r} is one too many in a run that has had {MOST_WORKERS}: "
+                    "expected workers that keep their names when they are started again"
+                )
             entry = Entry(
                 worker=worker,
                 instance=instance,

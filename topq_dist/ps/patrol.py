@@ -17,6 +17,7 @@ _LOOK_S = 0.5
 class _Watch:
     context: grpc.ServicerContext
     end_s: float
+    late: bool = False
 
 
 class Patrol:
@@ -45,17 +46,18 @@ class Patrol:
                 late = [watch for watch in self._watches if watch.end_s <= now_s]
                 self._watches.difference_update(late)
             for watch in late:
+                watch.late = True
                 watch.context.cancel()
                 self._on_late()
 
     @contextmanager
-    def watch(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[None]:
-        """Cancel the call if the block lasts longer than `limit_s`."""
+    def watch(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[_Watch]:
+        """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did."""
         watch = _Watch(context=context, end_s=time.monotonic() + limit_s)
         with self._lock:
             self._watches.add(watch)
         try:
-            yield
+            yield watch
         finally:
             with self._lock:
                 self._watches.discard(watch)
@@ -79,13 +81,15 @@ class Pace:
         self._context = context
         self._left_s = patience_s
         self._least_rate = least_rate
+        self.late = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time that the block takes."""
         started_s = time.monotonic()
-        with self._patrol.watch(self._context, self._left_s):
+        with self._patrol.watch(self._context, self._left_s) as watch:
             yield
+        self.late = watch.late
         self._left_s -= time.monotonic() - started_s
 
     def moved(self, count_bytes: int) -> None:

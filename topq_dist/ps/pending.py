@@ -82,6 +82,11 @@ class PendingPushes:
     def __contains__(self, worker: str) -> bool:
         return worker in self._tickets
 
+    @property
+    def workers(self) -> frozenset[str]:
+        """Whose pushes are undecided, whether they are still there or not."""
+        return frozenset(self._tickets)
+
     def get(self, worker: str) -> Ticket | None:
         """Return the worker's undecided push, or None."""
         return self._tickets.get(worker)
@@ -152,7 +157,7 @@ class PendingPushes:
             pending={worker: ticket.push for worker, ticket in self._tickets.items()},
             live=live,
             returning=live.intersection(returning),
-            joined=len(state.ledger.workers),
+            joined=state.ledger.worker_count,
             on_chain=state.on_chain,
             waiting_since_s=max(min(arrivals), self._returned_s) if arrivals else None,
             now_s=now_s,
