@@ -15,6 +15,8 @@ from running_server import client_security
 from train_jobs import finish, processes_with, results, start, wait_for
 from worker_options import parse_worker
 
+pytestmark = pytest.mark.gloo
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 STEPS = 60
 EVERY = 20
@@ -76,6 +78,8 @@ def test_the_server_saves_bytes_both_ways(undisturbed: Path) -> None:
     assert (ps["received_bytes"][-1] - fetched) * 20 < ps["dense_bytes"]
 
 
+# three runs one after the other, of four processes each
+@pytest.mark.timeout(400)
 def test_killed_and_resumed_is_undisturbed_to_the_bit(undisturbed: Path, tmp_path: Path) -> None:
     arguments = mode_ps(tmp_path / "out", *checkpoints(tmp_path / "ck"))
     resume: list[str] = []
