@@ -401,6 +401,12 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
         "invalid",
         ("1 bytes of chain", "expected 32"),
     ),
+    "a replay of nothing": (
+        pushed(applied_version=2**40, members=["alice"]),
+        "INVALID_ARGUMENT",
+        "invalid",
+        ("applied in version", "lost nothing"),
+    ),
     "a replay beside others": (
         pushed(applied_version=5, members=["bob"]),
         "INVALID_ARGUMENT",

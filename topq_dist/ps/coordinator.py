@@ -80,6 +80,7 @@ class Coordinator:
         self._pushes: PendingPushes | None = None
         self._saver = Saver(self._save)
         loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
+        self._restored = loaded is not None
         if loaded is None:
             check_inner_optimizer(training)
             check_downlink(training)
@@ -220,6 +221,12 @@ class Coordinator:
                 ticket = Ticket(push=push, arrived_s=self._clock())
                 ticket.settle(self._started().repeat(push, verdict.version))
                 return ticket
+            if push.applied_version and not self._restored:
+                # it would choose its own company, and leave all others out of the version
+                raise InvalidError(
+                    f"push {push.sequence} of {push.worker!r} says that it was applied in version "
+                    f"{push.applied_version}: expected none, this server has lost nothing"
+                )
             if self._pushes is None:
                 raise NotReadyError(_NO_MODEL)
             ticket = self._pushes.add(push)

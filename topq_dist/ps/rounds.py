@@ -87,12 +87,15 @@ class SyncRule:
             missing = (stated & now.live) - ready - ahead
             if come == stated or (not missing and len(come) >= self.min_workers):
                 return Apply(tuple(sorted(come)))
-            return Wait(tuple(sorted(missing)))
+            if missing:
+                return Wait(tuple(sorted(missing)))
+            # too few of them are left: whoever else is there makes the version with them
         missing = now.live - ready - ahead
-        if not ready and not missing and ahead:
+        too_early = now.point.version == 0 and now.joined < self.start_workers
+        too_few = len(ready) < self.min_workers
+        if ahead and not missing and (not ready or (too_few and not too_early)):
             return Refuse(tuple(sorted(ahead)))
-        too_few = now.point.version == 0 and now.joined < self.start_workers
-        if not ready or too_few or len(ready) < self.min_workers:
+        if not ready or too_early or too_few:
             return Wait(tuple(sorted(missing)))
         if not missing or self._timed_out(now):
             return Apply(tuple(sorted(ready)))
