@@ -63,3 +63,16 @@ def test_server_and_worker_killed_at_different_times(tmp_path: Path, undisturbed
     report = torture(tmp_path, Plan(worker_kills=3, server_kills=6, seed=2))
     check(report, undisturbed)
     assert report.kills["worker"] == 3
+
+
+def test_server_and_worker_killed_together(tmp_path: Path, undisturbed: Report) -> None:
+    report = torture(tmp_path, Plan(worker_kills=3, together=True, snapshot_every=1))
+    check(report, undisturbed)
+    assert report.kills["worker"] == report.kills["listening"] == 3
+    assert report.lost == 0
+
+
+def test_async_pushes_are_applied_once_each(tmp_path: Path) -> None:
+    report = torture(tmp_path, Plan(mode="async", server_kills=6))
+    assert report.ending.applied == {f"worker{worker}": STEPS for worker in range(WORKERS)}
+    assert report.ending.version == STEPS * WORKERS

@@ -30,7 +30,7 @@ from ps.servers import FORKED
 from ps.workers import backward, batch, make_model, side_by_side, values
 
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.config import Mode, ServingConfig, TrainingConfig
 
 TRAINING = TrainingConfig(
     inner_opt="adamw", options={"lr": 0.01, "weight_decay": 0.1}, downlink="topq", q=0.9
@@ -45,7 +45,7 @@ class Plan:
     """A run of `steps` steps, and how often what is killed in it.
 
     crash_at: points at which the server kills itself, one process after the other (see `arm`).
-    worker_kills: of worker 0, which goes on from its checkpoint.
+    worker_kills: of worker 0, which goes on from its checkpoint; `together`: of the server too.
     anew: a fresh interpreter for each server.
     """
 
@@ -55,7 +55,9 @@ class Plan:
     server_kills: int = 0
     crash_at: tuple[str, ...] = ()
     worker_kills: int = 0
+    together: bool = False
     seed: int = 1
+    mode: Mode = "sync"
     anew: bool = False
 
 
@@ -64,7 +66,7 @@ class Report:
     """How a run ended, and what had happened.
 
     held: each worker's parameters. kills: by what was killed. lost: versions that the server had
-    answered and came back without, all kills together.
+    answered and came back without, all kills together (in sync mode).
     """
 
     ending: Ending
@@ -83,7 +85,8 @@ def torture(folder: Path, plan: Plan) -> Report:
         lease_s=60.0,
     )
     start_s = time.monotonic()
-    with TopqServe(folder / "state", TRAINING, serving, anew=plan.anew) as server:
+    training = dataclasses.replace(TRAINING, mode=plan.mode)
+    with TopqServe(folder / "state", training, serving, anew=plan.anew) as server:
         killing = _Killing(server, folder, plan)
 
         def work(worker: int) -> Tensor:
@@ -97,7 +100,7 @@ def torture(folder: Path, plan: Plan) -> Report:
             killing.finish()
         server.terminate()
     return Report(
-        ending=ending(server.state_dir, TRAINING),
+        ending=ending(server.state_dir, training),
         held=held,
         kills=killing.kills,
         lost=killing.lost,
@@ -212,9 +215,12 @@ class _Killing:
                 # workers take up to a second to come back: some find it dead again, some do not
                 time.sleep(self._draws.choice((0.03, 0.6)) * self._draws.random())
                 what = "listening"
-            self._server.kill()
-            self._count(what)
-            self._server.launch()
+            self._kill_server(what)
+
+    def _kill_server(self, what: str) -> None:
+        self._server.kill()
+        self._count(what)
+        self._server.launch()
 
     def _count(self, what: str) -> None:
         self.kills[what] += 1
@@ -241,6 +247,8 @@ class _Killing:
             if step < self._plan.steps:
                 time.sleep(0.01 * self._draws.random())
                 process.kill()
+                if self._plan.together:
+                    self._kill_server("listening")
             process.join(_RUN_S)
             expected = -9 if step < self._plan.steps else 0
             assert process.exitcode == expected, f"worker 0 ended with {process.exitcode}"
@@ -263,6 +271,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="of the server")
     parser.add_argument("--worker-kills", type=int, default=0)
+    parser.add_argument("--together", action="store_true", help="the server with the worker")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--snapshot-every", type=int, default=7)
@@ -276,6 +285,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
         snapshot_every=given.snapshot_every,
         server_kills=given.kills,
         worker_kills=given.worker_kills,
+        together=given.together,
         seed=given.seed,
         anew=given.anew,
     )
