@@ -281,6 +281,11 @@ def chunk_of(size: int) -> Act:
     return act
 
 
+def empty_chunk(run: Run) -> None:
+    header, chunk = run.alice.messages(run.alice.next_push())
+    run.alice.send_messages([header, pb.StepRequest(chunk=b""), chunk])
+
+
 def damaged_on_its_way(run: Run) -> None:
     header, chunk = run.alice.messages(run.alice.next_push())
     damaged = bytearray(chunk.chunk)
@@ -401,6 +406,13 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
         "invalid",
         ("1 bytes of chain", "expected 32"),
     ),
+    "a base to come": (
+        pushed(base=pb.Point(version=2**63, chain=bytes(32))),
+        "INVALID_ARGUMENT",
+        "invalid",
+        (f"based on version {2**63}", "expected at most"),
+    ),
+    "empty chunks": (empty_chunk, "INVALID_ARGUMENT", "invalid", ("an empty message",)),
     "a replay of nothing": (
         pushed(applied_version=2**40, members=["alice"]),
         "INVALID_ARGUMENT",

@@ -268,7 +268,9 @@ class TestNames:
         for name in "abc":
             held.join(name, name.encode() * 16, 0, 0)
         held.record(1, [self.push("a")])
-        with pytest.raises(TooManyWorkersError, match="'d' is one too many in a run that has had 3"):
+        with pytest.raises(
+            TooManyWorkersError, match="'d' is one too many in a run that has had 3"
+        ):
             held.join("d", bytes(16), 0, 0)
         held.make_room(["b"])
         assert held.workers == ("a", "b")  # what "a" pushed must not be applied again
@@ -304,3 +306,23 @@ class TestNames:
         entry = held.join("a", b"y" * 16, 0, 0)
         assert entry.epoch == 2**62 + 1
         assert held.join("a", b"y" * 16, entry.epoch, 2**62 + 9) == entry
+
+
+def test_a_model_beyond_all_memory_is_too_large(tmp_path: Path) -> None:
+    with (
+        server_of(tmp_path, tokens=False, max_model_bytes=2**52) as server,
+        channel_to(server) as channel,
+    ):
+        stub = pb_grpc.ParameterServerStub(channel)
+        joined = stub.Join(
+            pb.JoinRequest(
+                worker="alice",
+                instance=secrets.token_bytes(16),
+                model=[pb.TensorSpec(name="w", shape=[2**47], dtype="float32")],
+            ),
+            timeout=10,
+        )
+        with pytest.raises(grpc.RpcError, match="more than there is memory") as refused:
+            stub.Upload(iter([pb.UploadRequest(id=joined.id)]), timeout=10)
+        assert isinstance(refused.value, grpc.Call)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -221,14 +221,10 @@ class Coordinator:
                 ticket = Ticket(push=push, arrived_s=self._clock())
                 ticket.settle(self._started().repeat(push, verdict.version))
                 return ticket
-            if push.applied_version and not self._restored:
-                # it would choose its own company, and leave all others out of the version
-                raise InvalidError(
-                    f"push {push.sequence} of {push.worker!r} says that it was applied in version "
-                    f"{push.applied_version}: expected none, this server has lost nothing"
-                )
             if self._pushes is None:
                 raise NotReadyError(_NO_MODEL)
+            if not self._restored:
+                self._check_not_ahead(push)
             ticket = self._pushes.add(push)
             self._advance()
             return ticket
@@ -393,6 +389,21 @@ class Coordinator:
                 self._save()
 
     # under the lock
+
+    def _check_not_ahead(self, push: Push) -> None:
+        """Raise InvalidError for what only a worker that knows more than this server can send."""
+        version = self._started().point.version
+        if push.base.version > version:
+            raise InvalidError(
+                f"push {push.sequence} of {push.worker!r} is based on version {push.base.version}: "
+                f"expected at most {version}, this server has lost nothing"
+            )
+        if push.applied_version:
+            # it would choose its own company, and leave all others out of the version
+            raise InvalidError(
+                f"push {push.sequence} of {push.worker!r} says that it was applied in version "
+                f"{push.applied_version}: expected none, this server has lost nothing"
+            )
 
     def _make_room(self) -> None:
         present = {member.worker for member in self._members.all()}

@@ -118,8 +118,11 @@ class Receiver:
         total = self._edges[-1]
         if total > limit_bytes:
             raise TooLargeError(f"{what} of {total} bytes: expected at most {limit_bytes}")
-        # memory that nothing has written to yet costs nothing, so a declaration alone does not
-        self._buffer = np.empty(total, dtype=np.uint8).data
+        try:
+            # memory that nothing has written to yet costs nothing, so a declaration alone does not
+            self._buffer = np.empty(total, dtype=np.uint8).data
+        except MemoryError as error:
+            raise TooLargeError(f"{what} of {total} bytes: more than there is memory") from error
         self._received = 0
 
     @property
@@ -128,8 +131,10 @@ class Receiver:
         return self._received == self._edges[-1]
 
     def take(self, chunk: bytes) -> None:
-        """Add the next chunk; raises InvalidError where it is too long or nothing is due."""
+        """Add the next chunk; raises InvalidError where it is empty, too long, or not due."""
         end = self._received + len(chunk)
+        if not chunk:  # there could be any number of them
+            raise InvalidError(f"an empty message in {self._what}: expected chunks of its bytes")
         if len(chunk) > MAX_CHUNK_BYTES:
             raise InvalidError(
                 f"a chunk of {len(chunk)} bytes in {self._what}: expected at most {MAX_CHUNK_BYTES}"
