@@ -738,6 +738,25 @@ def test_async_goes_on_where_a_replay_is_lost_for_good(make: Make) -> None:
     assert new.applied == bench.point
 
 
+def test_async_does_not_wait_for_ever_for_who_comes_back_and_sends_nothing(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    bench.round(1, a, value=1.0)
+    bench.crash()
+    far = Point(version=2**63, chain=bytes(32))
+    a = bench.join("a", epoch=a.epoch, held=far)
+    b = bench.join("b", epoch=b.epoch, held=START)
+    new = bench.submit(push_of(b, 1, START, 9.0))
+    for _ in range(25):
+        assert bench.look(new) == ("a",)
+        bench.clock.pass_s(4)
+        bench.server.renew(a)
+        bench.server.renew(b)
+    assert bench.answer(new).members == ("b",)
+    assert bench.answer(bench.submit(push_of(b, 2, bench.point))).members == ("b",)
+
+
 def test_async_what_was_never_answered_takes_its_old_place(make: Make) -> None:
     bench = make(ASYNC)
     a, b = bench.join("a"), bench.join("b")

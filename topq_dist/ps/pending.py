@@ -24,6 +24,8 @@ from topq_dist.ps.rounds import Apply, AsyncRule, Decision, Situation, SyncRule,
 from topq_dist.ps.run_state import RunState
 
 _log = logging.getLogger(__name__)
+# who has joined replays with the next step, and that may take longer than a lease
+_LEASES_TO_STEP = 10
 FAILED = "the server failed while it made a version: it has to be started again"
 
 
@@ -66,6 +68,9 @@ class PendingPushes:
         self._recover_to = recover_to if training.mode == "async" else None
         self._round_timeout_s = serving.round_timeout_s
         self._returned_s = -math.inf
+        # when the way back last went on, and how long at most until it does again
+        self._moved_s = clock()
+        self._patience_s = _LEASES_TO_STEP * serving.lease_s
         self._tickets: dict[str, Ticket] = {}
         self._sync = training.mode == "sync"
         self._sync_rule = SyncRule(
@@ -113,7 +118,7 @@ class PendingPushes:
         member = self._members.get(worker)
         if member is not None and not member.joined:
             # it has what it may replay on the way: a round's time begins anew
-            self._returned_s = self._clock()
+            self._returned_s = self._moved_s = self._clock()
         if self._recover_to is not None:
             self._recover_to = max(self._recover_to, version)
 
@@ -166,6 +171,9 @@ class PendingPushes:
             return self._sync_rule.decide(situation)
         if self._recover_to is not None:
             if situation.returning or state.point.version < self._recover_to:
+                if now_s >= self._moved_s + self._patience_s:
+                    # who only renews the lease would hold up everybody for ever
+                    situation = replace(situation, live=frozenset(), returning=frozenset())
                 decision = self._async_rule.recover(situation)
                 if decision is not None:
                     return decision
@@ -185,6 +193,7 @@ class PendingPushes:
             raise NotReadyError(FAILED) from error
         for push in pushes:
             self.settle(push.worker, self._state.fresh(push))
+        self._moved_s = self._clock()
         # while the lock was held nobody was heard
         self._members.extend(self._clock() - started_s)
         self._made()
