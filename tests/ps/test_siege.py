@@ -326,3 +326,40 @@ def test_a_model_beyond_all_memory_is_too_large(tmp_path: Path) -> None:
             stub.Upload(iter([pb.UploadRequest(id=joined.id)]), timeout=10)
         assert isinstance(refused.value, grpc.Call)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class TestWhoBringsTheModel:
+    """The first to join says what the model is, and might never bring it."""
+
+    def join(self, stub: pb_grpc.ParameterServerStub, worker: str, numel: int) -> pb.JoinResponse:
+        tensor = pb.TensorSpec(name="w", shape=[numel], dtype="float32")
+        request = pb.JoinRequest(worker=worker, instance=secrets.token_bytes(16), model=[tensor])
+        return stub.Join(request, timeout=10)
+
+    def test_who_is_gone_is_replaced_whatever_model_he_named(self, tmp_path: Path) -> None:
+        with (
+            server_of(tmp_path, tokens=False, lease_s=0.5) as server,
+            channel_to(server) as channel,
+        ):
+            stub = pb_grpc.ParameterServerStub(channel)
+            assert self.join(stub, "mallory", 7).upload
+            with pytest.raises(grpc.RpcError, match="has shape"):
+                self.join(stub, "alice", 10)
+            time.sleep(0.6)
+            assert self.join(stub, "alice", 10).upload
+
+    def test_who_does_not_begin_is_replaced_though_the_lease_runs(self, tmp_path: Path) -> None:
+        with (
+            server_of(tmp_path, tokens=False, lease_s=0.3) as server,
+            channel_to(server) as channel,
+        ):
+            stub = pb_grpc.ParameterServerStub(channel)
+            idle = self.join(stub, "mallory", 7)
+
+            def honest_joins() -> bool:
+                stub.Renew(pb.RenewRequest(id=idle.id), timeout=5)
+                return self.join(stub, "alice", 10).upload
+
+            assert until(honest_joins)
+            with pytest.raises(grpc.RpcError, match="'alice' brings the model"):
+                stub.Upload(wire.upload_requests(idle.id, [memoryview(bytes(28))]), timeout=5)

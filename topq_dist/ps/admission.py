@@ -21,6 +21,10 @@ from topq_dist.ps.protocol import (
     WrongRunError,
 )
 
+# how long the others wait for the model, if they are not told that its bringer is gone
+_LEASES_TO_UPLOAD = 10
+_LEAST_RATE = 1 << 20  # bytes a second
+
 
 class Admission:
     """The door of run `run`. spec: of its model, once somebody was told to bring one."""
@@ -42,6 +46,7 @@ class Admission:
         self._members = members
         self._clock = clock
         self._uploader: str | None = None
+        self._upload_end_s = 0.0
 
     def enter(self, call: JoinCall, *, has_model: bool) -> Entry:
         """Enter a worker into the ledger; raises RefusedError where it may not join."""
@@ -55,8 +60,7 @@ class Admission:
                 f"worker {call.worker!r} would be one too many: expected at most "
                 f"max_workers={self._serving.max_workers} at a time"
             )
-        uploading = self._uploader not in (None, call.worker)
-        if self.spec is not None and (has_model or uploading):
+        if self.spec is not None and (has_model or self._another_uploads(call.worker)):
             call.spec.check_same(self.spec)
         elif call.spec.raw_bytes > self._serving.max_model_bytes:
             raise TooLargeError(
@@ -68,12 +72,21 @@ class Admission:
         )
 
     def is_to_upload(self, call: JoinCall) -> bool:
-        """Return whether this worker brings the model: the first, or the next if it is gone."""
-        live = self._members.live(self._clock())
-        if self._uploader in (None, call.worker) or self._uploader not in live:
-            self._uploader, self.spec = call.worker, call.spec
-            return True
-        return False
+        """Return whether this worker brings the model: the first, or the next if it does not."""
+        if self._another_uploads(call.worker):
+            return False
+        if self._uploader != call.worker:
+            patience_s = _LEASES_TO_UPLOAD * self._serving.lease_s
+            patience_s += call.spec.raw_bytes / _LEAST_RATE
+            self._upload_end_s = self._clock() + patience_s
+        self._uploader, self.spec = call.worker, call.spec
+        return True
+
+    def _another_uploads(self, worker: str) -> bool:
+        now_s = self._clock()
+        if self._uploader in (None, worker) or now_s >= self._upload_end_s:
+            return False
+        return self._uploader in self._members.live(now_s)
 
     def check_uploader(self, worker: str) -> None:
         """Raise NotReadyError unless this worker was told to bring the model."""
