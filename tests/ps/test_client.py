@@ -304,6 +304,34 @@ def test_a_worker_past_its_lease_comes_back_and_is_warned_once(
         assert "a push came too late" in caplog.text
 
 
+def test_a_late_worker_owes_what_the_run_went_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServerClient, "_keep_lease", lambda self: None)
+    options: Options = {"start_workers": 2, "lease_s": 0.5, "snapshot_every": 2}
+    with (
+        ServerProcess(tmp_path, PLAIN, **options) as server,
+        client_of(server, "a") as (first, of_first),
+        client_of(server, "b") as (second, of_second),
+    ):
+
+        def work(worker: int) -> None:
+            (first, second)[worker].finish()
+
+        push(first, of_first, 1, 1, 1, 1)
+        push(second, of_second, 8, 8, 8, 8)
+        side_by_side(2, work)
+        server.kill()
+        server.restart()
+        push(first, of_first, 1, 1, 1, 1)
+        first.finish()  # replays alone, once the other's lease has ended
+        first.close()  # version 1 is durable, and holds nothing of the other's
+        push(second, of_second, 4, 4, 4, 4)
+        second.finish()
+        assert held(second) == [-1, -1, -1, -1]
+        assert [kept.sequence for kept in second.collect().taken_back] == [1, 2]
+
+
 def test_kept_pushes_survive_saving() -> None:
     pushes = KeptPushes()
     point = Point(version=1, chain=bytes(range(32)))
@@ -318,7 +346,9 @@ def test_kept_pushes_survive_saving() -> None:
     assert again.missing_at(2) == []
     assert again.first_kept == 1
     assert again.unsent_sequence == 3
-    again.durable(1)
+    again.durable(1, before=1)
+    assert again.first_kept == 1
+    again.durable(1, before=2)
     assert again.missing_at(1) is None
     assert [push.sequence for push in again.take_back(1)] == [2]
     assert again.next_sequence == 1

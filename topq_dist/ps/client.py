@@ -265,7 +265,7 @@ class ServerClient:
             # once more: the server makes its groups with the model
 
     def _join(self, timeout_s: float) -> bool:
-        """Join, and return whether the server wants the model."""
+        """Join, and return whether the server wants the model; what it has lost is not replayed."""
         request = pb.JoinRequest(
             run=self.run,
             worker=self.worker,
@@ -276,13 +276,14 @@ class ServerClient:
             first_kept=self.pushes.first_kept,
             model=spec_to_wire(self.model.spec),
         )
+        self._joined = False
         joined = self._connection.join(request, timeout_s)
         self._id = joined.id
         self._server_next = joined.next_sequence
         self._lease_s = joined.lease_s
         if not self.groups:
             self.groups = groups_from_wire(joined.groups)
-        self.pushes.durable(joined.durable_version)
+        self._forget_durable(joined.durable_version)
         return joined.upload
 
     def _fetch(
@@ -291,7 +292,7 @@ class ServerClient:
         point, durable_version, buffers = self._connection.fetch(
             self._id, which, self.model.spec, patience.left_s()
         )
-        self.pushes.durable(durable_version)
+        self._forget_durable(durable_version)
         self._outcome.received_bytes += sum(buffer.nbytes for buffer in buffers)
         return point, buffers
 
@@ -300,6 +301,10 @@ class ServerClient:
         self.model.load_raw(buffers)
         self.point = point
         self._holds_model = True
+
+    def _forget_durable(self, version: int) -> None:
+        before = self.pushes.next_sequence if self._joined else self._server_next
+        self.pushes.durable(version, before=before)
 
     def _send(self, push: KeptPush, patience: Patience) -> Answer:
         answer = self._connection.step(
@@ -329,20 +334,22 @@ class ServerClient:
             self._take_back(push.sequence, "a push came too late for the version it belongs to")
         else:
             self.pushes.settle(push, answer.applied, answer.members)
-        self.pushes.durable(answer.durable_version)
+        self._forget_durable(answer.durable_version)
 
     def _replay(self, push: KeptPush, patience: Patience) -> bool:
         """Send an applied push again; return whether it is where it was, and the model with it."""
         answer = self._send(push, patience)
+        if answer.applied is not None:
+            self._server_next = push.sequence + 1
         if answer.applied == push.applied:
-            self.pushes.durable(answer.durable_version)
+            self._forget_durable(answer.durable_version)
             return True
-        first_lost = push.sequence
         if answer.applied is not None:
             self.pushes.settle(push, answer.applied, answer.members)
-            first_lost += 1
         self._fetch_model(patience)
-        self._take_back(first_lost, "the run has gone another way after the server's restart")
+        self._take_back(
+            self._server_next, "the run has gone another way after the server's restart"
+        )
         return False
 
     def _take_back(self, sequence: int, why: str) -> None:
@@ -391,9 +398,8 @@ class ServerClient:
         try:
             if durable_version is None:
                 # others may wait for us to come back; the next step replays what is lost
-                self._joined = False
                 self._join(min(timeout_s, _ASIDE_S))
             else:
-                self.pushes.durable(durable_version)
+                self._forget_durable(durable_version)
         finally:
             self._lock.release()

@@ -84,10 +84,16 @@ class KeptPushes:
         else:
             self._applied = [done if kept is push else kept for kept in self._applied]
 
-    def durable(self, version: int) -> None:
-        """Forget what was applied in `version` or before."""
+    def durable(self, version: int, *, before: int) -> None:
+        """Forget what was applied in `version` or earlier, of the pushes numbered below `before`.
+
+        before: the number that the server expects next. It may have lost what follows, and have
+        made and saved versions of the same numbers without it.
+        """
         self._applied = [
-            kept for kept in self._applied if kept.applied and kept.applied.version > version
+            kept
+            for kept in self._applied
+            if kept.sequence >= before or (kept.applied and kept.applied.version > version)
         ]
 
     def missing_at(self, server_next: int) -> list[KeptPush] | None:
