@@ -18,6 +18,7 @@ import topq_dist.ps
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.connection import ServerLostError
 from topq_dist.ps.protocol import (
+    InvalidError,
     ModelDiffersError,
     NonFiniteError,
     UnauthenticatedError,
@@ -283,6 +284,25 @@ def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
         ParameterServerOptimizer(**arguments)
     with pytest.raises(TypeError, match="expected pairs of a name and a tensor"):
         ParameterServerOptimizer(make_model().parameters(), "127.0.0.1:1")  # type: ignore[arg-type]
+
+
+def test_a_model_that_the_servers_options_do_not_go_with_is_refused(tmp_path: Path) -> None:
+    training: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "fused": True}}
+    with serving(tmp_path, training) as server:
+        with pytest.raises(InvalidError, match="cannot train this model.*half precision"):
+            connect(make_model().half(), server)
+        assert server.coordinator.status().refused == {"invalid": 1}
+        connect(make_model(), server).close()
+
+
+def test_to_close_again_does_nothing(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "1", PLAIN) as one,
+        serving(tmp_path / "2", PLAIN) as two,
+        connect(make_model(), one, two) as optimizer,
+    ):
+        optimizer.close()
+        optimizer.close()
 
 
 def test_it_is_where_users_look_for_it() -> None:

@@ -109,6 +109,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         ]
         self._meter = Meter()
         self._open = False
+        self._closed = False
         self._resumed: list[SavedShard] = []
         self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="ps")
         try:
@@ -333,6 +334,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         A step that is not over is given up. Raises ServerLostError for a server that is lost after
         `timeout_s`, None: the constructor's. To close again does nothing.
         """
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._at_all(lambda client: client.close(timeout_s))
         finally:

@@ -21,6 +21,7 @@ from topq_dist.ps.protocol import (
     START,
     Answer,
     ForgottenError,
+    InvalidError,
     NonFiniteError,
     Point,
     Push,
@@ -79,17 +80,22 @@ class RunState:
     ) -> RunState:
         """Return a run that starts at these raw vectors.
 
-        Raises InvalidError or NonFiniteError for vectors that no training can start from.
+        Raises NonFiniteError or InvalidError for values that no training can start from, and
+        InvalidError for a model that the configuration does not go with.
         """
         values = FlatModel(spec)
         values.load_raw(vectors)
         if not all(bool(torch.isfinite(flat).all()) for flat in values.flats):
             raise NonFiniteError("the model holds NaN or infinity: expected finite values")
+        try:
+            central = CentralModel(training, spec, values)
+        except ValueError as error:
+            raise InvalidError(f"the server cannot train this model: {error}") from error
         return cls(
             run=run,
             training=training,
             point=START,
-            central=CentralModel(training, spec, values),
+            central=central,
             ledger=ledger,
             history=History(history_bytes),
         )
