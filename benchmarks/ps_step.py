@@ -42,6 +42,7 @@ WORKERS = 2
 ADDRESS = "10.77.0.1:7077"
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
+NO_SNAPSHOTS = ("--snapshot-every", "1000000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def measure(link: str, name: str, options: argparse.Namespace) -> tuple[Row, flo
                 )
         else:
             with (
-                server(made, way.downlink),
+                server(made, [*way.downlink, *NO_SNAPSHOTS, "--lr", str(LEARNING_RATE)]),
                 crew(
                     WORKERS,
                     interface=INTERFACE,
@@ -110,14 +111,16 @@ def measure(link: str, name: str, options: argparse.Namespace) -> tuple[Row, flo
 
 
 @contextmanager
-def server(made: Hosts, downlink: Sequence[str]) -> Iterator[None]:
-    """Run a parameter server on the first host, and end it with the block."""
+def server(made: Hosts, options: Sequence[str]) -> Iterator[None]:
+    """Run a parameter server on the first host, and end it with the block.
+
+    options: of topq serve, beside where it listens and keeps its state.
+    """
     with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder:
         argv = [
             *(sys.executable, "-m", "topq_dist.cli", "serve", "--address", ADDRESS, "--insecure"),
-            *("--state-dir", folder, "--inner-opt", "sgd", "--lr", str(LEARNING_RATE)),
-            *("--workers", str(WORKERS), "--mode", "sync", "--snapshot-every", "1000000"),
-            *downlink,
+            *("--state-dir", folder, "--inner-opt", "sgd", "--workers", str(WORKERS)),
+            *options,
         ]
         process = subprocess.Popen(
             made.command(0, argv), process_group=0, env=os.environ | {"OMP_NUM_THREADS": "1"}
