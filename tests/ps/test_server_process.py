@@ -112,6 +112,8 @@ def train_through(
             disturb(server, workers)
             for future in futures:
                 future.result()
+        # the last kill may have come after the last step
+        together(workers_count, lambda number: workers[number].come_back())
         return status_of(workers[0]), [worker.held.flats[0] for worker in workers]
     finally:
         for worker in workers:
