@@ -23,17 +23,27 @@ Applied before, another digest: ALREADY_EXISTS. A gap: OUT_OF_RANGE, naming the 
 expected. An older epoch: ABORTED, since a newer process has taken the worker's name.
 
 Versions. Version v is the model after v rounds (sync) or pushes (async). Its chain is
-SHA-256(chain of v - 1, then for each worker of the round in the order of names its name, sequence
-and digest): two servers that agree on the chain have applied the same gradients in the same
-order. A server that was killed comes back at its last snapshot, an older version; workers keep
-every push that is newer than the durable version of the last answer, and send it again as a
-replay, saying in which version and beside whom it was applied.
+SHA-256(chain of v - 1, then for each worker of the round in the order of names: its name's length
+and its sequence as little-endian uint64, name and digest): two servers that agree on the chain
+have applied the same gradients in the same order. A server that was killed comes back at its last
+snapshot, an older version; workers keep every push that is newer than the durable version of the
+last answer, and send it again as a replay, saying in which version and beside whom it was
+applied. A durable version says nothing of pushes that the server does not hold again yet: it may
+have made versions of the same numbers without them.
 
-Errors, besides those above: UNAUTHENTICATED (no token or an unknown one), PERMISSION_DENIED
-(another worker's token), FAILED_PRECONDITION (not joined, another run, a model that differs, an
-answer that is no longer kept), INVALID_ARGUMENT (bytes that are no valid frame, NaN or
-infinity, a digest that does not fit, a truncated stream), RESOURCE_EXHAUSTED (too large, too
-many workers), UNAVAILABLE (starting, draining: try again).
+Who calls. Where the server has tokens, the metadata of each call but those of gRPC's health
+holds "authorization: Bearer TOKEN".
+
+Errors. Every refusal carries its reason, one word, in the trailing metadata "topq-reason", since
+several share a status: a worker that is told "not_joined" joins again, and one that is told
+"not_ready" or "too_many_calls" tries again. Besides those above: UNAUTHENTICATED (no token or an
+unknown one), PERMISSION_DENIED (another worker's token), FAILED_PRECONDITION (not joined,
+another run, a model that differs, an answer that is no longer kept), INVALID_ARGUMENT (bytes
+that are no valid frame, NaN or infinity, a digest that does not fit, a truncated stream, a model
+that the server cannot train), RESOURCE_EXHAUSTED (too large, too many workers, too many calls at
+a time), UNAVAILABLE (starting, draining: try again). A call that is silent for 30 s, or moves
+less than 128 KiB a second for longer, ends as CANCELLED or DEADLINE_EXCEEDED; not while the
+server is the one that is waited for.
 """
 
 from collections import abc as _abc
@@ -208,7 +218,7 @@ class JoinRequest(_message.Message):
     next_sequence: _builtins.int
     """of the next push that was never sent; 0: from the server"""
     first_kept: _builtins.int
-    """sequence of the oldest push it can replay; 0: none"""
+    """sequence of its oldest push, one under way included; 0: none"""
     @_builtins.property
     def point(self) -> Global___Point:
         """what the worker holds; unset: nothing"""
@@ -298,7 +308,7 @@ class UploadRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """then the raw vectors, one behind the other; 2 MiB at most"""
+    """then the raw vectors, one behind the other; never empty, 2 MiB at most"""
     @_builtins.property
     def id(self) -> Global___WorkerId:
         """first"""
@@ -341,7 +351,7 @@ class StepRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """then the frames, one behind the other; 2 MiB at most"""
+    """then the frames likewise; never empty, 2 MiB at most"""
     @_builtins.property
     def header(self) -> Global___StepHeader:
         """first"""
@@ -427,7 +437,7 @@ class StepResponse(_message.Message):
     """after it: the payloads of the updates, one behind the other"""
     @_builtins.property
     def waiting(self) -> Global___Waiting:
-        """now and then, while the round is not complete"""
+        """every 5 s, while the round is not complete"""
 
     @_builtins.property
     def answer(self) -> Global___StepAnswer: ...
@@ -548,7 +558,9 @@ class Update(_message.Message):
         KIND_SET: Update._Kind.ValueType  # 1
         """frames: these elements take these values"""
         KIND_ADD: Update._Kind.ValueType  # 2
-        """frames: these values are added"""
+        """frames: these values are added, in float64 where tensor or values are, else in float32, and
+        the sums rounded to the tensor's dtype, to nearest even: as the server does, bit for bit
+        """
         KIND_FULL: Update._Kind.ValueType  # 3
         """raw vectors: the whole model, whatever came before"""
 
@@ -557,7 +569,9 @@ class Update(_message.Message):
     KIND_SET: Update.Kind.ValueType  # 1
     """frames: these elements take these values"""
     KIND_ADD: Update.Kind.ValueType  # 2
-    """frames: these values are added"""
+    """frames: these values are added, in float64 where tensor or values are, else in float32, and
+    the sums rounded to the tensor's dtype, to nearest even: as the server does, bit for bit
+    """
     KIND_FULL: Update.Kind.ValueType  # 3
     """raw vectors: the whole model, whatever came before"""
 
@@ -746,7 +760,9 @@ class LeaveResponse(_message.Message):
 
     POINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def point(self) -> Global___Point: ...
+    def point(self) -> Global___Point:
+        """durable; a worker that holds a later version joins, replays and leaves again"""
+
     def __init__(
         self,
         *,

@@ -23,17 +23,27 @@ Applied before, another digest: ALREADY_EXISTS. A gap: OUT_OF_RANGE, naming the 
 expected. An older epoch: ABORTED, since a newer process has taken the worker's name.
 
 Versions. Version v is the model after v rounds (sync) or pushes (async). Its chain is
-SHA-256(chain of v - 1, then for each worker of the round in the order of names its name, sequence
-and digest): two servers that agree on the chain have applied the same gradients in the same
-order. A server that was killed comes back at its last snapshot, an older version; workers keep
-every push that is newer than the durable version of the last answer, and send it again as a
-replay, saying in which version and beside whom it was applied.
+SHA-256(chain of v - 1, then for each worker of the round in the order of names: its name's length
+and its sequence as little-endian uint64, name and digest): two servers that agree on the chain
+have applied the same gradients in the same order. A server that was killed comes back at its last
+snapshot, an older version; workers keep every push that is newer than the durable version of the
+last answer, and send it again as a replay, saying in which version and beside whom it was
+applied. A durable version says nothing of pushes that the server does not hold again yet: it may
+have made versions of the same numbers without them.
 
-Errors, besides those above: UNAUTHENTICATED (no token or an unknown one), PERMISSION_DENIED
-(another worker's token), FAILED_PRECONDITION (not joined, another run, a model that differs, an
-answer that is no longer kept), INVALID_ARGUMENT (bytes that are no valid frame, NaN or
-infinity, a digest that does not fit, a truncated stream), RESOURCE_EXHAUSTED (too large, too
-many workers), UNAVAILABLE (starting, draining: try again).
+Who calls. Where the server has tokens, the metadata of each call but those of gRPC's health
+holds "authorization: Bearer TOKEN".
+
+Errors. Every refusal carries its reason, one word, in the trailing metadata "topq-reason", since
+several share a status: a worker that is told "not_joined" joins again, and one that is told
+"not_ready" or "too_many_calls" tries again. Besides those above: UNAUTHENTICATED (no token or an
+unknown one), PERMISSION_DENIED (another worker's token), FAILED_PRECONDITION (not joined,
+another run, a model that differs, an answer that is no longer kept), INVALID_ARGUMENT (bytes
+that are no valid frame, NaN or infinity, a digest that does not fit, a truncated stream, a model
+that the server cannot train), RESOURCE_EXHAUSTED (too large, too many workers, too many calls at
+a time), UNAVAILABLE (starting, draining: try again). A call that is silent for 30 s, or moves
+less than 128 KiB a second for longer, ends as CANCELLED or DEADLINE_EXCEEDED; not while the
+server is the one that is waited for.
 """
 
 from collections import abc as _abc
