@@ -240,6 +240,27 @@ def test_waiting_for_others_is_not_silence(tmp_path: Path, monkeypatch: pytest.M
         assert held(first) == [-3, -3, -3, -3]
 
 
+def test_ctrl_c_ends_waiting_for_others_and_the_step_goes_on_later(tmp_path: Path) -> None:
+    model, other = make_model(), make_model()
+    with (
+        serving(tmp_path, PLAIN, start_workers=2) as server,
+        ParameterServerOptimizer(
+            model.named_parameters(), str(server.address), q=0.0, worker="a"
+        ) as optimizer,
+    ):
+        backward(model, [batch(0, 0)])
+        threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        with ParameterServerOptimizer(
+            other.named_parameters(), str(server.address), q=0.0, worker="b"
+        ) as second:
+            backward(other, [batch(1, 0)])
+            side_by_side(2, lambda worker: (optimizer, second)[worker].step())
+        assert torch.equal(values(model), values(other))
+        assert server.coordinator.status().point.version == 1
+
+
 def test_a_step_that_one_of_two_servers_failed_is_finished_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

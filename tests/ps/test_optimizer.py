@@ -289,7 +289,7 @@ def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
 def test_a_model_that_the_servers_options_do_not_go_with_is_refused(tmp_path: Path) -> None:
     training: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "fused": True}}
     with serving(tmp_path, training) as server:
-        with pytest.raises(InvalidError, match="cannot train this model.*half precision"):
+        with pytest.raises(InvalidError, match=r"cannot train this model.*half precision"):
             connect(make_model().half(), server)
         assert server.coordinator.status().refused == {"invalid": 1}
         connect(make_model(), server).close()

@@ -12,7 +12,9 @@ from ps.certificates import Authority
 from ps.health_server import ask, client_tls, server_tls, serving
 
 from topq_dist.ps import secret_files
+from topq_dist.ps.connection import Connection, ServerLostError, TransientError
 from topq_dist.ps.security import Address, ClientSecurity, ServerSecurity
+from topq_dist.v1 import parameter_server_pb2 as pb
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,22 @@ class TestRotation:
         path.write_text("22")
         assert [watched.current() for _ in range(3)] == ["22"] * 3
         assert reads == ["1", "22"]
+
+    def test_a_client_gets_over_files_that_do_not_work_for_a_while(self, ours: Authority) -> None:
+        pair = ours.issue("own", server=False)
+        with serving(ServerSecurity(tls=server_tls(ours.issue("mutual", server=True)))) as where:
+            connection = Connection(
+                str(where), ClientSecurity(tls=client_tls(ours.certificate, pair))
+            )
+            worker = pb.WorkerId(run="run", worker="a", epoch=1)
+            with pytest.raises(ServerLostError, match="UNIMPLEMENTED"):  # it has health alone
+                connection.renew(worker, 10)
+            content = pair.certificate.read_bytes()
+            pair.certificate.write_bytes(content[:100])
+            connection.refresh()
+            with pytest.raises(TransientError, match="certificate"):
+                connection.renew(worker, 10)
+            pair.certificate.write_bytes(content)
+            with pytest.raises(ServerLostError, match="UNIMPLEMENTED"):
+                connection.renew(worker, 10)
+            connection.close()

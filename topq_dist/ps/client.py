@@ -98,6 +98,7 @@ class ServerClient:
         # guards all of the above between steps and the thread that renews the lease
         self._lock = threading.RLock()
         self._closing = threading.Event()
+        self._broken_off = threading.Event()
         self._renewer: threading.Thread | None = None
 
     @property
@@ -140,6 +141,15 @@ class ServerClient:
                     self._stumble(patience, error)
                 except (DigestDiffersError, ForgottenError) as error:
                     self.start_over(f"this time a push has become another one ({error})")
+
+    def break_off(self) -> None:
+        """Have what another thread does here raise TransientError soon, until `go_on` is called."""
+        self._broken_off.set()
+        self._connection.break_off()
+
+    def go_on(self) -> None:
+        """Allow what `break_off` forbade."""
+        self._broken_off.clear()
 
     def collect(self) -> Outcome:
         """Return what happened since the last call."""
@@ -239,6 +249,8 @@ class ServerClient:
     def _stumble(self, patience: Patience, error: Exception) -> None:
         """Get over an error that a new Join, or some time, may cure."""
         _log.debug("parameter server %s: %s", self.address, error)
+        if self._broken_off.is_set():
+            raise TransientError("broken off") from error
         if isinstance(error, TransientError):
             self._connection.refresh()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -59,18 +60,20 @@ class Connection:
         self.address = address
         self._security = security
         self._metadata = security.metadata()
-        self._open()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel: grpc.Channel | None = security.channel(address, _OPTIONS)
 
     def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
         """Take up or renew a worker's place."""
         with self._errors():
-            return self._stub.Join(request, timeout=timeout_s, metadata=self._metadata)
+            return self._stub().Join(request, timeout=timeout_s, metadata=self._metadata)
 
     def upload(self, worker: pb.WorkerId, vectors: Sequence[memoryview], timeout_s: float) -> None:
         """Bring the initial values."""
         requests = upload_requests(worker, vectors)
         with self._errors():
-            self._stub.Upload(requests, timeout=timeout_s, metadata=self._metadata)
+            self._stub().Upload(requests, timeout=timeout_s, metadata=self._metadata)
 
     def fetch(
         self,
@@ -82,7 +85,7 @@ class Connection:
         """Return (point, durable version, raw vectors)."""
         request = pb.FetchRequest(id=worker, which=which)
         with self._errors():
-            responses = self._stub.Fetch(request, timeout=timeout_s, metadata=self._metadata)
+            responses = self._stub().Fetch(request, timeout=timeout_s, metadata=self._metadata)
             return read_fetch(iter(responses), spec)
 
     def step(
@@ -105,7 +108,7 @@ class Connection:
             members=push.members,
         )
         with self._errors():
-            call = self._stub.Step(requests, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub().Step(requests, timeout=timeout_s, metadata=self._metadata)
             try:
                 return read_answer(iter(call), spec, waiting=lambda workers: sign_of_life())
             finally:
@@ -116,25 +119,32 @@ class Connection:
         """Keep the lease; returns the durable version."""
         request = pb.RenewRequest(id=worker)
         with self._errors():
-            response = self._stub.Renew(request, timeout=timeout_s, metadata=self._metadata)
+            response = self._stub().Renew(request, timeout=timeout_s, metadata=self._metadata)
         return response.durable_version
 
     def leave(self, worker: pb.WorkerId, timeout_s: float) -> int:
         """Give the place up; returns the server's version, which is durable."""
         request = pb.LeaveRequest(id=worker)
         with self._errors():
-            response = self._stub.Leave(request, timeout=timeout_s, metadata=self._metadata)
+            response = self._stub().Leave(request, timeout=timeout_s, metadata=self._metadata)
         return response.point.version
 
     def refresh(self) -> None:
         """Make the channel anew, where TLS is used: certificates may have changed since."""
         if self._security.tls is not None:
-            self._channel.close()
-            self._open()
+            self.break_off()
+
+    def break_off(self) -> None:
+        """Have the calls under way fail with TransientError; the next makes the channel anew."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def close(self) -> None:
-        """Break off what is under way, and close the channel."""
-        self._channel.close()
+        """Break off what is under way, and take no more calls."""
+        self._closed = True
+        self.break_off()
 
     def lost(self, timeout_s: float, last_error: Exception | None) -> ServerLostError:
         """Return the error that says that the server was silent for `timeout_s`."""
@@ -144,9 +154,17 @@ class Connection:
             f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
         )
 
-    def _open(self) -> None:
-        self._channel = self._security.channel(self.address, _OPTIONS)
-        self._stub = pb_grpc.ParameterServerStub(self._channel)
+    def _stub(self) -> pb_grpc.ParameterServerStub:
+        with self._lock:
+            if self._channel is None:
+                if self._closed:
+                    raise TransientError("the connection was closed")
+                try:
+                    self._channel = self._security.channel(self.address, _OPTIONS)
+                except ValueError as error:
+                    # it worked before: the files may be changing right now
+                    raise TransientError(str(error)) from error
+            return pb_grpc.ParameterServerStub(self._channel)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -29,6 +29,7 @@ from topq_dist.topq import check_fraction, check_number
 _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed
 _HASTY_CLOSE_S = 5.0
+_LOOK_S = 0.1
 
 
 class ParameterServerOptimizer(torch.optim.Optimizer):
@@ -161,14 +162,15 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             left_out = self._begin()
 
         def owe_the_rest() -> None:
-            for compressed in left_out:
-                compressed.commit()
+            while left_out:
+                left_out.pop(0).commit()
 
         with self._meter.timed("wait_s"):
             try:
                 # while the frames travel
                 self._at_all(ServerClient.finish, meanwhile=owe_the_rest)
             finally:
+                owe_the_rest()  # where Ctrl-C was quicker
                 self._absorb()
         self._open = False
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
@@ -198,21 +200,34 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     def _at_all(
         self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None
     ) -> list[Any]:
-        """Call at all servers at once; raises the first error once all are done."""
+        """Call at all servers at once; raises the first error once all are done.
+
+        Ctrl-C breaks the calls off: they may wait for other workers without a limit.
+        """
         if len(self._clients) == 1 and meanwhile is None:
             return [call(self._clients[0])]
         calls = [self._threads.submit(call, client) for client in self._clients]
         try:
             if meanwhile is not None:
                 meanwhile()
-        finally:
             wait(calls)
+        except BaseException:
+            self._break_off(calls)
+            raise
         errors = [error for made in calls if (error := made.exception()) is not None]
         for other in errors[1:]:
             errors[0].add_note(f"and {other}")
         if errors:
             raise errors[0]
         return [made.result() for made in calls]
+
+    def _break_off(self, calls: Sequence[Future[Any]]) -> None:
+        """Return once these calls have ended, which may be tried again later."""
+        while wait(calls, _LOOK_S).not_done:
+            for client in self._clients:
+                client.break_off()
+        for client in self._clients:
+            client.go_on()
 
     def _absorb(self) -> None:
         """Take in what the clients brought."""
