@@ -23,13 +23,13 @@ Applied before, another digest: ALREADY_EXISTS. A gap: OUT_OF_RANGE, naming the 
 expected. An older epoch: ABORTED, since a newer process has taken the worker's name.
 
 Versions. Version v is the model after v rounds (sync) or pushes (async). Its chain is
-SHA-256(chain of v - 1, then for each worker of the round in the order of names: its name's length
-and its sequence as little-endian uint64, name and digest): two servers that agree on the chain
-have applied the same gradients in the same order. A server that was killed comes back at its last
-snapshot, an older version; workers keep every push that is newer than the durable version of the
-last answer, and send it again as a replay, saying in which version and beside whom it was
-applied. A durable version says nothing of pushes that the server does not hold again yet: it may
-have made versions of the same numbers without them.
+SHA-256(chain of v - 1, then for each worker of the round in the order of names: its name's
+length and its sequence as little-endian uint64, name and digest): two servers that agree on the
+chain have applied the same gradients in the same order. A server that was killed comes back at
+its last snapshot, an older version; workers keep every push that is newer than the durable
+version of the last answer, and send it again as a replay, saying in which version and beside
+whom it was applied. A durable version says nothing of pushes that the server does not hold again
+yet: it may have made versions of the same numbers without them.
 
 Who calls. Where the server has tokens, the metadata of each call but those of gRPC's health
 holds "authorization: Bearer TOKEN".
