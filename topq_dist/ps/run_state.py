@@ -38,6 +38,8 @@ from topq_dist.ps.snapshot import (
 )
 
 _HISTORY_BYTES = 4 << 20
+# of one answer: each adds to its header, and gRPC's clients take 4 MiB a message
+_MOST_UPDATES = 10_000
 
 
 def new_run() -> str:
@@ -228,7 +230,11 @@ class RunState:
     def _answer(self, base: Point, applied: Point | None, members: tuple[str, ...]) -> Answer:
         """Return an answer that ends at the present point."""
         updates = self.history.updates(base, self.point.version)
-        if updates is None or sum(u.payload_bytes for u in updates) > self.spec.raw_bytes:
+        if (
+            updates is None
+            or len(updates) > _MOST_UPDATES
+            or sum(update.payload_bytes for update in updates) > self.spec.raw_bytes
+        ):
             updates = (self.full(),)
         return Answer(applied=applied, members=members, updates=updates, durable_version=0)
 
