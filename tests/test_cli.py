@@ -163,6 +163,7 @@ class TestServe:
             "TOPQ_DOWNLINK": "topq",
             "TOPQ_DOWNLINK_Q": "0.9",
             "TOPQ_LEASE_S": "",
+            "TOPQ_LOG_LEVEL": "info",
         }
         with serving(**variables) as served:
             assert served.address == variables["TOPQ_ADDRESS"]
@@ -174,7 +175,12 @@ class TestServe:
             assert join(served.address, ClientSecurity(), "first") is grpc.StatusCode.OK
             second = join(served.address, ClientSecurity(), "second")
             assert second is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert served.stop() == (0, "", "")
+            code, text, errors = served.stop()
+            assert (code, text) == (0, "")
+            assert f"listening on {served.address}, run " in errors
+            assert "at version 0" in errors
+            assert "worker first joined" in errors
+            assert "worker second joined" not in errors
         code, said, errors = run("status", "--address", served.address)
         assert (code, said) == (1, "")
         assert re.fullmatch(r"topq: error: no answer from unix:\S+: .*\n", errors)

@@ -5,6 +5,7 @@ Not for several threads at once: the coordinator's lock guards it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from topq_dist.ps.calls import Caller, JoinCall
@@ -21,6 +22,7 @@ from topq_dist.ps.protocol import (
     WrongRunError,
 )
 
+_log = logging.getLogger(__name__)
 # how long the others wait for the model, if they are not told that its bringer is gone
 _LEASES_TO_UPLOAD = 10
 _LEAST_RATE = 1 << 20  # bytes a second
@@ -67,9 +69,11 @@ class Admission:
                 f"a model of {call.spec.raw_bytes} bytes: expected at most "
                 f"max_model_bytes={self._serving.max_model_bytes}"
             )
-        return self.ledger.join(
+        entry = self.ledger.join(
             call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
         )
+        _log.info("worker %s joined, epoch %d", call.worker, entry.epoch)
+        return entry
 
     def is_to_upload(self, call: JoinCall) -> bool:
         """Return whether this worker brings the model: the first, or the next if it does not."""
@@ -118,6 +122,7 @@ class Admission:
         """Give the caller's place up, or nothing where it has left; raises RefusedError."""
         if self._members.get(caller.worker) is not None:
             self.check_caller(caller)
+            _log.info("worker %s left", caller.worker)
         elif caller.run != self.run or self.ledger.entry(caller.worker).epoch != caller.epoch:
             raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
         self._members.remove(caller.worker)

@@ -45,8 +45,8 @@ class ServerSecurity:
         if not self.insecure:
             raise ValueError(
                 f"address={address!r}: in the clear a server listens on loopback alone:"
-                " configure TLS, or say insecure where everybody on the network may read and alter"
-                " the training"
+                " configure TLS (topq serve --tls-cert --tls-key), or say insecure (--insecure)"
+                " where everybody on the network may read and alter the training"
             )
         if self.tokens is not None:
             raise ValueError(

@@ -170,7 +170,9 @@ def serve(
         server = ParameterServer(
             training, serving, state_dir=state_dir, address=address, security=security
         )
-        _log.info("listening on %s", server.address)
+        now = server.coordinator.status()
+        where = f"run {now.run} at version {now.point.version}"
+        _log.info("listening on %s, %s", server.address, where)
         if on_listening is not None:
             on_listening(server.address)
         while not stop.wait(1.0) and not server.coordinator.failed:
