@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from topq_dist.compress.frame import encode_frame, encode_non_finite_frame
 from topq_dist.ps import protocol, wire
+from topq_dist.ps.chunks import Receiver, chunks
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.protocol import (
     MAX_CHUNK_BYTES,
@@ -53,12 +54,12 @@ def header_of(parts: list[memoryview], **changes: object) -> pb.StepHeader:
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 50))
 def test_chunks_are_the_buffers_one_behind_the_other(parts: list[bytes], chunk_bytes: int) -> None:
-    chunks = list(wire.chunks(map(memoryview, parts), chunk_bytes))
-    assert b"".join(chunks) == b"".join(parts)
-    assert all(len(chunk) == chunk_bytes for chunk in chunks[:-1])
-    assert all(0 < len(chunk) <= chunk_bytes for chunk in chunks)
-    receiver = wire.Receiver([len(part) for part in parts], limit_bytes=1000, what="it")
-    for chunk in chunks:
+    pieces = list(chunks(map(memoryview, parts), chunk_bytes))
+    assert b"".join(pieces) == b"".join(parts)
+    assert all(len(chunk) == chunk_bytes for chunk in pieces[:-1])
+    assert all(0 < len(chunk) <= chunk_bytes for chunk in pieces)
+    receiver = Receiver([len(part) for part in parts], limit_bytes=1000, what="it")
+    for chunk in pieces:
         assert not receiver.complete
         receiver.take(chunk)
     assert [bytes(part) for part in receiver.parts()] == parts
@@ -66,16 +67,16 @@ def test_chunks_are_the_buffers_one_behind_the_other(parts: list[bytes], chunk_b
 
 def test_a_receiver_takes_what_was_declared_and_no_more() -> None:
     with pytest.raises(TooLargeError, match="expected at most 9"):
-        wire.Receiver([4, 6], limit_bytes=9, what="it")
+        Receiver([4, 6], limit_bytes=9, what="it")
     with pytest.raises(TooLargeError):
-        wire.Receiver([2**64 - 1, 2**64 - 1], limit_bytes=10, what="it")
-    receiver = wire.Receiver([4], limit_bytes=9, what="it")
+        Receiver([2**64 - 1, 2**64 - 1], limit_bytes=10, what="it")
+    receiver = Receiver([4], limit_bytes=9, what="it")
     receiver.take(b"abc")
     with pytest.raises(InvalidError, match="ended after 3 of 4"):
         receiver.parts()
     with pytest.raises(InvalidError, match="goes on after"):
         receiver.take(b"de")
-    large = wire.Receiver([MAX_CHUNK_BYTES + 1], limit_bytes=1 << 30, what="it")
+    large = Receiver([MAX_CHUNK_BYTES + 1], limit_bytes=1 << 30, what="it")
     with pytest.raises(InvalidError, match="a chunk of"):
         large.take(bytes(MAX_CHUNK_BYTES + 1))
 

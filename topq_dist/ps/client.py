@@ -15,7 +15,7 @@ from typing import Any
 
 from topq_dist.ps.connection import Connection, ServerLostError, TransientError
 from topq_dist.ps.downlink import apply_update
-from topq_dist.ps.kept import KeptPush, KeptPushes, point_to_state
+from topq_dist.ps.kept import KeptPush, KeptPushes
 from topq_dist.ps.model import FlatModel
 from topq_dist.ps.patience import Patience
 from topq_dist.ps.protocol import (
@@ -32,6 +32,7 @@ from topq_dist.ps.protocol import (
     SequenceGapError,
     UpdateKind,
     WrongRunError,
+    point_to_state,
 )
 from topq_dist.ps.security import ClientSecurity
 from topq_dist.ps.wire import (

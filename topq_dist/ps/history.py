@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from topq_dist.ps.protocol import CHAIN_BYTES, START, Point, Update, UpdateKind
+from topq_dist.ps.protocol import (
+    START,
+    Point,
+    Update,
+    UpdateKind,
+    point_from_state,
+    point_to_state,
+)
 
 # what Python keeps of a version and of each of its pushes, the ledger's part included; tiny
 # updates would otherwise count as almost nothing
@@ -113,8 +120,7 @@ class History:
             }
             for made in kept
         ]
-        start = {"version": before.version, "chain": before.chain.hex()}
-        return payloads, {"before": start, "versions": versions}
+        return payloads, {"before": point_to_state(before), "versions": versions}
 
     def load_state(self, payloads: memoryview, metadata: Mapping[str, Any]) -> None:
         """Replace all of it by what `state` returned, the payloads one behind the other.
@@ -123,7 +129,7 @@ class History:
         Raises ValueError, and changes nothing, for what no `state` returned.
         """
         try:
-            before = _point(metadata["before"]["version"], metadata["before"]["chain"])
+            before = point_from_state(metadata["before"])
             made, end = _read_versions(payloads, before, metadata["versions"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a history: {error!r}") from error
@@ -160,15 +166,8 @@ def _read_versions(
             end += length
         update = Update(
             kind=UpdateKind[row["kind"]],
-            point=_point(version, row["chain"]),
+            point=point_from_state({"version": version, "chain": row["chain"]}),
             payloads=tuple(parts),
         )
         made.append(_Made(update=update, members=tuple(map(str, row["members"]))))
     return made, end
-
-
-def _point(version: int, chain: str) -> Point:
-    point = Point(version=version, chain=bytes.fromhex(chain))
-    if not isinstance(version, int) or version < 0 or len(point.chain) != CHAIN_BYTES:
-        raise ValueError(f"version {version!r} with a chain of {len(point.chain)} bytes")
-    return point

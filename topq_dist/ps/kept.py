@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from topq_dist.ps.protocol import CHAIN_BYTES, Point, push_digest
+from topq_dist.ps.protocol import Point, point_from_state, point_to_state, push_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +136,6 @@ class KeptPushes:
         if any(kept.applied is None for kept in pushes._applied):
             raise ValueError("an applied push without its version")
         return pushes
-
-
-def point_to_state(point: Point) -> dict[str, Any]:
-    """Return `point` as numbers and strings."""
-    return {"version": point.version, "chain": point.chain.hex()}
-
-
-def point_from_state(state: Mapping[str, Any]) -> Point:
-    """Return what `point_to_state` returned; raises KeyError, TypeError or ValueError."""
-    chain = bytes.fromhex(state["chain"])
-    if len(chain) != CHAIN_BYTES:
-        raise ValueError(f"a chain of {len(chain)} bytes: expected {CHAIN_BYTES}")
-    return Point(version=_count(state["version"], 0), chain=chain)
 
 
 def _to_state(push: KeptPush) -> dict[str, Any]:

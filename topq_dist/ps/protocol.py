@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # status and health import this file, and are to be free of torch
     from topq_dist.compress.frame import Frame
@@ -34,6 +34,21 @@ class Point:
 
 
 START = Point(version=0, chain=FIRST_CHAIN)
+
+
+def point_to_state(point: Point) -> dict[str, Any]:
+    """Return `point` as numbers and strings, for a saved state."""
+    return {"version": point.version, "chain": point.chain.hex()}
+
+
+def point_from_state(state: Mapping[str, Any]) -> Point:
+    """Return what `point_to_state` returned; raises KeyError, TypeError or ValueError."""
+    version, chain = state["version"], bytes.fromhex(state["chain"])
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ValueError(f"version {version!r}: expected a whole number of at least 0")
+    if len(chain) != CHAIN_BYTES:
+        raise ValueError(f"a chain of {len(chain)} bytes: expected {CHAIN_BYTES}")
+    return Point(version=version, chain=chain)
 
 
 @dataclass(frozen=True, kw_only=True)

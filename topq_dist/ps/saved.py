@@ -11,9 +11,9 @@ from torch import Tensor
 
 from topq_dist.compress.feedback import check_residual
 from topq_dist.ps.client import ServerClient
-from topq_dist.ps.kept import KeptPushes, point_from_state
+from topq_dist.ps.kept import KeptPushes
 from topq_dist.ps.model import FlatModel
-from topq_dist.ps.protocol import Point
+from topq_dist.ps.protocol import Point, point_from_state
 from topq_dist.ps.shard import Shard
 from topq_dist.telemetry import Stats
 from topq_dist.topq import check_number

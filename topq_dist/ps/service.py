@@ -14,13 +14,13 @@ from dataclasses import asdict
 import grpc
 
 from topq_dist.ps.calls import Caller, JoinCall
+from topq_dist.ps.chunks import Receiver
 from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.gate import Authenticates
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.pending import Ticket
 from topq_dist.ps.protocol import Answer, InvalidError, check_worker_name
 from topq_dist.ps.wire import (
-    Receiver,
     answer_to_wire,
     fetch_to_wire,
     groups_to_wire,

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from topq_dist.ps.config import TrainingConfig
 from topq_dist.ps.model import DTYPES, ModelSpec, TensorSpec
-from topq_dist.ps.protocol import CHAIN_BYTES, InvalidError, Point, check_worker_name
+from topq_dist.ps.protocol import (
+    InvalidError,
+    Point,
+    check_worker_name,
+    point_from_state,
+    point_to_state,
+)
 from topq_dist.ps.snapshot_file import (
     Contents,
     StateError,
@@ -198,7 +204,7 @@ def _packed(snapshot: Snapshot) -> dict[str, Contents]:
     metadata = {
         "run": snapshot.run,
         "workers": list(snapshot.workers),
-        "point": {"version": snapshot.point.version, "chain": snapshot.point.chain.hex()},
+        "point": point_to_state(snapshot.point),
         "training": snapshot.training,
         "spec": [
             [tensor.name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
@@ -218,10 +224,8 @@ def _packed(snapshot: Snapshot) -> dict[str, Contents]:
 
 def _unpacked(contents: Mapping[str, Tensor]) -> Snapshot:
     metadata = json.loads(bytes(_view(contents[_METADATA])))
-    point = Point(
-        version=metadata["point"]["version"], chain=bytes.fromhex(metadata["point"]["chain"])
-    )
-    if len(point.chain) != CHAIN_BYTES or metadata["ledger"]["version"] != point.version:
+    point = point_from_state(metadata["point"])
+    if metadata["ledger"]["version"] != point.version:
         raise ValueError(f"{point} beside a ledger of version {metadata['ledger']['version']}")
     return Snapshot(
         run=metadata["run"],
