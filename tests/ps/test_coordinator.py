@@ -39,6 +39,7 @@ from topq_dist.ps.protocol import (
     WrongRunError,
     push_digest,
 )
+from topq_dist.ps.run_state import RunState
 from topq_dist.ps.snapshot import StateDir
 
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
@@ -861,3 +862,21 @@ def test_many_threads_at_once_count_each_push_once(make: Make) -> None:
     raw = bench.server.fetch(callers[0], central=True)[2][0]
     values = torch.frombuffer(bytearray(raw), dtype=torch.float32)
     torch.testing.assert_close(values, torch.full((4,), -float(rounds)))
+
+
+def test_no_lease_ends_while_the_state_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make(start_workers=2, lease_s=10.0)
+    caller = bench.join("a")
+    bench.join("b")
+    for name in ("sha256", "snapshot", "full"):
+        read = getattr(RunState, name)
+
+        def slowly(state: RunState, *args: Any, read: Any = read, **options: Any) -> Any:
+            bench.clock.pass_s(60)
+            return read(state, *args, **options)
+
+        monkeypatch.setattr(RunState, name, slowly)
+    bench.server.status(state_sha256=True)
+    bench.save()
+    bench.server.fetch(caller, central=False)
+    assert all(worker.lease_left_s > 0 for worker in bench.server.status().workers)

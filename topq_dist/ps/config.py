@@ -11,6 +11,11 @@ Mode = Literal["sync", "async"]
 Downlink = Literal["exact", "topq", "dense"]
 
 
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
 def _check(name: str, value: float, least: float, *, above: bool = False) -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
     if wrong_type or not math.isfinite(value) or value < least or (above and value == least):
@@ -55,7 +60,7 @@ class TrainingConfig:
         if self.downlink not in get_args(Downlink):
             known = ", ".join(get_args(Downlink))
             raise ValueError(f"downlink={self.downlink!r}: expected one of {known}")
-        _check("max_staleness", self.max_staleness, 0)
+        _check_whole("max_staleness", self.max_staleness, 0)
         _check("q", self.q, 0)
         if self.q > 1:
             raise ValueError(f"q={self.q!r}: expected a number in [0, 1]")
@@ -86,12 +91,12 @@ class ServingConfig:
     max_model_bytes: int = 64 << 30
 
     def __post_init__(self) -> None:
-        _check("start_workers", self.start_workers, 1)
-        _check("min_workers", self.min_workers, 1)
-        _check("max_workers", self.max_workers, max(self.start_workers, self.min_workers))
+        _check_whole("start_workers", self.start_workers, 1)
+        _check_whole("min_workers", self.min_workers, 1)
+        _check_whole("max_workers", self.max_workers, max(self.start_workers, self.min_workers))
         _check("lease_s", self.lease_s, 0, above=True)
         if self.round_timeout_s is not None:
             _check("round_timeout_s", self.round_timeout_s, 0, above=True)
-        _check("snapshot_every", self.snapshot_every, 1)
-        _check("history_bytes", self.history_bytes, 0)
-        _check("max_model_bytes", self.max_model_bytes, 1)
+        _check_whole("snapshot_every", self.snapshot_every, 1)
+        _check_whole("history_bytes", self.history_bytes, 0)
+        _check_whole("max_model_bytes", self.max_model_bytes, 1)

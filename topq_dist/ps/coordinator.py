@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from topq_dist.ps.admission import Admission
@@ -296,7 +297,8 @@ class Coordinator:
             self._door.check_caller(caller)
             state = self._started()
             point = state.point
-            full = state.full(central=central)
+            with self._unheard():
+                full = state.full(central=central)
             if self.serving.snapshot_every == 1:
                 self._await_durable(point.version)
             member = self._members.get(caller.worker)
@@ -342,8 +344,12 @@ class Coordinator:
 
     def _status(self, *, state_sha256: bool) -> Status:
         with self._changed:
-            now_s = self._clock()
             state = self._state
+            hashed = ""
+            if state is not None and state_sha256:
+                with self._unheard():
+                    hashed = state.sha256()
+            now_s = self._clock()
             point = START if state is None else state.point
             known = frozenset(self._ledger.workers)
             with self._counting:
@@ -374,7 +380,7 @@ class Coordinator:
                 received_bytes=self._bytes["received"],
                 sent_bytes=self._bytes["sent"],
                 uptime_s=now_s - self._started_s,
-                state_sha256="" if state is None or not state_sha256 else state.sha256(),
+                state_sha256=hashed,
             )
 
     def drain(self) -> None:
@@ -404,6 +410,15 @@ class Coordinator:
                 f"push {push.sequence} of {push.worker!r} says that it was applied in version "
                 f"{push.applied_version}: expected none, this server has lost nothing"
             )
+
+    @contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """Lengthen all leases by the time that the block takes: meanwhile nobody is heard."""
+        started_s = self._clock()
+        try:
+            yield
+        finally:
+            self._members.extend(self._clock() - started_s)
 
     def _make_room(self) -> None:
         present = {member.worker for member in self._members.all()}
@@ -471,7 +486,8 @@ class Coordinator:
                 return
             version = self._state.point.version
             live = self._members.live(self._clock())
-            snapshot = self._state.snapshot(live, every=self.serving.snapshot_every)
+            with self._unheard():
+                snapshot = self._state.snapshot(live, every=self.serving.snapshot_every)
         self._state_dir.save(snapshot)
         with self._changed:
             self._durable = max(self._durable, version)
