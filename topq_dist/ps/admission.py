@@ -72,7 +72,9 @@ class Admission:
         entry = self.ledger.join(
             call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
         )
-        _log.info("worker %s joined, epoch %d", call.worker, entry.epoch)
+        member = self._members.get(call.worker)
+        if member is None or not member.joined or entry.epoch != call.epoch:
+            _log.info("worker %s joined, epoch %d", call.worker, entry.epoch)
         return entry
 
     def is_to_upload(self, call: JoinCall) -> bool:
