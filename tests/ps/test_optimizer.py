@@ -303,6 +303,10 @@ def test_to_close_again_does_nothing(tmp_path: Path) -> None:
     ):
         optimizer.close()
         optimizer.close()
+        with pytest.raises(RuntimeError, match="is closed"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="is closed"):
+            optimizer.fetch_central()
 
 
 def test_it_is_where_users_look_for_it() -> None:

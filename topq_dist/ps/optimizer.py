@@ -148,8 +148,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
         Waits for the other workers where the servers do. Raises NonFiniteError, naming the first
         parameter, for a gradient with NaN or infinity, before anything is sent; ServerLostError
-        and RefusedError, after which step() finishes what it began.
+        and RefusedError, after which step() finishes what it began, and RuntimeError once closed.
         """
+        self._check_not_closed()
         loss = None
         left_out: list[Compressed] = []
         if self._open:
@@ -248,8 +249,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """Return the servers' own parameters by name: new CPU tensors, for evaluation and export.
 
         With the servers' downlink "topq" they are ahead of what the model here holds. Raises
-        ServerLostError and RefusedError.
+        ServerLostError, RefusedError, and RuntimeError once closed.
         """
+        self._check_not_closed()
         self._take_up()
         try:
             models = self._at_all(ServerClient.fetch_central)
@@ -356,6 +358,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             self._at_all(lambda client: client.close(timeout_s))
         finally:
             self._threads.shutdown()
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this optimizer is closed: its places at the servers are given up")
 
     def __enter__(self) -> Self:
         return self
