@@ -10,7 +10,7 @@ import grpc
 
 from topq_dist.ps.kept import KeptPush
 from topq_dist.ps.model import ModelSpec
-from topq_dist.ps.protocol import Answer, NotReadyError, Point
+from topq_dist.ps.protocol import STREAM_WINDOW_BYTES, Answer, NotReadyError, Point
 from topq_dist.ps.reach import why_unreachable
 from topq_dist.ps.refusals import refusal_of
 from topq_dist.ps.security import ClientSecurity
@@ -20,14 +20,15 @@ from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 # no retries of gRPC's own: above 256 KiB they stop without a word, and a push that is sent again
 # may need a Join before it
-_OPTIONS = (
+_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.bdp_probe", 0),
+    # the window of a stream: with gRPC's own, 64 KiB, a distant server sends little at a time
+    ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
     # workers in one process would share a connection, and its flow control, otherwise
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.gate import Gate
+from topq_dist.ps.protocol import STREAM_WINDOW_BYTES
 from topq_dist.ps.security import Address, ServerSecurity
 from topq_dist.ps.service import ParameterServerService
 from topq_dist.ps.snapshot import StateDir
@@ -42,6 +43,7 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", 4 << 20),
         # its estimates grow the windows of all streams at once, and with them the memory
         ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
