@@ -284,6 +284,8 @@ def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
         ParameterServerOptimizer(**arguments)
     with pytest.raises(TypeError, match="expected pairs of a name and a tensor"):
         ParameterServerOptimizer(make_model().parameters(), "127.0.0.1:1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="servers=5: expected HOST:PORT"):
+        ParameterServerOptimizer(make_model().named_parameters(), 5)  # type: ignore[arg-type]
 
 
 def test_a_model_that_the_servers_options_do_not_go_with_is_refused(tmp_path: Path) -> None:

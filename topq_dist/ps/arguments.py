@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -32,6 +32,14 @@ def trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tenso
     if not named:
         raise ValueError("named_parameters has no trainable parameter: expected one at least")
     return named
+
+
+def addresses_of(servers: str | Sequence[str]) -> list[str]:
+    """Return the servers' addresses; raises TypeError for what are none."""
+    addresses = [servers] if isinstance(servers, str) else servers
+    if not isinstance(addresses, Sequence) or not all(isinstance(one, str) for one in addresses):
+        raise TypeError(f"servers={servers!r}: expected HOST:PORT, or several of them in a list")
+    return list(addresses)
 
 
 def checked_worker(worker: str | None) -> str:

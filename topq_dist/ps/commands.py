@@ -39,7 +39,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 )
 @click.version_option(__version__)
 def topq() -> None:
-    """The parameter server of topq_dist. Each option can be given as a variable TOPQ_... too."""
+    """The parameter server of topq_dist. An option's help names the variable it can be given as."""
 
 
 @topq.command(short_help="Run a parameter server.")

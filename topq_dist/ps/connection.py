@@ -174,14 +174,14 @@ class Connection:
         except grpc.RpcError as error:
             refusal = refusal_of(error)
             if isinstance(refusal, NotReadyError):
-                raise TransientError(str(refusal)) from error
+                raise TransientError(str(refusal)) from None
             if refusal is not None:
-                raise type(refusal)(f"parameter server {self.address}: {refusal}") from error
+                raise type(refusal)(f"parameter server {self.address}: {refusal}") from None
             known = isinstance(error, grpc.Call)
             code = error.code() if known else grpc.StatusCode.UNKNOWN
             details = error.details() if known else repr(error)
             if code in _TRANSIENT:
-                raise TransientError(f"{code.name}: {details}") from error
+                raise TransientError(f"{code.name}: {details}") from None
             raise ServerLostError(
                 f"parameter server {self.address}: {code.name}: {details}"
-            ) from error
+            ) from None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.density import Scope, check_scope
-from topq_dist.ps.arguments import checked_worker, trainable
+from topq_dist.ps.arguments import addresses_of, checked_worker, trainable
 from topq_dist.ps.client import ServerClient
 from topq_dist.ps.connection import ServerLostError
 from topq_dist.ps.groups import ServerGroups
@@ -88,7 +88,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
         named = trainable(named_parameters)
         self._names = list(named)
-        addresses = [servers] if isinstance(servers, str) else list(servers)
+        addresses = addresses_of(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
         security = ClientSecurity(tls=tls, token=token)
         self._shards = [

@@ -29,7 +29,7 @@ class Patience:
         """Return the seconds left; raises ServerLostError when there are none."""
         left_s = self._last_sign_s + self._timeout_s - time.monotonic()
         if left_s <= 0:
-            raise self._connection.lost(self._timeout_s, self._last_error) from self._last_error
+            raise self._connection.lost(self._timeout_s, self._last_error) from None
         return left_s
 
     def pause(self, error: Exception) -> None:
