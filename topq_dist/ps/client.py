@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from topq_dist.ps.connection import Connection, ServerLostError, TransientError
 from topq_dist.ps.downlink import apply_update
 from topq_dist.ps.kept import KeptPush, KeptPushes
@@ -52,11 +54,14 @@ _ASIDE_S = 2.0
 class Outcome:
     """What a step brought.
 
+    changed: where the model has changed, update by update: ascending indices for each vector. None:
+        anywhere.
     taken_back: pushes that the server did not take, for whoever made them to owe again.
     forked: this worker was started again from before pushes of its own that the server holds, and
         has come another way since: what it still owed is in them, as far as anybody can tell.
     """
 
+    changed: list[list[Tensor]] | None = field(default_factory=list)
     taken_back: list[KeptPush] = field(default_factory=list)
     forked: bool = False
     sent_bytes: int = 0
@@ -312,6 +317,7 @@ class ServerClient:
     def _fetch_model(self, patience: Patience) -> None:
         point, buffers = self._fetch(pb.FetchRequest.WHICH_WORKERS, patience)
         self.model.load_raw(buffers)
+        self._outcome.changed = None
         self.point = point
         self._holds_model = True
 
@@ -341,7 +347,11 @@ class ServerClient:
                     f"parameter server {self.address}: an update to version "
                     f"{update.point.version}: expected {due}"
                 )
-            apply_update(self.model, update)
+            changed = apply_update(self.model, update)
+            if changed is None or self._outcome.changed is None:
+                self._outcome.changed = None
+            else:
+                self._outcome.changed.append(changed)
             self.point = update.point
         if answer.applied is None:
             self._take_back(push.sequence, "a push came too late for the version it belongs to")

@@ -266,15 +266,15 @@ class TopQDownlink:
             torch.neg(negative.copy_(flat), out=negative)
 
 
-def apply_update(model: FlatModel, update: Update) -> None:
-    """Change what a worker holds as `update` says.
+def apply_update(model: FlatModel, update: Update) -> list[Tensor] | None:
+    """Change what a worker holds as `update` says; return where, for each vector, None: anywhere.
 
     Raises FrameError or InvalidError, leaving the model as it was, for payloads that are no update
     of it.
     """
     if update.kind is UpdateKind.FULL:
         model.load_raw(update.payloads)
-        return
+        return None
     if len(update.payloads) != len(model.flats):
         raise InvalidError(f"{len(update.payloads)} payloads: expected {len(model.flats)}")
     frames = [
@@ -288,6 +288,7 @@ def apply_update(model: FlatModel, update: Update) -> None:
             put(flat, frame.indices, frame.values.to(flat.dtype))
         else:
             put(flat, frame.indices, _added(picked(flat, frame.indices), frame.values))
+    return [frame.indices for frame in frames]
 
 
 def _added(held: Tensor, decoded: Tensor) -> Tensor:

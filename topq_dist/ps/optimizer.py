@@ -238,7 +238,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 shard.forgive()
             for push in outcome.taken_back:
                 shard.owe(push)
-            shard.write_back()
+            shard.write_back(outcome.changed)
             self._meter.add(
                 sent_bytes=outcome.sent_bytes,
                 wire_bytes=outcome.sent_bytes,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.density import Scope, uniform_cuts
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import decode_frame, peek_header
 from topq_dist.ps.kept import KeptPush
-from topq_dist.ps.model import FlatModel, ModelSpec, raw_view
+from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, raw_view
 from topq_dist.ps.protocol import NonFiniteError
 
 
@@ -26,6 +29,7 @@ class Shard:
         self.parameters = dict(parameters)
         self.spec = ModelSpec.of(self.parameters.items())
         self.model = FlatModel(self.spec)
+        self._marks: list[tuple[int, int]] = []
         self.compressor = compressor
         self.read_parameters()
         self._gradients = [
@@ -50,10 +54,43 @@ class Shard:
     def read_parameters(self) -> None:
         """Take the model's values from the parameters."""
         self.model.copy_from(self.parameters.items())
+        self._marks = self._marked()
 
-    def write_back(self) -> None:
-        """Put the model's values into the parameters."""
-        self.write(self.model.tensors())
+    def write_back(self, changed: Sequence[Sequence[Tensor]] | None = None) -> None:
+        """Put the model's values into the parameters.
+
+        changed: the only places, as Outcome has them, where the model can differ from what the
+        parameters were last given; None: anywhere. Where somebody else has written into a parameter
+        since, all are.
+        """
+        if changed is None or self._marks != self._marked() or not self._takes_scatters():
+            self.write(self.model.tensors())
+        else:
+            for update in changed:
+                self._scatter(update)
+        self._marks = self._marked()
+
+    def _marked(self) -> list[tuple[int, int]]:
+        """Return what changes where a parameter is written to, or moved."""
+        return [(p._version, p.data_ptr()) for p in self.parameters.values()]
+
+    def _takes_scatters(self) -> bool:
+        return all(p.device.type == "cpu" and p.is_contiguous() for p in self.parameters.values())
+
+    def _scatter(self, changed: Sequence[Tensor]) -> None:
+        for vector, flat, indices in zip(self.spec.vectors, self.model.flats, changed, strict=True):
+            stretches = vector.layout.stretches()
+            starts = np.array([stretch.start for stretch in stretches])
+            edges = [*np.searchsorted(indices.numpy(), starts).tolist(), indices.numel()]
+            for name, stretch, (low, high) in zip(
+                vector.layout.names, stretches, pairwise(edges), strict=True
+            ):
+                if low == high:
+                    continue
+                parameter, there = self.parameters[name], indices[low:high]
+                put(parameter.detach().view(-1), there - stretch.start, picked(flat, there))
+                # autograd must know of it, as it does of torch's own writes
+                increment_version(parameter)
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put other values, by name, into the parameters."""
