@@ -50,7 +50,6 @@ class TestWrongOptions:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ([], "Missing command"),
             (["sevre"], "No such command 'sevre'"),
             (["serve"], "'--state-dir'"),
             (["serve", "--state-dir", "x"], "'--inner-opt'"),
@@ -87,7 +86,7 @@ class TestWrongOptions:
             ("--inner-option momentum=1 --inner-option momentum=2", "--inner-option momentum"),
             ("--inner-option lr=1 --lr 1", "--lr and --inner-option lr: expected one of them"),
             ("--lr fast", "'--lr'"),
-            ("--lr -1", "lr=-1.0"),
+            ("--lr -1", "--inner-opt='sgd' with lr=-1.0: Invalid learning rate"),
             ("--group *.bias", "'*.bias': expected PATTERN:NAME=VALUE"),
             ("--group *:lr=1,lr=2", "lr is given twice"),
             ("--group *:foo=1", "'foo'"),
@@ -138,6 +137,15 @@ class TestWrongOptions:
         line = failed_with(capsys, "serve", "--state-dir", "x", *SGD)
         assert "--snapshot-every" in line
         assert "'often'" in line
+
+
+def test_no_command_at_all_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Usage: topq ")
+    for command in topq.commands:
+        assert f"  {command} " in said.err
 
 
 class TestEveryOptionHasItsVariable:

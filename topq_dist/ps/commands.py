@@ -34,12 +34,16 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.group(
-    no_args_is_help=False,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__)
-def topq() -> None:
+@click.pass_context
+def topq(context: click.Context) -> None:
     """The parameter server of topq_dist. An option's help names the variable it can be given as."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @topq.command(short_help="Run a parameter server.")

@@ -67,10 +67,12 @@ def check_inner_optimizer(config: TrainingConfig) -> None:
     For a server's start, when there is no model yet.
     """
     cls = optimizer_class(config.inner_opt)
-    options = _checked_options(cls, config.inner_opt, config.options)
-    _try(cls, config.inner_opt, options)
-    for rule in config.groups:
-        _try(cls, config.inner_opt, {**options, **_checked_rule(cls, config.inner_opt, rule)})
+    rules = [{}, *(_checked_rule(cls, config.inner_opt, rule) for rule in config.groups)]
+    # as they are given first, so that an error names nothing that is ours
+    for take in (_plain_options, _checked_options):
+        options = take(cls, config.inner_opt, config.options)
+        for rule in rules:
+            _try(cls, config.inner_opt, {**options, **rule})
 
 
 def make_inner_optimizer(
