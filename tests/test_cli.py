@@ -206,6 +206,7 @@ class TestStatus:
         assert (code, errors) == (0, "")
         assert "training  sgd, sync, downlink exact\n" in text
         assert "version   0, durable 0\n" in text
+        assert "round     0 of 1 pushes are there\n" in text
         assert "refused   invalid 1\n" in text
         heading, row = text.splitlines()[-2:]
         assert heading == "worker    version  lag  pushes  lease  push  received  sent"

@@ -231,7 +231,8 @@ STATEFUL: list[tuple[str, dict[str, Any]]] = [
 def test_state_goes_round_and_on_bit_for_bit(
     inner_opt: str, options: dict[str, Any], downlink: Any
 ) -> None:
-    config = TrainingConfig(inner_opt=inner_opt, options=options, downlink=downlink, q=0.9)
+    own: dict[str, Any] = {"q": 0.9} if downlink == "topq" else {}
+    config = TrainingConfig(inner_opt=inner_opt, options=options, downlink=downlink, **own)
     model = random_model(MIXED)
     central = CentralModel(config, model.spec, model)
     generator = torch.Generator().manual_seed(6)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.config import Downlink, Mode, ServingConfig, TrainingConfig, check_together
+from topq_dist.ps.coordinator import Coordinator
+from topq_dist.ps.snapshot import StateDir
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,8 @@ def test_staleness_and_history_are_whole_and_may_be_zero(value: float) -> None:
         TrainingConfig(inner_opt="sgd", max_staleness=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"history_bytes=.*: expected a whole number"):
         ServingConfig(history_bytes=value)  # type: ignore[arg-type]
-    assert TrainingConfig(inner_opt="sgd", max_staleness=0).max_staleness == 0
+    config = TrainingConfig(inner_opt="sgd", mode="async", max_staleness=0)
+    assert config.max_staleness == 0
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), "60"])
@@ -32,3 +38,29 @@ def test_times_are_finite_and_above_zero(value: float) -> None:
         ServingConfig(lease_s=value)
     with pytest.raises(ValueError, match=r"round_timeout_s=.*: expected a number above 0"):
         ServingConfig(round_timeout_s=value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "downlink", "name", "value", "switch"),
+    [
+        ("sync", "exact", "max_staleness", 4, "mode='sync', expected mode='async'"),
+        ("sync", "exact", "q", 0.5, "downlink='exact', expected downlink='topq'"),
+        ("sync", "dense", "value_format", "fp8", "downlink='dense', expected downlink='topq'"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    mode: Mode, downlink: Downlink, name: str, value: object, switch: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: no effect with {switch}")):
+        TrainingConfig(inner_opt="sgd", mode=mode, downlink=downlink, **{name: value})  # type: ignore[arg-type]
+    config = TrainingConfig(inner_opt="sgd", mode="async", downlink="topq", **{name: value})  # type: ignore[arg-type]
+    assert getattr(config, name) == value
+
+
+def test_a_rounds_time_is_refused_where_there_are_no_rounds(tmp_path: Path) -> None:
+    training = TrainingConfig(inner_opt="sgd", mode="async")
+    expected = r"round_timeout_s=2\.0: no effect with mode='async', expected mode='sync'"
+    with pytest.raises(ValueError, match=expected), StateDir(tmp_path) as folder:
+        Coordinator(training, ServingConfig(round_timeout_s=2.0), folder)
+    check_together(training, ServingConfig())
+    check_together(TrainingConfig(inner_opt="sgd"), ServingConfig(round_timeout_s=2.0))

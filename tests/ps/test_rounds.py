@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from topq_dist.ps.protocol import Point, Push
+from topq_dist.ps.protocol import START, Point, Push
 from topq_dist.ps.rounds import Apply, Refuse, Situation, SyncRule, Wait
 
 PRESENT = Point(version=5, chain=bytes([5]) * 32)
@@ -25,9 +25,9 @@ def push(worker: str, base: Point = PRESENT, *beside: str) -> Push:
     )
 
 
-def situation(pending: Mapping[str, Push], live: str) -> Situation:
+def situation(pending: Mapping[str, Push], live: str, point: Point = PRESENT) -> Situation:
     return Situation(
-        point=PRESENT,
+        point=point,
         pending=pending,
         live=frozenset(live),
         returning=frozenset(),
@@ -56,3 +56,15 @@ def test_a_replay_whose_company_is_gone_is_joined_by_who_is_there() -> None:
     assert decide([replay, push("c")], "ac") == Apply(("a", "c"))
     assert decide([replay, push("d", AHEAD)], "ad") == Refuse(("d",))
     assert decide([replay], "a") == Wait(())
+
+
+def test_a_round_has_a_size_before_it_is_whole() -> None:
+    rule = SyncRule(start_workers=4, min_workers=2, round_timeout_s=None)
+    a = {"a": push("a")}
+    assert rule.size(situation(a, "abc")) == 3
+    assert rule.size(situation(a, "bc")) == 3  # its lease is over, its push is there
+    assert rule.size(situation(a, "a")) == 2
+    assert rule.size(situation({"a": push("a", PRESENT, "b", "c")}, "ab")) == 3
+    assert rule.size(situation({}, "abc", START)) == 4
+    few = SyncRule(start_workers=3, min_workers=1, round_timeout_s=None)
+    assert few.size(situation({}, "a", START)) == 1  # the others have joined, and gone

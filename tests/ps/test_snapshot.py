@@ -366,6 +366,7 @@ def test_the_training_must_be_the_same() -> None:
         inner_opt="adamw",
         options={"lr": 0.1, "betas": (0.9, 0.99)},
         groups=(GroupRule(pattern="*.bias", options={"weight_decay": 0}),),
+        downlink="topq",
     )
     saved = training_json(training)
     check_same_training(saved, training)

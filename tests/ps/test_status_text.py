@@ -27,9 +27,11 @@ def test_aligns_and_names_units() -> None:
         received_bytes=999,
         refused={"stale": 2, "invalid": 1, "non_finite": 0},
         workers=workers,
+        round_workers=2,
     )
     lines = status_text(status).splitlines()
     assert lines[0] == "run       r?[2J, up for 1 h 02 min"
+    assert "round     1 of 2 pushes are there" in lines
     assert "bytes     999 B received, 0 B sent" in lines
     assert "refused   invalid 1, stale 2" in lines
     assert lines[-3:] == [
@@ -38,3 +40,7 @@ def test_aligns_and_names_units() -> None:
         "worker-10        9  12345       7   gone      -       0 B     0 B",
     ]
     assert json.loads(status_json(status))["workers"][0]["worker"] == "a"
+
+
+def test_speaks_of_rounds_only_where_there_are_some() -> None:
+    assert "round" not in status_text(pb.StatusResponse(mode="async"))

@@ -72,3 +72,4 @@ class Status:
     sent_bytes: int
     uptime_s: float
     state_sha256: str
+    round_workers: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Mode = Literal["sync", "async"]
@@ -21,6 +21,10 @@ def _check(name: str, value: float, least: float, *, above: bool = False) -> Non
     if wrong_type or not math.isfinite(value) or value < least or (above and value == least):
         bound = "above" if above else "of at least"
         raise ValueError(f"{name}={value!r}: expected a number {bound} {least}")
+
+
+def _idle(name: str, value: object, switch: str, is_now: str, needed: str) -> str:
+    return f"{name}={value!r}: no effect with {switch}={is_now!r}, expected {switch}={needed!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class TrainingConfig:
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
         lack, as value_format (None: the tensors' own), "dense" everything.
 
-    Raises ValueError for a value out of place, naming it.
+    Raises ValueError, naming it, for a value out of place, or one without effect beside the others.
     """
 
     inner_opt: str
@@ -64,6 +68,16 @@ class TrainingConfig:
         _check("q", self.q, 0)
         if self.q > 1:
             raise ValueError(f"q={self.q!r}: expected a number in [0, 1]")
+        self._check_idle("mode", "async", "max_staleness")
+        self._check_idle("downlink", "topq", "q", "value_format")
+
+    def _check_idle(self, switch: str, needed: str, *names: str) -> None:
+        """Refuse what is given beside a switch with which it has no effect."""
+        defaults = {one.name: one.default for one in fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            if getattr(self, switch) != needed and value != defaults[name]:
+                raise ValueError(_idle(name, value, switch, getattr(self, switch), needed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +114,10 @@ class ServingConfig:
         _check_whole("snapshot_every", self.snapshot_every, 1)
         _check_whole("history_bytes", self.history_bytes, 0)
         _check_whole("max_model_bytes", self.max_model_bytes, 1)
+
+
+def check_together(training: TrainingConfig, serving: ServingConfig) -> None:
+    """Raise ValueError, naming it, for what one of them says and the other gives no effect."""
+    if training.mode != "sync" and serving.round_timeout_s is not None:
+        value = serving.round_timeout_s
+        raise ValueError(_idle("round_timeout_s", value, "mode", training.mode, "sync"))

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from topq_dist.ps.admission import Admission
 from topq_dist.ps.calls import Caller, JoinCall, Joined, Status, WorkerView
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.config import ServingConfig, TrainingConfig, check_together
 from topq_dist.ps.downlink import check_downlink
 from topq_dist.ps.inner import check_inner_optimizer
 from topq_dist.ps.ledger import Ledger, Repeat
@@ -61,6 +61,7 @@ class Coordinator:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        check_together(training, serving)
         self.training = training
         self.serving = serving
         self._state_dir = state_dir
@@ -381,6 +382,7 @@ class Coordinator:
                 sent_bytes=self._bytes["sent"],
                 uptime_s=now_s - self._started_s,
                 state_sha256=hashed,
+                round_workers=self._round_workers(),
             )
 
     def drain(self) -> None:
@@ -395,6 +397,14 @@ class Coordinator:
                 self._save()
 
     # under the lock
+
+    def _round_workers(self) -> int:
+        """Return how many pushes the next version is to be made of; 0 in async mode."""
+        if self.training.mode != "sync":
+            return 0
+        if self._pushes is None:
+            return max(self.serving.start_workers, self.serving.min_workers)
+        return self._pushes.round_workers()
 
     def _check_not_ahead(self, push: Push) -> None:
         """Raise InvalidError for what only a worker that knows more than this server can send."""

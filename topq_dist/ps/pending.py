@@ -150,14 +150,18 @@ class PendingPushes:
                 end_s = min(end_s, closing_s)
         return end_s - now_s
 
-    def _decide(self) -> Decision:
+    def round_workers(self) -> int:
+        """Return how many pushes a round of sync mode waits for, those that came included."""
+        return self._sync_rule.size(self._situation())
+
+    def _situation(self) -> Situation:
         state, now_s = self._state, self._clock()
         live = self._members.live(now_s)
         returning = (member.worker for member in self._members.all() if not member.joined)
         arrivals = [
             ticket.arrived_s for ticket in self._tickets.values() if ticket.push.base == state.point
         ]
-        situation = Situation(
+        return Situation(
             point=state.point,
             pending={worker: ticket.push for worker, ticket in self._tickets.items()},
             live=live,
@@ -167,11 +171,14 @@ class PendingPushes:
             waiting_since_s=max(min(arrivals), self._returned_s) if arrivals else None,
             now_s=now_s,
         )
+
+    def _decide(self) -> Decision:
+        situation = self._situation()
         if self._sync:
             return self._sync_rule.decide(situation)
         if self._recover_to is not None:
-            if situation.returning or state.point.version < self._recover_to:
-                if now_s >= self._moved_s + self._patience_s:
+            if situation.returning or situation.point.version < self._recover_to:
+                if situation.now_s >= self._moved_s + self._patience_s:
                     # who only renews the lease would hold up everybody for ever
                     situation = replace(situation, live=frozenset(), returning=frozenset())
                 decision = self._async_rule.recover(situation)

@@ -70,6 +70,14 @@ class SyncRule:
     min_workers: int
     round_timeout_s: float | None
 
+    def size(self, now: Situation) -> int:
+        """Return how many pushes the next version is to be made of, as far as is known now."""
+        stated = stated_members(now)
+        if stated:
+            return len(stated)
+        least = self.start_workers if self._too_early(now) else 1
+        return max(least, self.min_workers, len(now.live | now.pending.keys()))
+
     def decide(self, now: Situation) -> Decision:
         """Return what is to be done next."""
         past = [
@@ -91,7 +99,7 @@ class SyncRule:
                 return Wait(tuple(sorted(missing)))
             # too few of them are left: whoever else is there makes the version with them
         missing = now.live - ready - ahead
-        too_early = now.point.version == 0 and now.joined < self.start_workers
+        too_early = self._too_early(now)
         too_few = len(ready) < self.min_workers
         if ahead and not missing and (not ready or (too_few and not too_early)):
             return Refuse(tuple(sorted(ahead)))
@@ -100,6 +108,9 @@ class SyncRule:
         if not missing or self._timed_out(now):
             return Apply(tuple(sorted(ready)))
         return Wait(tuple(sorted(missing)))
+
+    def _too_early(self, now: Situation) -> bool:
+        return now.point.version == 0 and now.joined < self.start_workers
 
     def _timed_out(self, now: Situation) -> bool:
         # who comes back after a restart may bring a replay, which says who belongs to the round

@@ -176,6 +176,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             sent_bytes=status.sent_bytes,
             uptime_s=status.uptime_s,
             state_sha256=status.state_sha256,
+            round_workers=status.round_workers,
         )
 
     def _take_push(

@@ -18,6 +18,7 @@ def status_text(status: pb.StatusResponse) -> str:
         f"training  {status.inner_opt}, {status.mode}, downlink {status.downlink}",
         f"model     {status.numel:,} parameters",
         f"version   {status.point.version}, durable {status.durable_version}",
+        *([f"round     {_round(status)}"] if status.round_workers else []),
         f"bytes     {_bytes(status.received_bytes)} received, {_bytes(status.sent_bytes)} sent",
         f"refused   {_counts(status)}",
     ]
@@ -45,12 +46,18 @@ def status_json(status: pb.StatusResponse) -> str:
             "uptime_s": status.uptime_s,
             "refused": dict(sorted(status.refused.items())),
             "state_sha256": status.state_sha256 or None,
+            "round_workers": status.round_workers,
             "workers": [
                 {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
                 for worker in sorted(status.workers, key=lambda one: one.worker)
             ],
         }
     )
+
+
+def _round(status: pb.StatusResponse) -> str:
+    waiting = sum(worker.waiting for worker in status.workers)
+    return f"{waiting} of {status.round_workers} pushes are there"
 
 
 def _worker(worker: pb.WorkerStatus) -> tuple[str, ...]:

@@ -833,6 +833,7 @@ class StatusResponse(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     STATE_SHA256_FIELD_NUMBER: _builtins.int
+    ROUND_WORKERS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     durable_version: _builtins.int
     mode: _builtins.str
@@ -846,6 +847,10 @@ class StatusResponse(_message.Message):
     uptime_s: _builtins.float
     state_sha256: _builtins.str
     """where asked for"""
+    round_workers: _builtins.int
+    """sync: how many pushes the next version is to be made of, those that wait for it included, as
+    far as is known now; 0 in async mode
+    """
     @_builtins.property
     def point(self) -> Global___Point: ...
     @_builtins.property
@@ -870,10 +875,11 @@ class StatusResponse(_message.Message):
         sent_bytes: _builtins.int = ...,
         uptime_s: _builtins.float = ...,
         state_sha256: _builtins.str = ...,
+        round_workers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "inner_opt", b"inner_opt", "mode", b"mode", "numel", b"numel", "point", b"point", "received_bytes", b"received_bytes", "refused", b"refused", "run", b"run", "sent_bytes", b"sent_bytes", "state_sha256", b"state_sha256", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "inner_opt", b"inner_opt", "mode", b"mode", "numel", b"numel", "point", b"point", "received_bytes", b"received_bytes", "refused", b"refused", "round_workers", b"round_workers", "run", b"run", "sent_bytes", b"sent_bytes", "state_sha256", b"state_sha256", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
