@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from connection import Connection, ServerUnfitError
 from options import Training
 
@@ -10,6 +12,16 @@ from topq_dist.ps.protocol import RefusedError, check_worker_name
 from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
 
 ASK_S = 10.0
+# where an error names a field, the user knows it as:
+_SPELLINGS = {
+    "address": "--server",
+    "ca": "--tls-ca",
+    "certificate": "--tls-cert",
+    "key": "--tls-key",
+    "token_file": "--token-file",
+    "worker": "--worker",
+}
+_FIELD = re.compile(rf"\b({'|'.join(_SPELLINGS)})=")
 
 
 def client_security(connection: Connection, worker: str) -> ClientSecurity:
@@ -32,7 +44,8 @@ def client_security(connection: Connection, worker: str) -> ClientSecurity:
         for server in connection.servers:
             security.check(server)
     except (RefusedError, ValueError) as error:
-        raise ServerUnfitError(str(error)) from error
+        text = _FIELD.sub(lambda match: f"{_SPELLINGS[match[1]]}=", str(error))
+        raise ServerUnfitError(text) from error
     return security
 
 

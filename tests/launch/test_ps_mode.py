@@ -188,13 +188,14 @@ def worker(rank: int, address: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--server", "nonsense"], "address='nonsense': expected HOST:PORT"),
-        (["--server", "a:1", "--tls-ca", "absent"], "ca='absent': No such file"),
-        (["--server", "a:1", "--token-file", "absent"], "token_file='absent': No such file"),
-        (["--server", "a:1", "--worker", "b c"], "worker='b c': expected 1 to 64 letters"),
+        (["--server", "nonsense"], "--server='nonsense': expected HOST:PORT"),
+        (["--server", "a:1", "--tls-ca", "absent"], "--tls-ca='absent': No such file"),
+        (["--server", "a:1", "--tls-ca", __file__], f"--tls-ca='{__file__}': expected certifi"),
+        (["--server", "a:1", "--token-file", "absent"], "--token-file='absent': No such file"),
+        (["--server", "a:1", "--worker", "b c"], "--worker='b c': expected 1 to 64 letters"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], complaint: str) -> None:
     told = parse_worker([*arguments, "--rank", "0", "--ranks", "1"])
-    with pytest.raises(ServerUnfitError, match=re.escape(complaint)):
+    with pytest.raises(ServerUnfitError, match=f"^{re.escape(complaint)}"):
         client_security(told.connection, told.name)
