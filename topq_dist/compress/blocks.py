@@ -17,15 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.bits import Bytes
 from topq_dist.compress.casts import cast
+from topq_dist.compress.kernels import settle_span
 from topq_dist.compress.workers import run_all, thread_count
 
-# a block's sum and its mask stay in a core's cache; below 65,536 call overhead shows
+# a block stays in a core's cache; below 65,536 call overhead shows
 BLOCK_NUMEL = 262_144
-# a stretch of a few blocks stays in the cache that cores share: short work at random indices waits
-# for its end
-STRETCH_NUMEL = 4 * BLOCK_NUMEL
 
 Keys = npt.NDArray[np.unsignedinteger[Any]]
 Indices = npt.NDArray[np.int64]
@@ -66,6 +63,23 @@ class CompensatedGradient:
             bits = keys
         np.bitwise_and(bits, sign_cleared(self.dtype), out=keys)
         return keys
+
+    def stretch(self, start: int, stop: int) -> tuple[npt.NDArray[Any], Floats | None]:
+        """What a kernel looks at: two floats of the sum's dtype, or integers and None.
+
+        Where `gradient` is narrower than the sum, `stop - start` is at most BLOCK_NUMEL, and what
+        is returned is valid until the calling thread's next block.
+        """
+        bits = self._gradient_bits[start:stop]
+        if self._residual is None:
+            return bits.view(f"i{bits.itemsize}"), None
+        return _as_summand(bits, self._gradient_dtype, self.dtype), self._residual[start:stop]
+
+    @property
+    def longest_stretch(self) -> int:
+        """How many elements `stretch` can take."""
+        whole = self._residual is None or self._gradient_dtype == self.dtype
+        return max(1, self.numel) if whole else BLOCK_NUMEL
 
     def bits_at(self, where: Indices | slice) -> Keys:
         """The bit patterns at some indices, in memory of their own."""
@@ -149,21 +163,20 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._block = np.empty(BLOCK_NUMEL, dtype=np.uint64)
-        self._bitmap = np.zeros(0, dtype=np.uint8)
-        self.mask = np.empty(BLOCK_NUMEL, dtype=bool)
+        self._indices = np.zeros(0, dtype=np.int64)
+        self._numbers = np.zeros(0, dtype=np.uint64)
         self.single = torch.empty(BLOCK_NUMEL)
 
     def block(self, dtype: torch.dtype) -> Keys:
         """One block's keys."""
         return self._block.view(KEY_DTYPES[dtype])[:BLOCK_NUMEL]
 
-    def bitmap(self, numel: int) -> Bytes:
-        """A bitmap of `numel` bits in whole 64-bit words, the last word zero."""
-        size = -(-numel // 64) * 8
-        if self._bitmap.size < size:
-            self._bitmap = np.empty(size, dtype=np.uint8)
-        self._bitmap[size - 8 : size] = 0
-        return self._bitmap[:size]
+    def listing(self, room: int, dtype: np.dtype[Any]) -> tuple[Indices, npt.NDArray[Any]]:
+        """Room for so many indices, and numbers of a dtype."""
+        if self._indices.size < room:
+            self._indices = np.empty(room, dtype=np.int64)
+            self._numbers = np.empty(room, dtype=np.uint64)
+        return self._indices[:room], self._numbers.view(dtype)[:room]
 
 
 scratch = _Scratch()
@@ -189,13 +202,13 @@ def _settle(
     stop: int,
 ) -> None:
     owed, bits = residual.numpy(), bits_of(gradient)
-    # from the end, which the selection read last and left in the cache
-    for at, end in reversed(list(blocks(start, stop))):
+    same = gradient.dtype == residual.dtype
+    for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
         summand = _as_summand(bits[at:end], gradient.dtype, residual.dtype)
-        np.add(owed[at:end], summand, out=owed[at:end])
-        low, high = np.searchsorted(indices, (at, end))
-        owed[indices[low:high]] = rest[low:high]
-        if clear:
+        mine = slice(*np.searchsorted(indices, (at, end)))
+        if not settle_span(owed[at:end], summand, at, indices[mine], rest[mine], clear and same):
+            raise ValueError("indices: expected ascending ones in the range of the residual")
+        if clear and not same:
             # while the block is cached
             bits[at:end].fill(0)
 

@@ -6,23 +6,22 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from topq_dist.compress.bitmap import count_set_bits, set_bits
-from topq_dist.compress.bits import Bytes
 from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
     KEY_DTYPES,
-    STRETCH_NUMEL,
     CompensatedGradient,
     Indices,
     Keys,
+    bits_of,
     blocks,
-    not_finite_allowed,
     scratch,
     sign_cleared,
     spans,
 )
-from topq_dist.compress.workers import run_all, thread_count
+from topq_dist.compress.kernels import LANES, count_reaching, find_reaching
+from topq_dist.compress.workers import run_all
 
 _SAMPLE_NUMEL = 32_768
 
@@ -46,27 +45,33 @@ def most_candidates(k: int) -> int:
 
 def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> Candidates:
     """Return where the vector's keys reach `threshold`, if there are no more than `limit`."""
-    nothing = Candidates(np.zeros(0, np.int64), np.zeros(0, KEY_DTYPES[vector.dtype]), 0)
-    found, reached = [nothing], 0
-    # threads share the long passes only: those that take turns at short ones wait for Python's
-    # lock. One thread alone gathers from a stretch while it is cached
-    at_once = STRETCH_NUMEL if thread_count() == 1 else max(1, vector.numel)
-    for begin, end in blocks(0, vector.numel, at_once):
-        bitmap = _mark(vector, threshold, begin, end)
-        for start, stop in blocks(begin, end, STRETCH_NUMEL):
-            part = bitmap[(start - begin) // 8 : (stop - begin + 63) // 64 * 8]
-            count = count_set_bits(part)
-            reached += count
-            if reached > limit:
-                return nothing._replace(reached=reached)
-            indices = set_bits(part, count)
-            indices += start
-            found.append(Candidates(indices, vector.bits_at(indices), count))
+    parts = run_all(
+        [
+            partial(_find_in_span, vector, threshold, limit, *span)
+            for span in spans(vector.numel, BLOCK_NUMEL)
+        ]
+    )
+    reached = sum(part.reached for part in parts)
+    if reached > limit:
+        return Candidates(parts[0].indices[:0], parts[0].bits[:0], reached)
+    if len(parts) == 1:
+        return parts[0]
     return Candidates(
-        np.concatenate([part.indices for part in found]),
-        np.concatenate([part.bits for part in found]),
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.bits for part in parts]),
         reached,
     )
+
+
+def nonzero(vector: Tensor) -> Indices:
+    """Return where a 1-D float vector, mostly zero, is not."""
+    bits = bits_of(vector)
+    bits = bits.view(f"i{bits.itemsize}")
+    smallest = bits.dtype.type(1)
+    indices = np.empty(count_reaching(bits, smallest) + LANES, dtype=np.int64)
+    numbers = np.empty(indices.size, dtype=bits.dtype)
+    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0)
+    return indices[:found]
 
 
 def all_candidates(vector: CompensatedGradient) -> Candidates:
@@ -106,19 +111,19 @@ def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
     return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
 
 
-def _mark(vector: CompensatedGradient, threshold: int, start: int, stop: int) -> Bytes:
-    """Return a bitmap, in kept scratch, of which keys of a stretch reach the threshold."""
-    bitmap = scratch.bitmap(stop - start)
-    lowest = KEY_DTYPES[vector.dtype](threshold)
-
-    def mark(low: int, high: int) -> None:
-        with not_finite_allowed():
-            for at, end in blocks(start + low, start + high):
-                reached = scratch.mask[: end - at]
-                np.greater_equal(vector.keys(at, end), lowest, out=reached)
-                packed = np.packbits(reached, bitorder="little")
-                first_byte = (at - start) // 8
-                bitmap[first_byte : first_byte + packed.size] = packed
-
-    run_all([partial(mark, *span) for span in spans(stop - start, BLOCK_NUMEL)])
-    return bitmap
+def _find_in_span(
+    vector: CompensatedGradient, threshold: int, limit: int, start: int, stop: int
+) -> Candidates:
+    key_dtype = np.dtype(KEY_DTYPES[vector.dtype])
+    # LANES more, or the kernel would stop before it has found one too many
+    room = min(limit, stop - start) + 1 + LANES
+    found = 0
+    for at, end in blocks(start, stop, vector.longest_stretch):
+        numbers, owed = vector.stretch(at, end)
+        low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
+        indices, listed = scratch.listing(room, numbers.dtype)
+        found = find_reaching(numbers, owed, low, at, indices, listed, found)
+        if found > limit:
+            break
+    indices, bits = scratch.listing(room, key_dtype)
+    return Candidates(indices[:found].copy(), bits[:found].copy(), found)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from topq_dist.compress.bitmap import nonzero
 from topq_dist.compress.by_layout import ByLayout
+from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
@@ -151,14 +151,14 @@ class FlatCompressor:
             return Compressed(frames=[encode_non_finite_frame(numel, value_format)])
         mean = average(frames, out=self._mean_of(layout, numel, decoded_dtype(value_format)))
         if not self.error_feedback:
-            places = torch.from_numpy(nonzero(mean.numpy()))
+            places = torch.from_numpy(nonzero(mean))
             return Compressed(frames=[encode_frame(numel, places, mean[places], value_format)[0]])
         (selector,) = self._selectors_of(layout, "reduce", 1)
         sent = sum(header.k for header in headers)
         selected = selector.select(mean, min(-(-sent // len(frames)), numel))
         frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
         mean[selected.indices] = selected.values - decoded.to(mean)
-        places = torch.from_numpy(nonzero(mean.numpy()))
+        places = torch.from_numpy(nonzero(mean))
         # owed by one rank of many, and divided by their number when it is paid
         left = Frame(
             numel=layout.numel,
@@ -308,9 +308,9 @@ def write_sum(
         total = torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
     else:
         total = flat if cleared else flat.zero_()
-    for number, frame in enumerate(frames):
+    for frame in frames:
         frame.values.div_(divisor)
-        frame.add_to(total, cleared=number == 0)
+        frame.add_to(total)
     if total is not flat:
         flat.copy_(total)
     return out

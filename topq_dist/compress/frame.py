@@ -31,6 +31,7 @@ from topq_dist.compress.index_coding import (
     decode_indices,
     encode_indices,
 )
+from topq_dist.compress.kernels import scatter_add
 from topq_dist.compress.values import (
     check_value_format,
     decode_values,
@@ -74,22 +75,15 @@ class Frame:
     values: Tensor
     finite: bool
 
-    def add_to(self, out: Tensor, *, cleared: bool = False) -> None:
-        """Add the frame to `out`, (numel,) of any float dtype; a non-finite one makes it NaN.
-
-        cleared: the caller knows `out` to be zero.
-        """
+    def add_to(self, out: Tensor) -> None:
+        """Add the frame to `out`, (numel,) of any float dtype; a non-finite one makes it NaN."""
         if tuple(out.shape) != (self.numel,):
             raise ValueError(f"out has shape {tuple(out.shape)}: expected ({self.numel},)")
         if not self.finite:
             out.fill_(torch.nan)
         elif out.device.type == "cpu" and out.dtype == self.values.dtype:
-            # the indices are distinct, so a gather, an add and a scatter in numpy do it, at half
-            # of index_add_'s time
-            dense = out.detach().numpy()
-            at = self.indices.numpy()
-            # what 0 + -0 is, adding 0 is
-            dense[at] = (0.0 if cleared else dense.take(at, mode="clip")) + self.values.numpy()
+            if not scatter_add(out.detach().numpy(), self.indices.numpy(), self.values.numpy()):
+                raise IndexError(f"an index of the frame is not in [0, {self.numel})")
         else:
             indices = self.indices.to(out.device)
             out.index_add_(0, indices, self.values.to(device=out.device, dtype=out.dtype))

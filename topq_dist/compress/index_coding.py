@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from topq_dist.compress import rice
 from topq_dist.compress.bits import Bytes, padding_is_zero
+from topq_dist.compress.kernels import gaps_between
 
 Indices = npt.NDArray[np.int64]
 
@@ -96,14 +97,14 @@ def decode_indices(
 def _gaps(indices: Indices, numel: int) -> rice.Integers:
     if indices.size == 0:
         return indices
-    if indices[0] < 0 or indices[-1] >= numel:
-        raise ValueError(f"indices from {indices[0]} to {indices[-1]}: expected [0, {numel})")
-    narrow = indices if numel > np.iinfo(np.int32).max else indices.astype(np.int32)
-    gaps = np.empty_like(narrow)
-    gaps[0] = narrow[0]
-    np.subtract(narrow[1:], narrow[:-1], out=gaps[1:])
-    gaps[1:] -= 1
-    if gaps.min() < 0:
+    gaps: rice.Integers = np.empty(
+        indices.size, np.int64 if numel > np.iinfo(np.int32).max else np.int32
+    )
+    if not gaps_between(indices, numel, gaps):
+        if indices.min() < 0 or indices.max() >= numel:
+            raise ValueError(
+                f"indices from {indices.min()} to {indices.max()}: expected [0, {numel})"
+            )
         raise ValueError("indices are not strictly ascending")
     return gaps
 

@@ -2,8 +2,8 @@
 
 A gap g is the number of unselected positions before an index. Its quotient g >> b goes in unary
 (zeros, then a one) into one bit stream, its b low bits into another: whole bytes first, one plane a
-byte, then the remaining b % 8 bits packed. Streams apart rather than one code after the other is
-what lets whole arrays be coded at once; the size is the same.
+byte, then the remaining b % 8 bits packed. The streams lie apart rather than one code after the
+other, so that whole-array code can read them too; the size is the same.
 """
 
 from __future__ import annotations
@@ -11,13 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from topq_dist.compress.bits import (
-    Bytes,
-    pack_fields,
-    packed_bytes,
-    padding_is_zero,
-    unpack_fields,
-)
+from topq_dist.compress.bits import Bytes, packed_bytes, padding_is_zero
+from topq_dist.compress.kernels import read_gaps, write_gaps
 
 Integers = npt.NDArray[np.signedinteger]
 
@@ -68,18 +63,12 @@ def best_bits(gaps: Integers, numel: int) -> tuple[int, int]:
 def encode_gaps(gaps: Integers, bits: int) -> Bytes:
     """Return the code of `gaps` (at least one, none negative) with `bits` low bits."""
     k = gaps.size
-    # int64: as many ones before as gaps, as many zeros as the quotients add up to
-    ones = np.cumsum(gaps >> bits, dtype=np.int64)
-    ones += np.arange(k)
-    unary = np.zeros(int(ones[-1]) + 1, dtype=np.uint8)
-    unary[ones] = 1
-    streams = [np.packbits(unary, bitorder="little")]
-    planes = gaps.astype(gaps.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(k, -1)
-    whole, rest = divmod(bits, 8)
-    streams += [planes[:, plane] for plane in range(whole)]
-    if rest:
-        streams.append(pack_fields(planes[:, whole] & np.uint8((1 << rest) - 1), rest))
-    return np.concatenate(streams)
+    unary_bits = int((gaps >> bits).sum(dtype=np.int64)) + k
+    unary = np.zeros((unary_bits + 7) // 8, dtype=np.uint8)
+    planes = np.empty((bits // 8, k), dtype=np.uint8)
+    fields = np.zeros(packed_bytes(k, bits % 8), dtype=np.uint8)
+    write_gaps(gaps, bits, unary, planes, fields)
+    return np.concatenate([unary, planes.reshape(-1), fields])
 
 
 def decode_indices(code: Bytes, numel: int, k: int, bits: int) -> npt.NDArray[np.int64]:
@@ -93,26 +82,20 @@ def decode_indices(code: Bytes, numel: int, k: int, bits: int) -> npt.NDArray[np
     unary_bytes = code.size - low_bytes(k, bits)
     if not (k + 7) // 8 <= unary_bytes <= (k + ((numel - k) >> bits) + 7) // 8:
         raise ValueError(f"{code.size} index bytes do not fit {k} of {numel} in Rice code {bits}")
-    ones = np.unpackbits(code[:unary_bytes], bitorder="little").view(bool).nonzero()[0]
-    if ones.size != k:
-        raise ValueError(f"{ones.size} unary codes, expected {k}")
-    if (int(ones[-1]) + 8) // 8 != unary_bytes:
-        raise ValueError("zero bytes after the last unary code")
-
-    low = np.ones(k, dtype=np.int64)
     whole, rest = divmod(bits, 8)
-    for plane in range(whole):
-        start = unary_bytes + plane * k
-        low += code[start : start + k].astype(np.int64) << (8 * plane)
-    if rest:
-        stream = code[unary_bytes + whole * k :]
-        if not padding_is_zero(stream, k * rest):
-            raise ValueError("low bits end in bits that are not zero")
-        low += unpack_fields(stream, k, rest).astype(np.int64) << (8 * whole)
-    ones -= np.arange(k)
-    ones <<= bits
-    ones += np.cumsum(low)
-    ones -= 1
-    if int(ones[-1]) >= numel:
-        raise ValueError(f"index {int(ones[-1])} is not below {numel}")
-    return ones
+    unary = np.zeros((unary_bytes + 7) // 8, dtype="<u8")
+    unary.view(np.uint8)[:unary_bytes] = code[:unary_bytes]
+    planes, fields = np.split(code[unary_bytes:], [whole * k])
+    if rest and not padding_is_zero(fields, k * rest):
+        raise ValueError("low bits end in bits that are not zero")
+    indices = np.empty(k, dtype=np.int64)
+    count, last_bit = read_gaps(
+        unary.astype(np.uint64, copy=False), planes.reshape(whole, k), fields, bits, indices
+    )
+    if count != k:
+        raise ValueError(f"{'more' if count > k else count} unary codes, expected {k}")
+    if last_bit // 8 + 1 != unary_bytes:
+        raise ValueError("zero bytes after the last unary code")
+    if int(indices[-1]) >= numel:
+        raise ValueError(f"index {int(indices[-1])} is not below {numel}")
+    return indices

@@ -43,6 +43,7 @@ from topq_dist.compress.candidates import (
     sampled_threshold,
 )
 from topq_dist.compress.device_selection import DeviceSelector
+from topq_dist.compress.kernels import bucket_of_kth, keep_largest
 from topq_dist.compress.workers import run_all
 from topq_dist.top_k import top_indices
 
@@ -53,6 +54,10 @@ _SMALL_NUMEL = 4_096
 _FIRST_SLACK = 0.03
 _LARGEST_SLACK = 0.5
 _SMALLEST_SLACK = 0.002
+
+
+# as many as stay in a core's first cache
+_BUCKETS = 2_048
 
 
 class Selection(NamedTuple):
@@ -117,27 +122,17 @@ class Selector:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
         keys = bits & sign_cleared(dtype)
-        kth = self._kth_largest(keys, k, dtype)
+        kth = _kth_largest(keys, k)
         finite = bool(keys.max() < key_of(np.inf, dtype))
         if keys.size > k:
-            keep = keys >= kth
-            ties_over = int(np.count_nonzero(keep)) - k
-            if ties_over:
-                keep[(keys == kth).nonzero()[0][-ties_over:]] = False
-            kept = keep.nonzero()[0]
-            indices, bits = indices.take(kept, mode="clip"), bits.take(kept, mode="clip")
+            ties = k - int(np.count_nonzero(keys > kth))
+            every = indices, bits
+            indices, bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
+            keep_largest(*every, sign_cleared(dtype), kth, ties, indices, bits)
+            indices, bits = indices[:k], bits[:k]
         if finite:
             self._remember(number_of(int(kth), dtype))
         return Selection(torch.from_numpy(indices), tensor_of(bits, dtype), finite)
-
-    def _kth_largest(self, keys: Keys, k: int, dtype: torch.dtype) -> Any:
-        """Return the k-th largest key, from a partition of those near last step's if it can be."""
-        if self._threshold is not None and keys.size > k:
-            near = keys < key_of(self._threshold * (1.0 + self._slack), dtype)
-            surely = keys.size - int(np.count_nonzero(near))
-            if surely < k:
-                keys, k = keys.compress(near), k - surely
-        return np.partition(keys, keys.size - k)[keys.size - k]
 
     def _remember(self, threshold: float) -> None:
         if self._threshold:
@@ -217,6 +212,12 @@ def select_with_torch(
     indices = (within + starts[: rows.shape[0], None]).reshape(-1)
     finite = bool(torch.isfinite(vector).all())
     return Selection(indices, vector.index_select(0, indices), finite)
+
+
+def _kth_largest(keys: Keys, k: int) -> Any:
+    begin, end, above = bucket_of_kth(keys, k, np.empty(_BUCKETS, np.int64))
+    inside = keys.compress((keys >= begin) & (keys <= end))
+    return np.partition(inside, inside.size - (k - above))[inside.size - (k - above)]
 
 
 def _rows_of_span(

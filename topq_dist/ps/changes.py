@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.bitmap import count_set_bits, set_bits
-from topq_dist.compress.blocks import BLOCK_NUMEL, bits_of, blocks
+from topq_dist.compress.blocks import bits_of
 from topq_dist.compress.frame import encode_frame
+from topq_dist.compress.kernels import find_differing
 from topq_dist.ps.model import FlatModel, ModelSpec, VectorSpec, picked, raw_view
 
 # beyond this share of changed elements a frame saves a fifth at most, and takes ten times as long
@@ -54,18 +54,13 @@ def changes_between(old: FlatModel, new: FlatModel) -> list[Change] | None:
         return None
     changes = []
     for old_flat, flat in zip(old.flats, new.flats, strict=True):
-        old_bits, bits = bits_of(old_flat), bits_of(flat)
-        places = [np.zeros(0, dtype=np.int64)]
-        for start, stop in blocks(0, flat.numel(), BLOCK_NUMEL):
-            bitmap = np.zeros(-(-(stop - start) // 64) * 8, dtype=np.uint8)
-            packed = np.packbits(bits[start:stop] != old_bits[start:stop], bitorder="little")
-            bitmap[: packed.size] = packed
-            count = count_set_bits(bitmap)
-            budget_bytes -= count * flat.dtype.itemsize
-            if budget_bytes < 0:
-                return None
-            places.append(set_bits(bitmap, count) + start)
-        indices = torch.from_numpy(np.concatenate(places))
+        bits = bits_of(flat)
+        room = np.empty(min(flat.numel(), budget_bytes // bits.itemsize), dtype=np.int64)
+        count = find_differing(bits, bits_of(old_flat), room)
+        if count < 0:
+            return None
+        budget_bytes -= count * bits.itemsize
+        indices = torch.from_numpy(room[:count].copy())
         changes.append(Change(indices, picked(flat, indices)))
     return changes
 
