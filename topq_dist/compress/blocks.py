@@ -152,8 +152,13 @@ def settle_blocks(
 ) -> None:
     """residual += gradient, then residual[indices] = rest; the indices ascend.
 
-    With `clear` the gradient becomes zero.
+    With `clear` the gradient becomes zero. Raises ValueError, having changed nothing, where the
+    first or the last index is out of range.
     """
+    if indices.size and (indices[0] < 0 or indices[-1] >= residual.numel()):
+        raise ValueError(
+            f"indices from {indices[0]} to {indices[-1]}: expected [0, {residual.numel()})"
+        )
     terms = residual.detach(), gradient.detach(), indices, rest, clear
     run_all([partial(_settle, *terms, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
 
@@ -207,7 +212,7 @@ def _settle(
         summand = _as_summand(bits[at:end], gradient.dtype, residual.dtype)
         mine = slice(*np.searchsorted(indices, (at, end)))
         if not settle_span(owed[at:end], summand, at, indices[mine], rest[mine], clear and same):
-            raise ValueError("indices: expected ascending ones in the range of the residual")
+            raise ValueError("indices do not ascend")
         if clear and not same:
             # while the block is cached
             bits[at:end].fill(0)

@@ -1,0 +1,159 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from topq_dist.compress.candidates import nonzero
+from topq_dist.compress.frame import Frame
+from topq_dist.compress.kernels import (
+    LANES,
+    bucket_of_kth,
+    count_reaching,
+    find_differing,
+    find_reaching,
+    keep_largest,
+)
+from topq_dist.compress.selection import settle
+
+SIZES = st.integers(0, 3 * LANES + 5)
+KEYS = st.sampled_from(["u2", "u4", "u8"]).flatmap(
+    lambda dtype: arrays.arrays(
+        dtype,
+        st.integers(1, 300),
+        # with the sign cleared, and often alike
+        elements=st.integers(0, int(np.iinfo(dtype).max) // 2) | st.integers(0, 3),
+    )
+)
+
+
+def floats(dtype: str, size: int, seed: int) -> npt.NDArray[np.floating]:
+    drawn = np.random.default_rng(seed).standard_normal(size) * 3
+    return np.round(drawn).astype(dtype)  # with zeros, and with ties
+
+
+@given(size=SIZES, seed=st.integers(0, 99), dtype=st.sampled_from(["f2", "f4", "f8"]))
+def test_elements_that_reach_a_key_are_found_in_order(size: int, seed: int, dtype: str) -> None:
+    vector = floats(dtype, size, seed)
+    bits = vector.view(f"i{vector.itemsize}")
+    low = np.abs(np.array([2.0], vector.dtype)).view(bits.dtype)[0]
+    expected = np.flatnonzero(np.abs(vector) >= 2.0)
+    assert count_reaching(bits, low) == expected.size
+    indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, bits.dtype)
+    assert find_reaching(bits, None, low, 7, indices, numbers, 0) == expected.size
+    np.testing.assert_array_equal(indices[: expected.size], expected + 7)
+    np.testing.assert_array_equal(numbers[: expected.size], bits[expected])
+
+
+@given(size=SIZES, seed=st.integers(0, 99), dtype=st.sampled_from(["f4", "f8"]))
+def test_sums_that_reach_a_key_are_found_with_their_values(
+    size: int, seed: int, dtype: str
+) -> None:
+    vector, owed = floats(dtype, size, seed), floats(dtype, size, seed + 100)
+    total = vector + owed
+    low = np.array([2.0], dtype).view(f"i{vector.itemsize}")[0]
+    expected = np.flatnonzero(np.abs(total) >= 2.0)
+    indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, dtype)
+    assert find_reaching(vector, owed, low, 0, indices, numbers, 0) == expected.size
+    np.testing.assert_array_equal(indices[: expected.size], expected)
+    np.testing.assert_array_equal(numbers[: expected.size], total[expected])
+
+
+@pytest.mark.parametrize("size", [LANES, 10 * LANES, 10 * LANES + 3])
+def test_a_search_stops_before_it_runs_out_of_room(size: int) -> None:
+    vector = np.ones(size, np.float32).view(np.int32)
+    room = 3 * LANES
+    # what lies behind the room is not the kernel's
+    indices, numbers = np.full(room + 1, -1, np.int64), np.full(room + 1, -1, np.int32)
+    found = find_reaching(vector, None, np.int32(1), 0, indices[:room], numbers[:room], 0)
+    assert min(size, room - LANES) <= found <= room
+    assert indices[room] == numbers[room] == -1
+
+
+@given(KEYS, st.data())
+def test_the_kth_key_lies_in_its_bucket(
+    keys: npt.NDArray[np.unsignedinteger], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, keys.size))
+    begin, end, above = bucket_of_kth(keys, k, np.empty(16, np.int64))
+    kth = np.sort(keys)[keys.size - k]
+    assert begin <= kth <= end
+    assert above == np.count_nonzero(keys > end) < k
+
+
+@given(KEYS, st.data())
+def test_the_largest_are_kept_and_the_first_of_the_ties(
+    keys: npt.NDArray[np.unsignedinteger], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, keys.size))
+    kth = np.sort(keys)[keys.size - k]
+    ties = k - np.count_nonzero(keys > kth)
+    indices = np.arange(keys.size, dtype=np.int64) * 3
+    kept, kept_bits = np.empty(k + 1, np.int64), np.empty(k + 1, keys.dtype)
+    magnitude = keys.dtype.type(np.iinfo(keys.dtype).max // 2)
+    keep_largest(indices, keys, magnitude, kth, ties, kept, kept_bits)
+    expected = np.sort(np.lexsort((np.arange(keys.size), -keys.astype(object)))[:k])
+    np.testing.assert_array_equal(kept[:k], indices[expected])
+    np.testing.assert_array_equal(kept_bits[:k], keys[expected])
+
+
+@given(
+    size=SIZES, seed=st.integers(0, 99), width=st.sampled_from([2, 4, 8]), room=st.integers(0, 99)
+)
+def test_where_two_vectors_differ(size: int, seed: int, width: int, room: int) -> None:
+    generator = np.random.default_rng(seed)
+    ours, theirs = (generator.integers(0, 2, size).astype(f"u{width}") for _ in range(2))
+    expected = np.flatnonzero(ours != theirs)
+    indices = np.full(room + 1, -1, np.int64)
+    count = find_differing(ours, theirs, indices[:room])
+    assert indices[room] == -1
+    if expected.size > room:
+        assert count == -1
+    else:
+        np.testing.assert_array_equal(indices[:count], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nonzero_sees_denormals_and_nan_and_not_minus_zero(dtype: torch.dtype) -> None:
+    vector = torch.zeros(200, dtype=dtype)
+    vector[3], vector[64], vector[199] = torch.finfo(dtype).smallest_normal / 4, torch.nan, -1.0
+    vector[100] = -0.0
+    assert nonzero(vector).tolist() == [3, 64, 199]
+
+
+@pytest.mark.parametrize("index", [-1, 5, 2**40])
+def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None:
+    at, value = torch.tensor(sorted([1, index])), torch.ones(2)
+    with pytest.raises(IndexError, match="frame"):
+        Frame(numel=5, indices=at, values=value, finite=True).add_to(torch.zeros(5))
+    with pytest.raises(ValueError, match="indices"):
+        settle(torch.zeros(5), torch.zeros(5), at, value)
+
+
+def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -> None:
+    # neither folder that numba tries can be made below a file
+    blocked = tmp_path / "file"
+    blocked.touch()
+    program = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from topq_dist.compress.kernels import count_reaching\n"
+        "import numpy as np\n"
+        "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "HOME": str(blocked)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (ran.stdout.strip(), ran.stderr) == ("70", "")
