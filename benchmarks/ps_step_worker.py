@@ -28,6 +28,7 @@ from torch import nn
 from topq_dist.ps import ParameterServerOptimizer
 
 WARM_UP_STEPS = 6
+LEARNING_RATE = 1e-3
 Q = {"topq": 0.99, "dense": 0.0}
 VALUE_FORMAT = {"topq": "fp16", "dense": "fp32"}
 
@@ -45,8 +46,9 @@ class Training:
             error_feedback=job.hook == "topq",
             worker=f"worker-{job.rank}",
         )
-        # what a step costs where nothing is exchanged; it moves nothing, so that the workers agree
-        self.in_place = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        # what a step costs where nothing is exchanged: of a copy, so that the workers agree
+        self.idle = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.in_place = torch.optim.SGD(self.idle, lr=LEARNING_RATE)
         self.batches = torch.Generator().manual_seed(job.rank + 1)
 
     def step_s(self, *, exchange: bool) -> float:
@@ -56,7 +58,12 @@ class Training:
         start = time.perf_counter()
         self.optimizer.zero_grad()
         torch.autograd.backward(nn.functional.mse_loss(self.model(inputs), targets))
-        (self.optimizer if exchange else self.in_place).step()
+        if exchange:
+            self.optimizer.step()
+        else:
+            for idle, parameter in zip(self.idle, self.model.parameters(), strict=True):
+                idle.grad = parameter.grad
+            self.in_place.step()
         return time.perf_counter() - start
 
 

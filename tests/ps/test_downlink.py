@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from topq_dist.compress import kernels
 from topq_dist.compress.frame import Frame, FrameError, encode_non_finite_frame, peek_header
 from topq_dist.ps import changes, downlink
 from topq_dist.ps.central import CentralModel
@@ -134,16 +134,16 @@ def test_exact_after_plain_sgd_looks_only_at_what_was_touched(
     worker = model.clone()
     central = CentralModel(TrainingConfig(inner_opt="sgd"), model.spec, model)
     looked_at: list[int] = []
-    differ = changes._differ
+    find_differing = kernels.find_differing
 
-    def counting(now: Tensor, before: Tensor) -> Tensor:
-        looked_at.append(now.numel())
-        return differ(now, before)
+    def counting(now: Any, before: Any, room: Any) -> Any:
+        looked_at.append(now.size)
+        return find_differing(now, before, room)
 
     def never(*_: Any) -> Any:
         raise AssertionError("the whole model was looked at")
 
-    monkeypatch.setattr(changes, "_differ", counting)
+    monkeypatch.setattr(changes, "find_differing", counting)
     monkeypatch.setattr(downlink, "changes_between", never)
     monkeypatch.setattr(ExactDownlink, "before_step", never)
     generator = torch.Generator().manual_seed(2)

@@ -82,3 +82,35 @@ def test_autograd_knows_that_a_parameter_was_written_to() -> None:
     assert b[4] == 5.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss)
+
+
+def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered() -> None:
+    read, gathered, generator = make_shard(), make_shard(), torch.Generator().manual_seed(4)
+    for _ in range(5):
+        for name, parameter in read.parameters.items():
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = gradient
+            # the same numbers, with gaps between them
+            gaps = torch.stack([gradient, gradient], dim=-1)[..., 0]
+            gathered.parameters[name].grad = gaps
+        frames = []
+        for shard in (read, gathered):
+            made = shard.compress(q=0.6, scope="parameter")
+            for part in made:
+                part.commit()
+            frames.append([frame.tolist() for part in made for frame in part.frames])
+        assert frames[0] == frames[1]
+    owed = [shard.compressor.residuals.state_dict() for shard in (read, gathered)]
+    assert all(torch.equal(owed[0][name], owed[1][name]) for name in read.parameters)
+    assert not read._gathered
+    assert gathered._gathered
+
+
+def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:
+    shard = make_shard()
+    shard.parameters["b"].grad = torch.ones(30)
+    (singles, halves) = shard.compress(q=0.0, scope="parameter")
+    assert singles.own is not None
+    assert halves.own is not None
+    assert singles.own.values.sum() == 30
+    assert halves.own.values.sum() == 0

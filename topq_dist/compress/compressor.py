@@ -20,6 +20,7 @@ from topq_dist.compress.frame import (
     peek_header,
 )
 from topq_dist.compress.parts import Parts
+from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import Selection, Selector, select_rows, settle
 from topq_dist.compress.values import check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
@@ -92,19 +93,21 @@ class FlatCompressor:
         return f"value_format={self.value_format} error_feedback={self.error_feedback}"
 
     def compress(
-        self, gradient: Tensor, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
+        self, gradient: Tensor | Pieces, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
     ) -> Compressed:
         """Return the largest magnitudes of gradient + residual, as frames.
 
-        `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order.
+        `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order,
+        each within a piece.
         There is one frame (1-D uint8, CPU) for each of `parts` Parts of the vector; where the sum
         is not finite, each of them says so. Only `commit`, called while `gradient` is still what
         it was, makes the residual, fp32 or fp64, gradient + residual - sent: until then the step
         can be dropped as if it had not been.
         """
+        gradient = gradient if isinstance(gradient, Pieces) else Pieces([gradient])
         own_format = _own_format(gradient.dtype)
         value_format = self.value_format or own_format
-        dealt = Parts(numel=gradient.numel(), count=parts)
+        dealt = Parts(numel=gradient.numel, count=parts)
         residual = self._residual(layout, gradient) if self.error_feedback else None
         selectors = self._selectors_of(layout, "compress", len(cuts))
         selected = _select(gradient, residual, cuts, selectors)
@@ -123,15 +126,17 @@ class FlatCompressor:
                 rest[mine] = torch.from_numpy(sent.numpy() - encoded[-1].decoded.numpy())
 
         def keep(clear: bool) -> None:
-            if residual is not None:
-                settle(residual, gradient, indices, rest, clear=clear)
-            elif clear:
-                gradient.zero_()
+            for stretch, piece, mine in gradient.shared_out(indices):
+                if residual is not None:
+                    places = indices[mine] - stretch.start if stretch.start else indices[mine]
+                    settle(residual[stretch], piece, places, rest[mine], clear=clear)
+                elif clear:
+                    piece.zero_()
 
         own = None
         if parts == 1:
             own = Frame(
-                numel=gradient.numel(), indices=indices, values=encoded[0].decoded, finite=True
+                numel=gradient.numel, indices=indices, values=encoded[0].decoded, finite=True
             )
         return Compressed(frames=[frame for frame, _ in encoded], own=own, keep=keep)
 
@@ -193,7 +198,7 @@ class FlatCompressor:
 
         return settled
 
-    def _residual(self, layout: Layout, gradient: Tensor) -> Tensor:
+    def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
         return self.residuals.flat(
             layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
         )
@@ -349,7 +354,7 @@ def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _select(
-    gradient: Tensor, residual: Tensor | None, cuts: Sequence[Cut], selectors: Sequence[Selector]
+    gradient: Pieces, residual: Tensor | None, cuts: Sequence[Cut], selectors: Sequence[Selector]
 ) -> list[Selection]:
     selected = []
     for cut, selector in zip(cuts, selectors, strict=True):

@@ -41,10 +41,14 @@ class Touched:
 
     def change(self) -> Change:
         """Return those of which a bit has changed."""
-        differing = _differ(self.after, self.before)
-        if bool(differing.all()):
+        room = np.empty(self.indices.numel(), dtype=np.int64)
+        count = find_differing(bits_of(self.after), bits_of(self.before), room)
+        if count == room.size:
             return Change(self.indices, self.after)
-        return Change(self.indices[differing], self.after[differing])
+        places = torch.from_numpy(room[:count])
+        return Change(
+            torch.from_numpy(self.indices.numpy().take(room[:count])), picked(self.after, places)
+        )
 
 
 def changes_between(old: FlatModel, new: FlatModel) -> list[Change] | None:

@@ -14,8 +14,9 @@ from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.density import Scope, uniform_cuts
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import decode_frame, peek_header
+from topq_dist.compress.pieces import Pieces
 from topq_dist.ps.kept import KeptPush
-from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, raw_view
+from topq_dist.ps.model import FlatModel, ModelSpec, VectorSpec, picked, put, raw_view
 from topq_dist.ps.protocol import NonFiniteError
 
 
@@ -32,10 +33,8 @@ class Shard:
         self._marks: list[tuple[int, int]] = []
         self.compressor = compressor
         self.read_parameters()
-        self._gradients = [
-            torch.zeros(vector.numel, dtype=vector.dtype, device=self._device(vector.layout))
-            for vector in self.spec.vectors
-        ]
+        # gathered gradients, by place of their vector, where they cannot be read where they lie
+        self._gathered: dict[int, Tensor] = {}
 
     @property
     def names(self) -> list[str]:
@@ -105,11 +104,10 @@ class Shard:
         they are committed. Raises NonFiniteError, naming the first parameter, for NaN or infinity.
         """
         compressed = []
-        for vector, gradient in zip(self.spec.vectors, self._gradients, strict=True):
-            self._gather(vector.layout, gradient)
-            if scale != 1.0:
-                gradient.mul_(1.0 / scale)
+        for place, vector in enumerate(self.spec.vectors):
             cuts = uniform_cuts(vector.numels, q=q, scope=scope)
+            pieces = self._in_place(vector) if scope == "parameter" and scale == 1.0 else None
+            gradient = pieces or self._gather(place, vector, scale)
             compressed.append(self.compressor.compress(gradient, vector.layout, cuts))
         for made in compressed:
             if not peek_header(made.frames[0]).finite:
@@ -119,27 +117,43 @@ class Shard:
                 )
         return compressed
 
-    def _gather(self, layout: Layout, gradient: Tensor) -> None:
-        for name, stretch in zip(layout.names, layout.stretches(), strict=True):
+    def _in_place(self, vector: VectorSpec) -> Pieces | None:
+        """Return the gradients where they lie; None unless they can be read as a flat vector."""
+        gradients = [self.parameters[name].grad for name in vector.layout.names]
+        device = self._device(vector.layout)
+        found = [
+            gradient.detach().view(-1)
+            for gradient in gradients
+            if gradient is not None
+            and gradient.layout == torch.strided
+            and gradient.is_contiguous()
+            and not gradient.is_neg()
+            and (gradient.dtype, gradient.device) == (vector.dtype, device)
+        ]
+        return Pieces(found) if len(found) == len(gradients) else None
+
+    def _gather(self, place: int, vector: VectorSpec, scale: float) -> Tensor:
+        if place not in self._gathered:
+            self._gathered[place] = torch.zeros(
+                vector.numel, dtype=vector.dtype, device=self._device(vector.layout)
+            )
+        flat = self._gathered[place]
+        for name, stretch in zip(vector.layout.names, vector.layout.stretches(), strict=True):
             parameter = self.parameters[name]
             if parameter.grad is None:
-                gradient[stretch].zero_()
+                flat[stretch].zero_()
                 continue
             if parameter.grad.layout != torch.strided:
                 raise TypeError(
                     f"the gradient of {name!r} has layout {parameter.grad.layout}: expected a "
                     "dense one, so make the embedding with sparse=False"
                 )
-            gradient[stretch].view(parameter.shape).copy_(parameter.grad)
+            flat[stretch].view(parameter.shape).copy_(parameter.grad)
+        return flat if scale == 1.0 else flat.mul_(1.0 / scale)
 
     def _first_non_finite(self) -> str:
-        by_name = {
-            name: gradient[stretch]
-            for vector, gradient in zip(self.spec.vectors, self._gradients, strict=True)
-            for name, stretch in zip(vector.layout.names, vector.layout.stretches(), strict=True)
-        }
-        for name in self.names:
-            if not bool(torch.isfinite(by_name[name]).all()):
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return repr(name)
         return "a parameter, with what is owed for it,"
 
