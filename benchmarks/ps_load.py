@@ -1,13 +1,14 @@
-"""What a parameter server carries: rounds a second, GB/s beside raw TCP, and its memory.
+"""What a parameter server carries: rounds a second, GB/s, CPU seconds and memory.
 
     python benchmarks/ps_load.py
 
 A server process, and 32 workers as threads of this one that send prepared frames over loopback and
 read what comes back, with no training in between. "large" frames (a model of 4 M numbers, all of
-them sent as fp32) show how much of a raw TCP transfer of the same bytes is left: the same number
-of connections, the same bytes up, a barrier, the same bytes down. "sparse" frames (q = 0.99, fp16,
-1 M numbers) show rounds a second, and "small" ones, for 10,000 rounds, whether memory stays flat.
-Prints a table and writes runs/ps_load.json. Needs Linux.
+them sent as fp32) show how much is left of the bytes a second of raw TCP, and of gRPC without a
+parameter server behind it: as many connections, the same bytes up, a barrier, the same bytes down.
+"sparse" frames (q = 0.99, fp16, 1 M numbers) show rounds a second, and "small" ones, for 10,000
+rounds, whether memory stays flat. Workers and server share the cores of this machine, so that the
+CPU seconds of both count. Prints a table and writes runs/ps_load.json. Needs Linux.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,59 +32,70 @@ from pathlib import Path
 import grpc
 import torch
 from console import integer_from, say, text_table
+from load_peers import HOST, bare_grpc_round_s, raw_tcp_round_s, run_threads
 
 from topq_dist import Compressor
-from topq_dist.ps.model import ModelSpec
-from topq_dist.ps.protocol import START, Point, push_digest
-from topq_dist.ps.wire import (
-    point_from_wire,
-    read_answer,
-    spec_to_wire,
-    step_requests,
-    upload_requests,
-)
+from topq_dist.ps.connection import Connection
+from topq_dist.ps.kept import KeptPush
+from topq_dist.ps.model import FlatModel, ModelSpec
+from topq_dist.ps.protocol import START, push_digest
+from topq_dist.ps.security import ClientSecurity
+from topq_dist.ps.wire import spec_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.v1.parameter_server_pb2_grpc import ParameterServerStub
 
 OUT = Path(__file__).resolve().parents[1] / "runs"
-HOST = "127.0.0.1"
 CALL_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
-CHANNELS = 4
+WARM_ROUNDS = 3
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the workers of one row send."""
+    """What the workers of one row send, and what the server may keep of updates."""
 
     numel: int
     q: float
     value_format: str
     downlink: str
     rounds: int
-    raw_tcp: bool
+    history_bytes: int
 
 
 LOADS = {
     "large": Load(
-        numel=4_000_000, q=0.0, value_format="fp32", downlink="dense", rounds=6, raw_tcp=True
+        numel=4_000_000,
+        q=0.0,
+        value_format="fp32",
+        downlink="dense",
+        rounds=20,
+        history_bytes=64 << 20,
     ),
     "sparse": Load(
-        numel=1_000_000, q=0.99, value_format="fp16", downlink="topq", rounds=60, raw_tcp=True
+        numel=1_000_000,
+        q=0.99,
+        value_format="fp16",
+        downlink="topq",
+        rounds=300,
+        history_bytes=1 << 20,
     ),
     "small": Load(
-        numel=1_000, q=0.9, value_format="fp16", downlink="exact", rounds=10_000, raw_tcp=False
+        numel=1_000,
+        q=0.9,
+        value_format="fp16",
+        downlink="exact",
+        rounds=10_000,
+        history_bytes=1 << 20,
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One load: rounds a second, payload GB/s both ways together, and the server's memory.
+    """One load: the median round, payload GB/s both ways together, CPU seconds a round, memory.
 
-    raw_tcp_gb_per_s: of the same bytes in the same run. rss_bytes: the server's resident memory
-    after each tenth of the rounds.
+    raw_tcp_gb_per_s, bare_grpc_gb_per_s: of the same bytes in the same run. rss_bytes: the server's
+    resident memory after each tenth of the rounds. history_bytes: what it may keep of updates.
     """
 
     load: str
@@ -94,7 +105,11 @@ class Row:
     up_bytes: int
     down_bytes: int
     gb_per_s: float
-    raw_tcp_gb_per_s: float | None
+    raw_tcp_gb_per_s: float
+    bare_grpc_gb_per_s: float
+    server_cpu_s: float
+    workers_cpu_s: float
+    history_bytes: int
     rss_bytes: list[int]
 
 
@@ -104,21 +119,28 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
     rounds = rounds or load.rounds
     say(f"{name}: {workers} workers, {rounds} rounds")
     with server(load, workers) as (address, pid):
-        crew = join(address, load, workers)
-        ends_s = [time.perf_counter()]
+        crew = [Worker(address, number, load) for number in range(workers)]
+        for worker in crew:
+            worker.join()
+        ends_s: list[float] = []
         rss_bytes: list[int] = []
 
         def round_done() -> None:
             ends_s.append(time.perf_counter())
-            if (len(ends_s) - 1) % max(1, rounds // 10) == 0:
+            if len(ends_s) > 1 and (len(ends_s) - 1) % max(1, rounds // 10) == 0:
                 rss_bytes.append(resident_bytes(pid))
 
-        run_threads(crew, rounds, round_done)
+        # what is compiled, loaded and connected once is no part of a round
+        run_threads([worker.step for worker in crew], WARM_ROUNDS, lambda: None)
+        cpu_s = [cpu_seconds(pid), cpu_seconds(os.getpid())]
+        run_threads([worker.step for worker in crew], rounds, round_done)
+        cpu_s = [cpu_seconds(pid) - cpu_s[0], cpu_seconds(os.getpid()) - cpu_s[1]]
+        for worker in crew:
+            worker.connection.close()
     round_s = statistics.median(b - a for a, b in itertools.pairwise(ends_s))
     up_bytes = crew[0].frame.nbytes
-    down_bytes = crew[0].received_bytes // rounds
-    moved_bytes = workers * (up_bytes + down_bytes)
-    raw_s = raw_tcp_round_s(workers, up_bytes, down_bytes) if load.raw_tcp else None
+    down_bytes = crew[0].received_bytes // (WARM_ROUNDS + rounds)
+    moved_gb = 1e-9 * workers * (up_bytes + down_bytes)
     return Row(
         load=name,
         workers=workers,
@@ -126,8 +148,12 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
         round_s=round_s,
         up_bytes=up_bytes,
         down_bytes=down_bytes,
-        gb_per_s=1e-9 * moved_bytes / round_s,
-        raw_tcp_gb_per_s=None if raw_s is None else 1e-9 * moved_bytes / raw_s,
+        gb_per_s=moved_gb / round_s,
+        raw_tcp_gb_per_s=moved_gb / raw_tcp_round_s(workers, up_bytes, down_bytes),
+        bare_grpc_gb_per_s=moved_gb / bare_grpc_round_s(workers, up_bytes, down_bytes),
+        server_cpu_s=cpu_s[0] / rounds,
+        workers_cpu_s=cpu_s[1] / rounds,
+        history_bytes=load.history_bytes,
         rss_bytes=rss_bytes,
     )
 
@@ -135,8 +161,8 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
 class Worker:
     """A place in the run, and one prepared frame that is sent again and again."""
 
-    def __init__(self, channel: grpc.Channel, number: int, load: Load) -> None:
-        self.stub = ParameterServerStub(channel)
+    def __init__(self, address: str, number: int, load: Load) -> None:
+        self.connection = Connection(address, ClientSecurity())
         self.name = f"worker-{number:03}"
         generator = torch.Generator().manual_seed(number)
         gradient = torch.randn(load.numel, generator=generator)
@@ -145,149 +171,38 @@ class Worker:
         self.digest = push_digest((), [self.frame])
         self.spec = ModelSpec.of([("gradient", gradient)])
         self.id = pb.WorkerId()
-        self.point: Point = START
+        self.point = START
         self.sequence = 1
         self.received_bytes = 0
 
     def join(self) -> None:
-        """Take a place, and bring the model where asked to."""
+        """Take a place, bring the model where asked to, and take what the run has."""
         request = pb.JoinRequest(
-            worker=self.name,
-            instance=os.urandom(16),
-            model=spec_to_wire(self.spec),
+            worker=self.name, instance=os.urandom(16), model=spec_to_wire(self.spec)
         )
-        joined = self.stub.Join(request, timeout=CALL_LIMIT_S, wait_for_ready=True)
-        self.id.CopyFrom(joined.id)
+        joined = self.connection.join(request, CALL_LIMIT_S)
+        self.id = joined.id
         if joined.upload:
-            zeros = torch.zeros(self.spec.numel).numpy()
-            vectors = [zeros.data.cast("B")]
-            self.stub.Upload(upload_requests(self.id, vectors), timeout=CALL_LIMIT_S)
-        else:
-            self.point = point_from_wire(joined.point)
-        if self.point == START:
-            # the point of version 0, for whoever came before the model did
-            headers = self.stub.Fetch(
-                pb.FetchRequest(id=self.id, which=pb.FetchRequest.WHICH_WORKERS),
-                timeout=CALL_LIMIT_S,
-            )
-            self.point = point_from_wire(next(headers).header.point)
-            for _ in headers:
-                pass
+            zeros = FlatModel(self.spec).raw()
+            self.connection.upload(self.id, zeros, CALL_LIMIT_S)
+        which = pb.FetchRequest.WHICH_WORKERS
+        self.point, *_ = self.connection.fetch(self.id, which, self.spec, CALL_LIMIT_S)
 
     def step(self) -> None:
         """Push the frame, and read the answer."""
-        requests = step_requests(
-            self.id,
+        push = KeptPush(
             sequence=self.sequence,
             base=self.point,
-            frames=[self.frame],
+            frames=(self.frame,),
             lr=(),
             digest=self.digest,
         )
-        answer = read_answer(self.stub.Step(requests, timeout=CALL_LIMIT_S), self.spec)
+        answer = self.connection.step(self.id, push, self.spec, CALL_LIMIT_S, lambda: None)
         if answer.applied is None:
             raise RuntimeError(f"{self.name}: push {self.sequence} was refused as stale")
         self.received_bytes += sum(update.payload_bytes for update in answer.updates)
         self.point = answer.updates[-1].point
         self.sequence += 1
-
-
-def join(address: str, load: Load, workers: int) -> list[Worker]:
-    """Return workers that have joined, the first of them with the model."""
-    # gRPC starts a thread for each channel that goes from idle to busy, which 32 workers of one
-    # process would do all the time: a few channels are rarely idle
-    channels = [grpc.insecure_channel(address, options=[("channel", n)]) for n in range(CHANNELS)]
-    crew = [Worker(channels[number % CHANNELS], number, load) for number in range(workers)]
-    for worker in crew:
-        worker.join()
-    return crew
-
-
-def run_threads(crew: Sequence[Worker], rounds: int, round_done: Callable[[], None]) -> None:
-    """Let every worker take `rounds` steps at once; raises what one of them raised."""
-    barrier = threading.Barrier(len(crew), action=round_done)
-    failures: list[BaseException] = []
-
-    def work(worker: Worker) -> None:
-        try:
-            for _ in range(rounds):
-                worker.step()
-                barrier.wait()
-        except threading.BrokenBarrierError:
-            pass
-        except BaseException as error:  # noqa: BLE001 - raised below
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in crew]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def raw_tcp_round_s(connections: int, up_bytes: int, down_bytes: int, rounds: int = 12) -> float:
-    """Return the median seconds of a round of plain sockets between two processes."""
-    with closing(socket.create_server((HOST, 0), backlog=connections)) as listener:
-        port = listener.getsockname()[1]
-        argv = [*(sys.executable, __file__, "--raw-peer", str(port)), "--workers"]
-        argv += [*(str(connections), "--raw-bytes"), str(up_bytes), str(down_bytes), str(rounds)]
-        peer = subprocess.Popen(argv)
-        try:
-            accepted = [listener.accept()[0] for _ in range(connections)]
-            ends_s = [time.perf_counter()]
-            barrier = threading.Barrier(
-                connections, action=lambda: ends_s.append(time.perf_counter())
-            )
-
-            def serve(connection: socket.socket) -> None:
-                taken, answer = bytearray(up_bytes), bytes(down_bytes)
-                for _ in range(rounds):
-                    receive(connection, taken)
-                    barrier.wait()
-                    connection.sendall(answer)
-
-            threads = [threading.Thread(target=serve, args=(one,)) for one in accepted]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            peer.wait(START_LIMIT_S)
-        finally:
-            peer.kill()
-            peer.wait()
-            for connection in accepted:
-                connection.close()
-    return statistics.median(b - a for a, b in itertools.pairwise(ends_s))
-
-
-def raw_peer(port: int, connections: int, up_bytes: int, down_bytes: int, rounds: int) -> None:
-    """Send and receive as the workers do, over plain sockets."""
-
-    def work() -> None:
-        with socket.create_connection((HOST, port)) as connection:
-            pushed, taken = bytes(up_bytes), bytearray(down_bytes)
-            for _ in range(rounds):
-                connection.sendall(pushed)
-                receive(connection, taken)
-
-    threads = [threading.Thread(target=work) for _ in range(connections)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def receive(connection: socket.socket, into: bytearray) -> None:
-    """Fill `into` from the connection."""
-    left = memoryview(into)
-    while left.nbytes:
-        count = connection.recv_into(left)
-        if count == 0:
-            raise ConnectionError("the peer has closed the connection")
-        left = left[count:]
 
 
 @contextmanager
@@ -301,7 +216,7 @@ def server(load: Load, workers: int) -> Iterator[tuple[str, int]]:
                 *(sys.executable, "-m", "topq_dist.cli", "serve", "--address", address),
                 *("--state-dir", folder, "--inner-opt", "sgd", "--lr", "0.001"),
                 *("--workers", str(workers), "--mode", "sync", "--downlink", load.downlink),
-                *("--snapshot-every", "1000000"),
+                *("--snapshot-every", "1000000", "--history-bytes", str(load.history_bytes)),
             ]
         )
         try:
@@ -323,21 +238,27 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds, user's and system's, that a process has used."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return what is printed."""
     cells = {}
     for row in rows:
-        share = "-"
-        if row.raw_tcp_gb_per_s is not None:
-            share = f"{row.gb_per_s / row.raw_tcp_gb_per_s:.0%} of {row.raw_tcp_gb_per_s:.2f} GB/s"
         first, last = row.rss_bytes[0] / 1e6, row.rss_bytes[-1] / 1e6
         cells[f"{row.load}, {row.up_bytes / 1e3:.1f} kB up"] = [
             f"{1 / row.round_s:.1f}",
             f"{row.gb_per_s:.3f}",
-            share,
-            f"{first:.0f} to {last:.0f} MB",
+            f"{row.gb_per_s / row.raw_tcp_gb_per_s:.0%} of {row.raw_tcp_gb_per_s:.2f}",
+            f"{row.gb_per_s / row.bare_grpc_gb_per_s:.0%} of {row.bare_grpc_gb_per_s:.3f}",
+            f"{1e3 * row.server_cpu_s:.1f} and {1e3 * row.workers_cpu_s:.1f} ms",
+            f"{first:.0f} to {last:.0f} MB, {last - first:+.0f}",
         ]
-    heads = ["rounds a second", "GB/s", "of raw TCP", "server's memory"]
+    heads = ["rounds a second", "GB/s", "of raw TCP", "of bare gRPC"]
+    heads += ["CPU, server and workers", "server's memory"]
     return text_table(f"{rows[0].workers} workers", heads, cells)
 
 
@@ -349,12 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=integer_from(2), default=32)
     parser.add_argument("--rounds", type=integer_from(10), help="of each load, instead of its own")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON")
-    parser.add_argument("--raw-peer", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--raw-bytes", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.raw_peer is not None:
-        raw_peer(options.raw_peer, options.workers, *options.raw_bytes)
-        return
     torch.set_num_threads(1)
     rows = [measure(name, options.workers, options.rounds) for name in options.loads]
     report = {

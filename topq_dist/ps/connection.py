@@ -5,33 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
 from topq_dist.ps.kept import KeptPush
 from topq_dist.ps.model import ModelSpec
-from topq_dist.ps.protocol import STREAM_WINDOW_BYTES, Answer, NotReadyError, Point
+from topq_dist.ps.protocol import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, NotReadyError, Point
 from topq_dist.ps.reach import why_unreachable
 from topq_dist.ps.refusals import refusal_of
 from topq_dist.ps.security import ClientSecurity
+from topq_dist.ps.short_steps import read_short_answer, short_step_request
 from topq_dist.ps.wire import read_answer, read_fetch, step_requests, upload_requests
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
-# no retries of gRPC's own: above 256 KiB they stop without a word, and a push that is sent again
-# may need a Join before it
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.enable_retries", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # the window of a stream: with gRPC's own, 64 KiB, a distant server sends little at a time
-    ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
-    # workers in one process would share a connection, and its flow control, otherwise
-    ("grpc.use_local_subchannel_pool", 1),
-)
 _TRANSIENT = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -41,6 +29,24 @@ _TRANSIENT = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 }
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """Return the gRPC options of a worker's channel."""
+    return [
+        # above 256 KiB gRPC's own retries stop without a word, and a push that is sent again may
+        # need a Join before it
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # the window of a stream: with gRPC's own, 64 KiB, a distant server sends little at a time
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
+        # workers in one process would share a connection, and its flow control, otherwise
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
 
 
 class ServerLostError(ConnectionError):
@@ -63,18 +69,25 @@ class Connection:
         self._metadata = security.metadata()
         self._lock = threading.Lock()
         self._closed = False
-        self._channel: grpc.Channel | None = security.channel(address, _OPTIONS)
+        # whether an answer is likely to fit into a message, and to be there soon
+        self._short_answers = False
+        self._channel: grpc.Channel | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = self._security.channel(self.address, channel_options())
+        self._stub = pb_grpc.ParameterServerStub(self._channel)
 
     def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
         """Take up or renew a worker's place."""
         with self._errors():
-            return self._stub().Join(request, timeout=timeout_s, metadata=self._metadata)
+            return self._calls().Join(request, timeout=timeout_s, metadata=self._metadata)
 
     def upload(self, worker: pb.WorkerId, vectors: Sequence[memoryview], timeout_s: float) -> None:
         """Bring the initial values."""
         requests = upload_requests(worker, vectors)
         with self._errors():
-            self._stub().Upload(requests, timeout=timeout_s, metadata=self._metadata)
+            self._calls().Upload(requests, timeout=timeout_s, metadata=self._metadata)
 
     def fetch(
         self,
@@ -86,7 +99,7 @@ class Connection:
         """Return (point, durable version, raw vectors)."""
         request = pb.FetchRequest(id=worker, which=which)
         with self._errors():
-            responses = self._stub().Fetch(request, timeout=timeout_s, metadata=self._metadata)
+            responses = self._calls().Fetch(request, timeout=timeout_s, metadata=self._metadata)
             return read_fetch(iter(responses), spec)
 
     def step(
@@ -98,20 +111,52 @@ class Connection:
         sign_of_life: Callable[[], None],
     ) -> Answer:
         """Push, or replay, a gradient; returns what the server has decided on it."""
-        requests = step_requests(
-            worker,
-            sequence=push.sequence,
-            base=push.base,
-            frames=push.frames,
-            lr=push.lr,
-            digest=push.digest,
-            applied_version=0 if push.applied is None else push.applied.version,
-            members=push.members,
+        said: dict[str, Any] = {
+            "sequence": push.sequence,
+            "base": push.base,
+            "frames": push.frames,
+            "lr": push.lr,
+            "digest": push.digest,
+            "applied_version": 0 if push.applied is None else push.applied.version,
+            "members": push.members,
+        }
+        short = self._short_answers and push.frame_bytes <= SHORT_BYTES
+        if short:
+            request = short_step_request(worker, **said)
+            with self._errors():
+                stub = self._calls()
+                response = stub.ShortStep(request, timeout=timeout_s, metadata=self._metadata)
+                answer = read_short_answer(response, spec)
+            if answer is not None:
+                return answer
+            sign_of_life()
+        answer, at_once = self._long_step(
+            step_requests(worker, **said), spec, timeout_s, sign_of_life
         )
+        # the next will be like this one
+        answer_bytes = sum(update.payload_bytes for update in answer.updates)
+        self._short_answers = not short and at_once and answer_bytes <= SHORT_BYTES
+        return answer
+
+    def _long_step(
+        self,
+        requests: Iterator[pb.StepRequest],
+        spec: ModelSpec,
+        timeout_s: float,
+        sign_of_life: Callable[[], None],
+    ) -> tuple[Answer, bool]:
+        """Return the answer, and whether it came without a sign of life before."""
+        waited = False
+
+        def waiting(_: tuple[str, ...]) -> None:
+            nonlocal waited
+            waited = True
+            sign_of_life()
+
         with self._errors():
-            call = self._stub().Step(requests, timeout=timeout_s, metadata=self._metadata)
+            call = self._calls().Step(requests, timeout=timeout_s, metadata=self._metadata)
             try:
-                return read_answer(iter(call), spec, waiting=lambda workers: sign_of_life())
+                return read_answer(iter(call), spec, waiting=waiting), not waited
             finally:
                 # or an answer that is no good would leave the call open
                 call.cancel()
@@ -120,14 +165,14 @@ class Connection:
         """Keep the lease; returns the durable version."""
         request = pb.RenewRequest(id=worker)
         with self._errors():
-            response = self._stub().Renew(request, timeout=timeout_s, metadata=self._metadata)
+            response = self._calls().Renew(request, timeout=timeout_s, metadata=self._metadata)
         return response.durable_version
 
     def leave(self, worker: pb.WorkerId, timeout_s: float) -> int:
         """Give the place up; returns the server's version, which is durable."""
         request = pb.LeaveRequest(id=worker)
         with self._errors():
-            response = self._stub().Leave(request, timeout=timeout_s, metadata=self._metadata)
+            response = self._calls().Leave(request, timeout=timeout_s, metadata=self._metadata)
         return response.point.version
 
     def refresh(self) -> None:
@@ -155,17 +200,17 @@ class Connection:
             f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
         )
 
-    def _stub(self) -> pb_grpc.ParameterServerStub:
+    def _calls(self) -> pb_grpc.ParameterServerStub:
         with self._lock:
             if self._channel is None:
                 if self._closed:
                     raise TransientError("the connection was closed")
                 try:
-                    self._channel = self._security.channel(self.address, _OPTIONS)
+                    self._open()
                 except ValueError as error:
                     # it worked before: the files may be changing right now
                     raise TransientError(str(error)) from error
-            return pb_grpc.ParameterServerStub(self._channel)
+            return self._stub
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -67,7 +67,9 @@ class Coordinator:
         self._state_dir = state_dir
         self._clock = clock
         self._started_s = clock()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        # who waits for a push to be decided waits for its ticket, and all others for this
+        self._changed = threading.Condition(self._lock)
         self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -136,7 +138,6 @@ class Coordinator:
                 if ticket is not None and ticket.push.epoch != entry.epoch:
                     # not applied: the new process sends it again where it goes on from there
                     self._pushes.settle(call.worker, OldEpochError(_fenced(ticket.push)))
-                    self._changed.notify_all()
             self._members.join(call.worker, held_version=held.version, now_s=self._clock())
             upload = self._model_or_upload(call, wait_s)
             self._advance()
@@ -240,38 +241,36 @@ class Coordinator:
         it is not, it returns early. Raises RefusedError.
         """
         end_s = time.monotonic() + timeout_s
-        with self._changed:
-            self._members.touch(ticket.push.worker, self._clock())
-            while True:
+        self.hear(ticket.push.worker)
+        while ticket.outcome is None:
+            with self._lock:
+                ticket.look.clear()
                 self._check_alive()
                 self._advance()
-                outcome = ticket.outcome
-                if isinstance(outcome, RefusedError):
-                    raise outcome
-                if outcome is not None and self._may_answer(outcome):
-                    return self._hand_out(ticket.push.worker, outcome)
-                if outcome is None and self._draining:
+                if ticket.outcome is not None:
+                    break
+                if self._draining:
                     raise NotReadyError(_DRAINING)
                 left_s = end_s - time.monotonic()
                 pushes = self._pushes
                 if left_s <= 0 or pushes is None or not is_active():
                     return () if pushes is None else pushes.waiting_for
-                self._changed.wait(max(0.0, min(left_s, pushes.next_event_s())))
+                left_s = max(0.0, min(left_s, pushes.next_event_s()))
+            # without the lock: a round wakes all its workers at once
+            ticket.look.wait(left_s)
+        if isinstance(ticket.outcome, RefusedError):
+            raise ticket.outcome
+        if not self._durable_before(end_s, ticket.outcome, is_active):
+            return ()
+        return self._hand_out(ticket.push.worker, ticket.outcome)
 
-    def wake(self) -> None:
-        """Have those who wait look at whether they are active; never blocks.
-
-        Where the lock is taken nobody is woken: they look again within their time anyway.
-        """
-        if self._changed.acquire(blocking=False):
-            try:
-                self._changed.notify_all()
-            finally:
-                self._changed.release()
+    def wake(self, ticket: Ticket) -> None:
+        """Have those who wait for this push look at whether they are active; never blocks."""
+        ticket.look.set()
 
     def count_received(self, worker: str, received_bytes: int) -> None:
         """Count bytes of a push's frames."""
-        with self._changed:
+        with self._counting:
             self._bytes["received"] += received_bytes
             member = self._members.get(worker)
             if member is not None:
@@ -321,6 +320,7 @@ class Coordinator:
                 left = NotJoinedError(f"worker {caller.worker!r} has left the run")
                 self._pushes.settle(caller.worker, left)
             self._advance()
+            # somebody else may be the one to bring the model now
             self._changed.notify_all()
             if self._state is None:
                 return START
@@ -390,6 +390,8 @@ class Coordinator:
         with self._changed:
             self._draining = True
             self._changed.notify_all()
+            if self._pushes is not None:
+                self._pushes.wake_all()
         self._saver.close()
         with self._changed:
             unsaved = self._state is not None and self._durable < self._state.point.version
@@ -458,8 +460,8 @@ class Coordinator:
             )
 
     def _advance(self) -> None:
-        if self._pushes is not None and not self._draining and self._pushes.advance():
-            self._changed.notify_all()
+        if self._pushes is not None and not self._draining:
+            self._pushes.advance()
 
     def _after_version(self) -> None:
         version = self._started().point.version
@@ -467,20 +469,30 @@ class Coordinator:
             self._asked = version
             self._saver.request()
 
-    def _may_answer(self, answer: Answer) -> bool:
+    def _durable_before(self, end_s: float, answer: Answer, is_active: Callable[[], bool]) -> bool:
+        """Wait until `answer` may be given, and return whether it may."""
         if self.serving.snapshot_every > 1:
+            self._check_alive()
             return True
-        points = [update.point.version for update in answer.updates]
-        return self._durable >= max(points, default=0)
+        version = max((update.point.version for update in answer.updates), default=0)
+        with self._changed:
+            while self._durable < version:
+                self._check_alive()
+                left_s = end_s - time.monotonic()
+                if left_s <= 0 or not is_active():
+                    return False
+                self._changed.wait(left_s)
+        return True
 
     def _hand_out(self, worker: str, answer: Answer) -> Answer:
         sent_bytes = sum(update.payload_bytes for update in answer.updates)
-        self._bytes["sent"] += sent_bytes
-        member = self._members.get(worker)
-        if member is not None:
-            member.sent_bytes += sent_bytes
-            if answer.updates:
-                member.held_version = answer.updates[-1].point.version
+        with self._counting:
+            self._bytes["sent"] += sent_bytes
+            member = self._members.get(worker)
+            if member is not None:
+                member.sent_bytes += sent_bytes
+                if answer.updates:
+                    member.held_version = answer.updates[-1].point.version
         return replace(answer, durable_version=max(self._durable, 0))
 
     def _await_durable(self, version: int) -> None:

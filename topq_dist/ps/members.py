@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 
@@ -44,6 +44,13 @@ class Members:
         return frozenset(
             worker for worker, member in self._by_name.items() if member.lease_end_s > now_s
         )
+
+    def any_live_but(self, workers: Container[str], now_s: float) -> bool:
+        """Return whether the lease of any other than `workers` has not ended."""
+        for worker, member in self._by_name.items():
+            if member.lease_end_s > now_s and worker not in workers:
+                return True
+        return False
 
     def has_room(self, worker: str, now_s: float) -> bool:
         """Return whether `worker` may be live beside those who are."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.members import Members
@@ -31,16 +32,21 @@ FAILED = "the server failed while it made a version: it has to be started again"
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
-    """A push that was taken in: `outcome` is set once it is decided."""
+    """A push that was taken in: `outcome` is set once it is decided.
+
+    look: set when those who wait for the push are to look at it again.
+    """
 
     push: Push
     arrived_s: float
+    look: threading.Event = field(default_factory=threading.Event)
     outcome: Answer | RefusedError | None = None
 
     def settle(self, outcome: Answer | RefusedError) -> None:
         """Set the outcome, and free the gradient."""
         self.outcome = outcome
         self.push = replace(self.push, frames=())
+        self.look.set()
 
 
 class PendingPushes:
@@ -79,7 +85,10 @@ class PendingPushes:
             round_timeout_s=serving.round_timeout_s,
         )
         self._async_rule = AsyncRule(max_staleness=training.max_staleness)
-        self.waiting_for: tuple[str, ...] = ()
+        # pushes that are replays, or on another point than the present one
+        self._unusual: set[str] = set()
+        # None: for live workers without a push
+        self._waiting_for: tuple[str, ...] | None = ()
         self.stale_count = 0
         # the optimizer raised: half a step may be done, so that nothing may be answered or saved
         self.failed = False
@@ -96,6 +105,11 @@ class PendingPushes:
         """Return the worker's undecided push, or None."""
         return self._tickets.get(worker)
 
+    def wake_all(self) -> None:
+        """Have all who wait for a decision look again."""
+        for ticket in self._tickets.values():
+            ticket.look.set()
+
     def add(self, push: Push) -> Ticket:
         """Take a push in that the ledger calls next; one that is there already is not doubled.
 
@@ -106,11 +120,14 @@ class PendingPushes:
         if held is not ticket:
             _check_same(held.push, push)
             return held
+        if self._is_unusual(push):
+            self._unusual.add(push.worker)
         self._members.expect(push.members, self._clock())
         return ticket
 
     def settle(self, worker: str, outcome: Answer | RefusedError) -> None:
         """Decide the worker's push."""
+        self._unusual.discard(worker)
         self._tickets.pop(worker).settle(outcome)
 
     def note_return(self, worker: str, version: int) -> None:
@@ -122,22 +139,41 @@ class PendingPushes:
         if self._recover_to is not None:
             self._recover_to = max(self._recover_to, version)
 
-    def advance(self) -> bool:
-        """Make what versions can be made, refuse what is stale; return whether anything was."""
-        decided = False
+    def advance(self) -> None:
+        """Make what versions can be made, and refuse what is stale."""
         while self._tickets and not self.failed:
+            if self._lacks_a_push():
+                self._waiting_for = None
+                break
             decision = self._decide()
             if isinstance(decision, Wait):
-                self.waiting_for = decision.workers
+                self._waiting_for = decision.workers
                 break
-            decided = True
             if isinstance(decision, Apply):
                 self._apply(sorted(decision.workers))
             else:
                 for worker in decision.workers:
                     self.stale_count += 1
                     self.settle(worker, self._state.stale(self._tickets[worker].push))
-        return decided
+
+    @property
+    def waiting_for(self) -> tuple[str, ...]:
+        """The workers whose pushes are waited for, since `advance` last looked."""
+        if self._waiting_for is None:
+            return tuple(sorted(self._members.live(self._clock()) - self._tickets.keys()))
+        return self._waiting_for
+
+    def _lacks_a_push(self) -> bool:
+        """Return whether the rule of sync mode would wait for live workers without a push.
+
+        It says so of most pushes, and to ask it costs several times more where workers are many.
+        """
+        if not self._sync or self._unusual or self._round_timeout_s is not None:
+            return False
+        return self._members.any_live_but(self._tickets, self._clock())
+
+    def _is_unusual(self, push: Push) -> bool:
+        return push.applied_version > 0 or push.base != self._state.point
 
     def next_event_s(self) -> float:
         """Return the seconds until a lease or a round's time ends; infinity where none runs."""
@@ -200,6 +236,8 @@ class PendingPushes:
             raise NotReadyError(FAILED) from error
         for push in pushes:
             self.settle(push.worker, self._state.fresh(push))
+        left = self._tickets.items()
+        self._unusual = {worker for worker, ticket in left if self._is_unusual(ticket.push)}
         self._moved_s = self._clock()
         # while the lock was held nobody was heard
         self._members.extend(self._clock() - started_s)

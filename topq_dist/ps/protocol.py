@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # status and health import this file, and are to be free of t
 
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 2 << 20
+# frames, and an answer, that cost less in one message each way than as streams
+SHORT_BYTES = 1 << 20
 # what may be on its way unread: a frame of a gradient goes out at once, however long the round trip
 STREAM_WINDOW_BYTES = 2 << 20
 CHAIN_BYTES = 32

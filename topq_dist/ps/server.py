@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -175,6 +176,9 @@ def serve(
         now = server.coordinator.status()
         where = f"run {now.run} at version {now.point.version}"
         _log.info("listening on %s, %s", server.address, where)
+        # torch alone has some 100,000 objects that stay, and each full collection would visit them
+        gc.collect()
+        gc.freeze()
         if on_listening is not None:
             on_listening(server.address)
         while not stop.wait(1.0) and not server.coordinator.failed:

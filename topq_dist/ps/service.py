@@ -20,6 +20,7 @@ from topq_dist.ps.gate import Authenticates
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.pending import Ticket
 from topq_dist.ps.protocol import Answer, InvalidError, check_worker_name
+from topq_dist.ps.short_steps import short_answer_to_wire
 from topq_dist.ps.wire import (
     answer_to_wire,
     fetch_to_wire,
@@ -118,20 +119,35 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         caller = self._caller(context, header.id)
         spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            ticket = self._take_push(header, request_iterator, spec)
-            context.add_callback(self._coordinator.wake)
-            silent_s = 0.0
-            while True:
-                answer = self._coordinator.wait(ticket, self._look_s, is_active=context.is_active)
+            receiver = receiver_of(header, spec)
+            for request in request_iterator:
+                if request.WhichOneof("part") != "chunk":
+                    raise InvalidError("a step has two headers: expected chunks after the first")
+                self._coordinator.hear(caller.worker)
+                receiver.take(request.chunk)
+            ticket = self._submit(header, receiver, spec, context)
+            while context.is_active():
+                answer = self._decided(ticket, context)
                 if isinstance(answer, Answer):
-                    break
-                if not context.is_active():
+                    yield from answer_to_wire(answer)
                     return
-                silent_s += self._look_s
-                if silent_s >= _SIGN_OF_LIFE_S:
-                    silent_s = 0.0
-                    yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
-            yield from answer_to_wire(answer)
+                yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
+
+    def ShortStep(
+        self, request: pb.ShortStepRequest, context: grpc.ServicerContext
+    ) -> pb.ShortStepResponse:
+        """Do the same with a push in one message, where the answer is there soon."""
+        header = request.header
+        caller = self._caller(context, header.id)
+        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        with self._steps.of(caller.worker, context):
+            receiver = receiver_of(header, spec)
+            if request.frames:
+                receiver.take(request.frames)
+            answer = self._decided(self._submit(header, receiver, spec, context), context)
+            if isinstance(answer, Answer):
+                return short_answer_to_wire(answer)
+            return pb.ShortStepResponse()
 
     def Fetch(
         self, request: pb.FetchRequest, context: grpc.ServicerContext
@@ -179,19 +195,28 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             round_workers=status.round_workers,
         )
 
-    def _take_push(
-        self, header: pb.StepHeader, requests: Iterator[pb.StepRequest], spec: ModelSpec
+    def _submit(
+        self,
+        header: pb.StepHeader,
+        receiver: Receiver,
+        spec: ModelSpec,
+        context: grpc.ServicerContext,
     ) -> Ticket:
-        worker = header.id.worker
-        receiver = receiver_of(header, spec)
-        for request in requests:
-            if request.WhichOneof("part") != "chunk":
-                raise InvalidError("a step has two headers: expected chunks after the first")
-            self._coordinator.hear(worker)
-            receiver.take(request.chunk)
         frames = receiver.parts()
-        self._coordinator.count_received(worker, sum(frame.nbytes for frame in frames))
-        return self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
+        self._coordinator.count_received(header.id.worker, sum(frame.nbytes for frame in frames))
+        ticket = self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
+        context.add_callback(lambda: self._coordinator.wake(ticket))
+        return ticket
+
+    def _decided(self, ticket: Ticket, context: grpc.ServicerContext) -> Answer | tuple[str, ...]:
+        """Return the answer, or whom the push waits for after a time or once nobody listens."""
+        silent_s = 0.0
+        while True:
+            answer = self._coordinator.wait(ticket, self._look_s, is_active=context.is_active)
+            silent_s += self._look_s
+            gone = silent_s >= _SIGN_OF_LIFE_S or not context.is_active()
+            if isinstance(answer, Answer) or gone:
+                return answer
 
     def _caller(self, context: grpc.ServicerContext, message: pb.WorkerId) -> Caller:
         self._authenticate(context, message.worker)

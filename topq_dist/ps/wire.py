@@ -6,6 +6,7 @@ Everything that comes in is checked here: what is not what protocol.py means rai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
     )
 
 
-def step_requests(
+def step_header(
     worker: pb.WorkerId,
     *,
     sequence: int,
@@ -90,9 +91,9 @@ def step_requests(
     digest: bytes,
     applied_version: int = 0,
     members: Sequence[str] = (),
-) -> Iterator[pb.StepRequest]:
-    """Yield the messages of a push; its parameters are those of protocol.Push."""
-    header = pb.StepHeader(
+) -> pb.StepHeader:
+    """Return what a push says before its frames; the parameters are those of protocol.Push."""
+    return pb.StepHeader(
         id=worker,
         sequence=sequence,
         base=point_to_wire(base),
@@ -102,7 +103,13 @@ def step_requests(
         applied_version=applied_version,
         members=members,
     )
-    yield pb.StepRequest(header=header)
+
+
+def step_requests(
+    worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
+) -> Iterator[pb.StepRequest]:
+    """Yield the messages of a push; the parameters are those of `step_header`."""
+    yield pb.StepRequest(header=step_header(worker, frames=frames, **push))
     for chunk in chunks(frames):
         yield pb.StepRequest(chunk=chunk)
 
@@ -163,10 +170,10 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
     )
 
 
-def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse]:
-    """Yield the messages of `answer`."""
-    outcome = pb.StepAnswer.OUTCOME_STALE
+def answer_message(answer: Answer) -> pb.StepAnswer:
+    """Return what an answer says before its payloads."""
     message = pb.StepAnswer(
+        outcome=pb.StepAnswer.OUTCOME_STALE,
         members=answer.members,
         durable_version=answer.durable_version,
         updates=[
@@ -179,13 +186,21 @@ def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse]:
         ],
     )
     if answer.applied is not None:
-        outcome = pb.StepAnswer.OUTCOME_APPLIED
+        message.outcome = pb.StepAnswer.OUTCOME_APPLIED
         message.applied_version = answer.applied.version
         message.applied_point.CopyFrom(point_to_wire(answer.applied))
-    message.outcome = outcome
-    yield pb.StepResponse(answer=message)
-    payloads = (payload for update in answer.updates for payload in update.payloads)
-    for chunk in chunks(payloads):
+    return message
+
+
+def payloads_of(answer: Answer) -> list[memoryview]:
+    """Return what follows an answer's message: the payloads of all its updates."""
+    return [payload for update in answer.updates for payload in update.payloads]
+
+
+def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse]:
+    """Yield the messages of `answer`."""
+    yield pb.StepResponse(answer=answer_message(answer))
+    for chunk in chunks(payloads_of(answer)):
         yield pb.StepResponse(chunk=chunk)
 
 
@@ -210,16 +225,28 @@ def read_answer(
         waiting(tuple(response.waiting.workers))
     if message is None:
         raise InvalidError("the stream ended before the step's answer")
+    receiver = receiver_of_answer(message, spec)
+    for response in responses:
+        receiver.take(response.chunk)
+    return answer_from_wire(message, receiver.parts(), spec)
+
+
+def receiver_of_answer(message: pb.StepAnswer, spec: ModelSpec) -> Receiver:
+    """Return what takes the payloads of an answer; raises InvalidError where it is none."""
     known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
     if message.outcome not in known:
         raise InvalidError(
             f"a step's answer has outcome {message.outcome}: expected one of {known}"
         )
     sizes = [size for update in message.updates for size in _payload_bytes(update, spec)]
-    receiver = Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer")
-    for response in responses:
-        receiver.take(response.chunk)
-    payloads = iter(receiver.parts())
+    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer")
+
+
+def answer_from_wire(
+    message: pb.StepAnswer, payloads: Iterable[memoryview], spec: ModelSpec
+) -> Answer:
+    """Return the answer of a message that has passed `receiver_of_answer`, and its payloads."""
+    left = iter(payloads)
     applied = message.outcome == pb.StepAnswer.OUTCOME_APPLIED
     return Answer(
         applied=point_from_wire(message.applied_point) if applied else None,
@@ -228,7 +255,7 @@ def read_answer(
             Update(
                 kind=UpdateKind(update.kind),
                 point=point_from_wire(update.point),
-                payloads=tuple(next(payloads) for _ in spec.vectors),
+                payloads=tuple(next(left) for _ in spec.vectors),
             )
             for update in message.updates
         ),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#topq_dist/v1/parameter_server.proto\x12\x0ctopq_dist.v1\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\"6\n\x08WorkerId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\'\n\x05Point\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05\x63hain\x18\x02 \x01(\x0c\"y\n\x05Group\x12\r\n\x05names\x18\x01 \x03(\t\x12\x31\n\x07numbers\x18\x02 \x03(\x0b\x32 .topq_dist.v1.Group.NumbersEntry\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc3\x01\n\x0bJoinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rnext_sequence\x18\x05 \x01(\x04\x12\"\n\x05point\x18\x06 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x12\n\nfirst_kept\x18\x07 \x01(\x04\x12\'\n\x05model\x18\x08 \x03(\x0b\x32\x18.topq_dist.v1.TensorSpec\"\x84\x02\n\x0cJoinResponse\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\"\n\x05point\x18\x03 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x04 \x01(\x04\x12\x0e\n\x06upload\x18\x05 \x01(\x08\x12#\n\x06groups\x18\x06 \x03(\x0b\x32\x13.topq_dist.v1.Group\x12\x0c\n\x04mode\x18\x07 \x01(\t\x12\x10\n\x08\x64ownlink\x18\x08 \x01(\t\x12\x0f\n\x07lease_s\x18\t \x01(\x01\x12\x16\n\x0emax_push_bytes\x18\n \x01(\x04\"N\n\rUploadRequest\x12$\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerIdH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x10\n\x0eUploadResponse\"R\n\x0bStepRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.topq_dist.v1.StepHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc0\x01\n\nStepHeader\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12!\n\x04\x62\x61se\x18\x03 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x13\n\x0b\x66rame_bytes\x18\x04 \x03(\x04\x12\n\n\x02lr\x18\x05 \x03(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x17\n\x0f\x61pplied_version\x18\x07 \x01(\x04\x12\x0f\n\x07members\x18\x08 \x03(\t\"}\n\x0cStepResponse\x12(\n\x07waiting\x18\x01 \x01(\x0b\x32\x15.topq_dist.v1.WaitingH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.topq_dist.v1.StepAnswerH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"\x1a\n\x07Waiting\x12\x0f\n\x07workers\x18\x01 \x03(\t\"\xa1\x02\n\nStepAnswer\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .topq_dist.v1.StepAnswer.Outcome\x12\x17\n\x0f\x61pplied_version\x18\x02 \x01(\x04\x12\x0f\n\x07members\x18\x03 \x03(\t\x12*\n\rapplied_point\x18\x04 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x05 \x01(\x04\x12%\n\x07updates\x18\x06 \x03(\x0b\x32\x14.topq_dist.v1.Update\"J\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x11\n\rOUTCOME_STALE\x10\x02\"\xb5\x01\n\x06Update\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.topq_dist.v1.Update.Kind\x12\"\n\x05point\x18\x02 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x15\n\rpayload_bytes\x18\x03 \x03(\x04\"G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08KIND_SET\x10\x01\x12\x0c\n\x08KIND_ADD\x10\x02\x12\r\n\tKIND_FULL\x10\x03\"\xa9\x01\n\x0c\x46\x65tchRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12/\n\x05which\x18\x02 \x01(\x0e\x32 .topq_dist.v1.FetchRequest.Which\"D\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x11\n\rWHICH_WORKERS\x10\x01\x12\x11\n\rWHICH_CENTRAL\x10\x02\"U\n\rFetchResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.topq_dist.v1.FetchHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"`\n\x0b\x46\x65tchHeader\x12\"\n\x05point\x18\x01 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x02 \x01(\x04\x12\x14\n\x0cvector_bytes\x18\x03 \x03(\x04\"2\n\x0cRenewRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\"(\n\rRenewResponse\x12\x17\n\x0f\x64urable_version\x18\x01 \x01(\x04\"2\n\x0cLeaveRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\"3\n\rLeaveResponse\x12\"\n\x05point\x18\x01 \x01(\x0b\x32\x13.topq_dist.v1.Point\"%\n\rStatusRequest\x12\x14\n\x0cstate_sha256\x18\x01 \x01(\x08\"\xa0\x03\n\x0eStatusResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\"\n\x05point\x18\x02 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x03 \x01(\x04\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12\x10\n\x08\x64ownlink\x18\x05 \x01(\t\x12\x11\n\tinner_opt\x18\x06 \x01(\t\x12\r\n\x05numel\x18\x07 \x01(\x04\x12+\n\x07workers\x18\x08 \x03(\x0b\x32\x1a.topq_dist.v1.WorkerStatus\x12:\n\x07refused\x18\t \x03(\x0b\x32).topq_dist.v1.StatusResponse.RefusedEntry\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\x12\n\nsent_bytes\x18\x0b \x01(\x04\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01\x12\x14\n\x0cstate_sha256\x18\r \x01(\t\x12\x15\n\rround_workers\x18\x0e \x01(\r\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xb0\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0b\n\x03lag\x18\x05 \x01(\x04\x12\x14\n\x0clease_left_s\x18\x06 \x01(\x01\x12\x0f\n\x07waiting\x18\x07 \x01(\x08\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\x12\x12\n\nsent_bytes\x18\t \x01(\x04\x32\xe7\x03\n\x0fParameterServer\x12=\n\x04Join\x12\x19.topq_dist.v1.JoinRequest\x1a\x1a.topq_dist.v1.JoinResponse\x12\x45\n\x06Upload\x12\x1b.topq_dist.v1.UploadRequest\x1a\x1c.topq_dist.v1.UploadResponse(\x01\x12\x41\n\x04Step\x12\x19.topq_dist.v1.StepRequest\x1a\x1a.topq_dist.v1.StepResponse(\x01\x30\x01\x12\x42\n\x05\x46\x65tch\x12\x1a.topq_dist.v1.FetchRequest\x1a\x1b.topq_dist.v1.FetchResponse0\x01\x12@\n\x05Renew\x12\x1a.topq_dist.v1.RenewRequest\x1a\x1b.topq_dist.v1.RenewResponse\x12@\n\x05Leave\x12\x1a.topq_dist.v1.LeaveRequest\x1a\x1b.topq_dist.v1.LeaveResponse\x12\x43\n\x06Status\x12\x1b.topq_dist.v1.StatusRequest\x1a\x1c.topq_dist.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#topq_dist/v1/parameter_server.proto\x12\x0ctopq_dist.v1\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\"6\n\x08WorkerId\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\'\n\x05Point\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05\x63hain\x18\x02 \x01(\x0c\"y\n\x05Group\x12\r\n\x05names\x18\x01 \x03(\t\x12\x31\n\x07numbers\x18\x02 \x03(\x0b\x32 .topq_dist.v1.Group.NumbersEntry\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc3\x01\n\x0bJoinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rnext_sequence\x18\x05 \x01(\x04\x12\"\n\x05point\x18\x06 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x12\n\nfirst_kept\x18\x07 \x01(\x04\x12\'\n\x05model\x18\x08 \x03(\x0b\x32\x18.topq_dist.v1.TensorSpec\"\x84\x02\n\x0cJoinResponse\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\"\n\x05point\x18\x03 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x04 \x01(\x04\x12\x0e\n\x06upload\x18\x05 \x01(\x08\x12#\n\x06groups\x18\x06 \x03(\x0b\x32\x13.topq_dist.v1.Group\x12\x0c\n\x04mode\x18\x07 \x01(\t\x12\x10\n\x08\x64ownlink\x18\x08 \x01(\t\x12\x0f\n\x07lease_s\x18\t \x01(\x01\x12\x16\n\x0emax_push_bytes\x18\n \x01(\x04\"N\n\rUploadRequest\x12$\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerIdH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x10\n\x0eUploadResponse\"R\n\x0bStepRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.topq_dist.v1.StepHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc0\x01\n\nStepHeader\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12!\n\x04\x62\x61se\x18\x03 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x13\n\x0b\x66rame_bytes\x18\x04 \x03(\x04\x12\n\n\x02lr\x18\x05 \x03(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x17\n\x0f\x61pplied_version\x18\x07 \x01(\x04\x12\x0f\n\x07members\x18\x08 \x03(\t\"}\n\x0cStepResponse\x12(\n\x07waiting\x18\x01 \x01(\x0b\x32\x15.topq_dist.v1.WaitingH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.topq_dist.v1.StepAnswerH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"L\n\x10ShortStepRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.topq_dist.v1.StepHeader\x12\x0e\n\x06\x66rames\x18\x02 \x01(\x0c\"O\n\x11ShortStepResponse\x12(\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x18.topq_dist.v1.StepAnswer\x12\x10\n\x08payloads\x18\x02 \x01(\x0c\"\x1a\n\x07Waiting\x12\x0f\n\x07workers\x18\x01 \x03(\t\"\xa1\x02\n\nStepAnswer\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .topq_dist.v1.StepAnswer.Outcome\x12\x17\n\x0f\x61pplied_version\x18\x02 \x01(\x04\x12\x0f\n\x07members\x18\x03 \x03(\t\x12*\n\rapplied_point\x18\x04 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x05 \x01(\x04\x12%\n\x07updates\x18\x06 \x03(\x0b\x32\x14.topq_dist.v1.Update\"J\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x11\n\rOUTCOME_STALE\x10\x02\"\xb5\x01\n\x06Update\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.topq_dist.v1.Update.Kind\x12\"\n\x05point\x18\x02 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x15\n\rpayload_bytes\x18\x03 \x03(\x04\"G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08KIND_SET\x10\x01\x12\x0c\n\x08KIND_ADD\x10\x02\x12\r\n\tKIND_FULL\x10\x03\"\xa9\x01\n\x0c\x46\x65tchRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\x12/\n\x05which\x18\x02 \x01(\x0e\x32 .topq_dist.v1.FetchRequest.Which\"D\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x11\n\rWHICH_WORKERS\x10\x01\x12\x11\n\rWHICH_CENTRAL\x10\x02\"U\n\rFetchResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.topq_dist.v1.FetchHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"`\n\x0b\x46\x65tchHeader\x12\"\n\x05point\x18\x01 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x02 \x01(\x04\x12\x14\n\x0cvector_bytes\x18\x03 \x03(\x04\"2\n\x0cRenewRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\"(\n\rRenewResponse\x12\x17\n\x0f\x64urable_version\x18\x01 \x01(\x04\"2\n\x0cLeaveRequest\x12\"\n\x02id\x18\x01 \x01(\x0b\x32\x16.topq_dist.v1.WorkerId\"3\n\rLeaveResponse\x12\"\n\x05point\x18\x01 \x01(\x0b\x32\x13.topq_dist.v1.Point\"%\n\rStatusRequest\x12\x14\n\x0cstate_sha256\x18\x01 \x01(\x08\"\xa0\x03\n\x0eStatusResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\"\n\x05point\x18\x02 \x01(\x0b\x32\x13.topq_dist.v1.Point\x12\x17\n\x0f\x64urable_version\x18\x03 \x01(\x04\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12\x10\n\x08\x64ownlink\x18\x05 \x01(\t\x12\x11\n\tinner_opt\x18\x06 \x01(\t\x12\r\n\x05numel\x18\x07 \x01(\x04\x12+\n\x07workers\x18\x08 \x03(\x0b\x32\x1a.topq_dist.v1.WorkerStatus\x12:\n\x07refused\x18\t \x03(\x0b\x32).topq_dist.v1.StatusResponse.RefusedEntry\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\x12\n\nsent_bytes\x18\x0b \x01(\x04\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01\x12\x14\n\x0cstate_sha256\x18\r \x01(\t\x12\x15\n\rround_workers\x18\x0e \x01(\r\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xb0\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0b\n\x03lag\x18\x05 \x01(\x04\x12\x14\n\x0clease_left_s\x18\x06 \x01(\x01\x12\x0f\n\x07waiting\x18\x07 \x01(\x08\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\x12\x12\n\nsent_bytes\x18\t \x01(\x04\x32\xb5\x04\n\x0fParameterServer\x12=\n\x04Join\x12\x19.topq_dist.v1.JoinRequest\x1a\x1a.topq_dist.v1.JoinResponse\x12\x45\n\x06Upload\x12\x1b.topq_dist.v1.UploadRequest\x1a\x1c.topq_dist.v1.UploadResponse(\x01\x12\x41\n\x04Step\x12\x19.topq_dist.v1.StepRequest\x1a\x1a.topq_dist.v1.StepResponse(\x01\x30\x01\x12L\n\tShortStep\x12\x1e.topq_dist.v1.ShortStepRequest\x1a\x1f.topq_dist.v1.ShortStepResponse\x12\x42\n\x05\x46\x65tch\x12\x1a.topq_dist.v1.FetchRequest\x1a\x1b.topq_dist.v1.FetchResponse0\x01\x12@\n\x05Renew\x12\x1a.topq_dist.v1.RenewRequest\x1a\x1b.topq_dist.v1.RenewResponse\x12@\n\x05Leave\x12\x1a.topq_dist.v1.LeaveRequest\x1a\x1b.topq_dist.v1.LeaveResponse\x12\x43\n\x06Status\x12\x1b.topq_dist.v1.StatusRequest\x1a\x1c.topq_dist.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,40 +59,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPHEADER']._serialized_end=1167
   _globals['_STEPRESPONSE']._serialized_start=1169
   _globals['_STEPRESPONSE']._serialized_end=1294
-  _globals['_WAITING']._serialized_start=1296
-  _globals['_WAITING']._serialized_end=1322
-  _globals['_STEPANSWER']._serialized_start=1325
-  _globals['_STEPANSWER']._serialized_end=1614
-  _globals['_STEPANSWER_OUTCOME']._serialized_start=1540
-  _globals['_STEPANSWER_OUTCOME']._serialized_end=1614
-  _globals['_UPDATE']._serialized_start=1617
-  _globals['_UPDATE']._serialized_end=1798
-  _globals['_UPDATE_KIND']._serialized_start=1727
-  _globals['_UPDATE_KIND']._serialized_end=1798
-  _globals['_FETCHREQUEST']._serialized_start=1801
-  _globals['_FETCHREQUEST']._serialized_end=1970
-  _globals['_FETCHREQUEST_WHICH']._serialized_start=1902
-  _globals['_FETCHREQUEST_WHICH']._serialized_end=1970
-  _globals['_FETCHRESPONSE']._serialized_start=1972
-  _globals['_FETCHRESPONSE']._serialized_end=2057
-  _globals['_FETCHHEADER']._serialized_start=2059
-  _globals['_FETCHHEADER']._serialized_end=2155
-  _globals['_RENEWREQUEST']._serialized_start=2157
-  _globals['_RENEWREQUEST']._serialized_end=2207
-  _globals['_RENEWRESPONSE']._serialized_start=2209
-  _globals['_RENEWRESPONSE']._serialized_end=2249
-  _globals['_LEAVEREQUEST']._serialized_start=2251
-  _globals['_LEAVEREQUEST']._serialized_end=2301
-  _globals['_LEAVERESPONSE']._serialized_start=2303
-  _globals['_LEAVERESPONSE']._serialized_end=2354
-  _globals['_STATUSREQUEST']._serialized_start=2356
-  _globals['_STATUSREQUEST']._serialized_end=2393
-  _globals['_STATUSRESPONSE']._serialized_start=2396
-  _globals['_STATUSRESPONSE']._serialized_end=2812
-  _globals['_STATUSRESPONSE_REFUSEDENTRY']._serialized_start=2766
-  _globals['_STATUSRESPONSE_REFUSEDENTRY']._serialized_end=2812
-  _globals['_WORKERSTATUS']._serialized_start=2815
-  _globals['_WORKERSTATUS']._serialized_end=2991
-  _globals['_PARAMETERSERVER']._serialized_start=2994
-  _globals['_PARAMETERSERVER']._serialized_end=3481
+  _globals['_SHORTSTEPREQUEST']._serialized_start=1296
+  _globals['_SHORTSTEPREQUEST']._serialized_end=1372
+  _globals['_SHORTSTEPRESPONSE']._serialized_start=1374
+  _globals['_SHORTSTEPRESPONSE']._serialized_end=1453
+  _globals['_WAITING']._serialized_start=1455
+  _globals['_WAITING']._serialized_end=1481
+  _globals['_STEPANSWER']._serialized_start=1484
+  _globals['_STEPANSWER']._serialized_end=1773
+  _globals['_STEPANSWER_OUTCOME']._serialized_start=1699
+  _globals['_STEPANSWER_OUTCOME']._serialized_end=1773
+  _globals['_UPDATE']._serialized_start=1776
+  _globals['_UPDATE']._serialized_end=1957
+  _globals['_UPDATE_KIND']._serialized_start=1886
+  _globals['_UPDATE_KIND']._serialized_end=1957
+  _globals['_FETCHREQUEST']._serialized_start=1960
+  _globals['_FETCHREQUEST']._serialized_end=2129
+  _globals['_FETCHREQUEST_WHICH']._serialized_start=2061
+  _globals['_FETCHREQUEST_WHICH']._serialized_end=2129
+  _globals['_FETCHRESPONSE']._serialized_start=2131
+  _globals['_FETCHRESPONSE']._serialized_end=2216
+  _globals['_FETCHHEADER']._serialized_start=2218
+  _globals['_FETCHHEADER']._serialized_end=2314
+  _globals['_RENEWREQUEST']._serialized_start=2316
+  _globals['_RENEWREQUEST']._serialized_end=2366
+  _globals['_RENEWRESPONSE']._serialized_start=2368
+  _globals['_RENEWRESPONSE']._serialized_end=2408
+  _globals['_LEAVEREQUEST']._serialized_start=2410
+  _globals['_LEAVEREQUEST']._serialized_end=2460
+  _globals['_LEAVERESPONSE']._serialized_start=2462
+  _globals['_LEAVERESPONSE']._serialized_end=2513
+  _globals['_STATUSREQUEST']._serialized_start=2515
+  _globals['_STATUSREQUEST']._serialized_end=2552
+  _globals['_STATUSRESPONSE']._serialized_start=2555
+  _globals['_STATUSRESPONSE']._serialized_end=2971
+  _globals['_STATUSRESPONSE_REFUSEDENTRY']._serialized_start=2925
+  _globals['_STATUSRESPONSE_REFUSEDENTRY']._serialized_end=2971
+  _globals['_WORKERSTATUS']._serialized_start=2974
+  _globals['_WORKERSTATUS']._serialized_end=3150
+  _globals['_PARAMETERSERVER']._serialized_start=3153
+  _globals['_PARAMETERSERVER']._serialized_end=3718
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,8 @@ The life of a worker:
      to Upload its values; everybody then Fetches, and so starts from the same ones.
   2. Step, once a training step: the gradient goes up as frames, what changed comes back as
      updates. A call that broke is repeated with the same sequence number and bytes: it is
-     answered again and not applied again.
+     answered again and not applied again. ShortStep is the same in one message each way, which
+     costs both sides a third of the time where there is little to send.
   3. Renew within the lease where no other call does.
   4. Leave.
 
@@ -457,6 +458,58 @@ class StepResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___StepResponse: _TypeAlias = StepResponse  # noqa: Y015
+
+@_typing.final
+class ShortStepRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    frames: _builtins.bytes
+    """one behind the other; 2 MiB at most"""
+    @_builtins.property
+    def header(self) -> Global___StepHeader: ...
+    def __init__(
+        self,
+        *,
+        header: Global___StepHeader | None = ...,
+        frames: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShortStepRequest: _TypeAlias = ShortStepRequest  # noqa: Y015
+
+@_typing.final
+class ShortStepResponse(_message.Message):
+    """Without an answer the round is not complete after 5 s, or the answer is too long for one message:
+    then the worker calls Step with the same push, as after a call that broke.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    payloads: _builtins.bytes
+    """of the updates, one behind the other; 2 MiB at most"""
+    @_builtins.property
+    def answer(self) -> Global___StepAnswer: ...
+    def __init__(
+        self,
+        *,
+        answer: Global___StepAnswer | None = ...,
+        payloads: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "payloads", b"payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShortStepResponse: _TypeAlias = ShortStepResponse  # noqa: Y015
 
 @_typing.final
 class Waiting(_message.Message):

@@ -49,6 +49,11 @@ class ParameterServerStub(object):
                 request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.StepRequest.SerializeToString,
                 response_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.ShortStep = channel.unary_unary(
+                '/topq_dist.v1.ParameterServer/ShortStep',
+                request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepRequest.SerializeToString,
+                response_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepResponse.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/topq_dist.v1.ParameterServer/Fetch',
                 request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.FetchRequest.SerializeToString,
@@ -90,6 +95,13 @@ class ParameterServerServicer(object):
 
     def Step(self, request_iterator, context):
         """Pushes a gradient and brings back what has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShortStep(self, request, context):
+        """Does the same in one message each way, where the frames and the answer are short.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +152,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.StepRequest.FromString,
                     response_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.StepResponse.SerializeToString,
+            ),
+            'ShortStep': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShortStep,
+                    request_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepRequest.FromString,
+                    response_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepResponse.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
@@ -243,6 +260,33 @@ class ParameterServer(object):
             '/topq_dist.v1.ParameterServer/Step',
             topq__dist_dot_v1_dot_parameter__server__pb2.StepRequest.SerializeToString,
             topq__dist_dot_v1_dot_parameter__server__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShortStep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/topq_dist.v1.ParameterServer/ShortStep',
+            topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepRequest.SerializeToString,
+            topq__dist_dot_v1_dot_parameter__server__pb2.ShortStepResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,8 @@ The life of a worker:
      to Upload its values; everybody then Fetches, and so starts from the same ones.
   2. Step, once a training step: the gradient goes up as frames, what changed comes back as
      updates. A call that broke is repeated with the same sequence number and bytes: it is
-     answered again and not applied again.
+     answered again and not applied again. ShortStep is the same in one message each way, which
+     costs both sides a third of the time where there is little to send.
   3. Renew within the lease where no other call does.
   4. Leave.
 
@@ -80,6 +81,8 @@ class ParameterServerStub:
     """Brings the initial values, from the worker that Join told to."""
     Step: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.StepRequest, _parameter_server_pb2.StepResponse]
     """Pushes a gradient and brings back what has changed."""
+    ShortStep: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.ShortStepRequest, _parameter_server_pb2.ShortStepResponse]
+    """Does the same in one message each way, where the frames and the answer are short."""
     Fetch: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.FetchRequest, _parameter_server_pb2.FetchResponse]
     """Brings the whole model."""
     Renew: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.RenewRequest, _parameter_server_pb2.RenewResponse]
@@ -98,6 +101,8 @@ class ParameterServerAsyncStub(ParameterServerStub):
     """Brings the initial values, from the worker that Join told to."""
     Step: _aio.StreamStreamMultiCallable[_parameter_server_pb2.StepRequest, _parameter_server_pb2.StepResponse]  # type: ignore[assignment]
     """Pushes a gradient and brings back what has changed."""
+    ShortStep: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.ShortStepRequest, _parameter_server_pb2.ShortStepResponse]  # type: ignore[assignment]
+    """Does the same in one message each way, where the frames and the answer are short."""
     Fetch: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.FetchRequest, _parameter_server_pb2.FetchResponse]  # type: ignore[assignment]
     """Brings the whole model."""
     Renew: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.RenewRequest, _parameter_server_pb2.RenewResponse]  # type: ignore[assignment]
@@ -131,6 +136,14 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.StepResponse], _abc.AsyncIterator[_parameter_server_pb2.StepResponse]]:
         """Pushes a gradient and brings back what has changed."""
+
+    @_abc_1.abstractmethod
+    def ShortStep(
+        self,
+        request: _parameter_server_pb2.ShortStepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_parameter_server_pb2.ShortStepResponse, _abc.Awaitable[_parameter_server_pb2.ShortStepResponse]]:
+        """Does the same in one message each way, where the frames and the answer are short."""
 
     @_abc_1.abstractmethod
     def Fetch(
