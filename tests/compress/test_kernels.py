@@ -15,11 +15,11 @@ from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.frame import Frame
 from topq_dist.compress.kernels import (
     LANES,
-    bucket_of_kth,
     count_reaching,
     find_differing,
     find_reaching,
     keep_largest,
+    near_kth,
 )
 from topq_dist.compress.selection import settle
 
@@ -78,14 +78,20 @@ def test_a_search_stops_before_it_runs_out_of_room(size: int) -> None:
 
 
 @given(KEYS, st.data())
-def test_the_kth_key_lies_in_its_bucket(
+def test_the_kth_key_is_among_those_near_it(
     keys: npt.NDArray[np.unsignedinteger], data: st.DataObject
 ) -> None:
     k = data.draw(st.integers(1, keys.size))
-    begin, end, above = bucket_of_kth(keys, k, np.empty(16, np.int64))
-    kth = np.sort(keys)[keys.size - k]
-    assert begin <= kth <= end
-    assert above == np.count_nonzero(keys > end) < k
+    signs = data.draw(st.integers(0, 1)) << (8 * keys.itemsize - 1)
+    magnitude = keys.dtype.type(np.iinfo(keys.dtype).max // 2)
+    near = np.empty(keys.size + 1, keys.dtype)
+    count, above, highest = near_kth(
+        keys | keys.dtype.type(signs), magnitude, k, np.empty(16, np.int64), near
+    )
+    ordered = np.sort(keys)[::-1]
+    assert highest == ordered[0]
+    assert above < k <= above + count
+    np.testing.assert_array_equal(np.sort(near[:count])[::-1], ordered[above : above + count])
 
 
 @given(KEYS, st.data())

@@ -180,27 +180,33 @@ def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
 
 
 @compiled
-def bucket_of_kth(keys: Any, k: Any, counts: Any) -> Any:
-    """Return the ends, both inside, of a narrow range that holds the k-th largest key.
+def near_kth(bits: Any, magnitude: Any, k: Any, counts: Any, near: Any) -> Any:
+    """List the keys in a narrow range that the k-th largest key is in.
 
-    And how many keys are above it. `counts` is scratch: the more entries, the narrower the range.
+    Returns how many `near`, which has room for all, holds then; how many keys are above them; and
+    the highest key. `counts` is scratch: the more entries, the narrower the range.
     """
     # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
-    lowest, highest = np.int64(keys[0]), np.int64(keys[0])
-    for at in range(keys.size):
-        lowest, highest = min(lowest, np.int64(keys[at])), max(highest, np.int64(keys[at]))
+    lowest = highest = np.int64(bits[0] & magnitude)
+    for at in range(bits.size):
+        key = np.int64(bits[at] & magnitude)
+        lowest, highest = min(lowest, key), max(highest, key)
     shift = 0
     while (highest - lowest) >> shift >= counts.size:
         shift += 1
     counts[:] = 0
-    for at in range(keys.size):
-        counts[(np.int64(keys[at]) - lowest) >> shift] += 1
+    for at in range(bits.size):
+        counts[(np.int64(bits[at] & magnitude) - lowest) >> shift] += 1
     bucket, above = counts.size - 1, 0
     while above + counts[bucket] < k:
         above += counts[bucket]
         bucket -= 1
-    begin = lowest + (bucket << shift)
-    return begin, begin + min(highest - begin, (1 << shift) - 1), above
+    found = 0
+    for at in range(bits.size):
+        key = bits[at] & magnitude
+        near[found] = key
+        found += ((np.int64(key) - lowest) >> shift) == bucket
+    return found, above, highest
 
 
 @compiled
@@ -271,6 +277,15 @@ def gaps_between(indices: Any, numel: Any, gaps: Any) -> Any:
         gaps[at] = index - previous - 1
         previous = index
     return True
+
+
+@compiled
+def sum_of_quotients(gaps: Any, bits: Any) -> Any:
+    """Return the sum of gaps >> bits, which may be over an int32."""
+    total = np.int64(0)
+    for at in range(gaps.size):
+        total += gaps[at] >> bits
+    return total
 
 
 @compiled

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from topq_dist.compress.bits import Bytes, packed_bytes, padding_is_zero
-from topq_dist.compress.kernels import read_gaps, write_gaps
+from topq_dist.compress.kernels import read_gaps, sum_of_quotients, write_gaps
 
 Integers = npt.NDArray[np.signedinteger]
 
@@ -48,7 +48,7 @@ def best_bits(gaps: Integers, numel: int) -> tuple[int, int]:
     k = gaps.size
 
     def cost_bits(bits: int) -> int:
-        return k * (bits + 1) + int((gaps >> bits).sum(dtype=np.int64))
+        return k * (bits + 1) + int(sum_of_quotients(gaps, bits))
 
     limit = largest_bits(numel, k)
     bits = max(0, limit - 1)
@@ -63,7 +63,7 @@ def best_bits(gaps: Integers, numel: int) -> tuple[int, int]:
 def encode_gaps(gaps: Integers, bits: int) -> Bytes:
     """Return the code of `gaps` (at least one, none negative) with `bits` low bits."""
     k = gaps.size
-    unary_bits = int((gaps >> bits).sum(dtype=np.int64)) + k
+    unary_bits = int(sum_of_quotients(gaps, bits)) + k
     unary = np.zeros((unary_bits + 7) // 8, dtype=np.uint8)
     planes = np.empty((bits // 8, k), dtype=np.uint8)
     fields = np.zeros(packed_bytes(k, bits % 8), dtype=np.uint8)

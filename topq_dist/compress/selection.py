@@ -43,7 +43,7 @@ from topq_dist.compress.candidates import (
     sampled_threshold,
 )
 from topq_dist.compress.device_selection import DeviceSelector
-from topq_dist.compress.kernels import bucket_of_kth, keep_largest
+from topq_dist.compress.kernels import keep_largest, near_kth
 from topq_dist.compress.workers import run_all
 from topq_dist.top_k import top_indices
 
@@ -121,14 +121,12 @@ class Selector:
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
-        keys = bits & sign_cleared(dtype)
-        kth = _kth_largest(keys, k)
-        finite = bool(keys.max() < key_of(np.inf, dtype))
-        if keys.size > k:
-            ties = k - int(np.count_nonzero(keys > kth))
+        kth, above, highest = _kth_largest(bits, k, sign_cleared(dtype))
+        finite = highest < key_of(np.inf, dtype)
+        if bits.size > k:
             every = indices, bits
             indices, bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
-            keep_largest(*every, sign_cleared(dtype), kth, ties, indices, bits)
+            keep_largest(*every, sign_cleared(dtype), kth, k - above, indices, bits)
             indices, bits = indices[:k], bits[:k]
         if finite:
             self._remember(number_of(int(kth), dtype))
@@ -214,10 +212,13 @@ def select_with_torch(
     return Selection(indices, vector.index_select(0, indices), finite)
 
 
-def _kth_largest(keys: Keys, k: int) -> Any:
-    begin, end, above = bucket_of_kth(keys, k, np.empty(_BUCKETS, np.int64))
-    inside = keys.compress((keys >= begin) & (keys <= end))
-    return np.partition(inside, inside.size - (k - above))[inside.size - (k - above)]
+def _kth_largest(bits: Keys, k: int, magnitude: Any) -> tuple[Any, int, int]:
+    """Return the k-th largest key, how many are larger, and the largest of all."""
+    near = np.empty(bits.size + 1, bits.dtype)
+    count, above, highest = near_kth(bits, magnitude, k, np.empty(_BUCKETS, np.int64), near)
+    ordered = np.partition(near[:count], count - (k - above))
+    kth = ordered[count - (k - above)]
+    return kth, above + int(np.count_nonzero(ordered > kth)), highest
 
 
 def _rows_of_span(
