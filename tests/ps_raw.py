@@ -1,22 +1,11 @@
-"""A parameter server as a real process, and a worker of bare gRPC stubs, for tests of the server.
-
-Server processes are forked from one that has imported torch, and neither grpc nor anything with
-threads: each starts in a fraction of a second.
-"""
+"""A worker of bare gRPC stubs, for tests of the server."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import secrets
-import signal
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
-from typing import Any, Self
 
 import grpc
 import torch
@@ -24,7 +13,6 @@ from torch import Tensor
 
 from topq_dist.compress.frame import encode_frame
 from topq_dist.ps import wire
-from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.downlink import apply_update
 from topq_dist.ps.model import FlatModel, ModelSpec
 from topq_dist.ps.protocol import START, Answer, Point, push_digest
@@ -34,87 +22,6 @@ from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 CALL_S = 30.0
 # what a worker meets whose server has gone or come back
 LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as end:
-        end.bind(("127.0.0.1", 0))
-        return int(end.getsockname()[1])
-
-
-class ServerProcess:
-    """A server on one state directory and port; started, killed, started again."""
-
-    def __init__(
-        self,
-        state_dir: Path,
-        training: Mapping[str, Any],
-        serving: Mapping[str, Any] | None = None,
-        *,
-        port: int | None = None,
-    ) -> None:
-        self.state_dir = state_dir
-        self.port = port or free_port()
-        self._log = state_dir.parent / f"{state_dir.name}.stderr"
-        self._training, self._serving = dict(training), dict(serving or {})
-        self._process: ForkServerProcess | None = None
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT."""
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def process(self) -> ForkServerProcess:
-        """The process that was started last."""
-        assert self._process is not None
-        return self._process
-
-    def launch(self, crash_at: str = "") -> None:
-        """Start the process; it kills itself at the point `crash_at`."""
-        context = multiprocessing.get_context("forkserver")
-        # the second is what an optimizer imports when it is made
-        context.set_forkserver_preload(["topq_dist.ps.run_state", "torch._dynamo"])
-        arguments = (self.state_dir, self.port, self._training, self._serving, crash_at, self._log)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-
-    def start(self, crash_at: str = "") -> None:
-        """Start the process and wait until it answers."""
-        self.launch(crash_at)
-        end_s = time.monotonic() + CALL_S
-        while time.monotonic() < end_s and self.process.is_alive():
-            try:
-                with grpc.insecure_channel(self.address) as channel:
-                    pb_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=1)
-                return
-            except grpc.RpcError:
-                time.sleep(0.02)
-        raise AssertionError(f"the server did not start: {self.finish()}")
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send the process a signal."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def finish(self, timeout_s: float = CALL_S) -> tuple[int, str]:
-        """Wait for the process and return its exit status and what it wrote to stderr."""
-        self.process.join(timeout_s)
-        errors = self._log.read_text() if self._log.exists() else ""
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"the server did not end by itself: {errors}")
-        return self.process.exitcode, errors
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
 
 @dataclass(kw_only=True)
@@ -279,70 +186,3 @@ class RawWorker:
     def close(self) -> None:
         """Close the connection."""
         self.channel.close()
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _crash_in(owner: Any, name: str, *, at_call: int, after: bool = False) -> None:
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def crashing(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == at_call and not after:
-            _die()
-        result = original(*arguments, **options)
-        if calls == at_call:
-            _die()
-        return result
-
-    setattr(owner, name, crashing)
-
-
-def arm(crash_at: str) -> None:
-    """Have this process kill itself at "POINT CALL": the CALL-th time that it comes to POINT."""
-    from topq_dist.ps import snapshot, snapshot_file
-    from topq_dist.ps.run_state import RunState
-
-    point, call = crash_at.split()
-    at_call = int(call)
-    if point == "before-apply":
-        _crash_in(RunState, "apply", at_call=at_call)
-    elif point == "after-apply":
-        _crash_in(RunState, "apply", at_call=at_call, after=True)
-    elif point == "mid-write":
-        _crash_in(snapshot_file, "_write", at_call=at_call, after=True)
-    elif point == "mid-snapshot":
-        _crash_in(os, "fsync", at_call=at_call)
-    elif point == "before-rename":
-        _crash_in(snapshot, "_rename", at_call=at_call)
-    elif point == "after-rename":
-        _crash_in(snapshot, "_rename", at_call=at_call, after=True)
-    else:
-        raise ValueError(f"crash_at={crash_at!r}: no such point")
-
-
-def _serve(
-    state_dir: Path,
-    port: int,
-    training: Mapping[str, Any],
-    serving: Mapping[str, Any],
-    crash_at: str,
-    log: Path,
-) -> None:
-    from topq_dist.ps.server import serve
-
-    errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(errors, 2)
-    torch.set_num_threads(1)
-    if crash_at:
-        arm(crash_at)
-    serve(
-        TrainingConfig(**training),
-        ServingConfig(**serving),
-        state_dir=state_dir,
-        address=f"127.0.0.1:{port}",
-    )

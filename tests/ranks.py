@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from forked import FORKED
+from torch.multiprocessing.spawn import start_processes
 
 Scenario = Callable[..., Any]
 TIMEOUT_S = 60
 
 
 def run_ranks(world_size: int, scenario: Scenario, folder: Path, *arguments: Any) -> list[Any]:
-    """Run `scenario(rank, *arguments)` in `world_size` spawned gloo ranks; return their results.
+    """Run `scenario(rank, *arguments)` in `world_size` gloo ranks; return their results.
 
     A result is anything that torch.load(weights_only=True) reads. A scenario that raises fails
     the test with its traceback.
@@ -26,7 +27,12 @@ def run_ranks(world_size: int, scenario: Scenario, folder: Path, *arguments: Any
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "store"
     store.unlink(missing_ok=True)
-    spawn(_rank_main, args=(world_size, scenario, folder, arguments), nprocs=world_size)  # type: ignore[no-untyped-call]
+    start_processes(  # type: ignore[no-untyped-call]
+        _rank_main,
+        args=(world_size, scenario, folder, arguments),
+        nprocs=world_size,
+        start_method=FORKED.get_start_method(),
+    )
     return [
         torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(world_size)
     ]

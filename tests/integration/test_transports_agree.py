@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from hook_cases import loss_of, small_model
-from integration.topq_serve import TopqServe
 from ps.workers import backward, batch, make_model, side_by_side, values
 from ranks import run_ranks
+from server_process import ServerProcess
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,8 +37,8 @@ def inner(name: str, parameters: Any, kernels: Options) -> torch.optim.Optimizer
     return optimizer
 
 
-def serve(folder: Path, name: str) -> TopqServe:
-    return TopqServe(
+def serve(folder: Path, name: str) -> ServerProcess:
+    return ServerProcess(
         folder / "state",
         TrainingConfig(inner_opt=name, options=OPTIMIZERS[name]),
         ServingConfig(start_workers=WORKERS, max_workers=WORKERS),

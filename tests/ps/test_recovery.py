@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from ps.servers import FORKED, Options, ServerProcess, serving
+from forked import FORKED
+from ps.servers import Options, serving
 from ps.workers import backward, batch, make_model, side_by_side, values
+from server_process import ServerProcess
 from torch import Tensor
 
 from topq_dist.ps import ParameterServerOptimizer
@@ -74,15 +76,15 @@ def test_a_server_killed_again_and_again(tmp_path: Path, downlink: str) -> None:
     training = {**ADAMW, "downlink": downlink, **own}
     options: Options = {"start_workers": 2, "snapshot_every": 4}
     expected = undisturbed(tmp_path, training, **options)
-    with ServerProcess(tmp_path / "state", training, **options) as server:
+    with ServerProcess(tmp_path / "state", training, options) as server:
 
         def between(worker: int, step: int) -> None:
             if worker == 0 and step in (2, 6):  # the other waits for us, or is about to push
                 server.kill()
-                server.restart()
+                server.start()
             if worker == 1 and step == 11:  # both push into the void for a while
                 server.kill()
-                threading.Timer(0.5, server.restart).start()
+                threading.Timer(0.5, server.start).start()
 
         first, second = train(server.address, between=between)
     assert torch.equal(first, expected)
@@ -104,7 +106,7 @@ def test_a_worker_killed_and_resumed_from_its_checkpoint(tmp_path: Path, server_
     options: Options = {"start_workers": 2, "snapshot_every": 4}
     expected = undisturbed(tmp_path, ADAMW, **options)
     checkpoint = tmp_path / "checkpoint.pt"
-    with ServerProcess(tmp_path / "state", ADAMW, **options) as server:
+    with ServerProcess(tmp_path / "state", ADAMW, options) as server:
 
         def work(worker: int) -> Tensor:
             if worker == 1:
@@ -115,7 +117,7 @@ def test_a_worker_killed_and_resumed_from_its_checkpoint(tmp_path: Path, server_
             assert dying.exitcode == -signal.SIGKILL
             if server_too:
                 server.kill()
-                server.restart()
+                server.start()
             return train_one(server.address, 0, checkpoint=checkpoint)
 
         first, second = side_by_side(2, work)
@@ -131,15 +133,15 @@ def test_two_servers_of_which_each_is_killed(tmp_path: Path) -> None:
     ):
         expected, _ = train([str(one.address), str(two.address)])
     with (
-        ServerProcess(tmp_path / "3", ADAMW, **options) as three,
-        ServerProcess(tmp_path / "4", ADAMW, **options) as four,
+        ServerProcess(tmp_path / "3", ADAMW, options) as three,
+        ServerProcess(tmp_path / "4", ADAMW, options) as four,
     ):
 
         def between(worker: int, step: int) -> None:
             if worker == 0 and step in (2, 7):
                 killed = three if step == 2 else four
                 killed.kill()
-                killed.restart()
+                killed.start()
 
         first, second = train([four.address, three.address], between=between)
     assert torch.equal(first, second)

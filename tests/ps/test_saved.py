@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from ps.servers import Options, ServerProcess, serving
+from ps.servers import Options, serving
 from ps.workers import backward, batch, make_model, values
+from server_process import ServerProcess
 from torch import Tensor, nn
 
 from topq_dist.ps import ParameterServerOptimizer
@@ -155,7 +156,7 @@ def test_a_step_that_was_not_over_is_saved_as_such(tmp_path: Path) -> None:
         state, then = saved_and_read(optimizer), copy.deepcopy(model.state_dict())
         with pytest.raises(ServerLostError):
             optimizer.close()
-        process.restart()
+        process.start()
         model, optimizer = connect_and_keep(process)
         optimizer.load_state_dict(state)
         model.load_state_dict(then)

@@ -19,7 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from ps_raw import RawWorker, ServerProcess
+from ps_raw import RawWorker
+from server_process import ServerProcess
 from torch import Tensor
 
 from topq_dist.compress.frame import encode_non_finite_frame
@@ -52,7 +53,7 @@ def together(count: int, act: Callable[[int], Any]) -> list[Any]:
 
 
 def status_of(worker: RawWorker) -> pb.StatusResponse:
-    return worker.stub.Status(pb.StatusRequest(state_sha256=True), timeout=10)
+    return worker.stub.Status(pb.StatusRequest(state_sha256=True), timeout=10, wait_for_ready=True)
 
 
 def test_two_workers_walk_one_way_and_it_is_sgds(tmp_path: Path) -> None:
@@ -164,7 +165,6 @@ def test_a_server_killed_again_and_again_loses_and_doubles_nothing(
         for _ in range(4):
             time.sleep(chance.uniform(0.05, 0.4))
             server.kill()
-            server.finish()
             server.start()
 
     serving = {"snapshot_every": snapshot_every}
@@ -185,8 +185,7 @@ def test_sigterm_drains_and_saves_within_seconds(tmp_path: Path, mode: str) -> N
             waiting = pool.submit(a.step, [gradient(0, 1)])  # for b, in sync mode
             time.sleep(0.2)
             started_s = time.monotonic()
-            server.kill(signal.SIGTERM)
-            status, errors = server.finish()
+            status, errors = server.terminate()
             assert time.monotonic() - started_s < 5
             if mode == "sync":
                 with pytest.raises(grpc.RpcError) as refused:
@@ -213,7 +212,7 @@ def test_a_second_server_on_the_same_directory_or_port_fails_saying_why(tmp_path
         same_state.launch()
         status, errors = same_state.finish()
         assert status != 0
-        assert f"process {server.process.pid}" in errors
+        assert f"process {server.pid}" in errors
         same_port = ServerProcess(tmp_path / "other", SGD, port=server.port)
         same_port.launch()
         status, errors = same_port.finish()
@@ -409,7 +408,6 @@ def test_a_worker_that_the_snapshot_does_not_know_keeps_its_waiting_push(tmp_pat
             waiting.wait(20)
             time.sleep(0.3)
             server.kill()
-            server.finish()
             server.start()
             time.sleep(0.3)  # the one that waits comes back before the other
             restarted.set()

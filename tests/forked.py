@@ -1,0 +1,22 @@
+"""Processes for tests that start in a fraction of a second, since torch is imported once for all.
+
+They are forked from a process that has imported torch, and neither grpc nor anything with threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    [
+        "pytest",
+        "topq_dist.ddp",
+        "topq_dist.optim",
+        "topq_dist.ps.run_state",
+        "topq_dist.ps.saver",
+        "torch._dynamo",  # which an optimizer imports when it is made, and DDP as well
+        "torch.distributed.nn",
+        "torch.nn.parallel",
+    ]
+)

@@ -1,0 +1,57 @@
+"""What a server left on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from topq_dist.ps.config import TrainingConfig
+from topq_dist.ps.run_state import RunState
+from topq_dist.ps.snapshot import SNAPSHOT_NAME, StateDir
+from topq_dist.ps.snapshot_file import read_snapshot_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What a server that has ended left: equal endings are the same run, bit for bit.
+
+    applied: pushes applied of each worker. parameters_sha256: of the central parameters.
+    state_sha256: of these, the optimizer's state, what workers are owed, and the chain, in which
+    are number and bytes of each push that was ever applied.
+    """
+
+    version: int
+    applied: dict[str, int]
+    parameters_sha256: str
+    state_sha256: str
+
+
+def ending(state_dir: Path, training: TrainingConfig) -> Ending:
+    """Read what the server left in its state directory."""
+    with StateDir(state_dir) as directory:
+        loaded = RunState.load(directory, training, history_bytes=1 << 30)
+        assert loaded is not None
+        state, _ = loaded
+        digest = hashlib.sha256()
+        for vector in state.central.central_raw():
+            digest.update(vector)
+        return Ending(
+            version=state.point.version,
+            applied={
+                worker: state.ledger.next_sequence(worker) - 1 for worker in state.ledger.workers
+            },
+            parameters_sha256=digest.hexdigest(),
+            state_sha256=state.sha256(),
+        )
+
+
+def durable_version(state_dir: Path) -> int:
+    """Return the version of the snapshot on disk; -1: there is none."""
+    try:
+        contents = read_snapshot_file(state_dir / SNAPSHOT_NAME)
+    except FileNotFoundError:
+        return -1
+    metadata = json.loads(contents["metadata"].numpy().tobytes())
+    return int(metadata["point"]["version"])
