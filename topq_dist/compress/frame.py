@@ -167,11 +167,14 @@ def peek_header(buffer: Buffer) -> FrameHeader:
     return read_header(_as_bytes(buffer))
 
 
-def decode_frame(buffer: Buffer, *, numel: int, padded: bool = False) -> Frame:
+def decode_frame(
+    buffer: Buffer, *, numel: int, padded: bool = False, in_place: bool = False
+) -> Frame:
     """Read the frame in `buffer`, which must be of a vector of `numel` elements.
 
     `buffer` is a 1-D uint8 tensor or bytes; with `padded` it may go on after the frame's end (a
-    slot of a collective), else its length must be the frame's. Allocates in proportion to `numel`
+    slot of a collective), else its length must be the frame's. With `in_place` the frame may keep
+    a view of `buffer`, which nobody else is to write into then. Allocates in proportion to `numel`
     at most, and to no size that the bytes alone declare.
 
     Raises FrameError for anything that encode_frame did not write: never returns an index out of
@@ -195,7 +198,13 @@ def decode_frame(buffer: Buffer, *, numel: int, padded: bool = False) -> Frame:
             numel=numel,
             k=header.k,
         )
-        values = decode_values(raw[index_end:], header.k, header.value_format, header.exponent)
+        values = decode_values(
+            raw[index_end:],
+            header.k,
+            header.value_format,
+            header.exponent,
+            in_place=in_place,
+        )
     except ValueError as error:
         raise FrameError(str(error)) from error
     return Frame(

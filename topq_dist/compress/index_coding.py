@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from enum import IntEnum
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,8 @@ from topq_dist.compress.bits import Bytes, padding_is_zero
 from topq_dist.compress.kernels import gaps_between
 
 Indices = npt.NDArray[np.int64]
+_ALL_BELOW: WeakValueDictionary[int, Indices] = WeakValueDictionary()
+_MAKING = threading.Lock()
 
 
 class IndexCoding(IntEnum):
@@ -67,7 +71,8 @@ def decode_indices(
 ) -> Indices:
     """Return the k strictly ascending indices below `numel` that encode_indices wrote.
 
-    Raises ValueError for any other payload. Allocates in proportion to `numel` at most.
+    Not to be written into: others may hold the same. Raises ValueError for any other payload.
+    Allocates in proportion to `numel` at most.
     """
     if (coding is IndexCoding.ALL) != (k == numel):
         raise ValueError(f"index coding {coding.name} with {k} of {numel} indices")
@@ -75,7 +80,7 @@ def decode_indices(
         raise ValueError(f"Rice parameter {rice_bits} with index coding {coding.name}")
     if coding is IndexCoding.ALL:
         _check_length(payload, 0)
-        return np.arange(numel, dtype=np.int64)
+        return _all_below(numel)
     if coding is IndexCoding.RAW:
         _check_length(payload, _raw_bytes(numel, k))
         indices = payload.copy().view(_raw_dtype(numel)).astype(np.int64)
@@ -92,6 +97,16 @@ def decode_indices(
             raise ValueError(f"bitmap holds {indices.size} indices, expected {k}")
         return indices
     return rice.decode_indices(payload, numel, k, rice_bits)
+
+
+def _all_below(numel: int) -> Indices:
+    # shared by all who hold it: it takes twice the room of the values that it is for
+    with _MAKING:
+        indices = _ALL_BELOW.get(numel)
+        if indices is None:
+            indices = np.arange(numel, dtype=np.int64)
+            _ALL_BELOW[numel] = indices
+        return indices
 
 
 def _gaps(indices: Indices, numel: int) -> rice.Integers:

@@ -98,21 +98,25 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
     return EncodedValues(payload, exponent, _widened(stored, exponent))
 
 
-def decode_values(payload: Bytes, count: int, value_format: str, exponent: int) -> Tensor:
+def decode_values(
+    payload: Bytes, count: int, value_format: str, exponent: int, *, in_place: bool = False
+) -> Tensor:
     """Return the `count` values of `payload`, fp32 (fp64 for "fp64"), in memory of their own.
 
-    Raises ValueError where one is NaN or infinite, or padding bits are not zero.
+    in_place: the caller leaves `payload` to the values, which are then a view of it where that can
+        be. Raises ValueError where one is NaN or infinite, or padding bits are not zero.
     """
     if value_format in _LOW_BITS:
         decoded = torch.from_numpy(decode_blocks(payload, count, _LOW_BITS[value_format]))
     elif value_format in ("fp64", "fp32"):
-        # a copy: the payload may be unaligned, and read-only
-        number = np.float64 if value_format == "fp64" else np.float32
-        decoded = torch.from_numpy(payload.copy().view(number))
+        number = np.dtype(np.float64 if value_format == "fp64" else np.float32)
+        aligned = payload.ctypes.data % number.alignment == 0
+        own = payload if in_place and aligned and payload.flags.writeable else payload.copy()
+        decoded = torch.from_numpy(own.view(number))
     else:
         stored = torch.from_numpy(payload.copy().view(np.int16)).view(_WHOLE[value_format])
         decoded = _widened(stored, exponent)
-    if count and not np.isfinite(np.abs(decoded.numpy()).max()):
+    if count and not (np.isfinite(decoded.numpy().max()) and np.isfinite(decoded.numpy().min())):
         raise ValueError("a value is not finite")
     return decoded
 

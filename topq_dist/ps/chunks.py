@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
-import numpy as np
-
+from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.protocol import CHUNK_BYTES, MAX_CHUNK_BYTES, InvalidError, TooLargeError
 
 
@@ -35,11 +34,19 @@ class Receiver:
     """Takes chunks into one buffer of a size that was declared, and agreed to, before.
 
     sizes: bytes of each part. limit_bytes: of all parts together. what: names it in errors.
+    buffers: where the memory comes from.
 
     Raises TooLargeError for more than `limit_bytes`, before anything is allocated.
     """
 
-    def __init__(self, sizes: Sequence[int], *, limit_bytes: int, what: str) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        limit_bytes: int,
+        what: str,
+        buffers: Buffers | None = None,
+    ) -> None:
         self._what = what
         self._edges = [0, *accumulate(sizes)]
         total = self._edges[-1]
@@ -47,7 +54,7 @@ class Receiver:
             raise TooLargeError(f"{what} of {total} bytes: expected at most {limit_bytes}")
         try:
             # memory that nothing has written to yet costs nothing, so a declaration alone does not
-            self._buffer = np.empty(total, dtype=np.uint8).data
+            self._buffer = (buffers or Buffers()).lend(total).data
         except MemoryError as error:
             raise TooLargeError(f"{what} of {total} bytes: more than there is memory") from error
         self._received = 0

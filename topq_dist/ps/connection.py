@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.kept import KeptPush
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.protocol import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, NotReadyError, Point
@@ -69,6 +70,7 @@ class Connection:
         self._metadata = security.metadata()
         self._lock = threading.Lock()
         self._closed = False
+        self._buffers = Buffers()
         # whether an answer is likely to fit into a message, and to be there soon
         self._short_answers = False
         self._channel: grpc.Channel | None = None
@@ -156,7 +158,8 @@ class Connection:
         with self._errors():
             call = self._calls().Step(requests, timeout=timeout_s, metadata=self._metadata)
             try:
-                return read_answer(iter(call), spec, waiting=waiting), not waited
+                answer = read_answer(iter(call), spec, waiting=waiting, buffers=self._buffers)
+                return answer, not waited
             finally:
                 # or an answer that is no good would leave the call open
                 call.cancel()

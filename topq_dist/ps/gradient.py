@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import not_finite_allowed
+from topq_dist.compress.blocks import BLOCK_NUMEL, blocks, not_finite_allowed
 from topq_dist.compress.frame import Frame
 from topq_dist.ps.model import FlatModel, ModelSpec, picked, put, put_zeros, zeros
 
@@ -32,11 +32,18 @@ class GradientSum:
             for flat in self.model.flats
         ]
         self._indices: list[list[Tensor]] = []
+        self._all_indices: dict[int, Tensor] = {}
 
     def add(self, pushes: Sequence[Sequence[Frame]]) -> None:
         """Add up the mean of the pushes, each of one frame for each vector, in their order."""
-        for frames in pushes:
-            for total, frame in zip(self._totals, frames, strict=True):
+        self._all_indices = {}
+        for total, frames in zip(self._totals, zip(*pushes, strict=True), strict=True):
+            if all(_is_like(frame.values, total) for frame in frames):
+                # the frames of a round share their indices; so do those of the next round then
+                self._all_indices[total.numel()] = frames[0].indices
+                _add_everywhere(total, [frame.values for frame in frames])
+                continue
+            for frame in frames:
                 with not_finite_allowed():
                     values = torch.from_numpy(frame.values.numpy() / len(pushes))
                     replace(frame, values=values).add_to(total)
@@ -77,6 +84,21 @@ class GradientSum:
     @staticmethod
     def _scattered(flat: Tensor, indices: Sequence[Tensor]) -> bool:
         return sum(where.numel() for where in indices) <= _MOST_SCATTERED * flat.numel()
+
+
+def _is_like(values: Tensor, total: Tensor) -> bool:
+    return values.numel() == total.numel() and values.dtype == total.dtype
+
+
+def _add_everywhere(total: Tensor, terms: Sequence[Tensor]) -> None:
+    """Add the mean of whole vectors to `total`, in their order, a block at a time."""
+    sums, parts = total.numpy(), [term.numpy() for term in terms]
+    share = np.empty(min(sums.size, BLOCK_NUMEL), dtype=sums.dtype)
+    with not_finite_allowed():
+        for start, stop in blocks(0, sums.size, BLOCK_NUMEL):
+            for part in parts:
+                np.divide(part[start:stop], len(parts), out=share[: stop - start])
+                np.add(sums[start:stop], share[: stop - start], out=sums[start:stop])
 
 
 def _union(indices: Sequence[Tensor]) -> Tensor:

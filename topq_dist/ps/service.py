@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import grpc
 
+from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.calls import Caller, JoinCall
 from topq_dist.ps.chunks import Receiver
 from topq_dist.ps.coordinator import Coordinator
@@ -55,6 +56,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._authenticator = authenticator
         self._steps = _FewCalls()
         self._models = _FewCalls()
+        self._buffers = Buffers()
         self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
@@ -119,7 +121,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         caller = self._caller(context, header.id)
         spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec)
+            receiver = receiver_of(header, spec, self._buffers)
             for request in request_iterator:
                 if request.WhichOneof("part") != "chunk":
                     raise InvalidError("a step has two headers: expected chunks after the first")
@@ -141,7 +143,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         caller = self._caller(context, header.id)
         spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec)
+            receiver = receiver_of(header, spec, self._buffers)
             if request.frames:
                 receiver.take(request.frames)
             answer = self._decided(self._submit(header, receiver, spec, context), context)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from topq_dist.compress.frame import FrameError, decode_frame
+from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.chunks import Receiver, chunks
 from topq_dist.ps.model import DTYPES, ModelSpec, TensorSpec
 from topq_dist.ps.protocol import (
@@ -114,8 +115,8 @@ def step_requests(
         yield pb.StepRequest(chunk=chunk)
 
 
-def receiver_of(header: pb.StepHeader, spec: ModelSpec) -> Receiver:
-    """Return what takes the chunks of a push on a model of `spec`.
+def receiver_of(header: pb.StepHeader, spec: ModelSpec, buffers: Buffers | None = None) -> Receiver:
+    """Return what takes the chunks of a push on a model of `spec`, into memory of `buffers`.
 
     Raises InvalidError or TooLargeError for a header that no push can have.
     """
@@ -130,11 +131,14 @@ def receiver_of(header: pb.StepHeader, spec: ModelSpec) -> Receiver:
         header.frame_bytes,
         limit_bytes=spec.max_frame_bytes,
         what=f"push {header.sequence} of {header.id.worker!r}",
+        buffers=buffers,
     )
 
 
 def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: ModelSpec) -> Push:
     """Return the push of `header`, its frames (as many as the header says) decoded and checked.
+
+    The push may keep views of `frames`, which nobody is to write into then.
 
     Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
     that are no frames of `spec`.
@@ -152,7 +156,7 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
         zip(frames, spec.vectors if frames else (), strict=True)
     ):
         try:
-            decoded.append(decode_frame(frame, numel=vector.numel))
+            decoded.append(decode_frame(frame, numel=vector.numel, in_place=True))
         except FrameError as error:
             raise InvalidError(f"frame {number} of {what}: {error}") from error
     if not all(frame.finite for frame in decoded):
@@ -209,8 +213,11 @@ def read_answer(
     spec: ModelSpec,
     *,
     waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
+    buffers: Buffers | None = None,
 ) -> Answer:
     """Read the messages of an answer to its end, calling `waiting` with each sign of life.
+
+    buffers: where the memory for the payloads comes from.
 
     Raises InvalidError for what no server of this library would send.
     """
@@ -225,13 +232,15 @@ def read_answer(
         waiting(tuple(response.waiting.workers))
     if message is None:
         raise InvalidError("the stream ended before the step's answer")
-    receiver = receiver_of_answer(message, spec)
+    receiver = receiver_of_answer(message, spec, buffers)
     for response in responses:
         receiver.take(response.chunk)
     return answer_from_wire(message, receiver.parts(), spec)
 
 
-def receiver_of_answer(message: pb.StepAnswer, spec: ModelSpec) -> Receiver:
+def receiver_of_answer(
+    message: pb.StepAnswer, spec: ModelSpec, buffers: Buffers | None = None
+) -> Receiver:
     """Return what takes the payloads of an answer; raises InvalidError where it is none."""
     known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
     if message.outcome not in known:
@@ -239,7 +248,7 @@ def receiver_of_answer(message: pb.StepAnswer, spec: ModelSpec) -> Receiver:
             f"a step's answer has outcome {message.outcome}: expected one of {known}"
         )
     sizes = [size for update in message.updates for size in _payload_bytes(update, spec)]
-    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer")
+    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer", buffers=buffers)
 
 
 def answer_from_wire(
