@@ -7,14 +7,17 @@ indices and fp32 values through two all-gathers, what was not sent kept for the 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import TopQState, register_topq_hook
-from topq_dist.ddp.choices import ExchangeName
+import topq_dist
+
+if TYPE_CHECKING:
+    from topq_dist.ddp.choices import ExchangeName
 
 DENSITY = 0.01
 # the first step makes the buckets, PowerSGD refuses to start before its second
@@ -27,7 +30,7 @@ class Hook:
     """One row of the table: how it is registered, and what it needs to run at all."""
 
     title: str
-    register: Callable[[DistributedDataParallel], TopQState | None]
+    register: Callable[[DistributedDataParallel], topq_dist.TopQState | None]
     bucket_cap_mb: int | None = None
     warmup_steps: int = 2
     # whether warm-up must go on until the hook has made up its mind
@@ -100,8 +103,13 @@ def _register_plain_topk(model: DistributedDataParallel) -> None:
     model.register_comm_hook(PlainTopKState(density=DENSITY), plain_topk_hook)
 
 
-def _register_topq(model: DistributedDataParallel, *, exchange: ExchangeName) -> TopQState:
-    return register_topq_hook(model, q=1.0 - DENSITY, value_format="fp16", exchange=exchange)
+def _register_topq(
+    model: DistributedDataParallel, *, exchange: ExchangeName
+) -> topq_dist.TopQState:
+    # not imported above, or what it loads would count as memory of the others
+    return topq_dist.register_topq_hook(
+        model, q=1.0 - DENSITY, value_format="fp16", exchange=exchange
+    )
 
 
 def _powersgd(rank: int) -> Hook:

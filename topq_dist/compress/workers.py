@@ -1,4 +1,4 @@
-"""A few kept threads for passes in numpy, which releases the GIL inside its loops."""
+"""A few kept threads for passes over long vectors, whose loops release Python's lock."""
 
 from __future__ import annotations
 
