@@ -4,6 +4,8 @@ The plain hook is the one found in most training scripts: torch.topk over the bu
 indices and fp32 values through two all-gathers, what was not sent kept for the next step.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
