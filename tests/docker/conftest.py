@@ -10,11 +10,16 @@ BUILD_LIMIT_S = 900.0
 
 
 @pytest.fixture(scope="session")
-def images() -> None:
-    """The images of docker/compose.yaml, built from this clone."""
+def engine() -> None:
+    """A Docker engine that answers."""
     reason = why_no_engine()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def images(engine: None) -> None:
+    """The images of docker/compose.yaml, built from this clone."""
     Project("topq").compose("build", timeout_s=BUILD_LIMIT_S)
 
 

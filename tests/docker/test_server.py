@@ -11,38 +11,23 @@ MAX_STOP_S = 5.0
 SERVE = ("serve", "--address", "127.0.0.1:50051", "--inner-opt", "sgd", "--lr", "0.1")
 
 
-def start(name: str) -> None:
-    """Start SERVE as a container of that name, on the volume of that name."""
+def test_server_keeps_its_volume_for_itself_and_ends_with_0_within_seconds_of_sigterm(
+    volume: str,
+) -> None:
+    mounted = ("--volume", f"{volume}:/state")
     often = ("--health-interval", "1s")
-    run(
-        *f"docker run --detach --name {name} --volume {name}:/state".split(),
-        *often,
-        *CONFINED,
-        "topq",
-        *SERVE,
-    )
-
-
-def test_server_gets_healthy_and_ends_with_0_within_seconds_of_sigterm(volume: str) -> None:
-    start(volume)
+    run("docker", "run", "--detach", "--name", volume, *mounted, *often, *CONFINED, "topq", *SERVE)
     try:
         wait_healthy(volume)
+        with pytest.raises(AssertionError, match=r"exit code [1-9]") as failure:
+            run("docker", "run", "--rm", *CONFINED, *mounted, "topq", *SERVE)
+        assert "/state" in str(failure.value)
+
         begin_s = time.monotonic()
         run("docker", "stop", "--time", "60", volume)
         stop_s = time.monotonic() - begin_s
         assert inspect(volume, ".State.ExitCode") == 0, run("docker", "logs", volume)
         assert stop_s < MAX_STOP_S
-    finally:
-        run("docker", "rm", "--force", volume)
-
-
-def test_second_server_on_the_same_volume_ends_at_once_and_says_why(volume: str) -> None:
-    start(volume)
-    try:
-        wait_healthy(volume)
-        with pytest.raises(AssertionError, match=r"exit code [1-9]") as failure:
-            run("docker", "run", "--rm", *CONFINED, "-v", f"{volume}:/state", "topq", *SERVE)
-        assert "/state" in str(failure.value)
     finally:
         run("docker", "rm", "--force", volume)
 
