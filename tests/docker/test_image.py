@@ -7,7 +7,7 @@ from docker_engine import CONFINED, inspect, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1000)]
 
-MAX_VENV_MB = 800
+MAX_VENV_MB = 1000
 LOOK_AROUND = """
 import importlib.metadata, sys, torch, topq_dist
 names = {package.name.lower() for package in importlib.metadata.distributions(path=sys.path[-1:])}
