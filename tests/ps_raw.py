@@ -14,10 +14,10 @@ from torch import Tensor
 from topq_dist.compress.frame import encode_frame
 from topq_dist.ps import wire
 from topq_dist.ps.downlink import apply_update
+from topq_dist.ps.messages import Calls
 from topq_dist.ps.model import FlatModel, ModelSpec
 from topq_dist.ps.protocol import START, Answer, Point, push_digest
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 CALL_S = 30.0
 # what a worker meets whose server has gone or come back
@@ -56,7 +56,7 @@ class RawWorker:
         self.channel = grpc.insecure_channel(
             self.address, options=[("grpc.max_reconnect_backoff_ms", 200)]
         )
-        self.stub = pb_grpc.ParameterServerStub(self.channel)
+        self.stub = Calls(self.channel)
 
     def join(self) -> pb.JoinResponse:
         """Join, upload where told to, and fetch where nothing is held yet."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -15,9 +16,9 @@ from served import Served, serving
 from torch import Tensor
 
 from topq_dist.ps import wire
+from topq_dist.ps.messages import Calls
 from topq_dist.ps.protocol import push_digest
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 CALL_S = 20.0
 TOKENS = {name: name[0] * 32 for name in ("alice", "bob", "carol")}
@@ -48,7 +49,7 @@ class Worker(RawWorker):
         super().__init__(name, model() if named is None else named, "127.0.0.1:1")
         self.channel.close()
         self.channel = channel
-        self.stub = pb_grpc.ParameterServerStub(channel)
+        self.stub = Calls(channel)
 
     def next_push(self) -> Kept:
         """Return a push that the server would take."""
@@ -56,7 +57,7 @@ class Worker(RawWorker):
 
     def header(self, push: Kept, **changes: object) -> pb.StepHeader:
         """Return the header of `push`, with these fields changed."""
-        header = next(iter(self.messages(push))).header
+        header = wire.step_header(self.id, **self._said(push, ()))
         for name, value in changes.items():
             header.ClearField(name)  # type: ignore[arg-type]
             if isinstance(value, pb.WorkerId | pb.Point):
@@ -67,18 +68,24 @@ class Worker(RawWorker):
                 setattr(header, name, value)
         return header
 
-    def messages(self, push: Kept, lr: Sequence[float] = ()) -> Iterator[pb.StepRequest]:
+    def messages(
+        self, push: Kept, lr: Sequence[float] = ()
+    ) -> Iterator[pb.StepRequest | memoryview]:
         """Yield the messages of `push`."""
-        return wire.step_requests(
-            self.id,
-            sequence=push.sequence,
-            base=push.base,
-            frames=push.frames,
-            lr=lr,
-            digest=push_digest(lr, push.frames),
-        )
+        return wire.step_requests(self.id, **self._said(push, lr))
 
-    def send_messages(self, messages: Iterable[pb.StepRequest]) -> list[pb.StepResponse]:
+    def _said(self, push: Kept, lr: Sequence[float]) -> dict[str, Any]:
+        return {
+            "sequence": push.sequence,
+            "base": push.base,
+            "frames": push.frames,
+            "lr": lr,
+            "digest": push_digest(lr, push.frames),
+        }
+
+    def send_messages(
+        self, messages: Iterable[pb.StepRequest | memoryview]
+    ) -> list[pb.StepResponse]:
         """Send these messages as one step and return what comes back."""
         return list(self.stub.Step(iter(messages), timeout=CALL_S))
 
@@ -95,7 +102,7 @@ class Place:
     channels: list[grpc.Channel]
 
     def __post_init__(self) -> None:
-        self._operator = pb_grpc.ParameterServerStub(self.channel(TOKENS["carol"]))
+        self._operator = Calls(self.channel(TOKENS["carol"]))
 
     @property
     def port(self) -> int:

@@ -19,6 +19,7 @@ from topq_dist.compress.frame import encode_frame, encode_non_finite_frame
 from topq_dist.compress.frame_header import read_header, write_header
 from topq_dist.ps import wire
 from topq_dist.ps.asking import NoAnswerError, ask_status
+from topq_dist.ps.protocol import push_digest
 from topq_dist.ps.refusals import REASON_KEY
 from topq_dist.ps.security import ClientSecurity, ClientTls
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -219,8 +220,8 @@ def pushed(**changes: Any) -> Act:
         push = run.alice.next_push()
         if frames_of is not None:
             push = replace(push, frames=frames_of(push.frames))
-        first, *rest = run.alice.messages(push, lr)
-        header = run.alice.header(push, lr=lr, digest=first.header.digest)
+        _, *rest = run.alice.messages(push, lr)
+        header = run.alice.header(push, lr=lr, digest=push_digest(lr, push.frames))
         for name, value in changes.items():
             set_field(header, name, value)
         run.alice.send_messages([pb.StepRequest(header=header), *rest])
@@ -260,7 +261,8 @@ def holding(value: float) -> list[memoryview]:
 
 def truncated(run: Run) -> None:
     header, chunk = run.alice.messages(run.alice.next_push())
-    run.alice.send_messages([header, pb.StepRequest(chunk=chunk.chunk[:-1])])
+    assert isinstance(chunk, memoryview)
+    run.alice.send_messages([header, chunk[:-1]])
 
 
 def without_bytes(run: Run) -> None:
@@ -288,7 +290,8 @@ def empty_chunk(run: Run) -> None:
 
 def damaged_on_its_way(run: Run) -> None:
     header, chunk = run.alice.messages(run.alice.next_push())
-    damaged = bytearray(chunk.chunk)
+    assert isinstance(chunk, memoryview)
+    damaged = bytearray(chunk)
     damaged[40] ^= 4
     run.alice.send_messages([header, pb.StepRequest(chunk=bytes(damaged))])
 

@@ -11,7 +11,7 @@ from topq_dist.ps.ledger import Ledger
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.protocol import START, Point, Push, Update, UpdateKind
 from topq_dist.ps.run_state import RunState, new_run
-from topq_dist.ps.wire import answer_to_wire
+from topq_dist.ps.wire import answer_message
 
 MESSAGE_BYTES = 4 << 20  # that a gRPC client takes, if not told otherwise
 
@@ -35,6 +35,6 @@ def test_an_answer_across_very_many_versions_fits_a_message() -> None:
             Update(kind=UpdateKind.SET, point=state.point, payloads=payloads), ("other",)
         )
     push = Push(worker="late", epoch=1, sequence=1, base=START, frames=(), lr=(), digest=bytes(32))
-    header = next(answer_to_wire(state.stale(push)))
+    header = answer_message(state.stale(push))
     assert header.ByteSize() < MESSAGE_BYTES
     assert state.stale(push).updates[-1].point == state.point

@@ -248,5 +248,5 @@ def test_the_messages_of_a_push_say_the_same() -> None:
     frames = [memoryview(b"abc"), memoryview(b""), memoryview(b"defg")]
     said = {"sequence": 3, "base": START, "lr": (0.5,), "digest": b"d" * 32, "members": ("a",)}
     short = short_steps.short_step_request(pb.WorkerId(worker="w"), frames=frames, **said)
-    header, chunk = wire.step_requests(pb.WorkerId(worker="w"), frames=frames, **said)
-    assert (short.header, short.frames) == (header.header, chunk.chunk)
+    messages = list(wire.step_requests(pb.WorkerId(worker="w"), frames=frames, **said))
+    assert messages == [pb.StepRequest(header=short.header), memoryview(short.frames)]

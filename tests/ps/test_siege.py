@@ -18,12 +18,12 @@ from ps_raw import RawWorker
 from topq_dist.ps import gate, ledger, wire
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.ledger import Ledger
+from topq_dist.ps.messages import Calls
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.protocol import Push, TooManyWorkersError
 from topq_dist.ps.security import ServerSecurity
 from topq_dist.ps.server import ParameterServer
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 SERVICE = "/topq_dist.v1.ParameterServer"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -86,7 +86,7 @@ def channel_to(server: ParameterServer) -> grpc.Channel:
 
 
 def status(channel: grpc.Channel, name: str = "alice") -> pb.StatusResponse:
-    stub = pb_grpc.ParameterServerStub(channel)
+    stub = Calls(channel)
     return stub.Status(pb.StatusRequest(), timeout=5, metadata=bearer(name))
 
 
@@ -187,8 +187,8 @@ def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
         worker.join()
         push = worker.push_of([torch.ones(NUMEL)])
 
-        def trickle() -> Iterator[pb.StepRequest]:
-            header, chunk, *_ = wire.step_requests(
+        def trickle() -> Iterator[pb.StepRequest | memoryview]:
+            header, *_ = wire.step_requests(
                 worker.id,
                 sequence=push.sequence,
                 base=push.base,
@@ -197,9 +197,10 @@ def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
                 digest=push.digest,
             )
             yield header
+            chunk = push.frames[0]
             for place in range(1000):
                 time.sleep(0.05)
-                yield pb.StepRequest(chunk=chunk.chunk[place : place + 1])
+                yield chunk[place : place + 1]
 
         started_s = time.monotonic()
         with pytest.raises(grpc.RpcError) as ended:
@@ -313,7 +314,7 @@ def test_a_model_beyond_all_memory_is_too_large(tmp_path: Path) -> None:
         server_of(tmp_path, tokens=False, max_model_bytes=2**52) as server,
         channel_to(server) as channel,
     ):
-        stub = pb_grpc.ParameterServerStub(channel)
+        stub = Calls(channel)
         joined = stub.Join(
             pb.JoinRequest(
                 worker="alice",
@@ -331,7 +332,7 @@ def test_a_model_beyond_all_memory_is_too_large(tmp_path: Path) -> None:
 class TestWhoBringsTheModel:
     """The first to join says what the model is, and might never bring it."""
 
-    def join(self, stub: pb_grpc.ParameterServerStub, worker: str, numel: int) -> pb.JoinResponse:
+    def join(self, stub: Calls, worker: str, numel: int) -> pb.JoinResponse:
         tensor = pb.TensorSpec(name="w", shape=[numel], dtype="float32")
         request = pb.JoinRequest(worker=worker, instance=secrets.token_bytes(16), model=[tensor])
         return stub.Join(request, timeout=10)
@@ -341,7 +342,7 @@ class TestWhoBringsTheModel:
             server_of(tmp_path, tokens=False, lease_s=0.5) as server,
             channel_to(server) as channel,
         ):
-            stub = pb_grpc.ParameterServerStub(channel)
+            stub = Calls(channel)
             assert self.join(stub, "mallory", 7).upload
             with pytest.raises(grpc.RpcError, match="has shape"):
                 self.join(stub, "alice", 10)
@@ -353,7 +354,7 @@ class TestWhoBringsTheModel:
             server_of(tmp_path, tokens=False, lease_s=0.3) as server,
             channel_to(server) as channel,
         ):
-            stub = pb_grpc.ParameterServerStub(channel)
+            stub = Calls(channel)
             idle = self.join(stub, "mallory", 7)
 
             def honest_joins() -> bool:

@@ -48,8 +48,7 @@ def frames() -> list[memoryview]:
 
 def header_of(parts: list[memoryview], **changes: object) -> pb.StepHeader:
     options = {"sequence": 1, "base": START, "lr": (0.5,), "digest": push_digest((0.5,), parts)}
-    messages = wire.step_requests(WORKER, frames=parts, **{**options, **changes})  # type: ignore[arg-type]
-    return next(messages).header
+    return wire.step_header(WORKER, frames=parts, **{**options, **changes})  # type: ignore[arg-type]
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 50))
@@ -148,7 +147,7 @@ def answers() -> list[Answer]:
 def test_an_answer_goes_through(answer: Answer) -> None:
     signs: list[tuple[str, ...]] = []
 
-    def messages() -> Iterator[pb.StepResponse]:
+    def messages() -> Iterator[pb.StepResponse | memoryview]:
         yield pb.StepResponse(waiting=pb.Waiting(workers=["v"]))
         yield from wire.answer_to_wire(answer)
 

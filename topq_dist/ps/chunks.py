@@ -9,10 +9,10 @@ from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.protocol import CHUNK_BYTES, MAX_CHUNK_BYTES, InvalidError, TooLargeError
 
 
-def chunks(buffers: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+def chunks(buffers: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
     """Yield what is in `buffers`, one behind the other, in pieces of `chunk_bytes`.
 
-    The last piece may be shorter. Each byte is copied once.
+    The last piece may be shorter. Pieces of one buffer are views of it.
     """
     started: list[memoryview] = []
     started_bytes = 0
@@ -24,10 +24,14 @@ def chunks(buffers: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Ite
             started.append(piece)
             started_bytes += piece.nbytes
             if started_bytes == chunk_bytes:
-                yield b"".join(started)
+                yield _joined(started)
                 started, started_bytes = [], 0
     if started:
-        yield b"".join(started)
+        yield _joined(started)
+
+
+def _joined(pieces: Sequence[memoryview]) -> memoryview:
+    return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
 
 class Receiver:
@@ -64,7 +68,7 @@ class Receiver:
         """Whether all that was declared is there."""
         return self._received == self._edges[-1]
 
-    def take(self, chunk: bytes) -> None:
+    def take(self, chunk: bytes | memoryview) -> None:
         """Add the next chunk; raises InvalidError where it is empty, too long, or not due."""
         end = self._received + len(chunk)
         if not chunk:  # there could be any number of them

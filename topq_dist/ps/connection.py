@@ -11,6 +11,7 @@ import grpc
 
 from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.kept import KeptPush
+from topq_dist.ps.messages import Calls
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.protocol import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, NotReadyError, Point
 from topq_dist.ps.reach import why_unreachable
@@ -19,7 +20,6 @@ from topq_dist.ps.security import ClientSecurity
 from topq_dist.ps.short_steps import read_short_answer, short_step_request
 from topq_dist.ps.wire import read_answer, read_fetch, step_requests, upload_requests
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _TRANSIENT = {
     grpc.StatusCode.UNAVAILABLE,
@@ -78,7 +78,7 @@ class Connection:
 
     def _open(self) -> None:
         self._channel = self._security.channel(self.address, channel_options())
-        self._stub = pb_grpc.ParameterServerStub(self._channel)
+        self._stub = Calls(self._channel)
 
     def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
         """Take up or renew a worker's place."""
@@ -136,13 +136,12 @@ class Connection:
             step_requests(worker, **said), spec, timeout_s, sign_of_life
         )
         # the next will be like this one
-        answer_bytes = sum(update.payload_bytes for update in answer.updates)
-        self._short_answers = not short and at_once and answer_bytes <= SHORT_BYTES
+        self._short_answers = not short and at_once and answer.payload_bytes <= SHORT_BYTES
         return answer
 
     def _long_step(
         self,
-        requests: Iterator[pb.StepRequest],
+        requests: Iterator[pb.StepRequest | memoryview],
         spec: ModelSpec,
         timeout_s: float,
         sign_of_life: Callable[[], None],
@@ -203,7 +202,7 @@ class Connection:
             f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
         )
 
-    def _calls(self) -> pb_grpc.ParameterServerStub:
+    def _calls(self) -> Calls:
         with self._lock:
             if self._channel is None:
                 if self._closed:

@@ -485,12 +485,11 @@ class Coordinator:
         return True
 
     def _hand_out(self, worker: str, answer: Answer) -> Answer:
-        sent_bytes = sum(update.payload_bytes for update in answer.updates)
         with self._counting:
-            self._bytes["sent"] += sent_bytes
+            self._bytes["sent"] += answer.payload_bytes
             member = self._members.get(worker)
             if member is not None:
-                member.sent_bytes += sent_bytes
+                member.sent_bytes += answer.payload_bytes
                 if answer.updates:
                     member.held_version = answer.updates[-1].point.version
         return replace(answer, durable_version=max(self._durable, 0))

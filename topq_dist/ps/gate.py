@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import grpc
 
+from topq_dist.ps.messages import READERS, WRITERS
 from topq_dist.ps.patrol import Pace, Patrol
 from topq_dist.ps.protocol import BusyError, InvalidError, RefusedError
 from topq_dist.ps.refusals import REASON_KEY, status_of
@@ -70,9 +71,7 @@ class Gate(grpc.ServerInterceptor):
         # all as streams: the one message of the others would be waited for out of our reach
         answer = _Answerer(self, behind, handler_call_details.method)
         if behind.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                answer.many, response_serializer=behind.response_serializer
-            )
+            return grpc.stream_stream_rpc_method_handler(answer.many)
         return grpc.stream_unary_rpc_method_handler(
             answer.one, response_serializer=behind.response_serializer
         )
@@ -127,6 +126,8 @@ class _Answerer:
         self._gate = gate
         self._behind: Any = behind  # which of its behaviors is there, its flags say
         self._method = method
+        self._read: Any = READERS.get(method) or behind.request_deserializer
+        self._write: Any = WRITERS.get(method) or behind.response_serializer
 
     def one(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         """Return the response."""
@@ -134,15 +135,16 @@ class _Answerer:
             behavior = self._behind.stream_unary or self._behind.unary_unary
             return behavior(self._argument(requests, context), context)
 
-    def many(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-        """Yield the responses."""
+    def many(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Yield the responses, as they go over the wire."""
         with self._gate.admitted(context, self._method):
             behavior = self._behind.stream_stream or self._behind.unary_stream
             pace = self._gate.pace(context)
             for response in behavior(self._argument(requests, context), context):
-                pace.moved(response.ByteSize())
+                raw = self._write(response)
+                pace.moved(len(raw))
                 with pace.waiting():
-                    yield response
+                    yield raw
 
     def _argument(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         messages = self._messages(requests, context)
@@ -164,7 +166,7 @@ class _Answerer:
                 return
             pace.moved(len(raw))
             try:
-                message = self._behind.request_deserializer(raw)
+                message = self._read(raw)
             except Exception as error:
                 raise InvalidError(
                     f"{len(raw)} bytes sent to {self._method} are no message of its: {error}"

@@ -110,6 +110,11 @@ class Answer:
     updates: tuple[Update, ...]
     durable_version: int
 
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payloads of all updates together."""
+        return sum(update.payload_bytes for update in self.updates)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupView:

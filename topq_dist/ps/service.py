@@ -15,14 +15,22 @@ import grpc
 
 from topq_dist.ps.buffers import Buffers
 from topq_dist.ps.calls import Caller, JoinCall
-from topq_dist.ps.chunks import Receiver
+from topq_dist.ps.chunks import Receiver, chunks
 from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.gate import Authenticates
+from topq_dist.ps.messages import STEP_RESPONSES
 from topq_dist.ps.model import ModelSpec
 from topq_dist.ps.pending import Ticket
-from topq_dist.ps.protocol import Answer, InvalidError, check_worker_name
+from topq_dist.ps.protocol import (
+    CHUNK_BYTES,
+    Answer,
+    InvalidError,
+    Update,
+    check_worker_name,
+)
 from topq_dist.ps.short_steps import short_answer_to_wire
 from topq_dist.ps.wire import (
+    answer_message,
     answer_to_wire,
     fetch_to_wire,
     groups_to_wire,
@@ -44,7 +52,9 @@ _CALLS_OF_A_WORKER = 2
 
 
 class ParameterServerService(pb_grpc.ParameterServerServicer):
-    """Serves one coordinator; RefusedError is for the gate before it to report.
+    """Serves one coordinator, behind a Gate.
+
+    The gate reports RefusedError, and reads and writes chunks as messages.py has them.
 
     authenticator: None lets everybody speak in every worker's name.
     """
@@ -57,6 +67,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._steps = _FewCalls()
         self._models = _FewCalls()
         self._buffers = Buffers()
+        # the workers of a round are sent the same
+        self._shared = SharedUpdates() if coordinator.training.mode == "sync" else None
         self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
@@ -89,11 +101,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         )
 
     def Upload(
-        self, request_iterator: Iterator[pb.UploadRequest], context: grpc.ServicerContext
+        self,
+        request_iterator: Iterator[pb.UploadRequest | memoryview],
+        context: grpc.ServicerContext,
     ) -> pb.UploadResponse:
         """Take the initial model in."""
         first = next(request_iterator, None)
-        if first is None or first.WhichOneof("part") != "id":
+        if not isinstance(first, pb.UploadRequest) or not first.HasField("id"):
             raise InvalidError("an upload begins without saying who sends it")
         caller = self._caller(context, first.id)
         spec = self._coordinator.upload_spec(caller)
@@ -106,16 +120,16 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             with self._models.of(caller.worker, context):
                 for request in request_iterator:
                     self._coordinator.hear(caller.worker)
-                    receiver.take(request.chunk)
+                    receiver.take(_chunk(request, "an upload says twice who sends it"))
                 self._coordinator.upload(caller, receiver.parts())
         return pb.UploadResponse()
 
-    def Step(
-        self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.StepResponse]:
+    def Step(  # type: ignore[override] # the gate writes chunks
+        self, request_iterator: Iterator[pb.StepRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.StepResponse | memoryview | bytes]:
         """Take a push in, wait until it is decided, and answer."""
         first = next(request_iterator, None)
-        if first is None or first.WhichOneof("part") != "header":
+        if not isinstance(first, pb.StepRequest) or not first.HasField("header"):
             raise InvalidError("a step begins without its header")
         header = first.header
         caller = self._caller(context, header.id)
@@ -123,15 +137,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         with self._steps.of(caller.worker, context):
             receiver = receiver_of(header, spec, self._buffers)
             for request in request_iterator:
-                if request.WhichOneof("part") != "chunk":
-                    raise InvalidError("a step has two headers: expected chunks after the first")
                 self._coordinator.hear(caller.worker)
-                receiver.take(request.chunk)
+                receiver.take(_chunk(request, "a step has two headers"))
             ticket = self._submit(header, receiver, spec, context)
             while context.is_active():
                 answer = self._decided(ticket, context)
                 if isinstance(answer, Answer):
-                    yield from answer_to_wire(answer)
+                    yield from self._messages_of(answer)
                     return
                 yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
 
@@ -151,9 +163,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                 return short_answer_to_wire(answer)
             return pb.ShortStepResponse()
 
-    def Fetch(
+    def Fetch(  # type: ignore[override] # the gate writes chunks
         self, request: pb.FetchRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchResponse]:
+    ) -> Iterator[pb.FetchResponse | memoryview]:
         """Bring the whole model."""
         caller = self._caller(context, request.id)
         if request.which not in (
@@ -220,6 +232,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             if isinstance(answer, Answer) or gone:
                 return answer
 
+    def _messages_of(self, answer: Answer) -> Iterator[pb.StepResponse | memoryview | bytes]:
+        if self._shared is None or answer.payload_bytes <= CHUNK_BYTES:
+            yield from answer_to_wire(answer)
+            return
+        yield pb.StepResponse(answer=answer_message(answer))
+        yield from self._shared.messages_of(answer.updates)
+
     def _caller(self, context: grpc.ServicerContext, message: pb.WorkerId) -> Caller:
         self._authenticate(context, message.worker)
         return Caller(run=message.run, worker=message.worker, epoch=message.epoch)
@@ -229,6 +248,32 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             check_worker_name(worker)
         if self._authenticator is not None:
             self._authenticator.check(context.invocation_metadata(), worker)
+
+
+def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: str) -> memoryview:
+    if isinstance(message, memoryview):
+        return message
+    if message.WhichOneof("part") != "chunk":
+        raise InvalidError(f"{otherwise}: expected chunks after the first message")
+    return memoryview(message.chunk)
+
+
+class SharedUpdates:
+    """The chunks of the updates that were last asked for, as they go over the wire."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._updates: tuple[Update, ...] = ()
+        self._messages: list[bytes] = []
+
+    def messages_of(self, updates: tuple[Update, ...]) -> list[bytes]:
+        """Return the messages that bring the payloads of `updates`; not to be changed."""
+        with self._lock:
+            if list(map(id, updates)) != list(map(id, self._updates)):
+                payloads = (payload for update in updates for payload in update.payloads)
+                self._messages = [STEP_RESPONSES.to_bytes(chunk) for chunk in chunks(payloads)]
+                self._updates = updates
+            return self._messages
 
 
 class _FewCalls:

@@ -27,10 +27,10 @@ def short_step_request(
 
 def short_answer_to_wire(answer: Answer) -> pb.ShortStepResponse:
     """Return `answer` as one message, which is empty where that would be too long."""
-    payloads = payloads_of(answer)
-    if sum(payload.nbytes for payload in payloads) > MAX_CHUNK_BYTES:
+    if answer.payload_bytes > MAX_CHUNK_BYTES:
         return pb.ShortStepResponse()
-    return pb.ShortStepResponse(answer=answer_message(answer), payloads=b"".join(payloads))
+    payloads = b"".join(payloads_of(answer))
+    return pb.ShortStepResponse(answer=answer_message(answer), payloads=payloads)
 
 
 def read_short_answer(response: pb.ShortStepResponse, spec: ModelSpec) -> Answer | None:

@@ -108,11 +108,10 @@ def step_header(
 
 def step_requests(
     worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
-) -> Iterator[pb.StepRequest]:
-    """Yield the messages of a push; the parameters are those of `step_header`."""
+) -> Iterator[pb.StepRequest | memoryview]:
+    """Yield the header of a push and its chunks; the parameters are those of `step_header`."""
     yield pb.StepRequest(header=step_header(worker, frames=frames, **push))
-    for chunk in chunks(frames):
-        yield pb.StepRequest(chunk=chunk)
+    yield from chunks(frames)
 
 
 def receiver_of(header: pb.StepHeader, spec: ModelSpec, buffers: Buffers | None = None) -> Receiver:
@@ -201,15 +200,14 @@ def payloads_of(answer: Answer) -> list[memoryview]:
     return [payload for update in answer.updates for payload in update.payloads]
 
 
-def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse]:
-    """Yield the messages of `answer`."""
+def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse | memoryview]:
+    """Yield the header of `answer` and its chunks."""
     yield pb.StepResponse(answer=answer_message(answer))
-    for chunk in chunks(payloads_of(answer)):
-        yield pb.StepResponse(chunk=chunk)
+    yield from chunks(payloads_of(answer))
 
 
 def read_answer(
-    responses: Iterator[pb.StepResponse],
+    responses: Iterator[pb.StepResponse | memoryview],
     spec: ModelSpec,
     *,
     waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -223,18 +221,18 @@ def read_answer(
     """
     message = None
     for response in responses:
-        part = response.WhichOneof("part")
-        if part == "answer":
-            message = response.answer
-            break
-        if part != "waiting":
+        part = None if isinstance(response, memoryview) else response
+        if part is None or not (part.HasField("waiting") or part.HasField("answer")):
             raise InvalidError("a step's answer begins with its payload: expected its header")
-        waiting(tuple(response.waiting.workers))
+        if part.HasField("answer"):
+            message = part.answer
+            break
+        waiting(tuple(part.waiting.workers))
     if message is None:
         raise InvalidError("the stream ended before the step's answer")
     receiver = receiver_of_answer(message, spec, buffers)
     for response in responses:
-        receiver.take(response.chunk)
+        receiver.take(_chunk(response))
     return answer_from_wire(message, receiver.parts(), spec)
 
 
@@ -274,27 +272,26 @@ def answer_from_wire(
 
 def fetch_to_wire(
     point: Point, durable_version: int, vectors: Sequence[memoryview]
-) -> Iterator[pb.FetchResponse]:
-    """Yield the messages that bring a whole model, as raw vectors."""
+) -> Iterator[pb.FetchResponse | memoryview]:
+    """Yield the header and the chunks that bring a whole model, as raw vectors."""
     header = pb.FetchHeader(
         point=point_to_wire(point),
         durable_version=durable_version,
         vector_bytes=[vector.nbytes for vector in vectors],
     )
     yield pb.FetchResponse(header=header)
-    for chunk in chunks(vectors):
-        yield pb.FetchResponse(chunk=chunk)
+    yield from chunks(vectors)
 
 
 def read_fetch(
-    responses: Iterator[pb.FetchResponse], spec: ModelSpec
+    responses: Iterator[pb.FetchResponse | memoryview], spec: ModelSpec
 ) -> tuple[Point, int, tuple[memoryview, ...]]:
     """Read a whole model: its point, the durable version, and the raw vectors.
 
     Raises InvalidError where it is not a model of `spec`.
     """
     first = next(responses, None)
-    if first is None or first.WhichOneof("part") != "header":
+    if not isinstance(first, pb.FetchResponse) or not first.HasField("header"):
         raise InvalidError("a fetched model begins without its header")
     expected = [vector.raw_bytes for vector in spec.vectors]
     if list(first.header.vector_bytes) != expected:
@@ -304,17 +301,21 @@ def read_fetch(
         )
     receiver = Receiver(expected, limit_bytes=sum(expected), what="a fetched model")
     for response in responses:
-        receiver.take(response.chunk)
+        receiver.take(_chunk(response))
     return point_from_wire(first.header.point), first.header.durable_version, receiver.parts()
 
 
 def upload_requests(
     worker: pb.WorkerId, vectors: Sequence[memoryview]
-) -> Iterator[pb.UploadRequest]:
-    """Yield the messages that bring a worker's raw vectors to the server."""
+) -> Iterator[pb.UploadRequest | memoryview]:
+    """Yield the header and the chunks that bring a worker's raw vectors to the server."""
     yield pb.UploadRequest(id=worker)
-    for chunk in chunks(vectors):
-        yield pb.UploadRequest(chunk=chunk)
+    yield from chunks(vectors)
+
+
+def _chunk(message: pb.StepResponse | pb.FetchResponse | memoryview) -> memoryview | bytes:
+    # a message of another kind, in the place of a chunk, has an empty one
+    return message if isinstance(message, memoryview) else message.chunk
 
 
 def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
