@@ -1,9 +1,13 @@
-"""Puts this folder on the import path, so that tests share `ranks`, and prepares their process."""
+"""Puts this folder on the import path, so that tests share `ranks`, and prepares their process.
+
+Where pytest-xdist runs several processes, a file stays in one, and all Docker tests in one.
+"""
 
 from __future__ import annotations
 
 import signal
 
+import pytest
 from hypothesis import settings
 
 # the first example of a process may be the one for which kernels are compiled
@@ -13,3 +17,13 @@ settings.load_profile("topq")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell has started us in the background, and our children would ignore it as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep together what shares processes, images or a training run."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        together = item.path.parent if item.get_closest_marker("docker") else item.path
+        item.add_marker(pytest.mark.xdist_group(str(together)))
