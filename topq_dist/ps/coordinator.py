@@ -18,6 +18,7 @@ from topq_dist.ps.admission import Admission
 from topq_dist.ps.calls import Caller, JoinCall, Joined, Status, WorkerView
 from topq_dist.ps.config import ServingConfig, TrainingConfig, check_together
 from topq_dist.ps.downlink import check_downlink
+from topq_dist.ps.durability import Durability
 from topq_dist.ps.inner import check_inner_optimizer
 from topq_dist.ps.ledger import Ledger, Repeat
 from topq_dist.ps.members import Members
@@ -36,10 +37,8 @@ from topq_dist.ps.protocol import (
     check_worker_name,
 )
 from topq_dist.ps.run_state import RunState, new_run
-from topq_dist.ps.saver import Saver
-from topq_dist.ps.snapshot import StateDir
+from topq_dist.ps.snapshot import Snapshot, StateDir
 
-_DURABLE_WITHIN_S = 60.0
 _PAUSE_PER_HASH = 4.0
 _DRAINING = "the server is shutting down: try again later"
 _NO_MODEL = "the run has no model yet: join again"
@@ -64,7 +63,6 @@ class Coordinator:
         check_together(training, serving)
         self.training = training
         self.serving = serving
-        self._state_dir = state_dir
         self._clock = clock
         self._started_s = clock()
         self._lock = threading.RLock()
@@ -77,12 +75,15 @@ class Coordinator:
         self._next_hash_s = 0.0
         self._bytes: Counter[str] = Counter()
         self._draining = False
-        # -1: not even the initial model
-        self._durable = -1
-        self._asked = 0
         self._state: RunState | None = None
         self._pushes: PendingPushes | None = None
-        self._saver = Saver(self._save)
+        self._durable = Durability(
+            state_dir,
+            self._changed,
+            every=serving.snapshot_every,
+            snapshot=self._snapshot,
+            check_alive=self._check_alive,
+        )
         loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
         self._restored = loaded is not None
         if loaded is None:
@@ -92,7 +93,6 @@ class Coordinator:
         else:
             state, workers = loaded
             run, ledger, spec = state.run, state.ledger, state.spec
-            self._durable = self._asked = state.point.version
             self._members.add(workers, clock())
             self._begin(state, recover_to=state.point.version)
         self.run = run
@@ -100,7 +100,7 @@ class Coordinator:
         self._door = Admission(
             serving, run=run, ledger=ledger, members=self._members, spec=spec, clock=clock
         )
-        self._saver.start()
+        self._durable.start(None if loaded is None else loaded[0].point.version)
 
     def _begin(self, state: RunState, *, recover_to: int | None) -> None:
         self._state = state
@@ -111,7 +111,7 @@ class Coordinator:
             self._members,
             recover_to=recover_to,
             clock=self._clock,
-            made=self._after_version,
+            made=lambda: self._durable.made(state.point.version),
         )
 
     @property
@@ -146,7 +146,7 @@ class Coordinator:
                 caller=Caller(run=self.run, worker=call.worker, epoch=entry.epoch),
                 next_sequence=self._ledger.next_sequence(call.worker),
                 point=START if state is None else state.point,
-                durable_version=max(self._durable, 0),
+                durable_version=self._durable.told,
                 upload=upload,
                 groups=() if state is None else state.central.groups(),
             )
@@ -154,7 +154,7 @@ class Coordinator:
     def _model_or_upload(self, call: JoinCall, wait_s: float) -> bool:
         end_s = time.monotonic() + wait_s
         # a model that is not durable yet may have been another one after a restart
-        while self._durable < 0:
+        while self._durable.version < 0:
             self._check_serving()
             if self._state is None and self._door.is_to_upload(call):
                 return True
@@ -194,10 +194,10 @@ class Coordinator:
             with self._changed:
                 if self._state is None and self._door.spec == spec:
                     self._begin(state, recover_to=None)
-                    self._saver.request()
+                    self._durable.request()
                     self._changed.notify_all()
         with self._changed:
-            self._await_durable(0)
+            self._durable.wait(0)
 
     # pushes
 
@@ -260,7 +260,7 @@ class Coordinator:
             ticket.look.wait(left_s)
         if isinstance(ticket.outcome, RefusedError):
             raise ticket.outcome
-        if not self._durable_before(end_s, ticket.outcome, is_active):
+        if not self._may_answer(ticket.outcome, end_s, is_active):
             return ()
         return self._hand_out(ticket.push.worker, ticket.outcome)
 
@@ -300,17 +300,17 @@ class Coordinator:
             with self._unheard():
                 full = state.full(central=central)
             if self.serving.snapshot_every == 1:
-                self._await_durable(point.version)
+                self._durable.wait(point.version)
             member = self._members.get(caller.worker)
             if member is not None and not central:
                 member.held_version = point.version
-            return point, max(self._durable, 0), full.payloads
+            return point, self._durable.told, full.payloads
 
     def renew(self, caller: Caller) -> int:
         """Renew the lease and return the durable version; raises RefusedError."""
         with self._changed:
             self._door.check_caller(caller)
-            return max(self._durable, 0)
+            return self._durable.told
 
     def leave(self, caller: Caller) -> Point:
         """Give the worker's place up and return the present point, once that is durable."""
@@ -325,9 +325,9 @@ class Coordinator:
             if self._state is None:
                 return START
             point = self._state.point
-            if self._durable < point.version:
-                self._saver.request()
-                self._await_durable(point.version)
+            if self._durable.version < point.version:
+                self._durable.request()
+                self._durable.wait(point.version)
             return point
 
     def status(self, *, state_sha256: bool = False) -> Status:
@@ -360,7 +360,7 @@ class Coordinator:
             return Status(
                 run=self.run,
                 point=point,
-                durable_version=max(self._durable, 0),
+                durable_version=self._durable.told,
                 numel=0 if state is None else state.spec.numel,
                 workers=tuple(
                     WorkerView(
@@ -392,11 +392,11 @@ class Coordinator:
             self._changed.notify_all()
             if self._pushes is not None:
                 self._pushes.wake_all()
-        self._saver.close()
+        self._durable.close()
         with self._changed:
-            unsaved = self._state is not None and self._durable < self._state.point.version
+            unsaved = self._state is not None and self._durable.version < self._state.point.version
             if unsaved and not self.failed:
-                self._save()
+                self._durable.save()
 
     # under the lock
 
@@ -448,7 +448,7 @@ class Coordinator:
             raise NotReadyError(FAILED)
 
     def _started(self) -> RunState:
-        if self._state is None or self._durable < 0:
+        if self._state is None or self._durable.version < 0:
             raise NotReadyError(_NO_MODEL)
         return self._state
 
@@ -463,26 +463,14 @@ class Coordinator:
         if self._pushes is not None and not self._draining:
             self._pushes.advance()
 
-    def _after_version(self) -> None:
-        version = self._started().point.version
-        if version - self._asked >= self.serving.snapshot_every:
-            self._asked = version
-            self._saver.request()
-
-    def _durable_before(self, end_s: float, answer: Answer, is_active: Callable[[], bool]) -> bool:
+    def _may_answer(self, answer: Answer, end_s: float, is_active: Callable[[], bool]) -> bool:
         """Wait until `answer` may be given, and return whether it may."""
+        self._check_alive()
         if self.serving.snapshot_every > 1:
-            self._check_alive()
             return True
         version = max((update.point.version for update in answer.updates), default=0)
-        with self._changed:
-            while self._durable < version:
-                self._check_alive()
-                left_s = end_s - time.monotonic()
-                if left_s <= 0 or not is_active():
-                    return False
-                self._changed.wait(left_s)
-        return True
+        with self._lock:
+            return self._durable.reached(version, end_s, is_active)
 
     def _hand_out(self, worker: str, answer: Answer) -> Answer:
         with self._counting:
@@ -492,27 +480,14 @@ class Coordinator:
                 member.sent_bytes += answer.payload_bytes
                 if answer.updates:
                     member.held_version = answer.updates[-1].point.version
-        return replace(answer, durable_version=max(self._durable, 0))
+        return replace(answer, durable_version=self._durable.told)
 
-    def _await_durable(self, version: int) -> None:
-        end_s = time.monotonic() + _DURABLE_WITHIN_S
-        while self._durable < version:
-            if self.failed or time.monotonic() >= end_s:
-                raise NotReadyError(f"version {version} could not be made durable: try again")
-            self._changed.wait(1.0)
-
-    def _save(self) -> None:
-        with self._changed:
-            if self._state is None or self.failed:
-                return
-            version = self._state.point.version
-            live = self._members.live(self._clock())
-            with self._unheard():
-                snapshot = self._state.snapshot(live, every=self.serving.snapshot_every)
-        self._state_dir.save(snapshot)
-        with self._changed:
-            self._durable = max(self._durable, version)
-            self._changed.notify_all()
+    def _snapshot(self) -> Snapshot | None:
+        if self._state is None or self.failed:
+            return None
+        live = self._members.live(self._clock())
+        with self._unheard():
+            return self._state.snapshot(live, every=self.serving.snapshot_every)
 
 
 def _fenced(push: Push) -> str:

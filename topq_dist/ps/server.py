@@ -14,9 +14,11 @@ from types import FrameType
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from topq_dist.compress.frame import decode_frame, encode_frame
 from topq_dist.ps.config import ServingConfig, TrainingConfig
 from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.gate import Gate
@@ -145,6 +147,14 @@ def _keep_few_arenas() -> None:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
+def _load_loops() -> None:
+    """Have the loops of the codec loaded, or compiled: the first push would wait for it."""
+    numel = 1024
+    indices = torch.arange(0, numel, numel // 16)
+    frame, _ = encode_frame(numel, indices, torch.ones(indices.numel()))
+    decode_frame(frame, numel=numel).add_to(torch.zeros(numel))
+
+
 def serve(
     training: TrainingConfig,
     serving: ServingConfig,
@@ -161,6 +171,7 @@ def serve(
     could not be made.
     """
     _keep_few_arenas()
+    _load_loops()
     stop = threading.Event()
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
