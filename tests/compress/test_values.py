@@ -149,3 +149,27 @@ def test_fields_of_every_width(fields: np.ndarray, width: int) -> None:
     assert stream.size == -(-fields.size * width // 8)
     assert padding_is_zero(stream, fields.size * width)
     assert np.array_equal(unpack_fields(stream, fields.size, width), fields)
+
+
+@pytest.mark.parametrize("value_format", ["fp32", "fp64"])
+def test_values_in_place_are_a_view_where_that_can_be(value_format: str) -> None:
+    values = torch.tensor([1.5, -2.0, 3.25], dtype=torch.float64)
+    payload = encode_values(values, value_format).payload
+    room = np.zeros(payload.size + 8, dtype=np.uint8)
+    for offset, shared in ((0, True), (1, False)):
+        raw = room[offset : offset + payload.size]
+        raw[:] = payload
+        decoded = decode_values(raw, 3, value_format, 0, in_place=True)
+        assert decoded.tolist() == values.tolist()
+        raw[:] = 0
+        assert decoded.any() == (not shared)
+    raw = np.frombuffer(payload.tobytes(), dtype=np.uint8)  # read-only
+    decoded = decode_values(raw, 3, value_format, 0, in_place=True)
+    decoded.zero_()
+    assert raw.any()
+    for wrong in (np.nan, np.inf, -np.inf):
+        room[: payload.size] = payload
+        whole = room[: payload.size].view(np.float64 if value_format == "fp64" else np.float32)
+        whole[1] = wrong
+        with pytest.raises(ValueError, match="not finite"):
+            decode_values(room[: payload.size], 3, value_format, 0, in_place=True)
