@@ -8,7 +8,8 @@ them sent as fp32) show how much is left of the bytes a second of raw TCP, and o
 parameter server behind it: as many connections, the same bytes up, a barrier, the same bytes down.
 "sparse" frames (q = 0.99, fp16, 1 M numbers) show rounds a second, and "small" ones, for 10,000
 rounds, whether memory stays flat. Workers and server share the cores of this machine, so that the
-CPU seconds of both count. Prints a table and writes runs/ps_load.json. Needs Linux.
+CPU seconds of both count. Prints a table and writes runs/ps_load.json, in which the rows of loads
+that were not run stay. Needs Linux.
 """
 
 from __future__ import annotations
@@ -273,13 +274,18 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = [measure(name, options.workers, options.rounds) for name in options.loads]
+    found = options.out / "ps_load.json"
+    others = json.loads(found.read_text())["rows"] if found.exists() else []
+    others = [row for row in others if row["load"] not in options.loads]
     report = {
         "benchmark": "ps_load",
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "grpc": grpc.__version__},
-        "rows": [asdict(row) for row in rows],
+        "rows": sorted(
+            [*map(asdict, rows), *others], key=lambda row: list(LOADS).index(row["load"])
+        ),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ps_load.json").write_text(json.dumps(report, indent=1) + "\n")
+    found.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
 
 

@@ -214,6 +214,30 @@ def ps_step() -> str:
     return markdown(["ms a step, 2 workers", *(LINKS[link] for link in links)], lines)
 
 
+def ps_load() -> str:
+    """Return what a server carries: speed beside gRPC and sockets, CPU and memory."""
+    lines = [
+        [
+            f"{frame_text(row['up_bytes'])} up, {frame_text(row['down_bytes'])} down",
+            f"{1 / row['round_s']:.{0 if row['round_s'] < 0.1 else 1}f}",
+            f"{row['gb_per_s']:.{2 if row['gb_per_s'] > 0.1 else 3}f}",
+            f"{row['gb_per_s'] / row['bare_grpc_gb_per_s']:.0%}",
+            f"{row['gb_per_s'] / row['raw_tcp_gb_per_s']:.0%}",
+            f"{1e3 * row['server_cpu_s']:.0f} + {1e3 * row['workers_cpu_s']:.0f} ms",
+            f"{row['rss_bytes'][0] / 1e6:.0f}, {row['rss_bytes'][-1] / 1e6:.0f} MB",
+        ]
+        for row in results("ps_load")["rows"]
+    ]
+    heads = ["a worker's frame", "rounds a second", "GB/s", "of bare gRPC", "of raw TCP"]
+    heads += ["CPU a round, server + workers", "server's memory, after a tenth and at the end"]
+    return markdown(heads, lines)
+
+
+def frame_text(count_bytes: int) -> str:
+    """Return so many bytes as text."""
+    return f"{count_bytes / 1e6:.0f} MB" if count_bytes >= 1e6 else f"{count_bytes / 1e3:.1f} kB"
+
+
 def results(name: str) -> Any:
     """Return what the script of this name has written."""
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -236,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ddp_step": ddp_step,
     "engine": engine,
     "optimizer_step": optimizer_step,
+    "ps_load": ps_load,
     "ps_step": ps_step,
 }
 
