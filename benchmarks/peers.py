@@ -4,8 +4,7 @@ The plain hook is the one found in most training scripts: torch.topk over the bu
 indices and fp32 values through two all-gathers, what was not sent kept for the next step.
 """
 
-from __future__ import annotations
-
+# no annotations from the future: DDP looks at those of a hook, and takes no text for a type
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,7 +105,7 @@ def _register_plain_topk(model: DistributedDataParallel) -> None:
 
 
 def _register_topq(
-    model: DistributedDataParallel, *, exchange: ExchangeName
+    model: DistributedDataParallel, *, exchange: "ExchangeName"
 ) -> topq_dist.TopQState:
     # not imported above, or what it loads would count as memory of the others
     return topq_dist.register_topq_hook(
@@ -124,7 +123,7 @@ def _powersgd(rank: int) -> Hook:
     )
 
 
-def _topq(exchange: ExchangeName) -> Hook:
+def _topq(exchange: "ExchangeName") -> Hook:
     return Hook(
         title=f"topq_dist, {exchange}",
         register=functools.partial(_register_topq, exchange=exchange),
