@@ -12,6 +12,7 @@ import checkpoint
 import pytest
 from connection import ServerUnfitError
 from running_server import client_security
+from server_process import ServerProcess
 from train_jobs import finish, processes_with, results, start, wait_for
 from worker_options import parse_worker
 
@@ -141,36 +142,30 @@ def test_a_signal_ends_server_and_workers(
 
 def test_uses_a_running_server_by_workers_alone(undisturbed: Path, tmp_path: Path) -> None:
     """As containers do: no torchrun, each worker told by its environment who it is."""
-    command = [sys.executable, "-m", "topq_dist.cli", "serve", "--address", "127.0.0.1:0"]
-    command += ["--state-dir", str(tmp_path / "state"), "--workers", "2", "--downlink", "topq"]
-    command += ["--inner-opt", "sgd", "--lr", "0.1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    workers: list[subprocess.Popen[str]] = []
-    try:
-        assert server.stdout is not None
-        address = server.stdout.readline().split()[-1]
+    training = {"inner_opt": "sgd", "options": {"lr": 0.1}, "downlink": "topq"}
+    two = {"start_workers": 2, "max_workers": 2}
+    with ServerProcess(tmp_path / "state", training, two) as server:
         code, _, complaints = finish(
-            start(*mode_ps(tmp_path), "--server", address, "--inner-opt", "adam")
+            start(*mode_ps(tmp_path), "--server", server.address, "--inner-opt", "adam")
         )
         assert code == 2
         assert complaints == (
-            f"train.sh: --inner-opt adam: the server at {address} trains with sgd: "
+            f"train.sh: --inner-opt adam: the server at {server.address} trains with sgd: "
             "expected the same\n"
         )
-        workers = [worker(rank, address) for rank in range(2)]
-        for rank, process in enumerate(workers):
-            said, complaints = process.communicate(timeout=100)
-            assert (process.returncode, complaints) == (0, "")
-            assert f"worker-{rank}: test accuracy" in said
-            expected = results(undisturbed)["ps"]["parameters_sha256"]
-            assert f"parameters sha256: {expected}\n" in said
-        server.terminate()
-        assert server.wait(30) == 0
-    finally:
-        for process in (server, *workers):
-            if process.poll() is None:
+        workers = [worker(rank, server.address) for rank in range(2)]
+        try:
+            for rank, process in enumerate(workers):
+                said, complaints = process.communicate(timeout=100)
+                assert (process.returncode, complaints) == (0, "")
+                assert f"worker-{rank}: test accuracy" in said
+                expected = results(undisturbed)["ps"]["parameters_sha256"]
+                assert f"parameters sha256: {expected}\n" in said
+        finally:
+            for process in workers:
                 process.kill()
-            process.communicate()
+                process.communicate()
+        assert server.terminate() == (0, "")
 
 
 def worker(rank: int, address: str) -> subprocess.Popen[str]:
