@@ -171,6 +171,8 @@ class _Scratch(threading.local):
         self._indices = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.uint64)
         self.single = torch.empty(BLOCK_NUMEL)
+        # as many as stay in a core's first cache
+        self.counts = np.empty(2_048, dtype=np.int64)
 
     def block(self, dtype: torch.dtype) -> Keys:
         """One block's keys."""

@@ -180,17 +180,21 @@ def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
 
 
 @compiled
-def near_kth(bits: Any, magnitude: Any, k: Any, counts: Any, near: Any) -> Any:
-    """List the keys in a narrow range that the k-th largest key is in.
+def keep_largest(
+    indices: Any, bits: Any, magnitude: Any, k: Any, counts: Any, near: Any, kept: Any
+) -> Any:
+    """Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
 
-    Returns how many `near`, which has room for all, holds then; how many keys are above them; and
-    the highest key. `counts` is scratch: the more entries, the narrower the range.
+    Writes their indices to `kept` and moves their bits to the front of `bits`; returns the k-th and
+    the highest magnitude. `near` has room for all bits and one more, `kept` for k and one more;
+    `counts` is scratch of any size.
     """
     # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
     lowest = highest = np.int64(bits[0] & magnitude)
     for at in range(bits.size):
         key = np.int64(bits[at] & magnitude)
         lowest, highest = min(lowest, key), max(highest, key)
+    # the k-th lies in one of as many narrow ranges as there are counts
     shift = 0
     while (highest - lowest) >> shift >= counts.size:
         shift += 1
@@ -206,26 +210,22 @@ def near_kth(bits: Any, magnitude: Any, k: Any, counts: Any, near: Any) -> Any:
         key = bits[at] & magnitude
         near[found] = key
         found += ((np.int64(key) - lowest) >> shift) == bucket
-    return found, above, highest
-
-
-@compiled
-def keep_largest(
-    indices: Any, bits: Any, magnitude: Any, kth: Any, ties: Any, kept: Any, kept_bits: Any
-) -> None:
-    """Copy the entries whose key is over `kth`, and the first `ties` of those where it is `kth`.
-
-    `kept` and `kept_bits` have room for one more than there are.
-    """
+    place = found - (k - above)
+    kth = np.partition(near[:found], place)[place]
+    ties = k - above
+    for at in range(found):
+        ties -= near[at] > kth
     count = 0
-    for at in range(indices.size):
-        key = bits[at] & magnitude
+    for at in range(bits.size):
+        pattern = bits[at]
+        key = pattern & magnitude
         # written whether it counts or not: a branch that is taken now and then costs more
         kept[count] = indices[at]
-        kept_bits[count] = bits[at]
+        bits[count] = pattern
         tied = (key == kth) & (ties > 0)
         ties -= tied
         count += (key > kth) | tied
+    return np.int64(kth), highest
 
 
 @compiled

@@ -11,7 +11,7 @@ Selecting changes nothing; `settle` does, once the step is sure to count.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from topq_dist.compress.blocks import (
     key_of,
     not_finite_allowed,
     number_of,
+    scratch,
     settle_blocks,
     sign_cleared,
     spans,
@@ -43,7 +44,7 @@ from topq_dist.compress.candidates import (
     sampled_threshold,
 )
 from topq_dist.compress.device_selection import DeviceSelector
-from topq_dist.compress.kernels import keep_largest, near_kth
+from topq_dist.compress.kernels import keep_largest
 from topq_dist.compress.workers import run_all
 from topq_dist.top_k import top_indices
 
@@ -54,10 +55,6 @@ _SMALL_NUMEL = 4_096
 _FIRST_SLACK = 0.03
 _LARGEST_SLACK = 0.5
 _SMALLEST_SLACK = 0.002
-
-
-# as many as stay in a core's first cache
-_BUCKETS = 2_048
 
 
 class Selection(NamedTuple):
@@ -121,16 +118,14 @@ class Selector:
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
-        kth, above, highest = _kth_largest(bits, k, sign_cleared(dtype))
+        kept, near = np.empty(k + 1, np.int64), np.empty(bits.size + 1, bits.dtype)
+        kth, highest = keep_largest(
+            indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept
+        )
         finite = highest < key_of(np.inf, dtype)
-        if bits.size > k:
-            every = indices, bits
-            indices, bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
-            keep_largest(*every, sign_cleared(dtype), kth, k - above, indices, bits)
-            indices, bits = indices[:k], bits[:k]
         if finite:
-            self._remember(number_of(int(kth), dtype))
-        return Selection(torch.from_numpy(indices), tensor_of(bits, dtype), finite)
+            self._remember(number_of(kth, dtype))
+        return Selection(torch.from_numpy(kept[:k]), tensor_of(bits[:k], dtype), finite)
 
     def _remember(self, threshold: float) -> None:
         if self._threshold:
@@ -210,15 +205,6 @@ def select_with_torch(
     indices = (within + starts[: rows.shape[0], None]).reshape(-1)
     finite = bool(torch.isfinite(vector).all())
     return Selection(indices, vector.index_select(0, indices), finite)
-
-
-def _kth_largest(bits: Keys, k: int, magnitude: Any) -> tuple[Any, int, int]:
-    """Return the k-th largest key, how many are larger, and the largest of all."""
-    near = np.empty(bits.size + 1, bits.dtype)
-    count, above, highest = near_kth(bits, magnitude, k, np.empty(_BUCKETS, np.int64), near)
-    ordered = np.partition(near[:count], count - (k - above))
-    kth = ordered[count - (k - above)]
-    return kth, above + int(np.count_nonzero(ordered > kth)), highest
 
 
 def _rows_of_span(
