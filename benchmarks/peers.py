@@ -31,7 +31,7 @@ class Hook:
     """One row of the table: how it is registered, and what it needs to run at all."""
 
     title: str
-    register: Callable[[DistributedDataParallel], topq_dist.TopQState | None]
+    register: Callable[[DistributedDataParallel], "topq_dist.TopQState | None"]
     bucket_cap_mb: int | None = None
     warmup_steps: int = 2
     # whether warm-up must go on until the hook has made up its mind
@@ -106,7 +106,7 @@ def _register_plain_topk(model: DistributedDataParallel) -> None:
 
 def _register_topq(
     model: DistributedDataParallel, *, exchange: "ExchangeName"
-) -> topq_dist.TopQState:
+) -> "topq_dist.TopQState":
     # not imported above, or what it loads would count as memory of the others
     return topq_dist.register_topq_hook(
         model, q=1.0 - DENSITY, value_format="fp16", exchange=exchange
