@@ -117,6 +117,9 @@ CALLS: dict[str, Callable[[Worker], object]] = {
         wire.upload_requests(worker.id, worker.held.raw()), timeout=CALL_S
     ),
     "step": lambda worker: worker.send(worker.next_push()),
+    "short step": lambda worker: worker.stub.ShortStep(
+        pb.ShortStepRequest(header=worker.header(worker.next_push())), timeout=CALL_S
+    ),
     "fetch": lambda worker: worker.fetch(),
     "renew": lambda worker: worker.stub.Renew(pb.RenewRequest(id=worker.id), timeout=CALL_S),
     "leave": lambda worker: worker.stub.Leave(pb.LeaveRequest(id=worker.id), timeout=CALL_S),
@@ -212,21 +215,33 @@ def test_people_are_told_what_is_wrong_with_their_certificates(run: Run) -> None
 # what is in a push
 
 
-def pushed(**changes: Any) -> Act:
-    """Return what sends alice's next push with these changes of its frames, its lr or header."""
-    frames_of, lr = changes.pop("frames_of", None), changes.pop("lr", ())
+class Pushed:
+    """Sends alice's next push with some changes of its frames, its lr or header."""
 
-    def act(run: Run) -> None:
+    def __init__(self, **changes: Any) -> None:
+        self._changes = changes
+
+    def __call__(self, run: Run) -> None:
+        header, chunks = self._push(run)
+        run.alice.send_messages([pb.StepRequest(header=header), *chunks])
+
+    def in_one_message(self, run: Run) -> None:
+        """Do the same by ShortStep."""
+        header, chunks = self._push(run)
+        request = pb.ShortStepRequest(header=header, frames=b"".join(chunks))
+        run.alice.stub.ShortStep(request, timeout=CALL_S)
+
+    def _push(self, run: Run) -> tuple[pb.StepHeader, list[memoryview]]:
+        changes = dict(self._changes)
+        frames_of, lr = changes.pop("frames_of", None), changes.pop("lr", ())
         push = run.alice.next_push()
         if frames_of is not None:
             push = replace(push, frames=frames_of(push.frames))
-        _, *rest = run.alice.messages(push, lr)
+        _, *chunks = run.alice.messages(push, lr)
         header = run.alice.header(push, lr=lr, digest=push_digest(lr, push.frames))
         for name, value in changes.items():
             set_field(header, name, value)
-        run.alice.send_messages([pb.StepRequest(header=header), *rest])
-
-    return act
+        return header, [chunk for chunk in chunks if isinstance(chunk, memoryview)]
 
 
 def set_field(header: pb.StepHeader, name: str, value: Any) -> None:
@@ -328,13 +343,13 @@ def empty_frame(frames: list[memoryview]) -> list[memoryview]:
 
 BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
     "declared beyond the limit": (
-        pushed(frame_bytes=[2**40, 1]),
+        Pushed(frame_bytes=[2**40, 1]),
         "RESOURCE_EXHAUSTED",
         "too_large",
         ("'alice'", str(2**40 + 1), "expected at most"),
     ),
     "declared beyond any number": (
-        pushed(frame_bytes=[2**64 - 1, 2**64 - 1]),
+        Pushed(frame_bytes=[2**64 - 1, 2**64 - 1]),
         "RESOURCE_EXHAUSTED",
         "too_large",
         ("expected at most",),
@@ -344,98 +359,98 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
     "fewer bytes": (truncated, "INVALID_ARGUMENT", "invalid", ("ended after", "of")),
     "no bytes": (without_bytes, "INVALID_ARGUMENT", "invalid", ("ended after 0 of",)),
     "damaged": (damaged_on_its_way, "INVALID_ARGUMENT", "invalid", ("damaged on its way",)),
-    "altered": (pushed(frames_of=altered), "INVALID_ARGUMENT", "invalid", ("frame 0", "checksum")),
+    "altered": (Pushed(frames_of=altered), "INVALID_ARGUMENT", "invalid", ("frame 0", "checksum")),
     "wrong numel": (
-        pushed(frames_of=lambda _: of_numel(11)),
+        Pushed(frames_of=lambda _: of_numel(11)),
         "INVALID_ARGUMENT",
         "invalid",
         ("frame 0", "11 elements", "expected 10"),
     ),
     "one frame": (
-        pushed(frames_of=one_frame),
+        Pushed(frames_of=one_frame),
         "INVALID_ARGUMENT",
         "invalid",
         ("1 frames", "expected 2"),
     ),
-    "an empty frame": (pushed(frames_of=empty_frame), "INVALID_ARGUMENT", "invalid", ("frame 0",)),
+    "an empty frame": (Pushed(frames_of=empty_frame), "INVALID_ARGUMENT", "invalid", ("frame 0",)),
     "many frames": (
-        pushed(frame_bytes=[0] * 1_000_000),
+        Pushed(frame_bytes=[0] * 1_000_000),
         "INVALID_ARGUMENT",
         "invalid",
         ("1000000 frames", "expected 2"),
     ),
-    "non-finite": (pushed(frames_of=non_finite), "INVALID_ARGUMENT", "non_finite", ("NaN",)),
+    "non-finite": (Pushed(frames_of=non_finite), "INVALID_ARGUMENT", "non_finite", ("NaN",)),
     "NaN": (
-        pushed(frames_of=lambda _: holding(np.nan)),
+        Pushed(frames_of=lambda _: holding(np.nan)),
         "INVALID_ARGUMENT",
         "invalid",
         ("finite",),
     ),
     "infinity": (
-        pushed(frames_of=lambda _: holding(np.inf)),
+        Pushed(frames_of=lambda _: holding(np.inf)),
         "INVALID_ARGUMENT",
         "invalid",
         ("finite",),
     ),
-    "lr NaN": (pushed(lr=(float("nan"),)), "INVALID_ARGUMENT", "non_finite", ("lr=(nan,)",)),
-    "lr infinite": (pushed(lr=(float("inf"),)), "INVALID_ARGUMENT", "non_finite", ("lr=(inf,)",)),
-    "lr below 0": (pushed(lr=(-1.0,)), "INVALID_ARGUMENT", "invalid", ("lr=(-1.0,)", "at least 0")),
-    "two lrs": (pushed(lr=(0.1, 0.1)), "INVALID_ARGUMENT", "invalid", ("2 learning rates",)),
+    "lr NaN": (Pushed(lr=(float("nan"),)), "INVALID_ARGUMENT", "non_finite", ("lr=(nan,)",)),
+    "lr infinite": (Pushed(lr=(float("inf"),)), "INVALID_ARGUMENT", "non_finite", ("lr=(inf,)",)),
+    "lr below 0": (Pushed(lr=(-1.0,)), "INVALID_ARGUMENT", "invalid", ("lr=(-1.0,)", "at least 0")),
+    "two lrs": (Pushed(lr=(0.1, 0.1)), "INVALID_ARGUMENT", "invalid", ("2 learning rates",)),
     "many lrs": (
-        pushed(lr=(0.1,) * 400_000),
+        Pushed(lr=(0.1,) * 400_000),
         "INVALID_ARGUMENT",
         "invalid",
         ("400000 learning rates",),
     ),
     "many NaN lrs": (
-        pushed(lr=(float("nan"),) * 400_000),
+        Pushed(lr=(float("nan"),) * 400_000),
         "INVALID_ARGUMENT",
         "non_finite",
         ("lr=(nan", "finite"),
     ),
-    "other digest": (pushed(digest=bytes(32)), "INVALID_ARGUMENT", "invalid", ("another digest",)),
-    "short digest": (pushed(digest=b"x"), "INVALID_ARGUMENT", "invalid", ("expected 32",)),
-    "long digest": (pushed(digest=b"x" * 3_000_000), "INVALID_ARGUMENT", "invalid", ("digest",)),
+    "other digest": (Pushed(digest=bytes(32)), "INVALID_ARGUMENT", "invalid", ("another digest",)),
+    "short digest": (Pushed(digest=b"x"), "INVALID_ARGUMENT", "invalid", ("expected 32",)),
+    "long digest": (Pushed(digest=b"x" * 3_000_000), "INVALID_ARGUMENT", "invalid", ("digest",)),
     "two headers": (two_headers, "INVALID_ARGUMENT", "invalid", ("two headers",)),
     "chunk first": (chunk_first, "INVALID_ARGUMENT", "invalid", ("without its header",)),
     "nothing": (nothing, "INVALID_ARGUMENT", "invalid", ("without its header",)),
     "empty message": (empty_message, "INVALID_ARGUMENT", "invalid", ("without its header",)),
-    "a gap": (pushed(sequence=1000), "OUT_OF_RANGE", "sequence_gap", ("'alice'", "expected push")),
-    "the last number": (pushed(sequence=2**64 - 1), "INVALID_ARGUMENT", "invalid", ("sequence=",)),
-    "number 0": (pushed(sequence=0), "INVALID_ARGUMENT", "invalid", ("sequence=0",)),
+    "a gap": (Pushed(sequence=1000), "OUT_OF_RANGE", "sequence_gap", ("'alice'", "expected push")),
+    "the last number": (Pushed(sequence=2**64 - 1), "INVALID_ARGUMENT", "invalid", ("sequence=",)),
+    "number 0": (Pushed(sequence=0), "INVALID_ARGUMENT", "invalid", ("sequence=0",)),
     "no chain": (
-        pushed(base=pb.Point(version=1, chain=b"x")),
+        Pushed(base=pb.Point(version=1, chain=b"x")),
         "INVALID_ARGUMENT",
         "invalid",
         ("1 bytes of chain", "expected 32"),
     ),
     "a base to come": (
-        pushed(base=pb.Point(version=2**63, chain=bytes(32))),
+        Pushed(base=pb.Point(version=2**63, chain=bytes(32))),
         "INVALID_ARGUMENT",
         "invalid",
         (f"based on version {2**63}", "expected at most"),
     ),
     "empty chunks": (empty_chunk, "INVALID_ARGUMENT", "invalid", ("an empty message",)),
     "a replay of nothing": (
-        pushed(applied_version=2**40, members=["alice"]),
+        Pushed(applied_version=2**40, members=["alice"]),
         "INVALID_ARGUMENT",
         "invalid",
         ("applied in version", "lost nothing"),
     ),
     "a replay beside others": (
-        pushed(applied_version=5, members=["bob"]),
+        Pushed(applied_version=5, members=["bob"]),
         "INVALID_ARGUMENT",
         "invalid",
         ("members=", "'alice'"),
     ),
     "a replay beside a crowd": (
-        pushed(applied_version=5, members=["bob"] * 400_000),
+        Pushed(applied_version=5, members=["bob"] * 400_000),
         "INVALID_ARGUMENT",
         "invalid",
         ("members",),
     ),
     "members that are no names": (
-        pushed(applied_version=5, members=["alice", "no/name"]),
+        Pushed(applied_version=5, members=["alice", "no/name"]),
         "INVALID_ARGUMENT",
         "invalid",
         ("worker='no/name'",),
@@ -446,6 +461,15 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", BAD_PUSHES)
 def test_a_push_that_is_none(run: Run, case: str) -> None:
     check(run, *BAD_PUSHES[case])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in BAD_PUSHES if isinstance(BAD_PUSHES[case][0], Pushed)]
+)
+def test_a_push_in_one_message_that_is_none(run: Run, case: str) -> None:
+    act, code, reason, words = BAD_PUSHES[case]
+    assert isinstance(act, Pushed)
+    check(run, act.in_one_message, code, reason, words)
 
 
 def test_a_message_over_the_limit_is_not_even_read(run: Run) -> None:
