@@ -145,3 +145,32 @@ def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -
         check=False,
     )
     assert (ran.stdout.strip(), ran.stderr) == ("70", "")
+
+
+@pytest.mark.parametrize("damaged", ["*.nbc", "*.nbi", "*.nb?"])
+def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, damaged: str) -> None:
+    program = (
+        "from topq_dist.compress.kernels import count_reaching\n"
+        "import numpy as np\n"
+        "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def said() -> tuple[str, str]:
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        return ran.stdout.strip(), ran.stderr
+
+    assert said() == ("70", "")
+    files = list(tmp_path.rglob(damaged))
+    assert files
+    for file in files:
+        file.write_bytes(b"")
+    assert said() == ("70", "")
+    assert all(file.stat().st_size for file in files)

@@ -7,6 +7,7 @@ came over a wire decides where to read or write, the loop itself looks.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,7 +33,24 @@ def compiled(function: F) -> F:
         kernel: F = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found no folder that it may write to
         kernel = njit(nogil=True)(function)
+    else:
+        _renew_where_damaged(kernel)
     return kernel
+
+
+def _renew_where_damaged(kernel: Any) -> None:
+    """Make a cache file that cannot be read count as none: a power cut leaves empty ones."""
+    cache = kernel._cache
+    load = cache.load_overload
+
+    def load_or_nothing(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except (EOFError, pickle.UnpicklingError):
+            cache.flush()
+            return None
+
+    cache.load_overload = load_or_nothing
 
 
 def _mask_of(lanes: int) -> Any:
