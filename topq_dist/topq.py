@@ -27,7 +27,7 @@ def check_fraction(name: str, value: Any) -> float:
 def check_number(name: str, value: Any) -> float:
     """Return `value` as a float, or raise naming `name` unless it is a finite real number."""
     # bool is a Real; q=True is a slip of the pen, not a fraction
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, float | Real):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     number = float(value)
     if not math.isfinite(number):

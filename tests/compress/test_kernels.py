@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from topq_dist.compress.blocks import Terms, add_terms
 from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.frame import Frame
 from topq_dist.compress.kernels import (
@@ -46,7 +47,7 @@ def test_elements_that_reach_a_key_are_found_in_order(size: int, seed: int, dtyp
     expected = np.flatnonzero(np.abs(vector) >= 2.0)
     assert count_reaching(bits, low) == expected.size
     indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, bits.dtype)
-    assert find_reaching(bits, None, low, 7, indices, numbers, 0) == expected.size
+    assert find_reaching(bits, None, low, 7, indices, numbers, 0, None) == expected.size
     np.testing.assert_array_equal(indices[: expected.size], expected + 7)
     np.testing.assert_array_equal(numbers[: expected.size], bits[expected])
 
@@ -60,7 +61,7 @@ def test_sums_that_reach_a_key_are_found_with_their_values(
     low = np.array([2.0], dtype).view(f"i{vector.itemsize}")[0]
     expected = np.flatnonzero(np.abs(total) >= 2.0)
     indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, dtype)
-    assert find_reaching(vector, owed, low, 0, indices, numbers, 0) == expected.size
+    assert find_reaching(vector, owed, low, 0, indices, numbers, 0, None) == expected.size
     np.testing.assert_array_equal(indices[: expected.size], expected)
     np.testing.assert_array_equal(numbers[: expected.size], total[expected])
 
@@ -71,7 +72,7 @@ def test_a_search_stops_before_it_runs_out_of_room(size: int) -> None:
     room = 3 * LANES
     # what lies behind the room is not the kernel's
     indices, numbers = np.full(room + 1, -1, np.int64), np.full(room + 1, -1, np.int32)
-    found = find_reaching(vector, None, np.int32(1), 0, indices[:room], numbers[:room], 0)
+    found = find_reaching(vector, None, np.int32(1), 0, indices[:room], numbers[:room], 0, None)
     assert min(size, room - LANES) <= found <= room
     assert indices[room] == numbers[room] == -1
 
@@ -84,12 +85,13 @@ def test_the_largest_are_kept_and_the_first_of_the_ties(
     sign = keys.dtype.type(data.draw(st.integers(0, 1)) << (8 * keys.itemsize - 1))
     magnitude = keys.dtype.type(np.iinfo(keys.dtype).max // 2)
     indices, bits = np.arange(keys.size, dtype=np.int64) * 3, keys | sign
-    near, kept = np.empty(keys.size + 1, keys.dtype), np.empty(k + 1, np.int64)
-    kth, highest = keep_largest(indices, bits, magnitude, k, np.empty(counts, np.int64), near, kept)
+    near, kept_bits = np.empty(keys.size + 1, keys.dtype), np.empty(k + 1, keys.dtype)
+    kept, counted = np.empty(k + 1, np.int64), np.empty(counts, np.int64)
+    kth, highest = keep_largest(indices, bits, magnitude, k, counted, near, kept, kept_bits)
     expected = np.sort(np.lexsort((np.arange(keys.size), -keys.astype(object)))[:k])
     assert (kth, highest) == (keys[expected].min(), keys.max())
     np.testing.assert_array_equal(kept[:k], indices[expected])
-    np.testing.assert_array_equal(bits[:k], keys[expected] | sign)
+    np.testing.assert_array_equal(kept_bits[:k], keys[expected] | sign)
 
 
 @given(
@@ -123,6 +125,11 @@ def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None
         Frame(numel=5, indices=at, values=value, finite=True).add_to(torch.zeros(5))
     with pytest.raises(ValueError, match="indices"):
         settle(torch.zeros(5), torch.zeros(5), at, value)
+    terms = Terms(at.numpy(), value.numpy(), np.array([0, 2]))
+    with pytest.raises(ValueError, match="indices"):
+        settle(torch.zeros(5), torch.zeros(5), at[:0], value[:0], replace_by=terms)
+    with pytest.raises(ValueError, match="index"):
+        add_terms(torch.zeros(5), terms)
 
 
 def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -> None:

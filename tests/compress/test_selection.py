@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topq_dist.compress.blocks import NO_TERMS
 from topq_dist.compress.selection import (
     Selection,
     Selector,
@@ -371,6 +372,12 @@ def test_settling_can_clear_the_gradient(dtype: torch.dtype) -> None:
     picked = Selector().select(gradient, 6_000, residual=residual)
     kept = residual + gradient
     kept[picked.indices] = 0.5
-    settle(residual, gradient, picked.indices, torch.full((6_000,), 0.5, dtype=wide), clear=True)
+    settle(
+        residual,
+        gradient,
+        picked.indices,
+        torch.full((6_000,), 0.5, dtype=wide),
+        replace_by=NO_TERMS,
+    )
     assert torch.equal(residual, kept)
     assert not gradient.any()

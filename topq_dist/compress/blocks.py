@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.casts import cast
-from topq_dist.compress.kernels import settle_span
+from topq_dist.compress.kernels import STREAM_ALIGNMENT, scatter_add, settle_span
 from topq_dist.compress.workers import run_all, thread_count
 
 # a block stays in a core's cache; below 65,536 call overhead shows
@@ -35,6 +35,21 @@ KEY_DTYPES: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
     torch.float64: np.uint64,
 }
 SIGNED_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Terms(NamedTuple):
+    """Sparse vectors to be added up: `indices` and `values` of one after the other.
+
+    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
+    """
+
+    indices: Indices
+    values: Floats
+    edges: Indices
+
+
+# what adds up to zeros
+NO_TERMS = Terms(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(1, np.int64))
 
 
 class CompensatedGradient:
@@ -148,19 +163,36 @@ def blocks(start: int, stop: int, numel: int = BLOCK_NUMEL) -> Iterator[tuple[in
 
 
 def settle_blocks(
-    residual: Tensor, gradient: Tensor, indices: Indices, rest: Floats, *, clear: bool
+    residual: Tensor,
+    gradient: Tensor,
+    indices: Indices,
+    rest: Floats,
+    *,
+    replace_by: Terms | None,
 ) -> None:
     """residual += gradient, then residual[indices] = rest; the indices ascend.
 
-    With `clear` the gradient becomes zero. Raises ValueError, having changed nothing, where the
-    first or the last index is out of range.
+    With `replace_by` the gradient becomes the sum of those terms; they must be of the gradient's
+    dtype, and that the residual's, unless they are NO_TERMS. Raises ValueError, having changed
+    nothing, where the first or the last index of any of them is out of range.
     """
-    if indices.size and (indices[0] < 0 or indices[-1] >= residual.numel()):
-        raise ValueError(
-            f"indices from {indices[0]} to {indices[-1]}: expected [0, {residual.numel()})"
-        )
-    terms = residual.detach(), gradient.detach(), indices, rest, clear
+    _check_range(indices, residual.numel())
+    if replace_by is not None:
+        for low, high in pairwise(replace_by.edges.tolist()):
+            _check_range(replace_by.indices[low:high], residual.numel())
+    terms = residual.detach(), gradient.detach(), indices, rest, replace_by
     run_all([partial(_settle, *terms, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
+
+
+def _check_range(indices: Indices, numel: int) -> None:
+    if indices.size and (indices[0] < 0 or indices[-1] >= numel):
+        raise ValueError(f"indices from {indices[0]} to {indices[-1]}: expected [0, {numel})")
+
+
+def add_terms(out: Tensor, terms: Terms) -> None:
+    """Add up sparse vectors in `out`; raises ValueError where an index is out of range."""
+    if terms.indices.size and not scatter_add(out.numpy(), terms.indices, terms.values):
+        raise ValueError(f"an index is not in [0, {out.numel()})")
 
 
 class _Scratch(threading.local):
@@ -170,6 +202,7 @@ class _Scratch(threading.local):
         self._block = np.empty(BLOCK_NUMEL, dtype=np.uint64)
         self._indices = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.uint64)
+        self._before = np.zeros(0, dtype=np.uint64)
         self.single = torch.empty(BLOCK_NUMEL)
         # as many as stay in a core's first cache
         self.counts = np.empty(2_048, dtype=np.int64)
@@ -184,6 +217,14 @@ class _Scratch(threading.local):
             self._indices = np.empty(room, dtype=np.int64)
             self._numbers = np.empty(room, dtype=np.uint64)
         return self._indices[:room], self._numbers.view(dtype)[:room]
+
+    def before(self, numel: int, dtype: np.dtype[Any]) -> Floats:
+        """What a vector was before it was added to: so many floats, of STREAM_ALIGNMENT."""
+        if self._before.nbytes < numel * dtype.itemsize:
+            room = np.empty(numel + STREAM_ALIGNMENT, dtype=np.uint64)
+            start = -room.ctypes.data % STREAM_ALIGNMENT // room.itemsize
+            self._before = room[start : start + numel]
+        return self._before.view(dtype)[:numel]
 
 
 scratch = _Scratch()
@@ -204,18 +245,35 @@ def _settle(
     gradient: Tensor,
     indices: Indices,
     rest: Floats,
-    clear: bool,
+    replace_by: Terms | None,
     start: int,
     stop: int,
 ) -> None:
     owed, bits = residual.numpy(), bits_of(gradient)
     same = gradient.dtype == residual.dtype
+    terms = replace_by if replace_by is not None and same else NO_TERMS
     for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
         summand = _as_summand(bits[at:end], gradient.dtype, residual.dtype)
         mine = slice(*np.searchsorted(indices, (at, end)))
-        if not settle_span(owed[at:end], summand, at, indices[mine], rest[mine], clear and same):
+        places = [
+            low + np.searchsorted(terms.indices[low:high], (at, end))
+            for low, high in pairwise(terms.edges.tolist())
+        ]
+        at_term, ends = np.array(places, np.int64).reshape(-1, 2).T.copy()
+        if not settle_span(
+            owed[at:end],
+            summand,
+            at,
+            indices[mine],
+            rest[mine],
+            replace_by is not None and same,
+            terms.indices,
+            terms.values,
+            at_term,
+            ends,
+        ):
             raise ValueError("indices do not ascend")
-        if clear and not same:
+        if replace_by is not None and not same:
             # while the block is cached
             bits[at:end].fill(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
     KEY_DTYPES,
     CompensatedGradient,
+    Floats,
     Indices,
     Keys,
     bits_of,
@@ -43,19 +45,23 @@ def most_candidates(k: int) -> int:
     return 4 * k + _SAMPLE_NUMEL
 
 
-def find_candidates(vector: CompensatedGradient, threshold: int, limit: int) -> Candidates:
-    """Return where the vector's keys reach `threshold`, if there are no more than `limit`."""
-    parts = run_all(
-        [
-            partial(_find_in_span, vector, threshold, limit, *span)
-            for span in spans(vector.numel, BLOCK_NUMEL)
-        ]
-    )
+def find_candidates(
+    vector: CompensatedGradient, threshold: int, limit: int, before: Floats | None = None
+) -> Candidates:
+    """Return where the vector's keys reach `threshold`, if there are no more than `limit`.
+
+    With `before` (see scratch.before) the residual becomes the sum in the same pass, and `before`
+    is what it was. What is returned is valid until the calling thread's next search.
+    """
+    search = partial(_find_in_span, vector, threshold, limit, before)
+    stretches = spans(vector.numel, BLOCK_NUMEL)
+    if len(stretches) == 1:
+        return search(*stretches[0])
+    # a thread's scratch is another caller's before long
+    parts = run_all([partial(_copied, search, *stretch) for stretch in stretches])
     reached = sum(part.reached for part in parts)
     if reached > limit:
         return Candidates(parts[0].indices[:0], parts[0].bits[:0], reached)
-    if len(parts) == 1:
-        return parts[0]
     return Candidates(
         np.concatenate([part.indices for part in parts]),
         np.concatenate([part.bits for part in parts]),
@@ -70,7 +76,7 @@ def nonzero(vector: Tensor) -> Indices:
     smallest = bits.dtype.type(1)
     indices = np.empty(count_reaching(bits, smallest) + LANES, dtype=np.int64)
     numbers = np.empty(indices.size, dtype=bits.dtype)
-    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0)
+    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0, None)
     return indices[:found]
 
 
@@ -111,19 +117,31 @@ def sampled_threshold(vector: CompensatedGradient, k: int) -> int:
     return max(1, int(np.partition(sample, sample.size - rank)[sample.size - rank]))
 
 
+def _copied(search: Callable[[int, int], Candidates], start: int, stop: int) -> Candidates:
+    found = search(start, stop)
+    return Candidates(found.indices.copy(), found.bits.copy(), found.reached)
+
+
 def _find_in_span(
-    vector: CompensatedGradient, threshold: int, limit: int, start: int, stop: int
+    vector: CompensatedGradient,
+    threshold: int,
+    limit: int,
+    before: Floats | None,
+    start: int,
+    stop: int,
 ) -> Candidates:
     key_dtype = np.dtype(KEY_DTYPES[vector.dtype])
+    low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
     # LANES more, or the kernel would stop before it has found one too many
     room = min(limit, stop - start) + 1 + LANES
     found = 0
     for at, end in blocks(start, stop, vector.longest_stretch):
         numbers, owed = vector.stretch(at, end)
-        low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
         indices, listed = scratch.listing(room, numbers.dtype)
-        found = find_reaching(numbers, owed, low, at, indices, listed, found)
-        if found > limit:
+        kept = None if before is None else before[at:end]
+        found = find_reaching(numbers, owed, low, at, indices, listed, found, kept)
+        if found > limit and before is None:
             break
     indices, bits = scratch.listing(room, key_dtype)
-    return Candidates(indices[:found].copy(), bits[:found].copy(), found)
+    shown = found if found <= limit else 0
+    return Candidates(indices[:shown], bits[:shown], found)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from topq_dist.compress.blocks import NO_TERMS, Terms, add_terms
 from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.feedback import Layout, Residuals
@@ -21,7 +23,12 @@ from topq_dist.compress.frame import (
 )
 from topq_dist.compress.parts import Parts
 from topq_dist.compress.pieces import Pieces
-from topq_dist.compress.selection import Selection, Selector, select_rows, settle
+from topq_dist.compress.selection import (
+    Selection,
+    Selector,
+    select_rows,
+    settle,
+)
 from topq_dist.compress.values import check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
 
@@ -50,18 +57,33 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """The frames of a vector; `commit`, called at most once, keeps what they leave out.
+    """The frames of a vector; one of the other methods, called once, keeps what they leave out.
 
     own: what decoding the only frame returns, where there is one and it holds values.
+    keep: does the keeping; with terms the gradient becomes their sum.
     """
 
     frames: list[Tensor]
     own: Frame | None = None
-    keep: Callable[[bool], None] = lambda _: None
+    keep: Callable[[Terms | None], None] = lambda _: None
 
     def commit(self, *, clear: bool = False) -> None:
         """Keep what the frames leave out; with `clear` a finite gradient is zero afterwards."""
-        self.keep(clear)
+        self.keep(NO_TERMS if clear else None)
+
+    def commit_and_average(self, frames: Sequence[Frame], *, gradient: Tensor) -> None:
+        """Do what commit does; afterwards the gradient is the mean of the frames' vectors.
+
+        `gradient` is what was compressed. The frames, all finite, are used up, as in write_sum.
+        """
+        if gradient.device.type == "cpu" and all(
+            frame.values.dtype == gradient.dtype for frame in frames
+        ):
+            # in one pass
+            self.keep(_terms(frames))
+        else:
+            self.commit(clear=True)
+            write_sum(frames, divisor=len(frames), out=gradient, cleared=True)
 
 
 def at_least_one(q: float, numel: int) -> int:
@@ -125,13 +147,13 @@ class FlatCompressor:
                 # numpy, since torch would wake its threads
                 rest[mine] = torch.from_numpy(sent.numpy() - encoded[-1].decoded.numpy())
 
-        def keep(clear: bool) -> None:
+        def keep(terms: Terms | None) -> None:
             for stretch, piece, mine in gradient.shared_out(indices):
                 if residual is not None:
                     places = indices[mine] - stretch.start if stretch.start else indices[mine]
-                    settle(residual[stretch], piece, places, rest[mine], clear=clear)
-                elif clear:
-                    piece.zero_()
+                    settle(residual[stretch], piece, places, rest[mine], replace_by=terms)
+                elif terms is not None:
+                    add_terms(piece.zero_(), terms)
 
         own = None
         if parts == 1:
@@ -139,6 +161,29 @@ class FlatCompressor:
                 numel=gradient.numel, indices=indices, values=encoded[0].decoded, finite=True
             )
         return Compressed(frames=[frame for frame, _ in encoded], own=own, keep=keep)
+
+    def compress_and_commit(self, gradient: Tensor, layout: Layout, kept: int) -> Tensor:
+        """Return the frame of the `kept` largest of gradient + residual, and keep the rest at once.
+
+        What compress and commit do for one cut, with one pass over memory less.
+        """
+        if not self.error_feedback or gradient.device.type != "cpu":
+            cut = Cut(start=0, rows=1, row_numel=gradient.numel(), kept=kept)
+            compressed = self.compress(gradient, layout, [cut])
+            compressed.commit()
+            return compressed.frames[0]
+        own_format = _own_format(gradient.dtype)
+        numel, value_format = gradient.numel(), self.value_format or own_format
+        residual = self._residual(layout, gradient)
+        (selector,) = self._selectors_of(layout, "compress", 1)
+        with selector.taking_up(residual, gradient, kept) as selected:
+            if not selected.finite:
+                return encode_non_finite_frame(numel, value_format)
+            frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
+            # numpy, since torch would wake its threads
+            rest = selected.values.numpy() - decoded.numpy()
+            residual.numpy()[selected.indices.numpy()] = rest
+        return frame
 
     def reduce(
         self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int
@@ -172,7 +217,7 @@ class FlatCompressor:
             finite=True,
         )
 
-        def keep(_: bool) -> None:
+        def keep(_: Terms | None) -> None:
             left.add_to(self.residuals.home(layout))
 
         return Compressed(frames=[frame], keep=keep)
@@ -248,13 +293,9 @@ class Compressor:
                 f"gradient has layout {gradient.layout} on {gradient.device}: expected a dense "
                 "tensor with data"
             )
-        q = check_fraction("q", self.q)
-        numel = gradient.numel()
-        cut = Cut(start=0, rows=1, row_numel=numel, kept=at_least_one(q, numel))
+        kept = at_least_one(check_fraction("q", self.q), gradient.numel())
         layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        compressed = self._flat.compress(_flat(gradient), layout, [cut])
-        compressed.commit()
-        return compressed.frames[0]
+        return self._flat.compress_and_commit(_flat(gradient), layout, kept)
 
     def decompress(self, frame: Buffer, out: Tensor) -> Tensor:
         """Write the dense gradient of `frame` into `out`, zeros included, and return it.
@@ -321,6 +362,14 @@ def write_sum(
     return out
 
 
+def _terms(frames: Sequence[Frame]) -> Terms:
+    """Return what adds up to the mean of the frames' vectors."""
+    values = np.concatenate([frame.values.numpy() for frame in frames])
+    values /= values.dtype.type(len(frames))
+    edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
+    return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
+
+
 def check_out(out: Tensor) -> None:
     """Raise ValueError unless a dense gradient can be written into `out`."""
     if not isinstance(out, Tensor):
@@ -338,8 +387,12 @@ def check_out(out: Tensor) -> None:
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    # expanded and lazily negated gradients are dense too, but not as memory has them
-    return gradient.detach().reshape(-1).contiguous().resolve_neg()
+    flat = gradient.detach()
+    # expanded and lazily negated gradients are dense too, but not as memory has them; to ask is
+    # cheaper than to call what would do nothing
+    if flat.is_neg():
+        flat = flat.resolve_neg()
+    return flat if flat.dim() == 1 and flat.is_contiguous() else flat.reshape(-1).contiguous()
 
 
 def _own_format(dtype: torch.dtype) -> str:

@@ -20,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # elements whose bits are looked at together: as many as a mask of one word holds
 LANES = 64
+# what divides the address of memory that is written past the caches
+STREAM_ALIGNMENT = 64
 # elements settled in one go: both vectors' stay in a core's first cache
 _SETTLED = 2_048
 
@@ -56,23 +58,29 @@ def _renew_where_damaged(kernel: Any) -> None:
 def _mask_of(lanes: int) -> Any:
     """Return an intrinsic: which of `lanes` elements from `at` on reach the key `low`, as bits.
 
-    An element is first[at], or the sum with second[at]; its key are its bits without the sign.
+    An element is first[at], or the sum with second[at]; its key are its bits without the sign. With
+    `before` the sum is written to `second`, and what was there to `before`.
     """
 
     @intrinsic
-    def mask(_: Any, first: Any, second: Any, at: Any, low: Any) -> Any:
+    def mask(_: Any, first: Any, second: Any, before: Any, at: Any, low: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            bits = _load(context, builder, first, args[0], args[2], lanes)
+            place = args[3]
+            bits = _load(context, builder, first, args[0], place, lanes)
             width = first.dtype.bitwidth
             keys = ir.VectorType(ir.IntType(width), lanes)
             if second is not types.none:
-                bits = builder.fadd(bits, _load(context, builder, second, args[1], args[2], lanes))
+                owed = _load(context, builder, second, args[1], place, lanes)
+                bits = builder.fadd(bits, owed)
+                if before is not types.none:
+                    _store(context, builder, second, args[1], place, bits)
+                    _store(context, builder, before, args[2], place, owed, streaming=lanes == LANES)
                 bits = builder.bitcast(bits, keys)
             magnitudes = builder.and_(bits, ir.Constant(keys, [(1 << (width - 1)) - 1] * lanes))
-            reached = builder.icmp_signed(">=", magnitudes, _spread(builder, args[3], keys))
+            reached = builder.icmp_signed(">=", magnitudes, _spread(builder, args[4], keys))
             return _word(builder, reached, lanes)
 
-        return types.uint64(first, second, at, low), generate
+        return types.uint64(first, second, before, at, low), generate
 
     return mask
 
@@ -93,10 +101,33 @@ def _differing_of(lanes: int) -> Any:
 
 
 def _load(context: Any, builder: Any, array_type: Any, array: Any, at: Any, lanes: int) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
     vector = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
-    address = builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+    address = _address(context, builder, array_type, array, at, vector)
     return builder.load(address, align=array_type.dtype.bitwidth // 8)
+
+
+def _store(
+    context: Any,
+    builder: Any,
+    array_type: Any,
+    array: Any,
+    at: Any,
+    value: Any,
+    streaming: bool = False,
+) -> None:
+    """Write a vector; `streaming` past the caches, to an address that STREAM_ALIGNMENT divides."""
+    address = _address(context, builder, array_type, array, at, value.type)
+    align = STREAM_ALIGNMENT if streaming else array_type.dtype.bitwidth // 8
+    store = builder.store(value, address, align=align)
+    if streaming:
+        # or each line would be read first, which costs as much as the read of a gradient
+        once = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        store.set_metadata("nontemporal", once)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, at: Any, vector: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
 
 
 def _spread(builder: Any, scalar: Any, vector: Any) -> Any:
@@ -113,10 +144,13 @@ def _word(builder: Any, flags: Any, lanes: int) -> Any:
 
 @intrinsic
 def _lowest_bit(_: Any, word: Any) -> Any:
-    def generate(_: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+    """Return the place of the lowest bit that is set, in [0, LANES); of none, any in that range."""
 
-    return types.uint64(types.uint64), generate
+    def generate(_: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+        return builder.and_(place, ir.Constant(ir.IntType(64), LANES - 1))
+
+    return types.int64(types.uint64), generate
 
 
 @intrinsic
@@ -131,46 +165,76 @@ _reached_by_64, _reached_by_one = _mask_of(LANES), _mask_of(1)
 _differing_64, _differing_one = _differing_of(LANES), _differing_of(1)
 
 
+@njit
+def _number(vector: Any, owed: Any, before: Any, at: Any) -> Any:
+    if owed is None:
+        return vector[at]
+    # with `before` it has been added already
+    return vector[at] + owed[at] if before is None else owed[at]
+
+
 @compiled
 def count_reaching(vector: Any, low: Any) -> Any:
     """Return how many integers of `vector`, their sign bits cleared, are `low` or more."""
     count = np.uint64(0)
     whole = vector.size // LANES * LANES
     for at in range(0, whole, LANES):
-        count += _count_bits(_reached_by_64(vector, None, at, low))
+        count += _count_bits(_reached_by_64(vector, None, None, at, low))
     for at in range(whole, vector.size):
-        count += _reached_by_one(vector, None, at, low)
+        count += _reached_by_one(vector, None, None, at, low)
     return np.int64(count)
 
 
 @compiled
 def find_reaching(
-    vector: Any, owed: Any, low: Any, begin: Any, indices: Any, numbers: Any, found: Any
+    vector: Any,
+    owed: Any,
+    low: Any,
+    begin: Any,
+    indices: Any,
+    numbers: Any,
+    found: Any,
+    before: Any,
 ) -> Any:
     """List where the keys of vector + owed (floats), or of vector (integers), reach `low`.
 
     Goes on behind the `found` entries that `indices` and `numbers` hold, counting from `begin`, and
-    returns how many they hold then; stops where fewer than LANES entries are free.
+    returns how many they hold then; lists no more where fewer than LANES entries are free. With
+    `before`, of owed's kind and STREAM_ALIGNMENT, owed += vector in any case, and `before` is what
+    owed was.
     """
     room = indices.size - LANES
     whole = vector.size // LANES * LANES
     for block in range(0, whole, LANES):
-        mask = _reached_by_64(vector, owed, block, low)
-        if mask != 0:
-            if found > room:
+        mask = _reached_by_64(vector, owed, before, block, low)
+        if found > room:
+            if before is None:
                 return found
-            while mask != 0:
-                at = block + np.int64(_lowest_bit(mask))
-                indices[found] = begin + at
-                numbers[found] = vector[at] if owed is None else vector[at] + owed[at]
-                found += 1
-                mask &= mask - np.uint64(1)
+            continue
+        count = np.int64(_count_bits(mask))
+        # two are written whether they count or not: where one in a hundred does, a loop that ends
+        # after none, one or two costs more than they do
+        for entry in range(2):
+            at = block + _lowest_bit(mask)
+            indices[found + entry] = begin + at
+            numbers[found + entry] = _number(vector, owed, before, at)
+            mask &= mask - np.uint64(1)
+        entry = found + 2
+        found += count
+        while entry < found:
+            at = block + _lowest_bit(mask)
+            indices[entry] = begin + at
+            numbers[entry] = _number(vector, owed, before, at)
+            mask &= mask - np.uint64(1)
+            entry += 1
     for at in range(whole, vector.size):
-        if _reached_by_one(vector, owed, at, low) != 0:
+        if _reached_by_one(vector, owed, before, at, low) != 0:
             if found > room:
-                return found
+                if before is None:
+                    return found
+                continue
             indices[found] = begin + at
-            numbers[found] = vector[at] if owed is None else vector[at] + owed[at]
+            numbers[found] = _number(vector, owed, before, at)
             found += 1
     return found
 
@@ -185,7 +249,7 @@ def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
         if found + np.int64(_count_bits(mask)) > indices.size:
             return -1
         while mask != 0:
-            indices[found] = block + np.int64(_lowest_bit(mask))
+            indices[found] = block + _lowest_bit(mask)
             found += 1
             mask &= mask - np.uint64(1)
     for at in range(whole, ours.size):
@@ -199,13 +263,19 @@ def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
 
 @compiled
 def keep_largest(
-    indices: Any, bits: Any, magnitude: Any, k: Any, counts: Any, near: Any, kept: Any
+    indices: Any,
+    bits: Any,
+    magnitude: Any,
+    k: Any,
+    counts: Any,
+    near: Any,
+    kept: Any,
+    kept_bits: Any,
 ) -> Any:
     """Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
 
-    Writes their indices to `kept` and moves their bits to the front of `bits`; returns the k-th and
-    the highest magnitude. `near` has room for all bits and one more, `kept` for k and one more;
-    `counts` is scratch of any size.
+    Writes them to `kept` and `kept_bits`, which have room for one more; returns the k-th and the
+    highest magnitude. `near` has room for all bits and one more; `counts` is scratch of any size.
     """
     # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
     lowest = highest = np.int64(bits[0] & magnitude)
@@ -239,7 +309,7 @@ def keep_largest(
         key = pattern & magnitude
         # written whether it counts or not: a branch that is taken now and then costs more
         kept[count] = indices[at]
-        bits[count] = pattern
+        kept_bits[count] = pattern
         tied = (key == kth) & (ties > 0)
         ties -= tied
         count += (key > kth) | tied
@@ -248,12 +318,22 @@ def keep_largest(
 
 @compiled
 def settle_span(
-    residual: Any, gradient: Any, begin: Any, indices: Any, rest: Any, clear: Any
+    residual: Any,
+    gradient: Any,
+    begin: Any,
+    indices: Any,
+    rest: Any,
+    replace: Any,
+    terms: Any,
+    summands: Any,
+    at_term: Any,
+    ends: Any,
 ) -> Any:
-    """residual += gradient, then residual[indices - begin] = rest; with `clear` gradient = 0.
+    """residual += gradient, then residual[indices - begin] = rest.
 
-    The indices ascend. Returns False where one of them, less begin, is out of range: nothing is
-    written there.
+    With `replace` the gradient becomes zero, and gradient[terms - begin] += summands, a stretch
+    of them from each of `at_term` to that of `ends`. The indices ascend, and the terms in a
+    stretch. Returns False where one of them, less begin, is out of range: nothing is written there.
     """
     written = 0
     for start in range(0, residual.size, _SETTLED):
@@ -262,23 +342,38 @@ def settle_span(
         more = gradient[start : start + _SETTLED]
         for at in range(owed.size):
             owed[at] += more[at]
+        size = np.uint64(owed.size)
         while written < indices.size:
-            place = indices[written] - begin - start
-            if place < 0 or place >= owed.size:
+            place = np.uint64(indices[written] - begin - start)
+            if place >= size:
                 break
             owed[place] = rest[written]
             written += 1
-        if clear:
+        if replace:
             more[:] = 0
-    return written == indices.size
+            for stretch in range(ends.size):
+                at = at_term[stretch]
+                while at < ends[stretch]:
+                    place = np.uint64(terms[at] - begin - start)
+                    if place >= size:
+                        break
+                    more[place] += summands[at]
+                    at += 1
+                at_term[stretch] = at
+    complete = written == indices.size
+    for stretch in range(ends.size):
+        complete &= at_term[stretch] == ends[stretch]
+    return complete
 
 
 @compiled
 def scatter_add(out: Any, indices: Any, values: Any) -> Any:
     """out[indices] += values, one after the other; returns False at the first out of range."""
+    size = np.uint64(out.size)
     for at in range(indices.size):
-        place = indices[at]
-        if place < 0 or place >= out.size:
+        # below zero is far above any size then, and no Python index that counts from the end
+        place = np.uint64(indices[at])
+        if place >= size:
             return False
         out[place] += values[at]
     return True
@@ -347,7 +442,7 @@ def read_gaps(unary: Any, planes: Any, fields: Any, bits: Any, indices: Any) -> 
         while word != 0:
             if found == indices.size:
                 return found + 1, last_bit
-            at_bit = 64 * at_word + int(_lowest_bit(word))
+            at_bit = 64 * at_word + _lowest_bit(word)
             word &= word - np.uint64(1)
             gap = (at_bit - last_bit - 1) << bits
             last_bit = at_bit

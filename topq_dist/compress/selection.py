@@ -5,11 +5,14 @@ candidates above a slightly lower threshold, and only those are partitioned. A w
 costs time, never exactness. Order is that of the bit patterns with the sign cleared: NaN above
 infinity, denormals whole. Among equal magnitudes at the k-th place the lowest indices are kept.
 
-Selecting changes nothing; `settle` does, once the step is sure to count.
+Selecting changes nothing; `settle` does, once the step is sure to count. Where it is from the
+start, `taking_up` adds and selects in one pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +27,7 @@ from topq_dist.compress.blocks import (
     CompensatedGradient,
     Indices,
     Keys,
+    Terms,
     blocks,
     key_of,
     not_finite_allowed,
@@ -99,14 +103,38 @@ class Selector:
             found = all_candidates(vector) if small else self._search(vector, k)
         return self._largest_of(found, k, vector.dtype)
 
+    @contextmanager
+    def taking_up(self, residual: Tensor, gradient: Tensor, k: int) -> Iterator[Selection]:
+        """Within the block residual += gradient; give the residual's k elements of most magnitude.
+
+        Both are as for `select`, on the CPU. The residual is what it was where the sum is not
+        finite, or the block raises.
+        """
+        _check_vectors(gradient, residual)
+        _check_k(k, gradient.numel())
+        vector = CompensatedGradient(gradient, residual)
+        before = scratch.before(vector.numel, residual.numpy().dtype)
+        with not_finite_allowed():
+            low = self._low(vector, k) if k else key_of(np.inf, vector.dtype)
+            limit = most_candidates(k)
+            found = find_candidates(vector, low, limit, before)
+        finite = False
+        try:
+            if 0 < k <= found.reached <= limit:
+                selection = self._largest_of(found, k, vector.dtype)
+            else:
+                selection = self.select(residual, k)
+            yield selection
+            finite = selection.finite
+        finally:
+            if not finite:
+                np.copyto(residual.numpy(), before)
+
     def _search(self, vector: CompensatedGradient, k: int) -> Candidates:
         """Return k candidates or more: by last step's threshold, by a sample's, or everything."""
         limit = most_candidates(k)
-        for attempt in range(2):
-            if attempt == 0 and self._threshold is not None:
-                # not below the smallest number there is, or zeros would be candidates
-                low = max(1, key_of(self._threshold * (1.0 - self._slack), vector.dtype))
-            else:
+        for low in (self._low(vector, k), None):
+            if low is None:
                 low = sampled_threshold(vector, k)
             found = find_candidates(vector, low, limit)
             if k <= found.reached <= limit:
@@ -115,17 +143,25 @@ class Selector:
                 return filled_with_zeros(vector, found, k)
         return partitioned_candidates(vector, k)
 
+    def _low(self, vector: CompensatedGradient, k: int) -> int:
+        """Return the key that k candidates should reach: a little under last step's threshold."""
+        if self._threshold is None:
+            return sampled_threshold(vector, k)
+        # not below the smallest number there is, or zeros would be candidates
+        return max(1, key_of(self._threshold * (1.0 - self._slack), vector.dtype))
+
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
-        kept, near = np.empty(k + 1, np.int64), np.empty(bits.size + 1, bits.dtype)
+        kept, kept_bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
+        near = np.empty(bits.size + 1, bits.dtype)
         kth, highest = keep_largest(
-            indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept
+            indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept, kept_bits
         )
         finite = highest < key_of(np.inf, dtype)
         if finite:
             self._remember(number_of(kth, dtype))
-        return Selection(torch.from_numpy(kept[:k]), tensor_of(bits[:k], dtype), finite)
+        return Selection(torch.from_numpy(kept[:k]), tensor_of(kept_bits[:k], dtype), finite)
 
     def _remember(self, threshold: float) -> None:
         if self._threshold:
@@ -136,22 +172,28 @@ class Selector:
 
 
 def settle(
-    residual: Tensor, gradient: Tensor, indices: Tensor, rest: Tensor, *, clear: bool = False
+    residual: Tensor,
+    gradient: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    *,
+    replace_by: Terms | None = None,
 ) -> None:
     """residual += gradient, then residual[indices] = rest: what the receivers did not get.
 
     `residual` and `gradient` are those of the selection, `indices` (ascending) and `rest` on any
     device; `rest` is of the residual's dtype, the selected values less what they decode to. With
-    `clear` the gradient is zero afterwards.
+    `replace_by` the gradient becomes the sum of those terms; other than NO_TERMS they are for the
+    CPU, with one dtype throughout.
     """
     _check_vectors(gradient, residual)
     if residual.device.type != "cpu":
         residual += gradient
         residual.index_copy_(0, indices.to(residual.device), rest.to(residual.device))
-        if clear:
+        if replace_by is not None:
             gradient.zero_()
         return
-    settle_blocks(residual, gradient, indices.numpy(), rest.numpy(), clear=clear)
+    settle_blocks(residual, gradient, indices.numpy(), rest.numpy(), replace_by=replace_by)
 
 
 def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.compressor import Compressed, FlatCompressor, write_sum
+from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
 from topq_dist.ddp.messages import FrameGather, GatherLane, member
@@ -149,11 +149,9 @@ class Gathering:
         return all(frame.finite for frame in self._decoded)
 
     def deliver(self) -> None:
-        cleared = self._compressed is not None
-        if self._compressed is not None:
-            self._compressed.commit(clear=True)
-        frames = self._decoded
-        write_sum(frames, divisor=len(frames), out=self._bucket, cleared=cleared)
+        if self._compressed is None:
+            raise RuntimeError("a rank that has failed has nothing to deliver")
+        self._compressed.commit_and_average(self._decoded, gradient=self._bucket)
 
 
 # all at once, what many sparse steps have left would be one step many times as long

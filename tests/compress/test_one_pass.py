@@ -1,0 +1,205 @@
+"""What is done in one pass over memory, compared with the same in several."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topq_dist.compress.blocks import BLOCK_NUMEL
+from topq_dist.compress.compressor import Compressed, Compressor, Cut, FlatCompressor, write_sum
+from topq_dist.compress.feedback import Layout
+from topq_dist.compress.frame import Frame, decode_frame
+from topq_dist.compress.selection import Selector, settle
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(seed: int, numel: int, dtype: torch.dtype, *, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(numel, generator=generator, dtype=torch.float64) * scale
+    # with zeros, and with ties
+    return (vector * 4).round().div(4).to(dtype) if seed % 2 else vector.to(dtype)
+
+
+def residual_like(gradient: Tensor) -> Tensor:
+    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    return torch.zeros(gradient.shape, dtype=wide)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    numel=st.sampled_from([0, 1, 63, 64, 65, 700, 4_097, 9_000, 20_000]),
+    fraction=st.sampled_from([0.0, 0.001, 0.01, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    # from one step to the next: last step's threshold is far too high, or far too low
+    scales=st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1.0, 1e3]), min_size=1, max_size=4),
+)
+def test_taking_up_is_to_select_and_to_settle(
+    seed: int, numel: int, fraction: float, dtype: torch.dtype, scales: list[float]
+) -> None:
+    k = math.ceil(fraction * numel)
+    one, other = Selector(), Selector()
+    ours = residual_like(drawn(0, numel, dtype))
+    theirs = ours.clone()
+    for step, scale in enumerate(scales):
+        gradient = drawn(seed + step, numel, dtype, scale=scale)
+        untouched = gradient.clone()
+        picked = other.select(gradient, k, residual=theirs)
+        settle(theirs, gradient, picked.indices, picked.values / 3)
+        with one.taking_up(ours, gradient, k) as taken:
+            assert taken.finite
+            assert torch.equal(taken.indices, picked.indices)
+            assert torch.equal(taken.values, picked.values)
+            ours[taken.indices] = taken.values / 3
+        assert torch.equal(ours, theirs)
+        assert torch.equal(gradient, untouched)
+
+
+@pytest.mark.parametrize("threads", [1, 4, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_taking_up_goes_on_past_the_last_candidate_wanted(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    numel = 2 * BLOCK_NUMEL + 77
+    one, other = Selector(), Selector()
+    ours = residual_like(drawn(0, numel, dtype))
+    theirs = ours.clone()
+    # the second step has many times as many elements above the first one's threshold as have room
+    for step, scale in enumerate([1e-2, 1.0, 1e-2]):
+        gradient = drawn(2 * step, numel, dtype, scale=scale)
+        picked = other.select(gradient, 500, residual=theirs)
+        settle(theirs, gradient, picked.indices, torch.zeros_like(picked.values))
+        with one.taking_up(ours, gradient, 500) as taken:
+            assert torch.equal(taken.indices, picked.indices)
+            ours[taken.indices] = 0.0
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("numel", "k"), [(50, 3), (3 * BLOCK_NUMEL, 900), (50, 50), (50, 0)])
+def test_what_is_not_finite_leaves_the_residual_bit_for_bit(
+    numel: int, k: int, bad: float, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    selector, gradient = Selector(), drawn(2, numel, torch.float32)
+    residual = drawn(4, numel, torch.float32, scale=1e-6)
+    with selector.taking_up(residual, gradient, k) as taken:
+        residual[taken.indices] = 0.0
+    before = residual.clone()
+    gradient[numel // 2] = bad
+    with selector.taking_up(residual, gradient, k) as taken:
+        assert not taken.finite
+    assert torch.equal(residual, before)
+
+
+def test_a_sum_may_overflow_where_neither_summand_has() -> None:
+    largest = torch.finfo(torch.float32).max
+    residual, gradient = torch.zeros(5_000), torch.zeros(5_000)
+    residual[7] = gradient[7] = largest
+    with Selector().taking_up(residual, gradient, 5) as taken:
+        assert not taken.finite
+    assert residual[7] == largest
+    assert residual.sum() == largest
+
+
+def test_a_block_that_raises_leaves_the_residual_as_it_was() -> None:
+    residual, gradient = drawn(0, 9_000, torch.float32), drawn(2, 9_000, torch.float32)
+    before = residual.clone()
+
+    def interrupted() -> None:
+        with Selector().taking_up(residual, gradient, 9):
+            assert not torch.equal(residual, before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.equal(residual, before)
+
+
+def test_what_cannot_be_taken_up_changes_nothing() -> None:
+    residual, gradient = torch.ones(9), torch.ones(8)
+    with pytest.raises(ValueError, match="residual has shape"):
+        Selector().taking_up(residual, gradient, 1).__enter__()
+    with pytest.raises(ValueError, match="k=10: expected"):
+        Selector().taking_up(residual, torch.ones(9), 10).__enter__()
+    assert residual.tolist() == [1.0] * 9
+
+
+@pytest.mark.parametrize("value_format", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compressor_sends_what_a_step_in_two_halves_sends(
+    value_format: str, dtype: torch.dtype
+) -> None:
+    numel = 30_000
+    layout = Layout(names=("w",), shapes=((numel,),))
+    cut = Cut(start=0, rows=1, row_numel=numel, kept=300)
+    ours = Compressor(q=0.99, value_format=value_format)
+    theirs = FlatCompressor(value_format=value_format, error_feedback=True)
+    for step in range(4):
+        gradient = drawn(2 * step, numel, dtype, scale=10.0**step)
+        if step == 2:
+            gradient[5] = math.nan
+        compressed = theirs.compress(gradient, layout, [cut])
+        compressed.commit()
+        assert torch.equal(ours.compress("w", gradient), compressed.frames[0])
+        assert torch.equal(ours.state_dict()["w"], theirs.residuals.state_dict()["w"])
+
+
+def averaged(
+    compressed: Compressed, frames: Sequence[Frame], gradient: Tensor, *, fused: bool
+) -> Tensor:
+    out = gradient.clone()
+    if fused:
+        compressed.commit_and_average(frames, gradient=gradient)
+        return gradient
+    compressed.commit()
+    return write_sum(frames, divisor=len(frames), out=out)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_the_average_is_that_of_a_sum_of_its_own(
+    ranks: int, dtype: torch.dtype, feedback: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    shapes = ((500, 601), (1_000,), (70, 41))
+    layout = Layout(names=("a", "b", "c"), shapes=shapes)
+    stretches = layout.stretches()
+    value_format = "fp64" if dtype == torch.float64 else "fp16"
+
+    def compress(rank: int) -> tuple[FlatCompressor, Compressed, Tensor]:
+        # some keep nothing of a stretch, one keeps everything of it
+        kept = [3_000, 10 * rank, 2_870 if rank == 1 else 0]
+        cuts = [
+            Cut(start=where.start, rows=1, row_numel=where.stop - where.start, kept=k)
+            for where, k in zip(stretches, kept, strict=True)
+        ]
+        gradient = drawn(2 * rank, layout.numel, dtype)
+        compressor = FlatCompressor(value_format=value_format, error_feedback=feedback)
+        return compressor, compressor.compress(gradient, layout, cuts), gradient
+
+    frames = [compress(rank)[1].frames[0] for rank in range(ranks)]
+    results = []
+    for fused in (True, False):
+        compressor, compressed, gradient = compress(0)
+        decoded = [decode_frame(frame, numel=layout.numel) for frame in frames]
+        mean = averaged(compressed, decoded, gradient, fused=fused)
+        results.append((mean, compressor.residuals.state_dict()))
+    (mean, state), (expected, expected_state) = results
+    assert torch.equal(mean, expected)
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], expected_state[name]) for name in state)
