@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topq_dist import Compressor, FrameError
-from topq_dist.compress.compressor import Cut, FlatCompressor, average
+from topq_dist.compress.averaging import average
+from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
 
 FORMATS = ["fp32", "fp16", "bf16", "int8", "int4", "int2"]

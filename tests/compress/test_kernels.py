@@ -15,12 +15,12 @@ from topq_dist.compress.blocks import Terms, add_terms
 from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.frame import Frame
 from topq_dist.compress.kernels import (
-    LANES,
     count_reaching,
     find_differing,
     find_reaching,
     keep_largest,
 )
+from topq_dist.compress.machine_code import LANES
 from topq_dist.compress.selection import settle
 
 SIZES = st.integers(0, 3 * LANES + 5)

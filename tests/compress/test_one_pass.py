@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topq_dist.compress.averaging import write_sum
 from topq_dist.compress.blocks import BLOCK_NUMEL
-from topq_dist.compress.compressor import Compressed, Compressor, Cut, FlatCompressor, write_sum
+from topq_dist.compress.compressor import Compressed, Compressor, FlatCompressor
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
 from topq_dist.compress.selection import Selector, settle

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from topq_dist.compress.compressor import FlatCompressor, write_sum
+from topq_dist.compress.averaging import write_sum
+from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.density import uniform_cuts
 from topq_dist.compress.frame import Frame, decode_frame
 from topq_dist.ps.central import CentralModel

@@ -184,6 +184,10 @@ class TestTexts:
         text = ",".join(f"{name}={value!r}" for name, value in options.items())
         assert parse_group(f"layer.*:{text}") == GroupRule(pattern="layer.*", options=options)
 
+    def test_a_quoted_quote_ends_nothing(self) -> None:
+        rule = parse_group(r"""*:name='\'",',lr=1,eps="\\",betas=(1,2)""")
+        assert rule.options == {"name": "'\",", "lr": 1, "eps": "\\", "betas": (1, 2)}
+
     @given(st.text())
     def test_any_text_is_a_value_or_a_value_error(self, text: str) -> None:
         for parse in (parse_value, parse_named, parse_group, parse_size):

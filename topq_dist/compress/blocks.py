@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.casts import cast
-from topq_dist.compress.kernels import STREAM_ALIGNMENT, scatter_add, settle_span
+from topq_dist.compress.kernels import scatter_add, settle_span
+from topq_dist.compress.machine_code import STREAM_ALIGNMENT
 from topq_dist.compress.workers import run_all, thread_count
 
 # a block stays in a core's cache; below 65,536 call overhead shows
@@ -120,6 +121,11 @@ def bits_of(vector: Tensor) -> Keys:
 def tensor_of(bits: Keys, dtype: torch.dtype) -> Tensor:
     """Return the numbers of these bit patterns, sharing their memory."""
     return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what gradients of this dtype are added up in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sign_cleared(dtype: torch.dtype) -> np.unsignedinteger[Any]:

@@ -22,7 +22,8 @@ from topq_dist.compress.blocks import (
     sign_cleared,
     spans,
 )
-from topq_dist.compress.kernels import LANES, count_reaching, find_reaching
+from topq_dist.compress.kernels import count_reaching, find_reaching
+from topq_dist.compress.machine_code import LANES
 from topq_dist.compress.workers import run_all
 
 _SAMPLE_NUMEL = 32_768

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import NO_TERMS, Terms, add_terms
+from topq_dist.compress.averaging import average, mean_terms, write_sum
+from topq_dist.compress.blocks import NO_TERMS, Terms, add_terms, sum_dtype
 from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.candidates import nonzero
+from topq_dist.compress.cuts import Cut, CutSelector
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
     Frame,
-    decode_frame,
     encode_frame,
     encode_non_finite_frame,
     peek_header,
@@ -24,9 +24,7 @@ from topq_dist.compress.frame import (
 from topq_dist.compress.parts import Parts
 from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import (
-    Selection,
     Selector,
-    select_rows,
     settle,
 )
 from topq_dist.compress.values import check_value_format, decoded_dtype
@@ -38,21 +36,6 @@ _OWN_FORMAT = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """A stretch of a flat vector seen as (rows, row_numel), of each row of which `kept` survive."""
-
-    start: int
-    rows: int
-    row_numel: int
-    kept: int
-
-    @property
-    def stretch(self) -> slice:
-        """Where in the flat vector the cut lies."""
-        return slice(self.start, self.start + self.rows * self.row_numel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +63,7 @@ class Compressed:
             frame.values.dtype == gradient.dtype for frame in frames
         ):
             # in one pass
-            self.keep(_terms(frames))
+            self.keep(mean_terms(frames))
         else:
             self.commit(clear=True)
             write_sum(frames, divisor=len(frames), out=gradient, cleared=True)
@@ -107,7 +90,9 @@ class FlatCompressor:
             raise TypeError(f"error_feedback={error_feedback!r}: expected True or False")
         self.error_feedback = error_feedback
         self.residuals = Residuals()
-        self._selectors = ByLayout[dict[str, list[Selector]]](dict)
+        self._cut_selectors = ByLayout(CutSelector)
+        self._whole_selectors = ByLayout(Selector)
+        self._mean_selectors = ByLayout(Selector)
         self._means = ByLayout[dict[torch.dtype, Tensor]](dict)
 
     def settings(self) -> str:
@@ -131,14 +116,13 @@ class FlatCompressor:
         value_format = self.value_format or own_format
         dealt = Parts(numel=gradient.numel, count=parts)
         residual = self._residual(layout, gradient) if self.error_feedback else None
-        selectors = self._selectors_of(layout, "compress", len(cuts))
-        selected = _select(gradient, residual, cuts, selectors)
-        if not all(selection.finite for selection in selected):
+        selected = self._cut_selectors.of(layout).select(gradient, residual, cuts)
+        if not selected.finite:
             numels = [dealt.numel_of(part) for part in range(parts)]
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
-        indices, values = _joined(selected, cuts)
+        indices, values = selected.indices, selected.values
         encoded, rest = [], torch.empty_like(values)
         for part, (mine, places) in enumerate(dealt.deal(indices)):
             sent = values[mine]
@@ -175,7 +159,7 @@ class FlatCompressor:
         own_format = _own_format(gradient.dtype)
         numel, value_format = gradient.numel(), self.value_format or own_format
         residual = self._residual(layout, gradient)
-        (selector,) = self._selectors_of(layout, "compress", 1)
+        selector = self._whole_selectors.of(layout)
         with selector.taking_up(residual, gradient, kept) as selected:
             if not selected.finite:
                 return encode_non_finite_frame(numel, value_format)
@@ -203,7 +187,7 @@ class FlatCompressor:
         if not self.error_feedback:
             places = torch.from_numpy(nonzero(mean))
             return Compressed(frames=[encode_frame(numel, places, mean[places], value_format)[0]])
-        (selector,) = self._selectors_of(layout, "reduce", 1)
+        selector = self._mean_selectors.of(layout)
         sent = sum(header.k for header in headers)
         selected = selector.select(mean, min(-(-sent // len(frames)), numel))
         frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
@@ -244,20 +228,13 @@ class FlatCompressor:
         return settled
 
     def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
-        return self.residuals.flat(
-            layout, dtype=_residual_dtype(gradient.dtype), device=gradient.device
-        )
+        return self.residuals.flat(layout, dtype=sum_dtype(gradient.dtype), device=gradient.device)
 
     def _mean_of(self, layout: Layout, numel: int, dtype: torch.dtype) -> Tensor:
         kept = self._means.of(layout)
         if dtype not in kept or kept[dtype].numel() != numel:
             kept[dtype] = torch.empty(numel, dtype=dtype)
         return kept[dtype]
-
-    def _selectors_of(self, layout: Layout, stage: str, count: int) -> list[Selector]:
-        selectors = self._selectors.of(layout).setdefault(stage, [])
-        selectors.extend(Selector() for _ in range(count - len(selectors)))
-        return selectors[:count]
 
 
 class Compressor:
@@ -314,78 +291,6 @@ class Compressor:
         self._flat.residuals.load_state_dict(state)
 
 
-def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
-    """Write the mean of the frames' dense vectors into `out`, and return it.
-
-    `out` is contiguous, of any shape and float dtype. The terms are divided first and added in
-    the order of the frames, as DistributedDataParallel does with dense gradients. Raises
-    FrameError, leaving `out` as it was, for bytes that are no frame of out.numel() elements.
-    """
-    check_out(out)
-    frames_read = [decode_frame(frame, numel=out.numel()) for frame in frames]
-    return write_sum(frames_read, divisor=len(frames), out=out)
-
-
-def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
-    """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
-
-    Their indices ascend within a block of a part only. Raises FrameError.
-    """
-    dealt = Parts(numel=numel, count=len(frames))
-    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
-    return [
-        replace(frame, numel=numel, indices=dealt.gather(part, frame.indices))
-        for part, frame in enumerate(decoded)
-    ]
-
-
-def write_sum(
-    frames: Sequence[Frame], *, divisor: int, out: Tensor, cleared: bool = False
-) -> Tensor:
-    """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
-
-    `out` is as in `average`; `cleared` says that it is zero already. The frames are used up: their
-    values are divided in place.
-    """
-    flat = out.view(-1)
-    # half precision would round once a frame
-    whole = flat.dtype == _residual_dtype(flat.dtype) or len(frames) == 1
-    if not whole:
-        total = torch.zeros_like(flat, dtype=_residual_dtype(flat.dtype))
-    else:
-        total = flat if cleared else flat.zero_()
-    for frame in frames:
-        frame.values.div_(divisor)
-        frame.add_to(total)
-    if total is not flat:
-        flat.copy_(total)
-    return out
-
-
-def _terms(frames: Sequence[Frame]) -> Terms:
-    """Return what adds up to the mean of the frames' vectors."""
-    values = np.concatenate([frame.values.numpy() for frame in frames])
-    values /= values.dtype.type(len(frames))
-    edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
-    return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
-
-
-def check_out(out: Tensor) -> None:
-    """Raise ValueError unless a dense gradient can be written into `out`."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
-    if out.dtype not in _OWN_FORMAT or out.layout != torch.strided or out.is_meta:
-        raise ValueError(
-            f"out has dtype {out.dtype} and layout {out.layout} on {out.device}: expected a dense "
-            f"tensor of one of {', '.join(str(dtype) for dtype in _OWN_FORMAT)}"
-        )
-    if not out.is_contiguous() or out.requires_grad:
-        raise ValueError(
-            f"out has dtype {out.dtype}, strides {out.stride()} and requires_grad="
-            f"{out.requires_grad}: expected a contiguous float tensor that needs no gradient"
-        )
-
-
 def _flat(gradient: Tensor) -> Tensor:
     flat = gradient.detach()
     # expanded and lazily negated gradients are dense too, but not as memory has them; to ask is
@@ -400,31 +305,3 @@ def _own_format(dtype: torch.dtype) -> str:
         known = ", ".join(str(dtype) for dtype in _OWN_FORMAT)
         raise TypeError(f"gradient has dtype {dtype}: expected one of {known}")
     return _OWN_FORMAT[dtype]
-
-
-def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _select(
-    gradient: Pieces, residual: Tensor | None, cuts: Sequence[Cut], selectors: Sequence[Selector]
-) -> list[Selection]:
-    selected = []
-    for cut, selector in zip(cuts, selectors, strict=True):
-        vector = gradient[cut.stretch]
-        owed = None if residual is None else residual[cut.stretch]
-        if cut.rows == 1:
-            selected.append(selector.select(vector, cut.kept, residual=owed))
-        else:
-            matrix = (cut.rows, cut.row_numel)
-            owed = None if owed is None else owed.view(matrix)
-            selected.append(select_rows(vector.view(matrix), cut.kept, residual=owed))
-    return selected
-
-
-def _joined(selected: Sequence[Selection], cuts: Sequence[Cut]) -> tuple[Tensor, Tensor]:
-    """Return the indices in the whole vector and the values, on the CPU."""
-    if len(cuts) == 1 and cuts[0].start == 0:
-        return selected[0].indices.cpu(), selected[0].values.cpu()
-    indices = torch.cat([s.indices + cut.start for s, cut in zip(selected, cuts, strict=True)])
-    return indices.cpu(), torch.cat([selection.values for selection in selected]).cpu()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from topq_dist.compress.compressor import Cut, at_least_one
+from topq_dist.compress.compressor import at_least_one
+from topq_dist.compress.cuts import Cut
 from topq_dist.topq import check_fraction
 
 Scope = Literal["parameter", "bucket"]

@@ -22,6 +22,11 @@ class Pieces:
         self.numel = self._edges[-1]
         ((self.dtype, self.device),) = kinds
 
+    @property
+    def whole(self) -> Tensor | None:
+        """The vector, where it lies in one piece."""
+        return self._pieces[0] if len(self._pieces) == 1 else None
+
     def __getitem__(self, where: slice) -> Tensor:
         """Return a stretch, which must lie in one piece, sharing its memory."""
         number = min(bisect_right(self._edges, where.start), len(self._pieces)) - 1

@@ -36,6 +36,7 @@ from topq_dist.compress.blocks import (
     settle_blocks,
     sign_cleared,
     spans,
+    sum_dtype,
     tensor_of,
 )
 from topq_dist.compress.candidates import (
@@ -91,7 +92,7 @@ class Selector:
         it but fp64 for an fp64 gradient and fp32 for every other. Raises ValueError otherwise, or
         where k is not in [0, numel].
         """
-        _check_vectors(gradient, residual)
+        check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         if gradient.device.type != "cpu":
             return Selection(*self._on_device.select(gradient, k, residual))
@@ -110,12 +111,12 @@ class Selector:
         Both are as for `select`, on the CPU. The residual is what it was where the sum is not
         finite, or the block raises.
         """
-        _check_vectors(gradient, residual)
+        check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         vector = CompensatedGradient(gradient, residual)
         before = scratch.before(vector.numel, residual.numpy().dtype)
         with not_finite_allowed():
-            low = self._low(vector, k) if k else key_of(np.inf, vector.dtype)
+            low = self.first_key(k, vector.numel, vector.dtype) or sampled_threshold(vector, k)
             limit = most_candidates(k)
             found = find_candidates(vector, low, limit, before)
         finite = False
@@ -130,10 +131,36 @@ class Selector:
             if not finite:
                 np.copyto(residual.numpy(), before)
 
+    def first_key(self, k: int, numel: int, dtype: torch.dtype) -> int | None:
+        """Return the key that the k largest of a vector should reach, by last step's threshold.
+
+        0 is for few elements, all of which may be looked at; None says that only a sample tells.
+        """
+        if k == 0:
+            return key_of(np.inf, dtype)
+        if numel <= _SMALL_NUMEL:
+            return 0
+        if self._threshold is None or k == numel:
+            return None
+        # not below the smallest number there is, or zeros would be candidates
+        return max(1, key_of(self._threshold * (1.0 - self._slack), dtype))
+
+    def remember(self, kth: int, highest: int, dtype: torch.dtype) -> bool:
+        """Return whether the highest key is finite, and if so remember the k-th."""
+        if highest >= key_of(np.inf, dtype):
+            return False
+        threshold = number_of(kth, dtype)
+        if self._threshold:
+            drop = 1.0 - threshold / self._threshold
+            slack = max(0.95 * self._slack, 2.0 * drop, _SMALLEST_SLACK)
+            self._slack = min(slack, _LARGEST_SLACK)
+        self._threshold = threshold
+        return True
+
     def _search(self, vector: CompensatedGradient, k: int) -> Candidates:
         """Return k candidates or more: by last step's threshold, by a sample's, or everything."""
         limit = most_candidates(k)
-        for low in (self._low(vector, k), None):
+        for low in (self.first_key(k, vector.numel, vector.dtype), None):
             if low is None:
                 low = sampled_threshold(vector, k)
             found = find_candidates(vector, low, limit)
@@ -143,13 +170,6 @@ class Selector:
                 return filled_with_zeros(vector, found, k)
         return partitioned_candidates(vector, k)
 
-    def _low(self, vector: CompensatedGradient, k: int) -> int:
-        """Return the key that k candidates should reach: a little under last step's threshold."""
-        if self._threshold is None:
-            return sampled_threshold(vector, k)
-        # not below the smallest number there is, or zeros would be candidates
-        return max(1, key_of(self._threshold * (1.0 - self._slack), vector.dtype))
-
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
@@ -158,17 +178,8 @@ class Selector:
         kth, highest = keep_largest(
             indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept, kept_bits
         )
-        finite = highest < key_of(np.inf, dtype)
-        if finite:
-            self._remember(number_of(kth, dtype))
+        finite = self.remember(kth, highest, dtype)
         return Selection(torch.from_numpy(kept[:k]), tensor_of(kept_bits[:k], dtype), finite)
-
-    def _remember(self, threshold: float) -> None:
-        if self._threshold:
-            drop = 1.0 - threshold / self._threshold
-            slack = max(0.95 * self._slack, 2.0 * drop, _SMALLEST_SLACK)
-            self._slack = min(slack, _LARGEST_SLACK)
-        self._threshold = threshold
 
 
 def settle(
@@ -186,7 +197,7 @@ def settle(
     `replace_by` the gradient becomes the sum of those terms; other than NO_TERMS they are for the
     CPU, with one dtype throughout.
     """
-    _check_vectors(gradient, residual)
+    check_vectors(gradient, residual)
     if residual.device.type != "cpu":
         residual += gradient
         residual.index_copy_(0, indices.to(residual.device), rest.to(residual.device))
@@ -209,7 +220,7 @@ def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Se
     _check_k(k, row_numel)
     gradient = matrix.reshape(-1)
     flat_residual = None if residual is None else residual.reshape(-1)
-    _check_vectors(gradient, flat_residual)
+    check_vectors(gradient, flat_residual)
     if matrix.device.type != "cpu":
         return select_with_torch(gradient, k, residual=flat_residual, row_numel=row_numel)
     vector = CompensatedGradient(gradient, flat_residual)
@@ -278,7 +289,8 @@ def _nothing_of(vector: CompensatedGradient) -> Selection:
     return Selection(nothing, nothing.to(vector.dtype), finite=beyond == 0)
 
 
-def _check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
+def check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
+    """Raise ValueError unless these are what Selector.select takes."""
     for name, vector in (("gradient", gradient), ("residual", residual)):
         if vector is not None and (
             vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES
@@ -289,7 +301,7 @@ def _check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
             )
     if residual is None:
         return
-    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(gradient.dtype)
     expected = (gradient.shape, dtype, gradient.device)
     if (residual.shape, residual.dtype, residual.device) != expected:
         raise ValueError(

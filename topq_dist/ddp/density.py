@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from topq_dist.compress.compressor import Cut
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.density import Scope, check_scope, uniform_cuts
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.topq import check_fraction, draw_q, kept_count, row_shape

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import write_sum
+from topq_dist.compress.averaging import write_sum
 from topq_dist.compress.frame import Frame, FrameError, decode_frame
 from topq_dist.ddp.exchange import AllGather, Exchange, Gathering, Job, Link, Pending
 from topq_dist.ddp.messages import ExchangeError

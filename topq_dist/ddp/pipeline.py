@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
-from topq_dist.compress.compressor import Compressed, Cut, FlatCompressor
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.density import Density
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending

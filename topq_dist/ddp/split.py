@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from topq_dist.compress.averaging import decode_parts, write_sum
 from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.compressor import Compressed, FlatCompressor, decode_parts, write_sum
+from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.frame import Frame, FrameError
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
 from topq_dist.ddp.messages import ExchangeError

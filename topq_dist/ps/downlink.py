@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from topq_dist.compress.compressor import Cut
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.density import uniform_cuts
 from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
 from topq_dist.compress.selection import Selection, Selector

@@ -13,6 +13,8 @@ from topq_dist.ps.config import GroupRule
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _NAMED = re.compile(rf"\s*({_NAME})\s*=\s*(.+?)\s*", re.DOTALL)
 _GROUP = re.compile(rf"(?P<pattern>.+?):(?P<options>\s*{_NAME}\s*=.*)", re.DOTALL)
+# a backslash within quotes goes with the letter after it, which may be a quote
+_QUOTED_OR_LETTER = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
 _WORDS = {"true": True, "false": False, "none": None}
 _SIZE = re.compile(r"([0-9]+)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -91,18 +93,14 @@ class Parsed(_ParamType):
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth == 0:
+    parts, depth = [""], 0
+    for piece in _QUOTED_OR_LETTER.findall(text):
+        if piece == "," and depth == 0:
             parts.append("")
             continue
-        parts[-1] += letter
+        if piece in "([{":
+            depth += 1
+        elif piece in ")]}":
+            depth -= 1
+        parts[-1] += piece
     return parts

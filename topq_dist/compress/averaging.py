@@ -1,0 +1,86 @@
+"""From frames to the mean of their dense vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.blocks import KEY_DTYPES, Terms, sum_dtype
+from topq_dist.compress.frame import Buffer, Frame, decode_frame
+from topq_dist.compress.parts import Parts
+
+
+def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
+    """Write the mean of the frames' dense vectors into `out`, and return it.
+
+    `out` is contiguous, of any shape and float dtype. The terms are divided first and added in
+    the order of the frames, as DistributedDataParallel does with dense gradients. Raises
+    FrameError, leaving `out` as it was, for bytes that are no frame of out.numel() elements.
+    """
+    check_out(out)
+    frames_read = [decode_frame(frame, numel=out.numel()) for frame in frames]
+    return write_sum(frames_read, divisor=len(frames), out=out)
+
+
+def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
+    """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
+
+    Their indices ascend within a block of a part only. Raises FrameError.
+    """
+    dealt = Parts(numel=numel, count=len(frames))
+    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
+    return [
+        replace(frame, numel=numel, indices=dealt.gather(part, frame.indices))
+        for part, frame in enumerate(decoded)
+    ]
+
+
+def write_sum(
+    frames: Sequence[Frame], *, divisor: int, out: Tensor, cleared: bool = False
+) -> Tensor:
+    """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
+
+    `out` is as in `average`; `cleared` says that it is zero already. The frames are used up: their
+    values are divided in place.
+    """
+    flat = out.view(-1)
+    # half precision would round once a frame
+    whole = flat.dtype == sum_dtype(flat.dtype) or len(frames) == 1
+    if not whole:
+        total = torch.zeros_like(flat, dtype=sum_dtype(flat.dtype))
+    else:
+        total = flat if cleared else flat.zero_()
+    for frame in frames:
+        frame.values.div_(divisor)
+        frame.add_to(total)
+    if total is not flat:
+        flat.copy_(total)
+    return out
+
+
+def mean_terms(frames: Sequence[Frame]) -> Terms:
+    """Return what adds up to the mean of the frames' vectors."""
+    values = np.concatenate([frame.values.numpy() for frame in frames])
+    values /= values.dtype.type(len(frames))
+    edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
+    return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
+
+
+def check_out(out: Tensor) -> None:
+    """Raise ValueError unless a dense gradient can be written into `out`."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
+    if out.dtype not in KEY_DTYPES or out.layout != torch.strided or out.is_meta:
+        raise ValueError(
+            f"out has dtype {out.dtype} and layout {out.layout} on {out.device}: expected a dense "
+            f"tensor of one of {', '.join(str(dtype) for dtype in KEY_DTYPES)}"
+        )
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out has dtype {out.dtype}, strides {out.stride()} and requires_grad="
+            f"{out.requires_grad}: expected a contiguous float tensor that needs no gradient"
+        )
