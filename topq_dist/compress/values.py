@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topq_dist.compress.bits import Bytes
 from topq_dist.compress.casts import cast
+from topq_dist.compress.half_kernels import round_to_half, widen_half
 from topq_dist.compress.lowbit import decode_blocks, encode_blocks, lowbit_bytes
 
 VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")
@@ -72,7 +73,8 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
     leave its range. Raises ValueError where a value is NaN or infinite.
     """
     wide = _as_floats(values, torch.float64 if values.dtype == torch.float64 else torch.float32)
-    peak = float(np.abs(wide).max()) if wide.size else 0.0
+    # NaN is the maximum of what holds one, and no absolute values need room
+    peak = max(float(wide.max()), -float(wide.min())) if wide.size else 0.0
     if not np.isfinite(peak):
         raise ValueError("values holds NaN or infinity: expected finite numbers")
     if value_format == "fp64":
@@ -81,6 +83,8 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
     largest = _LARGEST.get(value_format, _LARGEST_FP32)
     if peak > largest:
         wide, peak = np.clip(wide, -largest, largest), largest
+    if value_format == "fp16":
+        return _encode_half(wide.astype(np.float32, copy=False), _fp16_exponent(peak))
     # a copy even where nothing is rounded: what is decoded must not change with `values`
     single = wide.astype(np.float32)
     if value_format == "fp32":
@@ -88,14 +92,9 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
     if value_format in _LOW_BITS:
         payload, levels = encode_blocks(single, _LOW_BITS[value_format])
         return EncodedValues(payload, 0, torch.from_numpy(levels))
-
-    exponent = 0
-    if value_format == "fp16":
-        exponent = _fp16_exponent(peak)
-        single *= np.float32(2.0**-exponent)
-    stored = cast(torch.from_numpy(single), _WHOLE[value_format])
+    stored = cast(torch.from_numpy(single), torch.bfloat16)
     payload = stored.view(torch.int16).numpy().view(np.uint8)
-    return EncodedValues(payload, exponent, _widened(stored, exponent))
+    return EncodedValues(payload, 0, cast(stored, torch.float32))
 
 
 def decode_values(
@@ -113,9 +112,15 @@ def decode_values(
         aligned = payload.ctypes.data % number.alignment == 0
         own = payload if in_place and aligned and payload.flags.writeable else payload.copy()
         decoded = torch.from_numpy(own.view(number))
+    elif value_format == "fp16":
+        halves = payload.copy().view(np.uint16)
+        widened = np.empty(count, np.float32)
+        if not widen_half(halves, np.float32(2.0**exponent), widened, widened.view(np.int32)):
+            raise ValueError("a value is not finite")
+        return torch.from_numpy(widened)
     else:
-        stored = torch.from_numpy(payload.copy().view(np.int16)).view(_WHOLE[value_format])
-        decoded = _widened(stored, exponent)
+        stored = torch.from_numpy(payload.copy().view(np.int16)).view(torch.bfloat16)
+        decoded = cast(stored, torch.float32)
     if count and not (np.isfinite(decoded.numpy().max()) and np.isfinite(decoded.numpy().min())):
         raise ValueError("a value is not finite")
     return decoded
@@ -133,12 +138,12 @@ def _as_floats(values: Tensor, dtype: torch.dtype) -> npt.NDArray[np.floating]:
     return (values if values.dtype == dtype else cast(values, dtype)).numpy()
 
 
-def _widened(stored: Tensor, exponent: int) -> Tensor:
-    decoded = cast(stored, torch.float32)
-    if exponent:
-        with np.errstate(over="ignore"):
-            decoded.numpy()[...] *= np.float32(2.0**exponent)
-    return decoded
+def _encode_half(values: npt.NDArray[np.float32], exponent: int) -> EncodedValues:
+    scratch, halves = np.empty_like(values), np.empty(values.size, np.uint16)
+    bits = scratch.view(np.int32)
+    round_to_half(values, np.float32(2.0**-exponent), scratch, bits, halves)
+    widen_half(halves, np.float32(2.0**exponent), scratch, bits)
+    return EncodedValues(halves.view(np.uint8), exponent, torch.from_numpy(scratch))
 
 
 def _fp16_exponent(peak: float) -> int:
