@@ -91,14 +91,32 @@ def rank_main(rank: int, mode: Any, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     training = Training(rank, bucket_cap_mb=25)
     if mode == "loaded":
-        compressor = topq_dist.Compressor(q=0.99)
-        compressor.decompress(compressor.compress("few", torch.randn(10_000)), torch.empty(10_000))
+        load_loops()
     elif mode != "dense":
         topq_dist.register_topq_hook(training.model, q=0.99, value_format="fp16", exchange=mode)
     for _ in range(STEPS):
         training.step_s(exchange=True)
     (Path(folder) / f"peak{rank}").write_text(str(high_water_bytes()))
     dist.destroy_process_group()
+
+
+def load_loops() -> None:
+    """Take a small gradient through what the hook takes a bucket through, cold and warm."""
+    # not above: a dense step would take the room of what they load
+    from topq_dist.compress.compressor import FlatCompressor
+    from topq_dist.compress.density import uniform_cuts
+    from topq_dist.compress.feedback import Layout
+    from topq_dist.compress.frame import decode_frame
+
+    compressor = FlatCompressor(value_format="fp16", error_feedback=True)
+    numels = (10_000, 100)
+    layout = Layout(names=("few", "fewer"), shapes=tuple((numel,) for numel in numels))
+    for _ in range(2):
+        gradient = torch.randn(layout.numel)
+        cuts = uniform_cuts(numels, q=0.99, scope="parameter")
+        compressed = compressor.compress(gradient, layout, cuts)
+        received = decode_frame(compressed.frames[0], numel=layout.numel)
+        compressed.commit_and_average([received], gradient=gradient)
 
 
 def high_water_bytes() -> int:

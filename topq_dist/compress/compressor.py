@@ -245,7 +245,9 @@ class Compressor:
     value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64".
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
 
-    Raises TypeError or ValueError for a value out of place, naming it.
+    With error feedback it takes room for a residual of each name, and each thread that compresses
+    for one residual more, the largest. Raises TypeError or ValueError for a value out of place,
+    naming it.
     """
 
     def __init__(
