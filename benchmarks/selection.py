@@ -28,7 +28,8 @@ from torch import Tensor
 
 from topq_dist.compress.compressor import Compressor
 from topq_dist.compress.frame import decode_frame, encode_frame
-from topq_dist.compress.selection import Selector, settle
+from topq_dist.compress.selection import Selector
+from topq_dist.compress.settling import settle
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,7 +1,8 @@
 """All cuts of a vector at once, compared with one after the other."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from vectors import DTYPES, drawn
 
+from topq_dist.compress import cuts as cuts_module
+from topq_dist.compress import selection
+from topq_dist.compress.blocks import CompensatedGradient
+from topq_dist.compress.candidates import find_candidates
 from topq_dist.compress.cuts import Cut, CutSelector
+from topq_dist.compress.kernels import select_stretches
 from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import Selection, Selector
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +27,6 @@ def threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def drawn(seed: int, numel: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(numel, generator=generator, dtype=torch.float64)
-    # with zeros, and with ties
-    return (vector * 4).round().div(4).to(dtype) if seed % 2 else vector.to(dtype)
 
 
 def cuts_of(numels: list[int], fractions: list[float]) -> list[Cut]:
@@ -108,28 +106,47 @@ def test_all_cuts_at_once_are_the_same_as_one_by_one(
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_warm_step_takes_one_pass_and_a_miss_another_over_its_own_cut(threads: int) -> None:
+def test_a_warm_step_is_one_call_a_thread_and_a_miss_one_pass_more(threads: int) -> None:
     torch.set_num_threads(threads)
     cuts = cuts_of([30_000, 1_000, 30_000, 500], [0.01] * 4)
-    numel = sum(cut.row_numel for cut in cuts)
-    selector, residual = CutSelector(), torch.zeros(numel)
-    gradient = drawn(2, numel, torch.float32)
-    selected: list[int] = []
-    select = Selector.select
+    selector, residual = CutSelector(), torch.zeros(61_500)
+    gradient = drawn(2, 61_500, torch.float32)
+    calls: list[int] = []
 
-    def counted(self: Selector, vector: Tensor, k: int, *, residual: Tensor | None) -> Selection:
-        selected.append(vector.numel())
-        return select(self, vector, k, residual=residual)
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(vector: Any, *args: Any) -> Any:
+            calls.append(vector.numel if isinstance(vector, CompensatedGradient) else vector.size)
+            return call(vector, *args)
 
-    with mock.patch.object(Selector, "select", counted):
+        return counting
+
+    def passes(gradient: Tensor) -> list[int]:
+        calls.clear()
         selector.select(Pieces([gradient]), residual, cuts)
-        assert selected == [30_000, 1_000, 30_000, 500]
-        selected.clear()
-        selector.select(Pieces([gradient]), residual, cuts)
-        assert selected == []
+        return sorted(calls)
+
+    with (
+        mock.patch.object(selection, "find_candidates", counted(find_candidates)),
+        mock.patch.object(cuts_module, "select_stretches", counted(select_stretches)),
+    ):
+        assert passes(gradient) == [30_000, 30_000]
+        warm = [61_500] if threads == 1 else [30_000, 31_500]
+        assert passes(gradient) == warm
         gradient[cuts[2].stretch] /= 1e3
-        selector.select(Pieces([gradient]), residual, cuts)
-        assert selected == [30_000]
+        assert passes(gradient) == sorted([*warm, 30_000])
+        assert passes(gradient) == warm
+
+
+def test_taking_up_with_a_threshold_that_misses_takes_one_pass_more() -> None:
+    selector, residual = Selector(), torch.zeros(50_000)
+    passes = mock.Mock(side_effect=find_candidates)
+    with mock.patch.object(selection, "find_candidates", passes):
+        for scale, count in ((1.0, 1), (1.0, 1), (1e-3, 2), (1e6, 2)):
+            residual.zero_()
+            passes.reset_mock()
+            with selector.taking_up(residual, drawn(2, 50_000, torch.float32) * scale, 50):
+                pass
+            assert passes.call_count == count
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -142,6 +159,6 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"expected"):
             CutSelector().select(Pieces([gradient]), residual, cuts)
-    too_many = [Cut(start=0, rows=1, row_numel=20, kept=21)]
-    with pytest.raises(ValueError, match=r"k=21: expected a number in \[0, 20\]"):
-        CutSelector().select(Pieces([torch.ones(20)]), None, too_many)
+    for kept in (-1, 21):
+        with pytest.raises(ValueError, match=rf"kept={kept}: expected a number in \[0, 20\]"):
+            Cut(start=0, rows=1, row_numel=20, kept=kept)

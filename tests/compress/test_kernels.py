@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from topq_dist.compress.blocks import Terms, add_terms
+import topq_dist
 from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.frame import Frame
 from topq_dist.compress.kernels import (
@@ -21,7 +22,7 @@ from topq_dist.compress.kernels import (
     keep_largest,
 )
 from topq_dist.compress.machine_code import LANES
-from topq_dist.compress.selection import settle
+from topq_dist.compress.settling import Terms, add_terms, settle
 
 SIZES = st.integers(0, 3 * LANES + 5)
 KEYS = st.sampled_from(["u2", "u4", "u8"]).flatmap(
@@ -85,7 +86,7 @@ def test_the_largest_are_kept_and_the_first_of_the_ties(
     sign = keys.dtype.type(data.draw(st.integers(0, 1)) << (8 * keys.itemsize - 1))
     magnitude = keys.dtype.type(np.iinfo(keys.dtype).max // 2)
     indices, bits = np.arange(keys.size, dtype=np.int64) * 3, keys | sign
-    near, kept_bits = np.empty(keys.size + 1, keys.dtype), np.empty(k + 1, keys.dtype)
+    near, kept_bits = np.empty(keys.size, keys.dtype), np.empty(k + 1, keys.dtype)
     kept, counted = np.empty(k + 1, np.int64), np.empty(counts, np.int64)
     kth, highest = keep_largest(indices, bits, magnitude, k, counted, near, kept, kept_bits)
     expected = np.sort(np.lexsort((np.arange(keys.size), -keys.astype(object)))[:k])
@@ -181,3 +182,34 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, damaged: str) -
         file.write_bytes(b"")
     assert said() == ("70", "")
     assert all(file.stat().st_size for file in files)
+
+
+def test_a_change_of_what_kernels_are_made_with_renews_their_cache(tmp_path: Path) -> None:
+    package = tmp_path / "topq_dist"
+    shutil.copytree(Path(topq_dist.__file__).parent, package)
+    program = (
+        "from topq_dist.compress.kernels import count_reaching\n"
+        "import numpy as np\n"
+        "count = count_reaching(np.ones(64, np.int32), np.int32(1))\n"
+        "print(count, sum(count_reaching.stats.cache_hits.values()))\n"
+    )
+
+    def said() -> str:
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": ""},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert not ran.stderr
+        return ran.stdout.strip()
+
+    assert (said(), said()) == ("64 0", "64 1")
+    made_with = package / "compress" / "machine_code.py"
+    text = made_with.read_text()
+    assert "builder.ctpop(args[0])" in text
+    made_with.write_text(text.replace("builder.ctpop(args[0])", "args[0]"))
+    assert said() == "-1 0"

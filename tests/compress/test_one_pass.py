@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from vectors import DTYPES, drawn
 
 from topq_dist.compress.averaging import write_sum
 from topq_dist.compress.blocks import BLOCK_NUMEL
@@ -15,9 +16,9 @@ from topq_dist.compress.compressor import Compressed, Compressor, FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
-from topq_dist.compress.selection import Selector, settle
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from topq_dist.compress.pieces import Pieces
+from topq_dist.compress.selection import Selector
+from topq_dist.compress.settling import settle
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def drawn(seed: int, numel: int, dtype: torch.dtype, *, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(numel, generator=generator, dtype=torch.float64) * scale
-    # with zeros, and with ties
-    return (vector * 4).round().div(4).to(dtype) if seed % 2 else vector.to(dtype)
 
 
 def residual_like(gradient: Tensor) -> Tensor:
@@ -99,11 +93,12 @@ def test_what_is_not_finite_leaves_the_residual_bit_for_bit(
     residual = drawn(4, numel, torch.float32, scale=1e-6)
     with selector.taking_up(residual, gradient, k) as taken:
         residual[taken.indices] = 0.0
-    before = residual.clone()
+    residual[-1] = -0.0
+    before = residual.clone().view(torch.int32)
     gradient[numel // 2] = bad
     with selector.taking_up(residual, gradient, k) as taken:
         assert not taken.finite
-    assert torch.equal(residual, before)
+    assert torch.equal(residual.view(torch.int32), before)
 
 
 def test_a_sum_may_overflow_where_neither_summand_has() -> None:
@@ -162,12 +157,11 @@ def test_a_compressor_sends_what_a_step_in_two_halves_sends(
 def averaged(
     compressed: Compressed, frames: Sequence[Frame], gradient: Tensor, *, fused: bool
 ) -> Tensor:
-    out = gradient.clone()
     if fused:
-        compressed.commit_and_average(frames, gradient=gradient)
+        compressed.commit_and_write(frames, divisor=len(frames))
         return gradient
     compressed.commit()
-    return write_sum(frames, divisor=len(frames), out=out)
+    return write_sum(frames, divisor=len(frames), out=gradient.clone())
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -205,3 +199,14 @@ def test_the_average_is_that_of_a_sum_of_its_own(
     assert torch.equal(mean, expected)
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[name], expected_state[name]) for name in state)
+
+
+def test_only_a_finite_vector_in_one_piece_can_take_a_sum() -> None:
+    layout = Layout(names=("a", "b"), shapes=((2,), (2,)))
+    cuts = [Cut(start=start, rows=1, row_numel=2, kept=1) for start in (0, 2)]
+    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
+    pieces = [torch.ones(2), torch.ones(2)]
+    for gradient in (Pieces(pieces), Pieces([torch.full((4,), math.nan)])):
+        with pytest.raises(ValueError, match="in one piece"):
+            compressor.compress(gradient, layout, cuts).commit_and_write([], divisor=1)
+    assert [piece.tolist() for piece in pieces] == [[1.0, 1.0]] * 2

@@ -4,20 +4,20 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topq_dist.compress.blocks import NO_TERMS
 from topq_dist.compress.selection import (
     Selection,
     Selector,
     select_rows,
     select_with_torch,
-    settle,
 )
+from topq_dist.compress.settling import Terms, settle
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESIDUAL_DTYPE = {
@@ -368,21 +368,13 @@ def test_bad_matrices_are_named() -> None:
         select_rows(torch.zeros(2, 3), 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_settling_can_clear_the_gradient(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(11)
-    gradient = torch.randn(600_000, generator=generator).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    residual = torch.randn(600_000, generator=generator, dtype=wide)
-    picked = Selector().select(gradient, 6_000, residual=residual)
-    kept = residual + gradient
-    kept[picked.indices] = 0.5
-    settle(
-        residual,
-        gradient,
-        picked.indices,
-        torch.full((6_000,), 0.5, dtype=wide),
-        replace_by=NO_TERMS,
-    )
-    assert torch.equal(residual, kept)
-    assert not gradient.any()
+def test_terms_of_another_dtype_are_refused_and_change_nothing() -> None:
+    terms = Terms(np.array([3]), np.array([1.0], np.float32), np.array([0, 1]))
+    at, value = torch.tensor([1]), torch.tensor([9.0])
+    for gradient, residual in (
+        (torch.ones(5, dtype=torch.float16), torch.ones(5)),
+        (torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)),
+    ):
+        with pytest.raises(ValueError, match="expected one dtype"):
+            settle(residual, gradient, at, value.to(residual), replace_by=terms)
+        assert gradient.tolist() == residual.tolist() == [1.0] * 5

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import KEY_DTYPES, Terms, sum_dtype
+from topq_dist.compress.blocks import KEY_DTYPES, sum_dtype
 from topq_dist.compress.frame import Buffer, Frame, decode_frame
 from topq_dist.compress.parts import Parts
+from topq_dist.compress.settling import Terms
 
 
 def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
 def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
     """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
 
-    Their indices ascend within a block of a part only. Raises FrameError.
+    Raises FrameError.
     """
     dealt = Parts(numel=numel, count=len(frames))
     decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
@@ -39,21 +40,15 @@ def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
     ]
 
 
-def write_sum(
-    frames: Sequence[Frame], *, divisor: int, out: Tensor, cleared: bool = False
-) -> Tensor:
+def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
     """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
 
-    `out` is as in `average`; `cleared` says that it is zero already. The frames are used up: their
-    values are divided in place.
+    `out` is as in `average`. The frames are used up: their values are divided in place.
     """
     flat = out.view(-1)
     # half precision would round once a frame
     whole = flat.dtype == sum_dtype(flat.dtype) or len(frames) == 1
-    if not whole:
-        total = torch.zeros_like(flat, dtype=sum_dtype(flat.dtype))
-    else:
-        total = flat if cleared else flat.zero_()
+    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=sum_dtype(flat.dtype))
     for frame in frames:
         frame.values.div_(divisor)
         frame.add_to(total)
@@ -62,16 +57,16 @@ def write_sum(
     return out
 
 
-def mean_terms(frames: Sequence[Frame]) -> Terms:
-    """Return what adds up to the mean of the frames' vectors."""
+def terms_of(frames: Sequence[Frame], *, divisor: int) -> Terms:
+    """Return what adds up to the sum of the frames' vectors, each divided by `divisor`."""
     values = np.concatenate([frame.values.numpy() for frame in frames])
-    values /= values.dtype.type(len(frames))
+    values /= values.dtype.type(divisor)
     edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
     return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
 
 
 def check_out(out: Tensor) -> None:
-    """Raise ValueError unless a dense gradient can be written into `out`."""
+    """Raise ValueError, or TypeError for no tensor, unless `out` can take a dense gradient."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
     if out.dtype not in KEY_DTYPES or out.layout != torch.strided or out.is_meta:

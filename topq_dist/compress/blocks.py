@@ -1,4 +1,4 @@
-"""gradient + residual as bit patterns, added up one block at a time, in kept scratch.
+"""gradient + residual as bit patterns, what they are added up in, and the scratch for it.
 
 A number's magnitude is its bit pattern with the sign cleared: as integers these keys order as the
 magnitudes do, exactly, with infinity above every number, NaN above infinity and denormals whole.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.casts import cast
-from topq_dist.compress.kernels import scatter_add, settle_span
 from topq_dist.compress.machine_code import STREAM_ALIGNMENT
-from topq_dist.compress.workers import run_all, thread_count
+from topq_dist.compress.workers import thread_count
 
-# a block stays in a core's cache; below 65,536 call overhead shows
+# a block stays in a core's cache; below 65,536 call overhead shows. What is written past the caches
+# is aligned because whole blocks are many times STREAM_ALIGNMENT long
 BLOCK_NUMEL = 262_144
 
 Keys = npt.NDArray[np.unsignedinteger[Any]]
@@ -36,21 +35,6 @@ KEY_DTYPES: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
     torch.float64: np.uint64,
 }
 SIGNED_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Terms(NamedTuple):
-    """Sparse vectors to be added up: `indices` and `values` of one after the other.
-
-    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
-    """
-
-    indices: Indices
-    values: Floats
-    edges: Indices
-
-
-# what adds up to zeros
-NO_TERMS = Terms(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(1, np.int64))
 
 
 class CompensatedGradient:
@@ -74,7 +58,7 @@ class CompensatedGradient:
         if self._residual is not None:
             owed = self._residual[start:stop]
             np.add(
-                owed, _as_summand(bits, self._gradient_dtype, self.dtype), out=keys.view(owed.dtype)
+                owed, as_summand(bits, self._gradient_dtype, self.dtype), out=keys.view(owed.dtype)
             )
             bits = keys
         np.bitwise_and(bits, sign_cleared(self.dtype), out=keys)
@@ -89,7 +73,7 @@ class CompensatedGradient:
         bits = self._gradient_bits[start:stop]
         if self._residual is None:
             return bits.view(f"i{bits.itemsize}"), None
-        return _as_summand(bits, self._gradient_dtype, self.dtype), self._residual[start:stop]
+        return as_summand(bits, self._gradient_dtype, self.dtype), self._residual[start:stop]
 
     @property
     def longest_stretch(self) -> int:
@@ -103,7 +87,7 @@ class CompensatedGradient:
         if self._residual is None:
             return bits
         return (
-            _pick(self._residual, where) + _as_summand(bits, self._gradient_dtype, self.dtype)
+            _pick(self._residual, where) + as_summand(bits, self._gradient_dtype, self.dtype)
         ).view(KEY_DTYPES[self.dtype])
 
 
@@ -168,37 +152,26 @@ def blocks(start: int, stop: int, numel: int = BLOCK_NUMEL) -> Iterator[tuple[in
         yield at, min(at + numel, stop)
 
 
-def settle_blocks(
-    residual: Tensor,
-    gradient: Tensor,
-    indices: Indices,
-    rest: Floats,
-    *,
-    replace_by: Terms | None,
-) -> None:
-    """residual += gradient, then residual[indices] = rest; the indices ascend.
-
-    With `replace_by` the gradient becomes the sum of those terms; they must be of the gradient's
-    dtype, and that the residual's, unless they are NO_TERMS. Raises ValueError, having changed
-    nothing, where the first or the last index of any of them is out of range.
-    """
-    _check_range(indices, residual.numel())
-    if replace_by is not None:
-        for low, high in pairwise(replace_by.edges.tolist()):
-            _check_range(replace_by.indices[low:high], residual.numel())
-    terms = residual.detach(), gradient.detach(), indices, rest, replace_by
-    run_all([partial(_settle, *terms, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
-
-
-def _check_range(indices: Indices, numel: int) -> None:
-    if indices.size and (indices[0] < 0 or indices[-1] >= numel):
-        raise ValueError(f"indices from {indices[0]} to {indices[-1]}: expected [0, {numel})")
-
-
-def add_terms(out: Tensor, terms: Terms) -> None:
-    """Add up sparse vectors in `out`; raises ValueError where an index is out of range."""
-    if terms.indices.size and not scatter_add(out.numpy(), terms.indices, terms.values):
-        raise ValueError(f"an index is not in [0, {out.numel()})")
+def check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
+    """Raise ValueError unless these are what Selector.select takes."""
+    for name, vector in (("gradient", gradient), ("residual", residual)):
+        if vector is not None and (
+            vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES
+        ):
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)} and dtype {vector.dtype}: expected one "
+                f"contiguous dimension of one of {[*KEY_DTYPES]}"
+            )
+    if residual is None:
+        return
+    dtype = sum_dtype(gradient.dtype)
+    expected = (gradient.shape, dtype, gradient.device)
+    if (residual.shape, residual.dtype, residual.device) != expected:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, dtype {residual.dtype} and device "
+            f"{residual.device}: expected {tuple(gradient.shape)}, {dtype} and {gradient.device} "
+            f"for a gradient of {gradient.dtype}"
+        )
 
 
 class _Scratch(threading.local):
@@ -207,8 +180,8 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._block = np.empty(BLOCK_NUMEL, dtype=np.uint64)
         self._indices = np.zeros(0, dtype=np.int64)
-        self._numbers = np.zeros(0, dtype=np.uint64)
-        self._before = np.zeros(0, dtype=np.uint64)
+        self._numbers = np.zeros(0, dtype=np.uint8)
+        self._before = np.zeros(0, dtype=np.uint8)
         self.single = torch.empty(BLOCK_NUMEL)
         # as many as stay in a core's first cache
         self.counts = np.empty(2_048, dtype=np.int64)
@@ -221,16 +194,20 @@ class _Scratch(threading.local):
         """Room for so many indices, and numbers of a dtype."""
         if self._indices.size < room:
             self._indices = np.empty(room, dtype=np.int64)
-            self._numbers = np.empty(room, dtype=np.uint64)
-        return self._indices[:room], self._numbers.view(dtype)[:room]
+        if self._numbers.nbytes < room * dtype.itemsize:
+            self._numbers = np.empty(room * dtype.itemsize, dtype=np.uint8)
+        return self._indices[:room], self._numbers[: room * dtype.itemsize].view(dtype)
 
     def before(self, numel: int, dtype: np.dtype[Any]) -> Floats:
-        """What a vector was before it was added to: so many floats, of STREAM_ALIGNMENT."""
-        if self._before.nbytes < numel * dtype.itemsize:
-            room = np.empty(numel + STREAM_ALIGNMENT, dtype=np.uint64)
-            start = -room.ctypes.data % STREAM_ALIGNMENT // room.itemsize
-            self._before = room[start : start + numel]
-        return self._before.view(dtype)[:numel]
+        """Room for what a vector was: so many floats, of STREAM_ALIGNMENT, until the next call."""
+        needed_bytes = numel * dtype.itemsize
+        if self._before.nbytes < needed_bytes:
+            # first, or there would be two of them for a while
+            self._before = np.zeros(0, dtype=np.uint8)
+            room = np.empty(needed_bytes + STREAM_ALIGNMENT, dtype=np.uint8)
+            start = -room.ctypes.data % STREAM_ALIGNMENT
+            self._before = room[start : start + needed_bytes]
+        return self._before[:needed_bytes].view(dtype)
 
 
 scratch = _Scratch()
@@ -246,45 +223,8 @@ def _widened(narrow: Tensor) -> Tensor:
     return cast(narrow, torch.float32, out=scratch.single[:numel] if numel <= BLOCK_NUMEL else None)
 
 
-def _settle(
-    residual: Tensor,
-    gradient: Tensor,
-    indices: Indices,
-    rest: Floats,
-    replace_by: Terms | None,
-    start: int,
-    stop: int,
-) -> None:
-    owed, bits = residual.numpy(), bits_of(gradient)
-    same = gradient.dtype == residual.dtype
-    terms = replace_by if replace_by is not None and same else NO_TERMS
-    for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
-        summand = _as_summand(bits[at:end], gradient.dtype, residual.dtype)
-        mine = slice(*np.searchsorted(indices, (at, end)))
-        places = [
-            low + np.searchsorted(terms.indices[low:high], (at, end))
-            for low, high in pairwise(terms.edges.tolist())
-        ]
-        at_term, ends = np.array(places, np.int64).reshape(-1, 2).T.copy()
-        if not settle_span(
-            owed[at:end],
-            summand,
-            at,
-            indices[mine],
-            rest[mine],
-            replace_by is not None and same,
-            terms.indices,
-            terms.values,
-            at_term,
-            ends,
-        ):
-            raise ValueError("indices do not ascend")
-        if replace_by is not None and not same:
-            # while the block is cached
-            bits[at:end].fill(0)
-
-
-def _as_summand(bits: Keys, dtype: torch.dtype, sum_dtype: torch.dtype) -> Floats:
-    if dtype == sum_dtype:
+def as_summand(bits: Keys, dtype: torch.dtype, wide: torch.dtype) -> Floats:
+    """Return the numbers of bit patterns of `dtype` in `wide`; of a block, in kept scratch."""
+    if dtype == wide:
         return bits.view(f"f{bits.itemsize}")
     return _widened(tensor_of(bits, dtype)).numpy()

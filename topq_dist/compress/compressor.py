@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.averaging import average, mean_terms, write_sum
-from topq_dist.compress.blocks import NO_TERMS, Terms, add_terms, sum_dtype
+from topq_dist.compress.averaging import average, terms_of, write_sum
+from topq_dist.compress.blocks import sum_dtype
 from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.cuts import Cut, CutSelector
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
+    EncodedFrame,
     Frame,
     encode_frame,
     encode_non_finite_frame,
@@ -23,19 +27,12 @@ from topq_dist.compress.frame import (
 )
 from topq_dist.compress.parts import Parts
 from topq_dist.compress.pieces import Pieces
-from topq_dist.compress.selection import (
-    Selector,
-    settle,
-)
-from topq_dist.compress.values import check_value_format, decoded_dtype
+from topq_dist.compress.selection import Selector
+from topq_dist.compress.settling import Terms, add_terms, settle
+from topq_dist.compress.values import WHOLE, check_value_format, decoded_dtype
 from topq_dist.topq import check_fraction, kept_count
 
-_OWN_FORMAT = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
+_OWN_FORMAT = {dtype: name for name, dtype in WHOLE.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,30 +40,40 @@ class Compressed:
     """The frames of a vector; one of the other methods, called once, keeps what they leave out.
 
     own: what decoding the only frame returns, where there is one and it holds values.
-    keep: does the keeping; with terms the gradient becomes their sum.
+    vector: what was compressed, where it is finite and lies in one piece.
+    settle_with: does the keeping; with terms the vector becomes their sum.
     """
 
     frames: list[Tensor]
     own: Frame | None = None
-    keep: Callable[[Terms | None], None] = lambda _: None
+    vector: Tensor | None = None
+    settle_with: Callable[[Terms | None], None] = lambda _: None
 
-    def commit(self, *, clear: bool = False) -> None:
-        """Keep what the frames leave out; with `clear` a finite gradient is zero afterwards."""
-        self.keep(NO_TERMS if clear else None)
+    def commit(self) -> None:
+        """Keep what the frames leave out."""
+        self.settle_with(None)
 
-    def commit_and_average(self, frames: Sequence[Frame], *, gradient: Tensor) -> None:
-        """Do what commit does; afterwards the gradient is the mean of the frames' vectors.
+    def commit_and_write(self, frames: Sequence[Frame], *, divisor: int) -> None:
+        """Do what commit does; afterwards the vector is what write_sum makes of these frames.
 
-        `gradient` is what was compressed. The frames, all finite, are used up, as in write_sum.
+        They are finite, and used up. Raises ValueError where there is no vector in one piece.
         """
-        if gradient.device.type == "cpu" and all(
-            frame.values.dtype == gradient.dtype for frame in frames
-        ):
+        if self.vector is None:
+            raise ValueError("no finite vector in one piece to write into")
+        dtypes = {frame.values.dtype for frame in frames}
+        if self.vector.device.type == "cpu" and dtypes == {self.vector.dtype}:
             # in one pass
-            self.keep(mean_terms(frames))
+            self.settle_with(terms_of(frames, divisor=divisor))
         else:
-            self.commit(clear=True)
-            write_sum(frames, divisor=len(frames), out=gradient, cleared=True)
+            self.commit()
+            write_sum(frames, divisor=divisor, out=self.vector)
+
+
+class Reduced(NamedTuple):
+    """The frame of a part's mean; `commit`, called at most once, keeps what it leaves out."""
+
+    frame: Tensor
+    commit: Callable[[], None]
 
 
 def at_least_one(q: float, numel: int) -> int:
@@ -125,13 +132,11 @@ class FlatCompressor:
         indices, values = selected.indices, selected.values
         encoded, rest = [], torch.empty_like(values)
         for part, (mine, places) in enumerate(dealt.deal(indices)):
-            sent = values[mine]
-            encoded.append(encode_frame(dealt.numel_of(part), places, sent, value_format))
+            encoded.append(encode_frame(dealt.numel_of(part), places, values[mine], value_format))
             if residual is not None:
-                # numpy, since torch would wake its threads
-                rest[mine] = torch.from_numpy(sent.numpy() - encoded[-1].decoded.numpy())
+                rest[mine] = torch.from_numpy(_rest(values[mine], encoded[-1]))
 
-        def keep(terms: Terms | None) -> None:
+        def settle_with(terms: Terms | None) -> None:
             for stretch, piece, mine in gradient.shared_out(indices):
                 if residual is not None:
                     places = indices[mine] - stretch.start if stretch.start else indices[mine]
@@ -144,12 +149,17 @@ class FlatCompressor:
             own = Frame(
                 numel=gradient.numel, indices=indices, values=encoded[0].decoded, finite=True
             )
-        return Compressed(frames=[frame for frame, _ in encoded], own=own, keep=keep)
+        return Compressed(
+            frames=[frame for frame, _ in encoded],
+            own=own,
+            vector=gradient.whole,
+            settle_with=settle_with,
+        )
 
     def compress_and_commit(self, gradient: Tensor, layout: Layout, kept: int) -> Tensor:
         """Return the frame of the `kept` largest of gradient + residual, and keep the rest at once.
 
-        What compress and commit do for one cut, with one pass over memory less.
+        What compress and commit do for one cut; on the CPU with one pass over memory less.
         """
         if not self.error_feedback or gradient.device.type != "cpu":
             cut = Cut(start=0, rows=1, row_numel=gradient.numel(), kept=kept)
@@ -163,15 +173,11 @@ class FlatCompressor:
         with selector.taking_up(residual, gradient, kept) as selected:
             if not selected.finite:
                 return encode_non_finite_frame(numel, value_format)
-            frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
-            # numpy, since torch would wake its threads
-            rest = selected.values.numpy() - decoded.numpy()
-            residual.numpy()[selected.indices.numpy()] = rest
-        return frame
+            encoded = encode_frame(numel, selected.indices, selected.values, value_format)
+            residual.numpy()[selected.indices.numpy()] = _rest(selected.values, encoded)
+        return encoded.frame
 
-    def reduce(
-        self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int
-    ) -> Compressed:
+    def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
         """Return the mean of the ranks' frames of one of `parts` Parts, as one frame.
 
         With error feedback it holds as many elements as those frames do on average, the largest,
@@ -182,11 +188,12 @@ class FlatCompressor:
         headers = [peek_header(frame) for frame in frames]
         value_format = headers[0].value_format
         if not all(header.finite for header in headers):
-            return Compressed(frames=[encode_non_finite_frame(numel, value_format)])
+            return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
         mean = average(frames, out=self._mean_of(layout, numel, decoded_dtype(value_format)))
         if not self.error_feedback:
             places = torch.from_numpy(nonzero(mean))
-            return Compressed(frames=[encode_frame(numel, places, mean[places], value_format)[0]])
+            encoded = encode_frame(numel, places, mean[places], value_format)
+            return Reduced(encoded.frame, _keep_nothing)
         selector = self._mean_selectors.of(layout)
         sent = sum(header.k for header in headers)
         selected = selector.select(mean, min(-(-sent // len(frames)), numel))
@@ -201,10 +208,7 @@ class FlatCompressor:
             finite=True,
         )
 
-        def keep(_: Terms | None) -> None:
-            left.add_to(self.residuals.home(layout))
-
-        return Compressed(frames=[frame], keep=keep)
+        return Reduced(frame, lambda: left.add_to(self.residuals.home(layout)))
 
     def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
         """Add a share in (0, 1] of what is owed for `layout` to `gradient`, which travels whole.
@@ -246,8 +250,8 @@ class Compressor:
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
 
     With error feedback it takes room for a residual of each name, and each thread that compresses
-    for one residual more, the largest. Raises TypeError or ValueError for a value out of place,
-    naming it.
+    for one more, the largest, and for 12 bytes for each of the candidates: four times as many as
+    are sent, or fewer. Raises TypeError or ValueError for a value out of place, naming it.
     """
 
     def __init__(
@@ -300,6 +304,16 @@ def _flat(gradient: Tensor) -> Tensor:
     if flat.is_neg():
         flat = flat.resolve_neg()
     return flat if flat.dim() == 1 and flat.is_contiguous() else flat.reshape(-1).contiguous()
+
+
+def _rest(values: Tensor, encoded: EncodedFrame) -> npt.NDArray[np.floating]:
+    # numpy, since torch would wake its threads
+    rest: npt.NDArray[np.floating] = values.numpy() - encoded.decoded.numpy()
+    return rest
+
+
+def _keep_nothing() -> None:
+    pass
 
 
 def _own_format(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Selecting from every cut of a flat vector, in one call of compiled code where that can be."""
+"""Selecting from every cut of a flat vector, one call of compiled code a thread where it can be."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from topq_dist.compress.blocks import (
     Indices,
     Keys,
     bits_of,
+    check_vectors,
     scratch,
     sign_cleared,
     tensor_of,
@@ -28,11 +29,11 @@ from topq_dist.compress.candidates import most_candidates
 from topq_dist.compress.kernels import select_stretches
 from topq_dist.compress.machine_code import LANES
 from topq_dist.compress.pieces import Pieces
-from topq_dist.compress.selection import Selection, Selector, check_vectors, select_rows
+from topq_dist.compress.selection import Selection, Selector, select_rows
 from topq_dist.compress.workers import run_all, thread_count
 
 # how much larger than its share of the vector what one thread gets may be
-_UNEVEN = 1.5
+_LARGEST_SHARE = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class Cut:
     rows: int
     row_numel: int
     kept: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept <= self.row_numel:
+            raise ValueError(f"kept={self.kept!r}: expected a number in [0, {self.row_numel}]")
 
     @property
     def stretch(self) -> slice:
@@ -81,7 +86,11 @@ class CutSelector:
     def _select_at_once(
         self, gradient: Pieces, residual: Tensor | None, cuts: Sequence[Cut]
     ) -> Selection | None:
-        """Do what select does, or return None where it takes more than one pass over each cut."""
+        """Do what select does in one call a thread, or return None where that cannot be.
+
+        It cannot for a vector in pieces, on another device, in rows, narrower than its residual and
+        longer than a block, or not to be divided well; nor before every cut has a threshold.
+        """
         whole = gradient.whole
         if whole is None or whole.device.type != "cpu" or any(cut.rows != 1 for cut in cuts):
             return None
@@ -108,7 +117,7 @@ class CutSelector:
                 finite &= selector.remember(kth, highest, vector.dtype)
             else:
                 # last step's threshold has missed
-                selected = _select_one(selector, gradient, residual, cut)
+                selected = _select_one(selector, gradient, residual, cut, missed=lows[at])
                 indices[start:stop] = selected.indices.numpy()
                 indices[start:stop] += cut.start
                 bits[start:stop] = bits_of(selected.values)
@@ -138,7 +147,7 @@ def _select_group(
         for cut in cuts
     ]
     kept = sum(cut.kept for cut in cuts)
-    room = max(min(limit, stop - start) for start, stop, _, limit in plan) + 1 + LANES
+    room = max(min(limit, high - low) for low, high, _, limit in plan) + 1 + LANES
     key_dtype = np.dtype(KEY_DTYPES[vector.dtype])
     indices, listed = scratch.listing(room, numbers.dtype)
     _, bits = scratch.listing(room, key_dtype)
@@ -166,16 +175,21 @@ def _groups(cuts: Sequence[Cut], threads: int) -> list[slice] | None:
     edges = [0, *(bisect_right(ends, share * part) for part in range(1, threads)), len(cuts)]
     groups = [slice(low, high) for low, high in pairwise(edges) if low < high]
     largest = max(sum(cut.row_numel for cut in cuts[group]) for group in groups)
-    return groups if largest <= _UNEVEN * share else None
+    return groups if largest <= _LARGEST_SHARE * share else None
 
 
 def _select_one(
-    selector: Selector, gradient: Pieces, residual: Tensor | None, cut: Cut
+    selector: Selector,
+    gradient: Pieces,
+    residual: Tensor | None,
+    cut: Cut,
+    *,
+    missed: int | None = None,
 ) -> Selection:
     vector = gradient[cut.stretch]
     owed = None if residual is None else residual[cut.stretch]
     if cut.rows == 1:
-        return selector.select(vector, cut.kept, residual=owed)
+        return selector.select(vector, cut.kept, residual=owed, missed=missed)
     matrix = (cut.rows, cut.row_numel)
     owed = None if owed is None else owed.view(matrix)
     return select_rows(vector.view(matrix), cut.kept, residual=owed)

@@ -1,4 +1,4 @@
-"""The loops that run at the speed of memory, compiled by numba on first use.
+"""The loops over whole gradients, at the speed of memory, compiled by numba on first use.
 
 Whole-array operations pass over a vector once for every thing they do to it; these pass once for
 all. They run without Python's lock. Nothing here checks its arguments: callers do, and where what
@@ -138,7 +138,7 @@ def keep_largest(
     """Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
 
     Writes them to `kept` and `kept_bits`, which have room for one more; returns the k-th and the
-    highest magnitude. `near` has room for all bits and one more; `counts` is scratch of any size.
+    highest magnitude. `near` has room for all bits; `counts` is scratch of any size.
     """
     # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
     lowest = highest = np.int64(bits[0] & magnitude)
@@ -163,9 +163,9 @@ def keep_largest(
         found += ((np.int64(key) - lowest) >> shift) == bucket
     place = found - (k - above)
     kth = np.partition(near[:found], place)[place]
-    ties = k - above
+    ties_left = k - above
     for at in range(found):
-        ties -= near[at] > kth
+        ties_left -= near[at] > kth
     count = 0
     for at in range(bits.size):
         pattern = bits[at]
@@ -173,8 +173,8 @@ def keep_largest(
         # written whether it counts or not: a branch that is taken now and then costs more
         kept[count] = indices[at]
         kept_bits[count] = pattern
-        tied = (key == kth) & (ties > 0)
-        ties -= tied
+        tied = (key == kth) & (ties_left > 0)
+        ties_left -= tied
         count += (key > kth) | tied
     return np.int64(kth), highest
 
@@ -253,13 +253,13 @@ def settle_span(
     replace: Any,
     terms: Any,
     summands: Any,
-    at_term: Any,
+    next_term: Any,
     ends: Any,
 ) -> Any:
     """residual += gradient, then residual[indices - begin] = rest.
 
     With `replace` the gradient becomes zero, and gradient[terms - begin] += summands, a stretch
-    of them from each of `at_term` to that of `ends`. The indices ascend, and the terms in a
+    of them from each of `next_term` to that of `ends`. The indices ascend, and the terms in a
     stretch. Returns False where one of them, less begin, is out of range: nothing is written there.
     """
     written = 0
@@ -279,17 +279,17 @@ def settle_span(
         if replace:
             more[:] = 0
             for stretch in range(ends.size):
-                at = at_term[stretch]
+                at = next_term[stretch]
                 while at < ends[stretch]:
                     place = np.uint64(terms[at] - begin - start)
                     if place >= size:
                         break
                     more[place] += summands[at]
                     at += 1
-                at_term[stretch] = at
+                next_term[stretch] = at
     complete = written == indices.size
     for stretch in range(ends.size):
-        complete &= at_term[stretch] == ends[stretch]
+        complete &= next_term[stretch] == ends[stretch]
     return complete
 
 

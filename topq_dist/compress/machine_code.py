@@ -42,7 +42,8 @@ def compiled(function: F) -> F:
 def _renew_with_this_file(kernel: Any) -> None:
     """Have numba, which looks at the kernel's own file, look at this one too."""
     file = kernel._cache._cache_file
-    with suppress(OSError):  # in an archive there is nothing to look at, and nothing changes
+    # not in an archive, where nothing changes, nor with a numba that keeps it elsewhere
+    with suppress(OSError, AttributeError):
         here = Path(__file__).stat()
         file._source_stamp = file._source_stamp, here.st_mtime, here.st_size
 

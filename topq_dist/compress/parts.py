@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # a prime, so that no row or column length deals a hot one to a single part
-_BLOCK_NUMEL = 509
+_DEALT_NUMEL = 509
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Parts:
         """Return how many elements a part has."""
         if self.count == 1:
             return self.numel
-        rounds, rest = divmod(self.numel, _BLOCK_NUMEL * self.count)
-        return rounds * _BLOCK_NUMEL + min(max(rest - part * _BLOCK_NUMEL, 0), _BLOCK_NUMEL)
+        rounds, rest = divmod(self.numel, _DEALT_NUMEL * self.count)
+        return rounds * _DEALT_NUMEL + min(max(rest - part * _DEALT_NUMEL, 0), _DEALT_NUMEL)
 
     def deal(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
         """Return for each part where in `indices` its own are, and their places in the part.
@@ -33,9 +33,9 @@ class Parts:
         """
         if self.count == 1:
             return [(slice(None), indices)]
-        block = indices.numpy() // _BLOCK_NUMEL
+        block = indices.numpy() // _DEALT_NUMEL
         owner = block % self.count
-        place = indices.numpy() - (block - block // self.count) * _BLOCK_NUMEL
+        place = indices.numpy() - (block - block // self.count) * _DEALT_NUMEL
         # numpy sorts short integers stably by radix, in one pass or two
         short = np.uint8 if self.count <= 1 << 8 else np.uint16 if self.count <= 1 << 16 else None
         order = np.argsort(owner if short is None else owner.astype(short), kind="stable")
@@ -53,5 +53,5 @@ class Parts:
             return places
         # numpy divides by one number for all many times as fast as torch
         within = places.numpy()
-        rounds = within // _BLOCK_NUMEL
-        return torch.from_numpy(within + (rounds * (self.count - 1) + part) * _BLOCK_NUMEL)
+        rounds = within // _DEALT_NUMEL
+        return torch.from_numpy(within + (rounds * (self.count - 1) + part) * _DEALT_NUMEL)

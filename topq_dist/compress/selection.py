@@ -5,7 +5,7 @@ candidates above a slightly lower threshold, and only those are partitioned. A w
 costs time, never exactness. Order is that of the bit patterns with the sign cleared: NaN above
 infinity, denormals whole. Among equal magnitudes at the k-th place the lowest indices are kept.
 
-Selecting changes nothing; `settle` does, once the step is sure to count. Where it is from the
+Selecting changes nothing; settling does, once the step is sure to count. Where it is from the
 start, `taking_up` adds and selects in one pass.
 """
 
@@ -22,21 +22,18 @@ from torch import Tensor
 
 from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
-    KEY_DTYPES,
     SIGNED_DTYPES,
     CompensatedGradient,
     Indices,
     Keys,
-    Terms,
     blocks,
+    check_vectors,
     key_of,
     not_finite_allowed,
     number_of,
     scratch,
-    settle_blocks,
     sign_cleared,
     spans,
-    sum_dtype,
     tensor_of,
 )
 from topq_dist.compress.candidates import (
@@ -55,6 +52,8 @@ from topq_dist.top_k import top_indices
 
 # up to here a partition of everything is cheaper than a search
 _SMALL_NUMEL = 4_096
+# of all but zero
+_SMALLEST_KEY = 1
 # how far below last step's threshold to begin, as a fraction of it: the lower, the more candidates,
 # but to have missed the k-th costs a second pass
 _FIRST_SLACK = 0.03
@@ -76,8 +75,9 @@ class Selection(NamedTuple):
 class Selector:
     """Selects from one named vector, step after step; remembers where last step's threshold lay.
 
-    Scratch (one block a thread) is shared by all selectors of a process. Distinct selectors may
-    be used from distinct threads at once.
+    Scratch (for each thread one block, the candidates and, to take a gradient up, what the residual
+    was) is shared by all selectors of a process. Distinct selectors may be used from distinct
+    threads at once.
     """
 
     def __init__(self) -> None:
@@ -85,12 +85,15 @@ class Selector:
         self._slack = _FIRST_SLACK
         self._on_device = DeviceSelector()
 
-    def select(self, gradient: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
+    def select(
+        self, gradient: Tensor, k: int, *, residual: Tensor | None = None, missed: int | None = None
+    ) -> Selection:
         """Return the k elements of gradient + residual largest in magnitude; change neither.
 
         `gradient` is 1-D, contiguous, of any float dtype; `residual`, where there is one, is like
-        it but fp64 for an fp64 gradient and fp32 for every other. Raises ValueError otherwise, or
-        where k is not in [0, numel].
+        it but fp64 for an fp64 gradient and fp32 for every other. `missed` is a key that is known
+        to be no good for a threshold. Raises ValueError for other vectors, or where k is not in
+        [0, numel].
         """
         check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
@@ -99,9 +102,10 @@ class Selector:
         vector = CompensatedGradient(gradient, residual)
         with not_finite_allowed():
             if k == 0:
-                return _nothing_of(vector)
+                beyond = find_candidates(vector, key_of(np.inf, vector.dtype), limit=0).reached
+                return _nothing(vector.dtype, finite=beyond == 0)
             small = vector.numel <= _SMALL_NUMEL or k == vector.numel
-            found = all_candidates(vector) if small else self._search(vector, k)
+            found = all_candidates(vector) if small else self._search(vector, k, missed)
         return self._largest_of(found, k, vector.dtype)
 
     @contextmanager
@@ -109,22 +113,28 @@ class Selector:
         """Within the block residual += gradient; give the residual's k elements of most magnitude.
 
         Both are as for `select`, on the CPU. The residual is what it was where the sum is not
-        finite, or the block raises.
+        finite, or the block, in which nothing else may be taken up by this thread, raises. Only an
+        interrupt in the midst of the pass itself may leave some of the sum.
         """
         check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         vector = CompensatedGradient(gradient, residual)
         before = scratch.before(vector.numel, residual.numpy().dtype)
+        low, limit = self.first_key(k, vector.numel, vector.dtype), most_candidates(k)
         with not_finite_allowed():
-            low = self.first_key(k, vector.numel, vector.dtype) or sampled_threshold(vector, k)
-            limit = most_candidates(k)
+            if k in (0, vector.numel):
+                low, limit = key_of(np.inf, vector.dtype), 0
+            elif low is None:
+                low = sampled_threshold(vector, k)
             found = find_candidates(vector, low, limit, before)
         finite = False
         try:
-            if 0 < k <= found.reached <= limit:
+            if k == 0:
+                selection = _nothing(vector.dtype, finite=found.reached == 0)
+            elif k <= found.reached <= limit:
                 selection = self._largest_of(found, k, vector.dtype)
             else:
-                selection = self.select(residual, k)
+                selection = self.select(residual, k, missed=low)
             yield selection
             finite = selection.finite
         finally:
@@ -143,7 +153,7 @@ class Selector:
         if self._threshold is None or k == numel:
             return None
         # not below the smallest number there is, or zeros would be candidates
-        return max(1, key_of(self._threshold * (1.0 - self._slack), dtype))
+        return max(_SMALLEST_KEY, key_of(self._threshold * (1.0 - self._slack), dtype))
 
     def remember(self, kth: int, highest: int, dtype: torch.dtype) -> bool:
         """Return whether the highest key is finite, and if so remember the k-th."""
@@ -157,54 +167,33 @@ class Selector:
         self._threshold = threshold
         return True
 
-    def _search(self, vector: CompensatedGradient, k: int) -> Candidates:
+    def _search(self, vector: CompensatedGradient, k: int, missed: int | None) -> Candidates:
         """Return k candidates or more: by last step's threshold, by a sample's, or everything."""
         limit = most_candidates(k)
-        for low in (self.first_key(k, vector.numel, vector.dtype), None):
-            if low is None:
-                low = sampled_threshold(vector, k)
+        warm = self.first_key(k, vector.numel, vector.dtype)
+        for low in (warm, None):
+            low = sampled_threshold(vector, k) if low is None else low
+            # with the smallest key as a threshold the rest are zeros, which are quickly found
+            if low == missed and low != _SMALLEST_KEY:
+                continue
             found = find_candidates(vector, low, limit)
             if k <= found.reached <= limit:
                 return found
-            if found.reached < k and low == 1:
+            if found.reached < k and low == _SMALLEST_KEY:
                 return filled_with_zeros(vector, found, k)
+            missed = low
         return partitioned_candidates(vector, k)
 
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
         kept, kept_bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
-        near = np.empty(bits.size + 1, bits.dtype)
+        near = np.empty(bits.size, bits.dtype)
         kth, highest = keep_largest(
             indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept, kept_bits
         )
         finite = self.remember(kth, highest, dtype)
         return Selection(torch.from_numpy(kept[:k]), tensor_of(kept_bits[:k], dtype), finite)
-
-
-def settle(
-    residual: Tensor,
-    gradient: Tensor,
-    indices: Tensor,
-    rest: Tensor,
-    *,
-    replace_by: Terms | None = None,
-) -> None:
-    """residual += gradient, then residual[indices] = rest: what the receivers did not get.
-
-    `residual` and `gradient` are those of the selection, `indices` (ascending) and `rest` on any
-    device; `rest` is of the residual's dtype, the selected values less what they decode to. With
-    `replace_by` the gradient becomes the sum of those terms; other than NO_TERMS they are for the
-    CPU, with one dtype throughout.
-    """
-    check_vectors(gradient, residual)
-    if residual.device.type != "cpu":
-        residual += gradient
-        residual.index_copy_(0, indices.to(residual.device), rest.to(residual.device))
-        if replace_by is not None:
-            gradient.zero_()
-        return
-    settle_blocks(residual, gradient, indices.numpy(), rest.numpy(), replace_by=replace_by)
 
 
 def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:
@@ -226,7 +215,8 @@ def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Se
     vector = CompensatedGradient(gradient, flat_residual)
     with not_finite_allowed():
         if k * rows == 0:
-            return _nothing_of(vector)
+            beyond = find_candidates(vector, key_of(np.inf, vector.dtype), limit=0).reached
+            return _nothing(vector.dtype, finite=beyond == 0)
         if k == row_numel:
             indices = np.arange(vector.numel, dtype=np.int64)
         else:
@@ -282,33 +272,9 @@ def _keys_of_rows(vector: CompensatedGradient, start: int, stop: int) -> Keys:
     return vector.bits_at(slice(start, stop)) & sign_cleared(vector.dtype)
 
 
-def _nothing_of(vector: CompensatedGradient) -> Selection:
-    """Select nothing; what is left to find out is whether the vector is finite."""
+def _nothing(dtype: torch.dtype, *, finite: bool) -> Selection:
     nothing = torch.zeros(0, dtype=torch.int64)
-    beyond = find_candidates(vector, key_of(np.inf, vector.dtype), limit=0).reached
-    return Selection(nothing, nothing.to(vector.dtype), finite=beyond == 0)
-
-
-def check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
-    """Raise ValueError unless these are what Selector.select takes."""
-    for name, vector in (("gradient", gradient), ("residual", residual)):
-        if vector is not None and (
-            vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES
-        ):
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)} and dtype {vector.dtype}: expected one "
-                f"contiguous dimension of one of {[*KEY_DTYPES]}"
-            )
-    if residual is None:
-        return
-    dtype = sum_dtype(gradient.dtype)
-    expected = (gradient.shape, dtype, gradient.device)
-    if (residual.shape, residual.dtype, residual.device) != expected:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}, dtype {residual.dtype} and device "
-            f"{residual.device}: expected {tuple(gradient.shape)}, {dtype} and {gradient.device} "
-            f"for a gradient of {gradient.dtype}"
-        )
+    return Selection(nothing, nothing.to(dtype), finite)
 
 
 def _check_k(k: int, numel: int) -> None:

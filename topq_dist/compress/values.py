@@ -18,7 +18,7 @@ from topq_dist.compress.half_kernels import round_to_half, widen_half
 from topq_dist.compress.lowbit import decode_blocks, encode_blocks, lowbit_bytes
 
 VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")
-_WHOLE = {
+WHOLE = {
     "fp64": torch.float64,
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -62,7 +62,7 @@ def payload_bytes(count: int, value_format: str) -> int:
     """Return the bytes that `count` values take in this format, block scales included."""
     if value_format in _LOW_BITS:
         return lowbit_bytes(count, _LOW_BITS[value_format])
-    return count * _WHOLE[value_format].itemsize
+    return count * WHOLE[value_format].itemsize
 
 
 def encode_values(values: Tensor, value_format: str) -> EncodedValues:

@@ -151,7 +151,7 @@ class Gathering:
     def deliver(self) -> None:
         if self._compressed is None:
             raise RuntimeError("a rank that has failed has nothing to deliver")
-        self._compressed.commit_and_average(self._decoded, gradient=self._bucket)
+        self._compressed.commit_and_write(self._decoded, divisor=len(self._decoded))
 
 
 # all at once, what many sparse steps have left would be one step many times as long

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from topq_dist.compress.averaging import decode_parts, write_sum
+from topq_dist.compress.averaging import decode_parts
 from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import FlatCompressor, Reduced
 from topq_dist.compress.frame import Frame, FrameError
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
 from topq_dist.ddp.messages import ExchangeError
@@ -45,7 +45,7 @@ class _Splitting:
         self._compressor = compressor
         self._reduced_lanes = reduced_lanes
         self._compressed = job.compress(link.size)
-        self._reduction: Compressed | None = None
+        self._reduction: Reduced | None = None
         self._error: ExchangeError | None = None
         self._failure: FrameError | None = None
         self._reduced: list[Frame] = []
@@ -86,7 +86,7 @@ class _Splitting:
             # raised once the other ranks have been told
             self._failure = error
             return None
-        return self._reduction.frames[0]
+        return self._reduction.frame
 
     def receive(self) -> bool:
         if self._error is not None:
@@ -101,9 +101,7 @@ class _Splitting:
         return all(frame.finite for frame in self._reduced)
 
     def deliver(self) -> None:
-        cleared = self._compressed is not None
-        if self._compressed is not None:
-            self._compressed.commit(clear=True)
-        if self._reduction is not None:
-            self._reduction.commit()
-        write_sum(self._reduced, divisor=1, out=self._job.bucket, cleared=cleared)
+        if self._compressed is None or self._reduction is None:
+            raise RuntimeError("a rank that has failed has nothing to deliver")
+        self._compressed.commit_and_write(self._reduced, divisor=1)
+        self._reduction.commit()
