@@ -48,7 +48,7 @@ def test_elements_that_reach_a_key_are_found_in_order(size: int, seed: int, dtyp
     expected = np.flatnonzero(np.abs(vector) >= 2.0)
     assert count_reaching(bits, low) == expected.size
     indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, bits.dtype)
-    assert find_reaching(bits, None, low, 7, indices, numbers, 0, None) == expected.size
+    assert find_reaching(bits, None, low, 7, indices, numbers, 0, None, None) == expected.size
     np.testing.assert_array_equal(indices[: expected.size], expected + 7)
     np.testing.assert_array_equal(numbers[: expected.size], bits[expected])
 
@@ -62,7 +62,7 @@ def test_sums_that_reach_a_key_are_found_with_their_values(
     low = np.array([2.0], dtype).view(f"i{vector.itemsize}")[0]
     expected = np.flatnonzero(np.abs(total) >= 2.0)
     indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, dtype)
-    assert find_reaching(vector, owed, low, 0, indices, numbers, 0, None) == expected.size
+    assert find_reaching(vector, owed, low, 0, indices, numbers, 0, None, None) == expected.size
     np.testing.assert_array_equal(indices[: expected.size], expected)
     np.testing.assert_array_equal(numbers[: expected.size], total[expected])
 
@@ -73,7 +73,9 @@ def test_a_search_stops_before_it_runs_out_of_room(size: int) -> None:
     room = 3 * LANES
     # what lies behind the room is not the kernel's
     indices, numbers = np.full(room + 1, -1, np.int64), np.full(room + 1, -1, np.int32)
-    found = find_reaching(vector, None, np.int32(1), 0, indices[:room], numbers[:room], 0, None)
+    found = find_reaching(
+        vector, None, np.int32(1), 0, indices[:room], numbers[:room], 0, None, None
+    )
     assert min(size, room - LANES) <= found <= room
     assert indices[room] == numbers[room] == -1
 
@@ -213,3 +215,22 @@ def test_a_change_of_what_kernels_are_made_with_renews_their_cache(tmp_path: Pat
     assert "builder.ctpop(args[0])" in text
     made_with.write_text(text.replace("builder.ctpop(args[0])", "args[0]"))
     assert said() == "-1 0"
+
+
+def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
+    program = (
+        "import resource, numpy as np\n"
+        "from topq_dist.compress.kernels import count_reaching\n"
+        # the folder is there, and the disk is full
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
+        "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (ran.stdout.strip(), ran.stderr) == ("70", "")

@@ -1,7 +1,16 @@
 """What is done in one pass over memory, compared with the same in several."""
 
+import contextlib
+import itertools
 import math
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vectors import DTYPES, drawn
 
+from topq_dist.compress import candidates
 from topq_dist.compress.averaging import write_sum
 from topq_dist.compress.blocks import BLOCK_NUMEL
 from topq_dist.compress.compressor import Compressed, Compressor, FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
+from topq_dist.compress.kernels import find_reaching
 from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import Selector
 from topq_dist.compress.settling import settle
@@ -123,6 +134,90 @@ def test_a_block_that_raises_leaves_the_residual_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("threads", [1, 4, 6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("interrupted", [1, 2, 3])
+def test_a_search_that_is_interrupted_leaves_the_residual_as_it_was(
+    interrupted: int, dtype: torch.dtype, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    numel = 4 * BLOCK_NUMEL + 5
+    gradient, residual = drawn(2, numel, dtype), drawn(4, numel, torch.float32)
+    before = residual.clone()
+    calls = itertools.count(1)
+
+    def interrupting(*arguments: Any) -> int:
+        found: int = find_reaching(*arguments)
+        if next(calls) == interrupted:
+            raise KeyboardInterrupt
+        return found
+
+    passes = 5 if dtype == torch.float16 else {1: 1, 4: 2, 6: 3}[threads]
+    with mock.patch.object(candidates, "find_reaching", interrupting):
+        if interrupted > passes:
+            return
+        with pytest.raises(KeyboardInterrupt):
+            Selector().taking_up(residual, gradient, 900).__enter__()
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_interrupt_at_any_time_counts_a_gradient_once_or_not_at_all(dtype: torch.dtype) -> None:
+    torch.set_num_threads(4)
+    numel = 4 * BLOCK_NUMEL
+    gradient = drawn(2, numel, dtype)
+    compressor = Compressor(q=0.99)
+    for _ in range(3):
+        compressor.compress("w", gradient)
+    before = compressor.state_dict()
+    compressor.compress("w", gradient)
+    after = compressor.state_dict()["w"]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_after(delay_s: float) -> None:
+        time.sleep(delay_s)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    untouched = 0
+    # not SIGALRM, with which tests that hang are ended
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        for step in range(60):
+            compressor.load_state_dict(before)
+            interrupting = threading.Thread(target=interrupt_after, args=(step * 1e-4,))
+            with contextlib.suppress(KeyboardInterrupt):
+                interrupting.start()
+                compressor.compress("w", gradient)
+                interrupting.join()
+            interrupting.join()
+            residual = compressor.state_dict()["w"]
+            untouched += torch.equal(residual, before["w"])
+            assert torch.equal(residual, before["w"]) or torch.equal(residual, after)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert untouched
+
+
+def test_several_threads_share_a_compressor() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            compressor = Compressor(q=0.9)
+            with ThreadPoolExecutor(8) as threads:
+
+                def compress(thread: int, compressor: Compressor = compressor) -> None:
+                    for name in range(12):
+                        compressor.compress(f"{thread}.{name}", torch.ones(20))
+
+                assert list(threads.map(compress, range(8))) == [None] * 8
+            assert len(compressor.state_dict()) == 96
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_what_cannot_be_taken_up_changes_nothing() -> None:

@@ -91,6 +91,30 @@ class CompensatedGradient:
         ).view(KEY_DTYPES[self.dtype])
 
 
+class TakenUp:
+    """What a residual was, as far as a gradient has been added to it; undone by the same thread.
+
+    There is one a thread at a time: it holds the thread's scratch.
+    """
+
+    def __init__(self, residual: Tensor) -> None:
+        self._residual: Floats = residual.detach().numpy()
+        self.before = scratch.before(self._residual.size, self._residual.dtype)
+        self._added: list[tuple[int, Indices]] = []
+
+    def begin(self, start: int) -> Indices:
+        """Return where to count, from now on, how many elements from `start` on have been added."""
+        added = np.zeros(1, np.int64)
+        self._added.append((start, added))
+        return added
+
+    def undo(self) -> None:
+        """Make the residual what it was."""
+        for start, added in self._added:
+            done = slice(start, start + int(added[0]))
+            self._residual[done] = self.before[done]
+
+
 def not_finite_allowed() -> np.errstate:
     """Return a context in which sums may be infinite or NaN; each thread needs its own."""
     return np.errstate(over="ignore", invalid="ignore")

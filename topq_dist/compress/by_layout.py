@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from topq_dist.compress.feedback import Layout
 
 T = TypeVar("T")
+
+# one for all, which can be pickled: something is made once a bucket, and hardly ever again
+_MAKING = threading.Lock()
 
 
 class ByLayout(Generic[T]):
@@ -23,10 +27,17 @@ class ByLayout(Generic[T]):
 
     def of(self, layout: Layout) -> T:
         """Return what is kept for `layout`."""
-        if layout not in self._kept:
-            names = set(layout.names)
-            self._kept = {
-                known: value for known, value in self._kept.items() if names.isdisjoint(known.names)
-            }
-            self._kept[layout] = self._make()
-        return self._kept[layout]
+        kept = self._kept
+        if layout in kept:
+            return kept[layout]
+        with _MAKING:
+            if layout not in self._kept:
+                names = set(layout.names)
+                kept = {
+                    known: value
+                    for known, value in self._kept.items()
+                    if names.isdisjoint(known.names)
+                }
+                # replaced, never changed: other threads may be reading it
+                self._kept = kept | {layout: self._make()}
+            return self._kept[layout]

@@ -13,9 +13,9 @@ from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
     KEY_DTYPES,
     CompensatedGradient,
-    Floats,
     Indices,
     Keys,
+    TakenUp,
     bits_of,
     blocks,
     scratch,
@@ -47,14 +47,14 @@ def most_candidates(k: int) -> int:
 
 
 def find_candidates(
-    vector: CompensatedGradient, threshold: int, limit: int, before: Floats | None = None
+    vector: CompensatedGradient, threshold: int, limit: int, taken_up: TakenUp | None = None
 ) -> Candidates:
     """Return where the vector's keys reach `threshold`, if there are no more than `limit`.
 
-    With `before` (see scratch.before) the residual becomes the sum in the same pass, and `before`
-    is what it was. What is returned is valid until the calling thread's next search.
+    With `taken_up`, of the residual, that becomes the sum in the same pass. What is returned is
+    valid until the calling thread's next search.
     """
-    search = partial(_find_in_span, vector, threshold, limit, before)
+    search = partial(_find_in_span, vector, threshold, limit, taken_up)
     stretches = spans(vector.numel, BLOCK_NUMEL)
     if len(stretches) == 1:
         return search(*stretches[0])
@@ -77,7 +77,7 @@ def nonzero(vector: Tensor) -> Indices:
     smallest = bits.dtype.type(1)
     indices = np.empty(count_reaching(bits, smallest) + LANES, dtype=np.int64)
     numbers = np.empty(indices.size, dtype=bits.dtype)
-    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0, None)
+    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0, None, None)
     return indices[:found]
 
 
@@ -127,7 +127,7 @@ def _find_in_span(
     vector: CompensatedGradient,
     threshold: int,
     limit: int,
-    before: Floats | None,
+    taken_up: TakenUp | None,
     start: int,
     stop: int,
 ) -> Candidates:
@@ -135,13 +135,14 @@ def _find_in_span(
     low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
     # LANES more, or the kernel would stop before it has found one too many
     room = min(limit, stop - start) + 1 + LANES
+    added = None if taken_up is None else taken_up.begin(start)
     found = 0
     for at, end in blocks(start, stop, vector.longest_stretch):
         numbers, owed = vector.stretch(at, end)
         indices, listed = scratch.listing(room, numbers.dtype)
-        kept = None if before is None else before[at:end]
-        found = find_reaching(numbers, owed, low, at, indices, listed, found, kept)
-        if found > limit and before is None:
+        before = None if taken_up is None else taken_up.before[at:end]
+        found = find_reaching(numbers, owed, low, at, indices, listed, found, before, added)
+        if found > limit and taken_up is None:
             break
     indices, bits = scratch.listing(room, key_dtype)
     shown = found if found <= limit else 0

@@ -5,6 +5,7 @@ Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorith
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -33,6 +34,10 @@ class Layout:
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
+# one for all, which can be pickled; names may come from several threads at once
+_MAKING = threading.Lock()
+
+
 class Residuals:
     """The unsent part of each named gradient, held as one contiguous vector per layout.
 
@@ -53,20 +58,21 @@ class Residuals:
         flat = self._flat.get(layout)
         if flat is not None and flat.dtype == dtype and flat.device == device:
             return flat
-        self._check_shapes(layout)
-        flat = _zeros(layout.numel, dtype, device)
-        homes: dict[str, Tensor] = {}
-        start = 0
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            home = flat[start : start + prod(shape)].view(shape)
-            if name in self._by_name:
-                home.copy_(self._by_name[name])
-            homes[name] = home
-            start += prod(shape)
-        self._dissolve(set(layout.names))
-        self._by_name.update(homes)
-        self._flat[layout] = flat
-        return flat
+        with _MAKING:
+            self._check_shapes(layout)
+            flat = _zeros(layout.numel, dtype, device)
+            homes: dict[str, Tensor] = {}
+            start = 0
+            for name, shape in zip(layout.names, layout.shapes, strict=True):
+                home = flat[start : start + prod(shape)].view(shape)
+                if name in self._by_name:
+                    home.copy_(self._by_name[name])
+                homes[name] = home
+                start += prod(shape)
+            self._dissolve(set(layout.names))
+            self._by_name.update(homes)
+            self._flat[layout] = flat
+            return flat
 
     def home(self, layout: Layout) -> Tensor:
         """Return what `flat` last returned for `layout`."""
@@ -78,9 +84,10 @@ class Residuals:
 
     def drop(self, layout: Layout) -> None:
         """Forget what is kept for the names of `layout`, and free it."""
-        self._dissolve(set(layout.names))
-        for name in layout.names:
-            self._by_name.pop(name, None)
+        with _MAKING:
+            self._dissolve(set(layout.names))
+            for name in layout.names:
+                self._by_name.pop(name, None)
 
     def _dissolve(self, moved: set[str]) -> None:
         for old in [known for known in self._flat if not moved.isdisjoint(known.names)]:
@@ -107,7 +114,8 @@ class Residuals:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of each residual by name, shaped as its gradient."""
-        return {name: residual.clone() for name, residual in self._by_name.items()}
+        with _MAKING:
+            return {name: residual.clone() for name, residual in self._by_name.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace every residual by those of `state`; names it lacks start at zero again.

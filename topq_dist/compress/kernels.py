@@ -58,13 +58,14 @@ def find_reaching(
     numbers: Any,
     found: Any,
     before: Any,
+    added: Any,
 ) -> Any:
     """List where the keys of vector + owed (floats), or of vector (integers), reach `low`.
 
     Goes on behind the `found` entries that `indices` and `numbers` hold, counting from `begin`, and
     returns how many they hold then; lists no more where fewer than LANES entries are free. With
-    `before`, of owed's kind and STREAM_ALIGNMENT, owed += vector in any case, and `before` is what
-    owed was.
+    `before`, of owed's kind and STREAM_ALIGNMENT, owed += vector in any case, `before` is what owed
+    was, and `added` is grown by vector.size.
     """
     room = indices.size - LANES
     whole = vector.size // LANES * LANES
@@ -99,6 +100,9 @@ def find_reaching(
             indices[found] = begin + at
             numbers[found] = _number(vector, owed, before, at)
             found += 1
+    if before is not None:
+        # here, since what interrupts Python does so only once this has returned
+        added[0] += vector.size
     return found
 
 
@@ -225,6 +229,7 @@ def select_stretches(
             indices[:room],
             numbers,
             0,
+            None,
             None,
         )
         outcomes[at, 0] = found

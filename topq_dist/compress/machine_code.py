@@ -5,7 +5,6 @@ A mask says of LANES elements at once which are meant, a bit for each.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +33,7 @@ def compiled(function: F) -> F:
     except RuntimeError:  # numba found no folder that it may write to
         kernel = njit(nogil=True)(function)
     else:
-        _renew_where_damaged(kernel)
+        _never_fail(kernel)
         _renew_with_this_file(kernel)
     return kernel
 
@@ -48,19 +47,27 @@ def _renew_with_this_file(kernel: Any) -> None:
         file._source_stamp = file._source_stamp, here.st_mtime, here.st_size
 
 
-def _renew_where_damaged(kernel: Any) -> None:
-    """Make a cache file that cannot be read count as none: a power cut leaves empty ones."""
+def _never_fail(kernel: Any) -> None:
+    """Make a cache file that cannot be read count as none, and one that cannot be written as well.
+
+    A power cut leaves empty ones; a disk is full long after numba has looked at the folder.
+    """
     cache = kernel._cache
-    load = cache.load_overload
+    load, save = cache.load_overload, cache.save_overload
 
     def load_or_nothing(*args: Any) -> Any:
         try:
             return load(*args)
-        except (EOFError, pickle.UnpicklingError):
-            cache.flush()
+        except Exception:  # noqa: BLE001 - what unpickling damaged bytes raises has no end
+            with suppress(OSError):
+                cache.flush()
             return None
 
-    cache.load_overload = load_or_nothing
+    def save_or_not(*args: Any) -> None:
+        with suppress(OSError):
+            save(*args)
+
+    cache.load_overload, cache.save_overload = load_or_nothing, save_or_not
 
 
 def _mask_of(lanes: int) -> Any:

@@ -26,6 +26,7 @@ from topq_dist.compress.blocks import (
     CompensatedGradient,
     Indices,
     Keys,
+    TakenUp,
     blocks,
     check_vectors,
     key_of,
@@ -113,22 +114,20 @@ class Selector:
         """Within the block residual += gradient; give the residual's k elements of most magnitude.
 
         Both are as for `select`, on the CPU. The residual is what it was where the sum is not
-        finite, or the block, in which nothing else may be taken up by this thread, raises. Only an
-        interrupt in the midst of the pass itself may leave some of the sum.
+        finite, or the block, in which this thread must not take up another, raises.
         """
         check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         vector = CompensatedGradient(gradient, residual)
-        before = scratch.before(vector.numel, residual.numpy().dtype)
         low, limit = self.first_key(k, vector.numel, vector.dtype), most_candidates(k)
-        with not_finite_allowed():
-            if k in (0, vector.numel):
-                low, limit = key_of(np.inf, vector.dtype), 0
-            elif low is None:
+        if k in (0, vector.numel):
+            low, limit = key_of(np.inf, vector.dtype), 0
+        elif low is None:
+            with not_finite_allowed():
                 low = sampled_threshold(vector, k)
-            found = find_candidates(vector, low, limit, before)
-        finite = False
+        taken_up, finite = TakenUp(residual), False
         try:
+            found = find_candidates(vector, low, limit, taken_up)
             if k == 0:
                 selection = _nothing(vector.dtype, finite=found.reached == 0)
             elif k <= found.reached <= limit:
@@ -139,7 +138,7 @@ class Selector:
             finite = selection.finite
         finally:
             if not finite:
-                np.copyto(residual.numpy(), before)
+                taken_up.undo()
 
     def first_key(self, k: int, numel: int, dtype: torch.dtype) -> int | None:
         """Return the key that the k largest of a vector should reach, by last step's threshold.

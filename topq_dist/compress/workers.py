@@ -1,22 +1,56 @@
-"""A few kept threads for passes over long vectors, whose loops release Python's lock."""
+"""A few kept threads for passes over long vectors, whose loops release Python's lock.
+
+Not an executor: an interrupt in the midst of its submit can leave one of its locks taken, and the
+process then never ends. Here nothing that interrupts a caller loses a task or runs one twice.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 _MOST_THREADS = 4
+# a wake-up is lost where an interrupt falls just behind it, and noticed after this
+_LOST_WAKE_UP_S = 0.05
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
+
+class _Task(Generic[T]):
+    """A call for whichever thread takes it first, and what has come of it."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._unclaimed = threading.Lock()
+        self._finished = threading.Lock()
+        self._finished.acquire()
+        self.done = False
+        self.error: BaseException | None = None
+        self.results: list[T] = []
+
+    def run(self) -> None:
+        """Make the call, unless another thread has taken it."""
+        if not self._unclaimed.acquire(blocking=False):
+            return
+        try:
+            self.results.append(self._call())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is wanted
+            self.error = error
+        self.done = True
+        self._finished.release()
+
+    def wait(self) -> None:
+        while not self.done:
+            self._finished.acquire(timeout=_LOST_WAKE_UP_S)
+
+
+_waiting: SimpleQueue[_Task[object]] = SimpleQueue()
+_threads: list[threading.Thread] = []
 
 
 def thread_count() -> int:
@@ -32,36 +66,73 @@ def thread_count() -> int:
 def run_all(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Run the tasks at the same time, the first in the caller's thread; results in their order.
 
-    Tasks must not call run_all: they would wait for the threads that they occupy.
+    Where one raises, or the caller is interrupted, that is raised once all of them have ended: none
+    still writes into kept scratch then. Tasks must not call run_all: they would wait for the
+    threads that they occupy.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
-    futures = [_threads(len(tasks) - 1).submit(task) for task in tasks[1:]]
+    _start_threads(len(tasks) - 1)
+    if not _threads:
+        return [task() for task in tasks]
+    others = [_Task(task) for task in tasks[1:]]
+    interrupted = True
     try:
+        _hand_out(others)
         first = tasks[0]()
+        interrupted = False
     finally:
-        # a task still writing into kept scratch must not outlive this call
-        rest = [future.exception() for future in futures]
-    for error in rest:
-        if error is not None:
-            raise error
-    return [first, *(future.result() for future in futures)]
+        _wait_for(others, interrupted=interrupted)
+    for other in others:
+        if other.error is not None:
+            raise other.error
+    return [first, *(other.results[0] for other in others)]
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    global _pool, _pool_threads
-    with _lock:
-        if _pool is None or _pool_threads < count:
-            # the executor joins its idle threads at interpreter exit; an outgrown one ends when its
-            # last user drops it
-            _pool, _pool_threads = ThreadPoolExecutor(count, "topq_dist"), count
-        return _pool
+def _start_threads(count: int) -> None:
+    """Have so many threads, or fewer where the system has no more to give."""
+    while len(_threads) < count:
+        name = f"topq_dist_{len(_threads)}"
+        thread = threading.Thread(target=_work, args=(_waiting,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return
+        _threads.append(thread)
+
+
+def _hand_out(tasks: Sequence[_Task[T]]) -> None:
+    for task in tasks:
+        _waiting.put(task)  # type: ignore[arg-type] # its result is nobody else's
+
+
+def _wait_for(tasks: Sequence[_Task[T]], *, interrupted: bool) -> None:
+    """Wait for all, and only then raise what has interrupted it; tasks take milliseconds."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            if interrupted:
+                # which of them had been handed out is not known, and none runs twice
+                _hand_out(tasks)
+            for task in tasks:
+                task.wait()
+            break
+        except BaseException as raised:  # noqa: BLE001 - raised below
+            interrupt, interrupted = raised, True
+    if interrupt is not None:
+        raise interrupt
+
+
+def _work(waiting: SimpleQueue[_Task[object]]) -> None:
+    while True:
+        waiting.get().run()
 
 
 def _forget_in_child() -> None:
-    # a forked child has the executor but none of its threads
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
+    # a forked child has none of the threads
+    global _waiting
+    _waiting = SimpleQueue()
+    _threads.clear()
 
 
 if hasattr(os, "register_at_fork"):
