@@ -6,8 +6,10 @@ Where pytest-xdist runs several processes, a file stays in one, and all Docker t
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 # the first example of a process may be the one for which kernels are compiled
@@ -17,6 +19,15 @@ settings.load_profile("topq")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell has started us in the background, and our children would ignore it as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread, and afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.hookimpl(tryfirst=True)

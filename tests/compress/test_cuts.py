@@ -1,7 +1,7 @@
 """All cuts of a vector at once, compared with one after the other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -21,12 +21,7 @@ from topq_dist.compress.kernels import select_stretches
 from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import Selection, Selector
 
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cuts_of(numels: list[int], fractions: list[float]) -> list[Cut]:

@@ -135,6 +135,20 @@ def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None
         add_terms(torch.zeros(5), terms)
 
 
+def run_program(
+    program: str, *, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
 def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -> None:
     # neither folder that numba tries can be made below a file
     blocked = tmp_path / "file"
@@ -146,14 +160,7 @@ def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -
         "import numpy as np\n"
         "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "HOME": str(blocked)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    ran = run_program(program, HOME=str(blocked))
     assert (ran.stdout.strip(), ran.stderr) == ("70", "")
 
 
@@ -164,17 +171,9 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, damaged: str) -
         "import numpy as np\n"
         "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
     )
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
 
     def said() -> tuple[str, str]:
-        ran = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
+        ran = run_program(program, NUMBA_CACHE_DIR=str(tmp_path))
         return ran.stdout.strip(), ran.stderr
 
     assert said() == ("70", "")
@@ -197,14 +196,8 @@ def test_a_change_of_what_kernels_are_made_with_renews_their_cache(tmp_path: Pat
     )
 
     def said() -> str:
-        ran = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": ""},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
+        ran = run_program(
+            program, cwd=tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=""
         )
         assert not ran.stderr
         return ran.stdout.strip()
@@ -225,12 +218,5 @@ def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
         "print(count_reaching(np.ones(70, np.int32), np.int32(1)))\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    ran = run_program(program, NUMBA_CACHE_DIR=str(tmp_path))
     assert (ran.stdout.strip(), ran.stderr) == ("70", "")

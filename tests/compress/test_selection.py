@@ -2,7 +2,6 @@ import math
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -29,12 +28,7 @@ RESIDUAL_DTYPE = {
 SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # half of torch's threads work: one, two and three
