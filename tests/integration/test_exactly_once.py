@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.torture import Plan, Report, torture
+from integration.torture import ASYNC_LR, Plan, Report, torture
+from ps.workers import make_model, values
 
 STEPS = 150
 WORKERS = 3
@@ -72,7 +73,12 @@ def test_server_and_worker_killed_together(tmp_path: Path, undisturbed: Report) 
     assert report.lost == 0
 
 
-def test_async_pushes_are_applied_once_each(tmp_path: Path) -> None:
+def test_async_gradients_are_applied_once_each(tmp_path: Path) -> None:
     report = torture(tmp_path, Plan(mode="async", server_kills=6))
-    assert report.ending.applied == {f"worker{worker}": STEPS for worker in range(WORKERS)}
-    assert report.ending.version == STEPS * WORKERS
+    # where answers were lost the order may become another one, and gradients go with later pushes
+    assert sum(report.ending.applied.values()) == report.ending.version
+    assert all(0.9 * STEPS < pushes <= STEPS for pushes in report.ending.applied.values())
+    start = values(make_model())
+    steps = start - report.central
+    given = ASYNC_LR * sum(report.given)
+    torch.testing.assert_close(steps, given, rtol=1e-5, atol=1e-5, check_dtype=False)

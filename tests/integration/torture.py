@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from forked import FORKED
-from integration.endings import Ending, durable_version, ending
+from integration.endings import Ending, central_parameters, durable_version, ending
 from ps.workers import backward, batch, make_model, side_by_side, values
 from server_process import ServerProcess
 
@@ -36,6 +36,9 @@ from topq_dist.ps.config import Mode, ServingConfig, TrainingConfig
 TRAINING = TrainingConfig(
     inner_opt="adamw", options={"lr": 0.01, "weight_decay": 0.1}, downlink="topq", q=0.9
 )
+# its steps add up to the same in any order
+ASYNC_LR = 0.05
+ASYNC_TRAINING = TrainingConfig(mode="async", inner_opt="sgd", options={"lr": ASYNC_LR})
 _CHECKPOINT_EVERY = 10
 _STARTING_SHARE = 0.3
 _RUN_S = 500.0
@@ -66,12 +69,16 @@ class Plan:
 class Report:
     """How a run ended, and what had happened.
 
-    held: each worker's parameters. kills: by what was killed. lost: versions that the server had
-    answered and came back without, all kills together (in sync mode).
+    held: each worker's parameters. central: the server's. given: what each worker's gradients add
+    up to less what it still owed at the end; none for a worker in processes of its own. kills: by
+    what was killed. lost: versions that the server had answered and came back without, all kills
+    together (in sync mode).
     """
 
     ending: Ending
     held: list[Tensor]
+    central: Tensor
+    given: list[Tensor]
     kills: Counter[str]
     lost: int
     took_s: float
@@ -90,14 +97,15 @@ def torture(folder: Path, plan: Plan) -> Report:
     if plan.mode == "async":
         # a busy machine may keep one worker back for long
         every = plan.steps * plan.workers
-        training = dataclasses.replace(TRAINING, mode=plan.mode, max_staleness=every)
+        training = dataclasses.replace(ASYNC_TRAINING, max_staleness=every)
+    given: list[Tensor] = []
     with ServerProcess(folder / "state", training, serving, anew=plan.anew) as server:
         killing = _Killing(server, folder, plan)
 
         def work(worker: int) -> Tensor:
             if worker == 0 and plan.worker_kills:
                 return killing.worker()
-            return train(server.address, worker, plan.steps, killing.reach)
+            return train(server.address, worker, plan.steps, killing.reach, given=given)
 
         try:
             held = side_by_side(plan.workers, work, within_s=_RUN_S)
@@ -108,6 +116,8 @@ def torture(folder: Path, plan: Plan) -> Report:
     return Report(
         ending=ending(server.state_dir, training),
         held=held,
+        central=central_parameters(server.state_dir, training),
+        given=given,
         kills=killing.kills,
         lost=killing.lost,
         took_s=time.monotonic() - start_s,
@@ -120,12 +130,15 @@ def train(
     steps: int,
     reach: Callable[[int], None],
     checkpoint: Path | None = None,
+    *,
+    given: list[Tensor] | None = None,
 ) -> Tensor:
     """Train as one worker, from the checkpoint on where it is there; return what it holds.
 
-    reach: called with the number of each step before it.
+    reach: called with the number of each step before it. given: see Report; appended to.
     """
     model = make_model()
+    total = torch.zeros(values(model).numel(), dtype=torch.float64)
     first = 0
     with ParameterServerOptimizer(
         model.named_parameters(), server, q=0.9, worker=f"worker{worker}", timeout_s=_RUN_S
@@ -143,8 +156,17 @@ def train(
             reach(step)
             optimizer.zero_grad()
             backward(model, [batch(worker, step)])
+            total += flat(parameter.grad for parameter in model.parameters())
             optimizer.step()
+        owed = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
+    if given is not None:
+        given.append(total - flat(owed[name] for name, _ in model.named_parameters()))
     return values(model)
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Return these tensors as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class _Killing:
