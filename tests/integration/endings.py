@@ -7,13 +7,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 import torch
 from torch import Tensor
 
 from topq_dist.ps.config import TrainingConfig
-from topq_dist.ps.model import FlatModel
 from topq_dist.ps.model import FlatModel
 from topq_dist.ps.run_state import RunState
 from topq_dist.ps.snapshot import SNAPSHOT_NAME, StateDir
@@ -52,17 +49,6 @@ def ending(state_dir: Path, training: TrainingConfig) -> Ending:
             parameters_sha256=digest.hexdigest(),
             state_sha256=state.sha256(),
         )
-
-
-def central_parameters(state_dir: Path, training: TrainingConfig) -> dict[str, Tensor]:
-    """Return the central parameters that the server left, by name."""
-    with StateDir(state_dir) as directory:
-        loaded = RunState.load(directory, training, history_bytes=1 << 30)
-        assert loaded is not None
-        state, _ = loaded
-        model = FlatModel(state.spec)
-        model.load_raw(state.central.central_raw())
-        return model.tensors()
 
 
 def central_parameters(state_dir: Path, training: TrainingConfig) -> Tensor:

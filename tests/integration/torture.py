@@ -156,7 +156,7 @@ def train(
             reach(step)
             optimizer.zero_grad()
             backward(model, [batch(worker, step)])
-            total += flat(parameter.grad for parameter in model.parameters())
+            total += flat(p.grad for p in model.parameters() if p.grad is not None)
             optimizer.step()
         owed = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
     if given is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topq_dist.compress.blocks import KEY_DTYPES, sum_dtype
 from topq_dist.compress.frame import Buffer, Frame, decode_frame
+from topq_dist.compress.kernels import merge_sum
 from topq_dist.compress.parts import Parts
 from topq_dist.compress.settling import Terms
 
@@ -25,6 +26,27 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
     check_out(out)
     frames_read = [decode_frame(frame, numel=out.numel()) for frame in frames]
     return write_sum(frames_read, divisor=len(frames), out=out)
+
+
+def sparse_mean(frames: Sequence[Buffer], *, numel: int) -> Frame:
+    """Return the mean of the finite frames' vectors: an element wherever one of them has one.
+
+    The terms are divided and added as in `average`, but in fp32, or fp64 for frames of that format.
+    Raises FrameError for bytes that are no frame of `numel` elements.
+    """
+    terms = [decode_frame(frame, numel=numel) for frame in frames]
+    for term in terms:
+        term.values.div_(len(terms))
+    indices, sums = terms[0].indices.numpy(), terms[0].values.numpy()
+    for term in terms[1:]:
+        more, summands = term.indices.numpy(), term.values.numpy()
+        merged = np.empty(indices.size + more.size, dtype=np.int64)
+        totals = np.empty(merged.size, dtype=sums.dtype)
+        count = merge_sum(indices, sums, more, summands, merged, totals)
+        indices, sums = merged[:count], totals[:count]
+    return Frame(
+        numel=numel, indices=torch.from_numpy(indices), values=torch.from_numpy(sums), finite=True
+    )
 
 
 def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from topq_dist.compress.blocks import (
     BLOCK_NUMEL,
@@ -16,13 +15,12 @@ from topq_dist.compress.blocks import (
     Indices,
     Keys,
     TakenUp,
-    bits_of,
     blocks,
     scratch,
     sign_cleared,
     spans,
 )
-from topq_dist.compress.kernels import count_reaching, find_reaching
+from topq_dist.compress.kernels import find_reaching
 from topq_dist.compress.machine_code import LANES
 from topq_dist.compress.workers import run_all
 
@@ -68,17 +66,6 @@ def find_candidates(
         np.concatenate([part.bits for part in parts]),
         reached,
     )
-
-
-def nonzero(vector: Tensor) -> Indices:
-    """Return where a 1-D float vector, mostly zero, is not."""
-    bits = bits_of(vector)
-    bits = bits.view(f"i{bits.itemsize}")
-    smallest = bits.dtype.type(1)
-    indices = np.empty(count_reaching(bits, smallest) + LANES, dtype=np.int64)
-    numbers = np.empty(indices.size, dtype=bits.dtype)
-    found = find_reaching(bits, None, smallest, 0, indices, numbers, 0, None, None)
-    return indices[:found]
 
 
 def all_candidates(vector: CompensatedGradient) -> Candidates:

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.averaging import average, terms_of, write_sum
+from topq_dist.compress.averaging import average, sparse_mean, terms_of, write_sum
 from topq_dist.compress.blocks import sum_dtype
 from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.candidates import nonzero
 from topq_dist.compress.cuts import Cut, CutSelector
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
@@ -29,7 +28,7 @@ from topq_dist.compress.parts import Parts
 from topq_dist.compress.pieces import Pieces
 from topq_dist.compress.selection import Selector
 from topq_dist.compress.settling import Terms, add_terms, settle
-from topq_dist.compress.values import WHOLE, check_value_format, decoded_dtype
+from topq_dist.compress.values import WHOLE, check_value_format
 from topq_dist.topq import check_fraction, kept_count
 
 _OWN_FORMAT = {dtype: name for name, dtype in WHOLE.items()}
@@ -100,7 +99,6 @@ class FlatCompressor:
         self._cut_selectors = ByLayout(CutSelector)
         self._whole_selectors = ByLayout(Selector)
         self._mean_selectors = ByLayout(Selector)
-        self._means = ByLayout[dict[torch.dtype, Tensor]](dict)
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -189,26 +187,27 @@ class FlatCompressor:
         value_format = headers[0].value_format
         if not all(header.finite for header in headers):
             return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
-        mean = average(frames, out=self._mean_of(layout, numel, decoded_dtype(value_format)))
+        mean = sparse_mean(frames, numel=numel)
+        indices, left = mean.indices.numpy(), mean.values.numpy()
         if not self.error_feedback:
-            places = torch.from_numpy(nonzero(mean))
-            encoded = encode_frame(numel, places, mean[places], value_format)
+            some = left.nonzero()[0]
+            encoded = encode_frame(numel, mean.indices[some], mean.values[some], value_format)
             return Reduced(encoded.frame, _keep_nothing)
-        selector = self._mean_selectors.of(layout)
         sent = sum(header.k for header in headers)
-        selected = selector.select(mean, min(-(-sent // len(frames)), numel))
-        frame, decoded = encode_frame(numel, selected.indices, selected.values, value_format)
-        mean[selected.indices] = selected.values - decoded.to(mean)
-        places = torch.from_numpy(nonzero(mean))
+        # no more than the longest frame has, and so than there are
+        selected = self._mean_selectors.of(layout).select(mean.values, -(-sent // len(frames)))
+        encoded = encode_frame(numel, mean.indices[selected.indices], selected.values, value_format)
+        left[selected.indices.numpy()] = _rest(selected.values, encoded)
+        some = left.nonzero()[0]
         # owed by one rank of many, and divided by their number when it is paid
-        left = Frame(
+        owed = Frame(
             numel=layout.numel,
-            indices=dealt.gather(part, places),
-            values=mean[places].mul_(len(frames)),
+            indices=dealt.gather(part, torch.from_numpy(indices[some])),
+            values=torch.from_numpy(left[some] * left.dtype.type(len(frames))),
             finite=True,
         )
 
-        return Reduced(frame, lambda: left.add_to(self.residuals.home(layout)))
+        return Reduced(encoded.frame, lambda: owed.add_to(self.residuals.home(layout)))
 
     def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
         """Add a share in (0, 1] of what is owed for `layout` to `gradient`, which travels whole.
@@ -233,12 +232,6 @@ class FlatCompressor:
 
     def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
         return self.residuals.flat(layout, dtype=sum_dtype(gradient.dtype), device=gradient.device)
-
-    def _mean_of(self, layout: Layout, numel: int, dtype: torch.dtype) -> Tensor:
-        kept = self._means.of(layout)
-        if dtype not in kept or kept[dtype].numel() != numel:
-            kept[dtype] = torch.empty(numel, dtype=dtype)
-        return kept[dtype]
 
 
 class Compressor:

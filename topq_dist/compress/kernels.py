@@ -37,18 +37,6 @@ def _number(vector: Any, owed: Any, before: Any, at: Any) -> Any:
 
 
 @compiled
-def count_reaching(vector: Any, low: Any) -> Any:
-    """Return how many integers of `vector`, their sign bits cleared, are `low` or more."""
-    count = np.uint64(0)
-    whole = vector.size // LANES * LANES
-    for at in range(0, whole, LANES):
-        count += count_bits(reached_by_64(vector, None, None, at, low))
-    for at in range(whole, vector.size):
-        count += reached_by_one(vector, None, None, at, low)
-    return np.int64(count)
-
-
-@compiled
 def find_reaching(
     vector: Any,
     owed: Any,
@@ -296,6 +284,34 @@ def settle_span(
     for stretch in range(ends.size):
         complete &= next_term[stretch] == ends[stretch]
     return complete
+
+
+@compiled
+def merge_sum(indices: Any, values: Any, more: Any, summands: Any, merged: Any, sums: Any) -> Any:
+    """Write the sum of two sparse vectors, both ascending, to `merged` and `sums`.
+
+    Returns how many elements it has; there is room for all of both.
+    """
+    at = other = count = 0
+    while at < indices.size and other < more.size:
+        index, next_index = indices[at], more[other]
+        # of two that are equal both are taken, and either is written whether it counts or not
+        takes, takes_other = index <= next_index, next_index <= index
+        merged[count] = index if takes else next_index
+        value = values[at] if takes else summands[other]
+        sums[count] = value + summands[other] if takes and takes_other else value
+        at += takes
+        other += takes_other
+        count += 1
+    while at < indices.size:
+        merged[count], sums[count] = indices[at], values[at]
+        at += 1
+        count += 1
+    while other < more.size:
+        merged[count], sums[count] = more[other], summands[other]
+        other += 1
+        count += 1
+    return count
 
 
 @compiled

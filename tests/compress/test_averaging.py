@@ -1,0 +1,93 @@
+"""The mean of frames without a dense vector, against the mean of their dense vectors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topq_dist.compress.averaging import average, sparse_mean
+from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.feedback import Layout
+from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
+from topq_dist.compress.parts import Parts
+
+NUMEL = 40
+# some add up to zero, and some not to the same in another order
+VALUES = st.sampled_from([-2.0, -1.0, 0.0, 0.1, 1.0, 2.0, 1e7])
+SPARSE = st.dictionaries(st.integers(0, NUMEL - 1), VALUES)
+
+
+def frame_of(elements: dict[int, float], numel: int = NUMEL, value_format: str = "fp32") -> Tensor:
+    indices = torch.tensor(sorted(elements), dtype=torch.int64)
+    values = torch.tensor([elements[int(index)] for index in indices], dtype=torch.float64)
+    return encode_frame(numel, indices, values, value_format).frame
+
+
+@given(
+    drawn=st.lists(SPARSE, min_size=1, max_size=5), value_format=st.sampled_from(["fp32", "fp64"])
+)
+def test_the_sparse_mean_is_the_dense_one(drawn: list[dict[int, float]], value_format: str) -> None:
+    frames = [frame_of(elements, value_format=value_format) for elements in drawn]
+    dtype = torch.float64 if value_format == "fp64" else torch.float32
+    mean = sparse_mean(frames, numel=NUMEL)
+    assert mean.values.dtype == dtype
+    assert mean.indices.tolist() == sorted(set().union(*drawn))
+    dense = torch.zeros(NUMEL, dtype=dtype)
+    dense[mean.indices] = mean.values
+    assert torch.equal(dense, average(frames, out=torch.empty(NUMEL, dtype=dtype)))
+
+
+def test_whole_vectors_and_empty_ones_have_a_mean() -> None:
+    whole = frame_of(dict.fromkeys(range(NUMEL), 4.0))
+    assert sparse_mean([whole, frame_of({}), whole, frame_of({})], numel=NUMEL).values.eq(2.0).all()
+    assert sparse_mean([frame_of({}), frame_of({})], numel=NUMEL).indices.tolist() == []
+    assert sparse_mean([frame_of({}, numel=0)], numel=0).indices.tolist() == []
+
+
+def test_a_frame_of_another_vector_has_no_mean_with_ours() -> None:
+    with pytest.raises(FrameError, match="40"):
+        sparse_mean([frame_of({3: 1.0}), frame_of({3: 1.0}, numel=41)], numel=NUMEL)
+
+
+@given(
+    drawn=st.lists(SPARSE, min_size=2, max_size=4),
+    part=st.integers(0, 1),
+    value_format=st.sampled_from(["fp32", "fp16", "int2", "fp64"]),
+)
+def test_a_reduced_frame_and_what_its_rank_owes_are_the_mean(
+    drawn: list[dict[int, float]], part: int, value_format: str
+) -> None:
+    layout = Layout(names=("a", "b"), shapes=((500,), (600, 1)))
+    dealt = Parts(numel=layout.numel, count=2)
+    numel = dealt.numel_of(part)
+    frames = [frame_of(elements, numel=numel, value_format=value_format) for elements in drawn]
+    mean = average(frames, out=torch.empty(numel, dtype=torch.float64))
+    compressor = FlatCompressor(value_format=value_format, error_feedback=True)
+    owed = compressor.residuals.flat(layout, dtype=torch.float64, device=torch.device("cpu"))
+    reduced = compressor.reduce(frames, layout, part=part, parts=2)
+    assert not owed.any()
+    sent = decode_frame(reduced.frame, numel=numel)
+    assert sent.indices.numel() == int(np.ceil(np.mean([len(elements) for elements in drawn])))
+    reduced.commit()
+    left = owed[dealt.gather(part, torch.arange(numel))] / len(frames)
+    assert owed.count_nonzero() == left.count_nonzero()
+    sent.add_to(left)
+    torch.testing.assert_close(left, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max()))
+    # what was not sent at all is nowhere larger than what was
+    unsent = mean.index_fill(0, sent.indices, 0.0).abs()
+    if sent.indices.numel():
+        assert unsent.max() <= mean[sent.indices].abs().min()
+
+
+def test_without_error_feedback_a_reduced_frame_is_the_mean() -> None:
+    layout = Layout(names=("a",), shapes=((NUMEL,),))
+    compressor = FlatCompressor(value_format="fp32", error_feedback=False)
+    frames = [frame_of({1: 3.0, 2: 1.0, 30: 5.0}), frame_of({2: -1.0, 7: 4.0})]
+    reduced = compressor.reduce(frames, layout, part=0, parts=1)
+    sent = decode_frame(reduced.frame, numel=NUMEL)
+    # an element that adds up to zero is not worth its place
+    assert sent.indices.tolist() == [1, 7, 30]
+    assert sent.values.tolist() == [1.5, 2.0, 2.5]
+    assert not compressor.residuals.state_dict()
