@@ -5,7 +5,8 @@
 Trains the 10.5 M-parameter MLP of ddp_step.py for a few steps on two local ranks, dense and with
 each sparse exchange, and compares the peaks with the residual (one gradient) and one bucket.
 "loaded" is a dense step in a process that has loaded topq_dist and compiled the loops that the hook
-runs: what they and their compiler take, whatever the model.
+runs: what they and their compiler take, whatever the model. Some of that are pages of library
+files, of which a machine holds one copy for all processes.
 Prints a table and writes runs/memory.json. Needs Linux.
 """
 
@@ -13,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,18 +40,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
-    peaks: dict[str, list[int]] = {mode: [] for mode in MODES}
+    peaks: dict[str, list[Peak]] = {mode: [] for mode in MODES}
     for _ in range(options.repeats):
         for mode in MODES:
             say(mode)
-            peaks[mode].append(peak_bytes(mode))
-    medians = {mode: statistics.median(values) for mode, values in peaks.items()}
+            peaks[mode].append(peak_of(mode))
+    medians = {mode: sorted(found)[len(found) // 2] for mode, found in peaks.items()}
     rows: list[dict[str, Any]] = [
         {
             "mode": mode,
-            "peak_bytes": peak,
-            "beyond_dense_bytes": peak - medians["dense"],
-            "beyond_loaded_bytes": peak - medians["loaded"],
+            "peak_bytes": peak.resident_bytes,
+            "file_bytes": peak.file_bytes,
+            "beyond_dense_bytes": peak.resident_bytes - medians["dense"].resident_bytes,
+            "beyond_loaded_bytes": peak.resident_bytes - medians["loaded"].resident_bytes,
         }
         for mode, peak in medians.items()
     ]
@@ -61,6 +62,7 @@ def main() -> None:
     lines = {
         row["mode"]: [
             f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['file_bytes'] / 1e6:.0f} MB",
             f"{row['beyond_dense_bytes'] / 1e6:+.0f} MB",
             f"{row['beyond_loaded_bytes'] / 1e6:+.0f} MB",
             f"{row['beyond_loaded_bytes'] / GRADIENT_BYTES:+.2f}",
@@ -69,7 +71,9 @@ def main() -> None:
     }
     print(
         text_table(
-            "peak of a rank", ["resident", "beyond dense", "beyond loaded", "in gradients"], lines
+            "peak of a rank",
+            ["resident", "of it files", "beyond dense", "beyond loaded", "in gradients"],
+            lines,
         )
     )
     print(
@@ -78,11 +82,20 @@ def main() -> None:
     )
 
 
-def peak_bytes(mode: str) -> int:
+class Peak(NamedTuple):
+    """The most that a process has had resident, and how much of files it has at the end."""
+
+    resident_bytes: int
+    file_bytes: int
+
+
+def peak_of(mode: str) -> Peak:
     """Return the larger peak of two fresh ranks that train in this mode."""
     with tempfile.TemporaryDirectory(prefix="topq-memory-") as folder:
         spawn(rank_main, args=(mode, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
-        return max(int((Path(folder) / f"peak{rank}").read_text()) for rank in range(RANKS))
+        return max(
+            Peak(*json.loads((Path(folder) / f"peak{rank}").read_text())) for rank in range(RANKS)
+        )
 
 
 def rank_main(rank: int, mode: Any, folder: str) -> None:
@@ -96,35 +109,38 @@ def rank_main(rank: int, mode: Any, folder: str) -> None:
         topq_dist.register_topq_hook(training.model, q=0.99, value_format="fp16", exchange=mode)
     for _ in range(STEPS):
         training.step_s(exchange=True)
-    (Path(folder) / f"peak{rank}").write_text(str(high_water_bytes()))
+    (Path(folder) / f"peak{rank}").write_text(json.dumps(own_peak()))
     dist.destroy_process_group()
 
 
 def load_loops() -> None:
     """Take a small gradient through what the hook takes a bucket through, cold and warm."""
     # not above: a dense step would take the room of what they load
+    from topq_dist.compress.averaging import decode_parts
     from topq_dist.compress.compressor import FlatCompressor
     from topq_dist.compress.density import uniform_cuts
     from topq_dist.compress.feedback import Layout
-    from topq_dist.compress.frame import decode_frame
 
     compressor = FlatCompressor(value_format="fp16", error_feedback=True)
     numels = (10_000, 100)
     layout = Layout(names=("few", "fewer"), shapes=tuple((numel,) for numel in numels))
-    for _ in range(2):
+    for parts in (1, 2, 2):
         gradient = torch.randn(layout.numel)
         cuts = uniform_cuts(numels, q=0.99, scope="parameter")
-        compressed = compressor.compress(gradient, layout, cuts)
-        received = decode_frame(compressed.frames[0], numel=layout.numel)
-        compressed.commit_and_write([received], divisor=1)
+        compressed = compressor.compress(gradient, layout, cuts, parts=parts)
+        reduced = [
+            compressor.reduce([frame] * RANKS, layout, part=part, parts=parts).frame
+            for part, frame in enumerate(compressed.frames)
+        ]
+        received = decode_parts(reduced, numel=layout.numel)
+        compressed.commit_and_write(received, divisor=1)
 
 
-def high_water_bytes() -> int:
-    """Return the most that this process has had resident, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM")
+def own_peak() -> Peak:
+    """Return this process's peak so far."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, files = (1024 * int(status[name].split()[0]) for name in ("VmHWM", "RssFile"))
+    return Peak(resident, files)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def beyond_dense() -> dict[str, str]:
     """Return what memory the hook takes."""
     found = results("memory")
     gradient_mb = found["gradient_bytes"] / 1e6
-    loaded = next(row for row in found["rows"] if row["mode"] == "loaded")
+    rows = {row["mode"]: row for row in found["rows"]}
+    files_mb = (rows["loaded"]["file_bytes"] - rows["dense"]["file_bytes"]) / 1e6
     return {
         f"memory beyond a dense step, {row['mode']}": (
             f"{row['beyond_loaded_bytes'] / 1e6:.0f} MB, {gradient_mb:.0f} of it the residual"
@@ -168,7 +169,8 @@ def beyond_dense() -> dict[str, str]:
         if row["mode"] not in ("dense", "loaded")
     } | {
         "and for the compiler and its code, whatever the model": (
-            f"{loaded['beyond_dense_bytes'] / 1e6:.0f} MB"
+            f"{rows['loaded']['beyond_dense_bytes'] / 1e6:.0f} MB, {files_mb:.0f} of it pages of "
+            "files that all processes share"
         )
     }
 

@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import KEY_DTYPES, sum_dtype
+from topq_dist.compress.blocks import KEY_DTYPES, scratch, sum_dtype
 from topq_dist.compress.frame import Buffer, Frame, decode_frame
-from topq_dist.compress.kernels import merge_sum
+from topq_dist.compress.kernels import sum_terms
+from topq_dist.compress.machine_code import LANES
 from topq_dist.compress.parts import Parts
 from topq_dist.compress.settling import Terms
+
+# elements added up in one go: they stay in a core's second cache
+_WINDOW_NUMEL = 16_384
 
 
 def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
@@ -29,23 +33,36 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
 
 
 def sparse_mean(frames: Sequence[Buffer], *, numel: int) -> Frame:
-    """Return the mean of the finite frames' vectors: an element wherever one of them has one.
+    """Return the mean of the finite frames' vectors: an element wherever it is not zero.
 
-    The terms are divided and added as in `average`, but in fp32, or fp64 for frames of that format.
+    The terms are divided and added as in `average`, in fp32, or fp64 for frames of that format.
     Raises FrameError for bytes that are no frame of `numel` elements.
     """
-    terms = [decode_frame(frame, numel=numel) for frame in frames]
-    for term in terms:
-        term.values.div_(len(terms))
-    indices, sums = terms[0].indices.numpy(), terms[0].values.numpy()
-    for term in terms[1:]:
-        more, summands = term.indices.numpy(), term.values.numpy()
-        merged = np.empty(indices.size + more.size, dtype=np.int64)
-        totals = np.empty(merged.size, dtype=sums.dtype)
-        count = merge_sum(indices, sums, more, summands, merged, totals)
-        indices, sums = merged[:count], totals[:count]
+    terms = terms_of([decode_frame(frame, numel=numel) for frame in frames], divisor=len(frames))
+    dtype = torch.from_numpy(terms.values).dtype
+    window = scratch.block(dtype)[:_WINDOW_NUMEL]
+    integers = window.view(f"i{window.itemsize}")
+    indices = np.empty(terms.indices.size + LANES, dtype=np.int64)
+    sums = np.empty(indices.size, dtype=terms.values.dtype)
+    count = sum_terms(
+        terms.indices,
+        terms.values,
+        terms.edges[:-1].copy(),
+        terms.edges[1:],
+        numel,
+        window.view(sums.dtype),
+        integers,
+        integers.dtype.type(1),
+        indices,
+        sums.view(integers.dtype),
+    )
+    if count < 0:
+        raise IndexError(f"indices of a frame do not ascend in [0, {numel})")
     return Frame(
-        numel=numel, indices=torch.from_numpy(indices), values=torch.from_numpy(sums), finite=True
+        numel=numel,
+        indices=torch.from_numpy(indices[:count]),
+        values=torch.from_numpy(sums[:count]),
+        finite=True,
     )
 
 

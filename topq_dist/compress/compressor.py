@@ -190,12 +190,11 @@ class FlatCompressor:
         mean = sparse_mean(frames, numel=numel)
         indices, left = mean.indices.numpy(), mean.values.numpy()
         if not self.error_feedback:
-            some = left.nonzero()[0]
-            encoded = encode_frame(numel, mean.indices[some], mean.values[some], value_format)
+            encoded = encode_frame(numel, mean.indices, mean.values, value_format)
             return Reduced(encoded.frame, _keep_nothing)
         sent = sum(header.k for header in headers)
-        # no more than the longest frame has, and so than there are
-        selected = self._mean_selectors.of(layout).select(mean.values, -(-sent // len(frames)))
+        kept = min(-(-sent // len(frames)), left.size)
+        selected = self._mean_selectors.of(layout).select(mean.values, kept)
         encoded = encode_frame(numel, mean.indices[selected.indices], selected.values, value_format)
         left[selected.indices.numpy()] = _rest(selected.values, encoded)
         some = left.nonzero()[0]

@@ -236,6 +236,29 @@ def select_stretches(
         start_of_kept += k
 
 
+@njit
+def _add_terms(out: Any, begin: Any, terms: Any, summands: Any, next_term: Any, ends: Any) -> None:
+    """Add to `out`, which begins at `begin`, what comes next in each stretch and lies in it."""
+    size = np.uint64(out.size)
+    for stretch in range(ends.size):
+        at = next_term[stretch]
+        while at < ends[stretch]:
+            place = np.uint64(terms[at] - begin)
+            if place >= size:
+                break
+            out[place] += summands[at]
+            at += 1
+        next_term[stretch] = at
+
+
+@njit
+def _at_ends(next_term: Any, ends: Any) -> Any:
+    complete = True
+    for stretch in range(ends.size):
+        complete &= next_term[stretch] == ends[stretch]
+    return complete
+
+
 @compiled
 def settle_span(
     residual: Any,
@@ -271,47 +294,38 @@ def settle_span(
             written += 1
         if replace:
             more[:] = 0
-            for stretch in range(ends.size):
-                at = next_term[stretch]
-                while at < ends[stretch]:
-                    place = np.uint64(terms[at] - begin - start)
-                    if place >= size:
-                        break
-                    more[place] += summands[at]
-                    at += 1
-                next_term[stretch] = at
-    complete = written == indices.size
-    for stretch in range(ends.size):
-        complete &= next_term[stretch] == ends[stretch]
-    return complete
+            _add_terms(more, begin + start, terms, summands, next_term, ends)
+    return written == indices.size and _at_ends(next_term, ends)
 
 
 @compiled
-def merge_sum(indices: Any, values: Any, more: Any, summands: Any, merged: Any, sums: Any) -> Any:
-    """Write the sum of two sparse vectors, both ascending, to `merged` and `sums`.
+def sum_terms(
+    terms: Any,
+    summands: Any,
+    next_term: Any,
+    ends: Any,
+    numel: Any,
+    window: Any,
+    bits: Any,
+    one: Any,
+    indices: Any,
+    numbers: Any,
+) -> Any:
+    """List where the sum of sparse vectors of `numel` elements is not zero, and its bits there.
 
-    Returns how many elements it has; there is room for all of both.
+    Terms and so on are as for settle_span. `window` is scratch of any size, `bits` the same memory
+    as integers, of which `one` is 1; `indices` and `numbers` have room for all terms and LANES
+    more. Returns how many they hold, or -1 where an index is out of order or range.
     """
-    at = other = count = 0
-    while at < indices.size and other < more.size:
-        index, next_index = indices[at], more[other]
-        # of two that are equal both are taken, and either is written whether it counts or not
-        takes, takes_other = index <= next_index, next_index <= index
-        merged[count] = index if takes else next_index
-        value = values[at] if takes else summands[other]
-        sums[count] = value + summands[other] if takes and takes_other else value
-        at += takes
-        other += takes_other
-        count += 1
-    while at < indices.size:
-        merged[count], sums[count] = indices[at], values[at]
-        at += 1
-        count += 1
-    while other < more.size:
-        merged[count], sums[count] = more[other], summands[other]
-        other += 1
-        count += 1
-    return count
+    found = 0
+    for start in range(0, numel, window.size):
+        part = window[: min(window.size, numel - start)]
+        part[:] = 0
+        _add_terms(part, start, terms, summands, next_term, ends)
+        found = find_reaching(
+            bits[: part.size], None, one, start, indices, numbers, found, None, None
+        )
+    return found if _at_ends(next_term, ends) else -1
 
 
 @compiled

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from topq_dist.compress.part_kernels import deal_out, gather_back
 
 # a prime, so that no row or column length deals a hot one to a single part
 _DEALT_NUMEL = 509
@@ -33,25 +36,15 @@ class Parts:
         """
         if self.count == 1:
             return [(slice(None), indices)]
-        block = indices.numpy() // _DEALT_NUMEL
-        owner = block % self.count
-        place = indices.numpy() - (block - block // self.count) * _DEALT_NUMEL
-        # numpy sorts short integers stably by radix, in one pass or two
-        short = np.uint8 if self.count <= 1 << 8 else np.uint16 if self.count <= 1 << 16 else None
-        order = np.argsort(owner if short is None else owner.astype(short), kind="stable")
-        edges = np.bincount(owner, minlength=self.count).cumsum()[:-1]
-        return [
-            (torch.from_numpy(mine), torch.from_numpy(places))
-            for mine, places in zip(
-                np.split(order, edges), np.split(place.take(order), edges), strict=True
-            )
-        ]
+        edges = np.zeros(self.count + 1, dtype=np.int64)
+        mine, places = torch.empty_like(indices), torch.empty_like(indices)
+        deal_out(indices.numpy(), _DEALT_NUMEL, edges, mine.numpy(), places.numpy())
+        return [(mine[start:stop], places[start:stop]) for start, stop in pairwise(edges.tolist())]
 
     def gather(self, part: int, places: Tensor) -> Tensor:
         """Return the indices in the vector of these places in a part, both on the CPU."""
         if self.count == 1:
             return places
-        # numpy divides by one number for all many times as fast as torch
-        within = places.numpy()
-        rounds = within // _DEALT_NUMEL
-        return torch.from_numpy(within + (rounds * (self.count - 1) + part) * _DEALT_NUMEL)
+        indices = torch.empty_like(places)
+        gather_back(places.numpy(), _DEALT_NUMEL, self.count, part, indices.numpy())
+        return indices
