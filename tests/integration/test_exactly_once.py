@@ -77,7 +77,7 @@ def test_async_gradients_are_applied_once_each(tmp_path: Path) -> None:
     report = torture(tmp_path, Plan(mode="async", server_kills=6))
     # where answers were lost the order may become another one, and gradients go with later pushes
     assert sum(report.ending.applied.values()) == report.ending.version
-    assert all(0.9 * STEPS < pushes <= STEPS for pushes in report.ending.applied.values())
+    assert all(STEPS / 2 < pushes <= STEPS for pushes in report.ending.applied.values())
     start = values(make_model())
     steps = start - report.central
     given = ASYNC_LR * sum(report.given)
