@@ -72,7 +72,7 @@ def main() -> None:
     print(
         text_table(
             "peak of a rank",
-            ["resident", "of it files", "beyond dense", "beyond loaded", "in gradients"],
+            ["resident", "files at the end", "beyond dense", "beyond loaded", "in gradients"],
             lines,
         )
     )
@@ -129,11 +129,13 @@ def load_loops() -> None:
         cuts = uniform_cuts(numels, q=0.99, scope="parameter")
         compressed = compressor.compress(gradient, layout, cuts, parts=parts)
         reduced = [
-            compressor.reduce([frame] * RANKS, layout, part=part, parts=parts).frame
+            compressor.reduce([frame] * RANKS, layout, part=part, parts=parts)
             for part, frame in enumerate(compressed.frames)
         ]
-        received = decode_parts(reduced, numel=layout.numel)
+        received = decode_parts([part.frame for part in reduced], numel=layout.numel)
         compressed.commit_and_write(received, divisor=1)
+        for part_reduced in reduced:
+            part_reduced.commit()
 
 
 def own_peak() -> Peak:

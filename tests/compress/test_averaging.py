@@ -10,7 +10,7 @@ from torch import Tensor
 from topq_dist.compress.averaging import average, sparse_mean
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.feedback import Layout
-from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
+from topq_dist.compress.frame import Frame, FrameError, decode_frame, encode_frame
 from topq_dist.compress.parts import Parts
 
 NUMEL = 40
@@ -25,13 +25,17 @@ def frame_of(elements: dict[int, float], numel: int = NUMEL, value_format: str =
     return encode_frame(numel, indices, values, value_format).frame
 
 
+def mean_of(frames: list[Tensor], numel: int = NUMEL) -> Frame:
+    return sparse_mean([decode_frame(frame, numel=numel) for frame in frames])
+
+
 @given(
     drawn=st.lists(SPARSE, min_size=1, max_size=5), value_format=st.sampled_from(["fp32", "fp64"])
 )
 def test_the_sparse_mean_is_the_dense_one(drawn: list[dict[int, float]], value_format: str) -> None:
     frames = [frame_of(elements, value_format=value_format) for elements in drawn]
     dtype = torch.float64 if value_format == "fp64" else torch.float32
-    mean = sparse_mean(frames, numel=NUMEL)
+    mean = mean_of(frames)
     assert mean.values.dtype == dtype
     dense = average(frames, out=torch.empty(NUMEL, dtype=dtype))
     assert mean.indices.tolist() == dense.nonzero().flatten().tolist()
@@ -40,9 +44,9 @@ def test_the_sparse_mean_is_the_dense_one(drawn: list[dict[int, float]], value_f
 
 def test_whole_vectors_and_empty_ones_have_a_mean() -> None:
     whole = frame_of(dict.fromkeys(range(NUMEL), 4.0))
-    assert sparse_mean([whole, frame_of({}), whole, frame_of({})], numel=NUMEL).values.eq(2.0).all()
-    assert sparse_mean([frame_of({}), frame_of({})], numel=NUMEL).indices.tolist() == []
-    assert sparse_mean([frame_of({}, numel=0)], numel=0).indices.tolist() == []
+    assert mean_of([whole, frame_of({}), whole, frame_of({})]).values.eq(2.0).all()
+    assert mean_of([frame_of({}), frame_of({})]).indices.tolist() == []
+    assert mean_of([frame_of({}, numel=0)], 0).indices.tolist() == []
 
 
 def test_vectors_longer_than_what_is_added_up_at_once_have_a_mean() -> None:
@@ -54,14 +58,85 @@ def test_vectors_longer_than_what_is_added_up_at_once_have_a_mean() -> None:
         indices = torch.randperm(numel, generator=generator)[:2_000].sort().values
         frames.append(encode_frame(numel, indices, vector[indices]).frame)
     dense = average(frames, out=torch.empty(numel))
-    mean = sparse_mean(frames, numel=numel)
+    mean = mean_of(frames, numel)
     assert torch.equal(mean.indices, dense.nonzero().flatten())
     assert torch.equal(mean.values, dense[mean.indices])
 
 
-def test_a_frame_of_another_vector_has_no_mean_with_ours() -> None:
+@pytest.mark.parametrize("terms", [400, 3_000, 40_000, 100_003])
+@pytest.mark.parametrize("value_format", ["fp32", "bf16", "int8", "int4"])
+def test_long_vectors_sparse_or_dense_have_a_mean(terms: int, value_format: str) -> None:
+    numel = 100_003
+    generator = torch.Generator().manual_seed(3)
+    frames = []
+    for _ in range(3):
+        indices = torch.randperm(numel, generator=generator)[:terms].sort().values
+        values = torch.randn(terms, generator=generator)
+        frames.append(encode_frame(numel, indices, values, value_format).frame)
+    dense = average(frames, out=torch.empty(numel))
+    mean = mean_of(frames, numel)
+    assert torch.equal(mean.indices, dense.nonzero().flatten())
+    assert torch.equal(mean.values, dense[mean.indices])
+
+
+def test_indices_out_of_order_are_an_error() -> None:
+    bad = Frame(numel=100_000, indices=torch.tensor([99_000, 3]), values=torch.ones(2), finite=True)
+    with pytest.raises(IndexError, match="100000"):
+        sparse_mean([bad])
+
+
+def test_a_frame_of_another_vector_is_not_reduced_with_ours() -> None:
+    layout = Layout(names=("a",), shapes=((NUMEL,),))
+    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
     with pytest.raises(FrameError, match="40"):
-        sparse_mean([frame_of({3: 1.0}), frame_of({3: 1.0}, numel=41)], numel=NUMEL)
+        compressor.reduce(
+            [frame_of({3: 1.0}), frame_of({3: 1.0}, numel=41)], layout, part=0, parts=1
+        )
+
+
+def test_a_damaged_frame_is_not_believed_to_be_non_finite() -> None:
+    layout = Layout(names=("a",), shapes=((NUMEL,),))
+    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
+    damaged = frame_of({})
+    damaged[5] = 1
+    with pytest.raises(FrameError):
+        compressor.reduce([frame_of({3: 1.0}), damaged], layout, part=0, parts=1)
+
+
+LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("values", "error_feedback", "finite"),
+    [
+        ([LARGEST] * 3, True, False),
+        ([LARGEST] * 3, False, True),
+        ([LARGEST, -LARGEST, LARGEST], True, True),
+        # rounded, as many of them add up to infinity
+        ([LARGEST] * 10, True, False),
+        ([LARGEST] * 10, False, False),
+    ],
+)
+def test_a_mean_past_what_can_be_owed_is_not_finite(
+    values: list[float], error_feedback: bool, finite: bool
+) -> None:
+    layout = Layout(names=("a",), shapes=((NUMEL,),))
+    compressor = FlatCompressor(value_format="fp32", error_feedback=error_feedback)
+    owed = compressor.residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
+    frames = [frame_of({1: value, 2: value / 2}) for value in values]
+    # one is sent, and the other owed
+    frames[1:] = [frame_of({1: value}) for value in values[1:]]
+    reduced = compressor.reduce(frames, layout, part=0, parts=1)
+    sent = decode_frame(reduced.frame, numel=NUMEL)
+    reduced.commit()
+    assert sent.finite == finite
+    assert owed.isfinite().all()
+    if finite:
+        owed.div_(len(values))
+        sent.add_to(owed)
+        torch.testing.assert_close(owed, average(frames, out=torch.empty(NUMEL)))
+    else:
+        assert not owed.any()
 
 
 @given(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topq_dist import Compressor, FrameError
-from topq_dist.compress.averaging import average
+from topq_dist.compress.averaging import average, decode_parts
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
@@ -114,6 +114,22 @@ def test_other_dtypes_feed_back_in_at_least_single_precision(dtype: torch.dtype)
     assert residual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     out = compressor.decompress(frame, torch.empty(50, dtype=residual.dtype))
     assert torch.equal(out + residual, gradient.to(residual.dtype))
+
+
+@pytest.mark.parametrize("value_format", [*FORMATS, "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_format_takes_every_dtype_in_parts(value_format: str, dtype: torch.dtype) -> None:
+    gradient = torch.randn(3_000, generator=torch.Generator().manual_seed(4)).to(dtype)
+    compressor = FlatCompressor(value_format=value_format, error_feedback=True)
+    layout = Layout(names=("w",), shapes=((3_000,),))
+    cut = Cut(start=0, rows=1, row_numel=3_000, kept=300)
+    compressed = compressor.compress(gradient, layout, [cut], parts=3)
+    received = decode_parts(compressed.frames, numel=3_000)
+    compressed.commit()
+    total = compressor.residuals.home(layout).clone()
+    for frame in received:
+        frame.add_to(total)
+    torch.testing.assert_close(total, gradient.to(total.dtype), rtol=1e-6, atol=1e-6)
 
 
 def test_state_moves_to_another_compressor() -> None:

@@ -32,36 +32,45 @@ def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
     return write_sum(frames_read, divisor=len(frames), out=out)
 
 
-def sparse_mean(frames: Sequence[Buffer], *, numel: int) -> Frame:
+def sparse_mean(frames: Sequence[Frame]) -> Frame:
     """Return the mean of the finite frames' vectors: an element wherever it is not zero.
 
-    The terms are divided and added as in `average`, in fp32, or fp64 for frames of that format.
-    Raises FrameError for bytes that are no frame of `numel` elements.
+    The terms are divided and added as in `average`, in fp32, or fp64 where a frame has that. The
+    frames are used up. An element may be infinite, where frames hold numbers close to the largest.
+    Raises IndexError where a frame's indices do not ascend.
     """
-    terms = terms_of([decode_frame(frame, numel=numel) for frame in frames], divisor=len(frames))
-    dtype = torch.from_numpy(terms.values).dtype
-    window = scratch.block(dtype)[:_WINDOW_NUMEL]
-    integers = window.view(f"i{window.itemsize}")
+    numel, count = frames[0].numel, len(frames)
+    if sum(frame.values.numel() for frame in frames) > numel:
+        # a dense sum takes less room
+        dtype = max((frame.values.dtype for frame in frames), key=lambda dtype: dtype.itemsize)
+        dense = write_sum(frames, divisor=count, out=torch.empty(numel, dtype=dtype))
+        where = dense.nonzero().flatten()
+        return Frame(numel=numel, indices=where, values=dense[where], finite=True)
+    terms = terms_of(frames, divisor=count)
+    window = scratch.block(torch.from_numpy(terms.values).dtype)[:_WINDOW_NUMEL]
+    # a sum that is not zero is one whose bits are not: there are no negative zeros among them
+    bits = window.view(f"i{window.itemsize}")
     indices = np.empty(terms.indices.size + LANES, dtype=np.int64)
     sums = np.empty(indices.size, dtype=terms.values.dtype)
-    count = sum_terms(
+    found = sum_terms(
         terms.indices,
         terms.values,
+        # it moves on as terms are added
         terms.edges[:-1].copy(),
         terms.edges[1:],
         numel,
         window.view(sums.dtype),
-        integers,
-        integers.dtype.type(1),
+        bits,
+        bits.dtype.type(1),
         indices,
-        sums.view(integers.dtype),
+        sums.view(bits.dtype),
     )
-    if count < 0:
+    if found < 0:
         raise IndexError(f"indices of a frame do not ascend in [0, {numel})")
     return Frame(
         numel=numel,
-        indices=torch.from_numpy(indices[:count]),
-        values=torch.from_numpy(sums[:count]),
+        indices=torch.from_numpy(indices[:found]),
+        values=torch.from_numpy(sums[:found]),
         finite=True,
     )
 

@@ -20,6 +20,7 @@ from topq_dist.compress.frame import (
     Buffer,
     EncodedFrame,
     Frame,
+    decode_frame,
     encode_frame,
     encode_non_finite_frame,
     peek_header,
@@ -178,34 +179,36 @@ class FlatCompressor:
     def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
         """Return the mean of the ranks' frames of one of `parts` Parts, as one frame.
 
-        With error feedback it holds as many elements as those frames do on average, the largest,
-        and `commit` makes the rest this rank's to owe; without, it holds all.
+        With error feedback it holds as many elements as those frames do on average, the largest
+        that are not zero, and `commit` makes the rest this rank's to owe; without, it holds all
+        that are not zero. It says non-finite where a frame does, or the mean is past what can be
+        owed. Raises FrameError for bytes that are no frame of that part.
         """
         dealt = Parts(numel=layout.numel, count=parts)
         numel = dealt.numel_of(part)
-        headers = [peek_header(frame) for frame in frames]
-        value_format = headers[0].value_format
-        if not all(header.finite for header in headers):
+        received = [decode_frame(frame, numel=numel) for frame in frames]
+        value_format = peek_header(frames[0]).value_format
+        sent = sum(frame.values.numel() for frame in received)
+        mean = sparse_mean(received) if all(frame.finite for frame in received) else None
+        if mean is None or not _holds(mean, len(frames) if self.error_feedback else 1):
             return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
-        mean = sparse_mean(frames, numel=numel)
-        indices, left = mean.indices.numpy(), mean.values.numpy()
         if not self.error_feedback:
             encoded = encode_frame(numel, mean.indices, mean.values, value_format)
             return Reduced(encoded.frame, _keep_nothing)
-        sent = sum(header.k for header in headers)
-        kept = min(-(-sent // len(frames)), left.size)
+        indices, rest = mean.indices.numpy(), mean.values.numpy()
+        # fewer than were sent are left where ranks chose the same, and their values cancel out
+        kept = min(-(-sent // len(frames)), rest.size)
         selected = self._mean_selectors.of(layout).select(mean.values, kept)
         encoded = encode_frame(numel, mean.indices[selected.indices], selected.values, value_format)
-        left[selected.indices.numpy()] = _rest(selected.values, encoded)
-        some = left.nonzero()[0]
+        rest[selected.indices.numpy()] = _rest(selected.values, encoded)
+        some = rest.nonzero()[0]
         # owed by one rank of many, and divided by their number when it is paid
         owed = Frame(
             numel=layout.numel,
             indices=dealt.gather(part, torch.from_numpy(indices[some])),
-            values=torch.from_numpy(left[some] * left.dtype.type(len(frames))),
+            values=torch.from_numpy(rest[some] * len(frames)),
             finite=True,
         )
-
         return Reduced(encoded.frame, lambda: owed.add_to(self.residuals.home(layout)))
 
     def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
@@ -300,8 +303,16 @@ def _flat(gradient: Tensor) -> Tensor:
 
 def _rest(values: Tensor, encoded: EncodedFrame) -> npt.NDArray[np.floating]:
     # numpy, since torch would wake its threads
-    rest: npt.NDArray[np.floating] = values.numpy() - encoded.decoded.numpy()
-    return rest
+    wide = values.numpy()
+    rest: npt.NDArray[np.floating] = wide - encoded.decoded.numpy()
+    # "fp64" decodes to more than narrower values need
+    return rest.astype(wide.dtype, copy=False)
+
+
+def _holds(mean: Frame, times: int) -> bool:
+    values = mean.values.numpy()
+    peak = max(values.max(initial=0.0), -values.min(initial=0.0))
+    return bool(peak <= np.finfo(values.dtype).max / times)
 
 
 def _keep_nothing() -> None:

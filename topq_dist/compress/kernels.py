@@ -253,6 +253,7 @@ def _add_terms(out: Any, begin: Any, terms: Any, summands: Any, next_term: Any, 
 
 @njit
 def _at_ends(next_term: Any, ends: Any) -> Any:
+    """Return whether every stretch of terms has been added up, none left out of order or range."""
     complete = True
     for stretch in range(ends.size):
         complete &= next_term[stretch] == ends[stretch]
@@ -315,7 +316,8 @@ def sum_terms(
 
     Terms and so on are as for settle_span. `window` is scratch of any size, `bits` the same memory
     as integers, of which `one` is 1; `indices` and `numbers` have room for all terms and LANES
-    more. Returns how many they hold, or -1 where an index is out of order or range.
+    more. Returns how many they hold, or -1 where an index is out of range, or comes after that of a
+    later window.
     """
     found = 0
     for start in range(0, numel, window.size):
