@@ -131,6 +131,25 @@ def test_with_feedback_nothing_is_lost_and_an_overflow_voids_the_step(tmp_path: 
                 torch.testing.assert_close(left, brought, rtol=1e-4, atol=1e-6, msg=exchange)
 
 
+def near_the_largest(rank: int) -> bool:
+    """A step whose sum no residual could hold, and one after it."""
+    model, state, _ = hooked("split", value_format="fp32")
+    backward(model, 0, rank)
+    before = state.state_dict()["residuals"]
+    handle = model.module[2].weight.register_hook(lambda g: torch.full_like(g, 3e38))
+    backward(model, 1, rank)
+    handle.remove()
+    assert not any(bool(g.isfinite().any()) for g in gradients(model.module).values())
+    after = state.state_dict()["residuals"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    backward(model, 2, rank)
+    return all(bool(g.isfinite().all()) for g in gradients(model.module).values())
+
+
+def test_a_sum_past_what_can_be_owed_voids_the_step_on_every_rank(tmp_path: Path) -> None:
+    assert all(run_ranks(2, near_the_largest, tmp_path))
+
+
 def dense_is_ddp(rank: int) -> bool:
     plain = DistributedDataParallel(small_model())
     model, state, _ = hooked("dense")
