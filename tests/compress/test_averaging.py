@@ -79,7 +79,7 @@ def test_long_vectors_sparse_or_dense_have_a_mean(terms: int, value_format: str)
     assert torch.equal(mean.values, dense[mean.indices])
 
 
-def test_indices_out_of_order_are_an_error() -> None:
+def test_an_index_out_of_place_is_an_error() -> None:
     bad = Frame(numel=100_000, indices=torch.tensor([99_000, 3]), values=torch.ones(2), finite=True)
     with pytest.raises(IndexError, match="100000"):
         sparse_mean([bad])
@@ -111,21 +111,25 @@ LARGEST = float(torch.finfo(torch.float32).max)
     [
         ([LARGEST] * 3, True, False),
         ([LARGEST] * 3, False, True),
-        ([LARGEST, -LARGEST, LARGEST], True, True),
+        ([LARGEST, -LARGEST, LARGEST / 2], True, True),
         # rounded, as many of them add up to infinity
         ([LARGEST] * 10, True, False),
         ([LARGEST] * 10, False, False),
+        # a 25th of it, rounded, is too much 25 times
+        ([LARGEST, *[0.0] * 24], True, False),
     ],
 )
 def test_a_mean_past_what_can_be_owed_is_not_finite(
     values: list[float], error_feedback: bool, finite: bool
 ) -> None:
     layout = Layout(names=("a",), shapes=((NUMEL,),))
-    compressor = FlatCompressor(value_format="fp32", error_feedback=error_feedback)
+    # "fp64" sums hold more than the fp32 of what is owed
+    value_format = "fp64" if error_feedback else "fp32"
+    compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
     owed = compressor.residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
-    frames = [frame_of({1: value, 2: value / 2}) for value in values]
     # one is sent, and the other owed
-    frames[1:] = [frame_of({1: value}) for value in values[1:]]
+    elements = [{1: values[0], 2: values[0] / 2}, *({1: value} for value in values[1:])]
+    frames = [frame_of(drawn, value_format=value_format) for drawn in elements]
     reduced = compressor.reduce(frames, layout, part=0, parts=1)
     sent = decode_frame(reduced.frame, numel=NUMEL)
     reduced.commit()

@@ -37,7 +37,7 @@ def sparse_mean(frames: Sequence[Frame]) -> Frame:
 
     The terms are divided and added as in `average`, in fp32, or fp64 where a frame has that. The
     frames are used up. An element may be infinite, where frames hold numbers close to the largest.
-    Raises IndexError where a frame's indices do not ascend.
+    Raises IndexError for an index that is out of range.
     """
     numel, count = frames[0].numel, len(frames)
     if sum(frame.values.numel() for frame in frames) > numel:
@@ -66,7 +66,7 @@ def sparse_mean(frames: Sequence[Frame]) -> Frame:
         sums.view(bits.dtype),
     )
     if found < 0:
-        raise IndexError(f"indices of a frame do not ascend in [0, {numel})")
+        raise IndexError(f"an index of a frame is out of order, or not in [0, {numel})")
     return Frame(
         numel=numel,
         indices=torch.from_numpy(indices[:found]),

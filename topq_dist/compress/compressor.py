@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -179,10 +180,11 @@ class FlatCompressor:
     def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
         """Return the mean of the ranks' frames of one of `parts` Parts, as one frame.
 
-        With error feedback it holds as many elements as those frames do on average, the largest
-        that are not zero, and `commit` makes the rest this rank's to owe; without, it holds all
-        that are not zero. It says non-finite where a frame does, or the mean is past what can be
-        owed. Raises FrameError for bytes that are no frame of that part.
+        With error feedback, which needs `compress` to have seen `layout`, it holds the largest of
+        those that are not zero, as many as the frames do on average, rounded up; `commit` makes the
+        rest this rank's to owe. Without, it holds all that are not zero. It says non-finite where a
+        frame does, or the mean is past what could be owed. Raises FrameError for bytes that are no
+        frame of that part.
         """
         dealt = Parts(numel=layout.numel, count=parts)
         numel = dealt.numel_of(part)
@@ -190,7 +192,7 @@ class FlatCompressor:
         value_format = peek_header(frames[0]).value_format
         sent = sum(frame.values.numel() for frame in received)
         mean = sparse_mean(received) if all(frame.finite for frame in received) else None
-        if mean is None or not _holds(mean, len(frames) if self.error_feedback else 1):
+        if mean is None or not _peak(mean) < self._mean_limit(layout, len(frames)):
             return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
         if not self.error_feedback:
             encoded = encode_frame(numel, mean.indices, mean.values, value_format)
@@ -231,6 +233,12 @@ class FlatCompressor:
                 residual[stretch].mul_(1.0 - share)
 
         return settled
+
+    def _mean_limit(self, layout: Layout, ranks: int) -> float:
+        # what is owed is as many times the mean
+        if not self.error_feedback:
+            return math.inf
+        return torch.finfo(self.residuals.home(layout).dtype).max / ranks
 
     def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
         return self.residuals.flat(layout, dtype=sum_dtype(gradient.dtype), device=gradient.device)
@@ -309,10 +317,9 @@ def _rest(values: Tensor, encoded: EncodedFrame) -> npt.NDArray[np.floating]:
     return rest.astype(wide.dtype, copy=False)
 
 
-def _holds(mean: Frame, times: int) -> bool:
-    values = mean.values.numpy()
-    peak = max(values.max(initial=0.0), -values.min(initial=0.0))
-    return bool(peak <= np.finfo(values.dtype).max / times)
+def _peak(frame: Frame) -> float:
+    values = frame.values.numpy()
+    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))
 
 
 def _keep_nothing() -> None:

@@ -23,8 +23,8 @@ from topq_dist.ddp.swap import FrameSwap, Lanes
 class SplitReduce(Exchange):
     """Send each part's frame to the rank that owns the part; gather the owners' reduced frames.
 
-    An owner passes on at most as many elements of its part as a rank has sent it on average, and
-    owes the rest itself; without error feedback it passes on all that are not zero.
+    An owner passes on the largest elements of its part, as many as a rank has sent it on average,
+    and owes the rest itself; without error feedback it passes on all that are not zero.
     """
 
     def __init__(self, link: Link, compressor: FlatCompressor) -> None:
