@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +92,6 @@ def ranks_with_the_hook(rank: int) -> list[Tensor]:
     return found
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute gradients as the ranks do: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def by_hook(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
     """Return by inner optimizer what the hook's ranks hold: with the server's kernels, others."""
@@ -113,6 +103,7 @@ def by_hook(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]
 
 
 @pytest.mark.gloo
+# as the ranks compute: sums depend on the number of threads
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_hook_and_the_server_arrive_at_the_same_bits(
