@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         GradientTransformerOptimizer,
         ParamTransformingOptimizer,
         TopQGradientOptimizer,
+        register_momentum_rule,
     )
     from topq_dist.telemetry import Stats
 
@@ -27,6 +28,7 @@ __all__ = [
     "TopQGradientOptimizer",
     "TopQState",
     "__version__",
+    "register_momentum_rule",
     "register_topq_hook",
     "topq_hook",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "Stats": "telemetry",
     "TopQGradientOptimizer": "optim",
     "TopQState": "ddp.hook",
+    "register_momentum_rule": "optim",
     "register_topq_hook": "ddp.hook",
     "topq_hook": "ddp.hook",
 }

@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
 from topq_dist.ddp.choices import ExchangeName
+from topq_dist.ddp.momentum import MomentumName
 
 pytestmark = pytest.mark.gloo
 EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")
+METHODS: tuple[MomentumName, ...] = ("feedback",)
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -39,15 +41,32 @@ def bad_registrations(_: int) -> dict[str, str]:
     errors = {}
     plain: Any = small_model()
     errors["not ddp"] = error_of(lambda: register_topq_hook(plain, q=0.9))
-    for q in (1.5, -0.1, float("nan"), "half", None, True):
+    for q in (1.5, -0.1, float("nan"), "half", True):
         value: Any = q
         errors[f"q={q}"] = error_of(lambda value=value: register_topq_hook(ddp(), q=value))  # type: ignore[misc]
     scope: Any = "layer"
     errors["scope"] = error_of(lambda: register_topq_hook(ddp(), q=0.9, scope=scope))
     errors["value_format"] = error_of(lambda: register_topq_hook(ddp(), q=0.9, value_format="fp7"))
     model = ddp()
-    adam: Any = torch.optim.Adam(model.parameters())
-    errors["optimizer"] = error_of(lambda: register_topq_hook(model, adam, q=0.9))
+    no_optimizer: Any = model.parameters()
+    errors["optimizer"] = error_of(lambda: register_topq_hook(model, no_optimizer, q=0.9))
+    another = torch.optim.Adam(small_model().parameters())
+    errors["another's"] = error_of(lambda: register_topq_hook(model, another, q=0.9))
+    adam = torch.optim.Adam(model.parameters())
+    no_method: Any = "nesterov"
+    errors["momentum"] = error_of(lambda: register_topq_hook(model, adam, momentum=no_method))
+    for method in METHODS:
+        errors[f"{method} alone"] = error_of(
+            lambda method=method: register_topq_hook(model, momentum=method)  # type: ignore[misc]
+        )
+        errors[f"{method} without feedback"] = error_of(
+            lambda method=method: register_topq_hook(  # type: ignore[misc]
+                model, adam, momentum=method, error_feedback=False
+            )
+        )
+    diverging = torch.optim.SGD(model.parameters(), lr=0.1)
+    diverging.param_groups[0]["momentum"] = 1.0
+    errors["momentum=1"] = error_of(lambda: register_topq_hook(model, diverging))
     top_q = TopQGradientOptimizer(model.parameters(), q=0.5, param_ndim=None, lr=0.1)
     errors["q twice"] = error_of(lambda: register_topq_hook(model, top_q, q=0.9))
     others = TopQGradientOptimizer(list(model.parameters())[1:], q=0.5, param_ndim=None, lr=0.1)
@@ -70,17 +89,23 @@ def test_a_bad_registration_names_what_was_given_and_what_was_expected(tmp_path:
         "q=-0.1": ("ValueError", "q=-0.1", "[0, 1]"),
         "q=nan": ("ValueError", "q=nan", "number"),
         "q=half": ("TypeError", "q='half'", "number"),
-        "q=None": ("ValueError", "q=None", "[0, 1]"),
         "q=True": ("TypeError", "q=True", "number"),
         "scope": ("ValueError", "scope='layer'", "parameter, bucket"),
         "value_format": ("ValueError", "value_format='fp7'", "fp32"),
-        "optimizer": ("TypeError", "Adam", "TopQGradientOptimizer"),
+        "optimizer": ("TypeError", "generator", "a torch optimizer"),
+        "another's": ("ValueError", "none of the 6 trainable parameters", "expected the optimizer"),
+        "momentum": ("ValueError", "momentum='nesterov'", "feedback, ", "optimizer"),
+        "momentum=1": ("ValueError", "momentum=1.0", "below 1"),
         "q twice": ("ValueError", "q=0.9", "expected None"),
         "left out": ("ValueError", "0.weight", "every trainable parameter"),
         "twice": ("ValueError", "topq_hook", "without one"),
         "taken": ("ValueError", "allreduce_hook", "without one"),
         "sparse": ("TypeError", "0.weight", "sparse=False"),
     }
+    for method in METHODS:
+        named = ("ValueError", f"momentum='{method}'", "expected")
+        expected[f"{method} alone"] = (*named, "without an optimizer")
+        expected[f"{method} without feedback"] = (*named, "error_feedback=False")
     assert errors.keys() == expected.keys()
     for case, parts in expected.items():
         for part in parts:
@@ -92,6 +117,12 @@ def disagreeing_ranks(rank: int) -> dict[str, str]:
     errors["q"] = error_of(lambda: register_topq_hook(ddp(), q=0.9 if rank else 0.99))
     errors["value_format"] = error_of(
         lambda: register_topq_hook(ddp(), q=0.9, value_format="fp16" if rank else "fp32")
+    )
+    disagreeing = ddp()
+    adam = torch.optim.Adam(disagreeing.parameters(), betas=(0.0, 0.99))
+    method: MomentumName = "feedback" if rank else "optimizer"
+    errors["momentum"] = error_of(
+        lambda: register_topq_hook(disagreeing, adam, q=0.9, momentum=method)
     )
     errors["one rank is wrong"] = error_of(
         lambda: register_topq_hook(ddp(), q=7.0 if rank else 0.5)
@@ -130,6 +161,8 @@ def test_ranks_that_disagree_all_raise_at_once(tmp_path: Path) -> None:
             assert part in errors["q"], errors["q"]
         for part in ("ExchangeError", "value_format=fp32", "value_format=fp16"):
             assert part in errors["value_format"], errors["value_format"]
+        for part in ("ExchangeError", "momentum=optimizer", "momentum=feedback"):
+            assert part in errors["momentum"], errors["momentum"]
         for part in ("ExchangeError", "rank 0 has 'group 0: q=0.8", "rank 1 has 'group 0: q=0.9"):
             assert part in errors["live q"], errors["live q"]
         for part in ("q=7.0", "expected a number in [0, 1]"):

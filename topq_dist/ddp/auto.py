@@ -116,6 +116,10 @@ class Auto(Exchange):
     def tells(self) -> bool:  # type: ignore[override]
         return self._exchange.tells
 
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        return self._exchange.sparse
+
     def launch(self, job: Job) -> Pending:
         return self._exchange.launch(job)
 

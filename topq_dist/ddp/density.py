@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.density import Scope, check_scope, uniform_cuts
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.topq import check_fraction, draw_q, kept_count, row_shape
+
+# what a hook sends that is told nothing else: the pair that wins at a hundredth of the bytes
+DEFAULT_Q = 0.97
+DEFAULT_VALUE_FORMAT = "int2"
 
 
 class Density(Protocol):
@@ -22,6 +27,9 @@ class Density(Protocol):
 
     def settings(self) -> str:
         """Return this step's settings, which must be the same text on every rank."""
+
+    def sent_fraction(self) -> float:
+        """Return about which fraction of all gradients this step sends, the same on every rank."""
 
     def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
         """Return the cuts of a flat vector that holds the gradients of `parameters` in order."""
@@ -35,25 +43,19 @@ class Density(Protocol):
 
 def make_density(
     names: Mapping[Tensor, str],
-    optimizer: TopQGradientOptimizer | None,
+    optimizer: Optimizer | None,
     *,
     q: float | None,
     scope: Scope,
 ) -> Density:
     """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
-    if optimizer is None:
-        if q is None:
-            raise ValueError("q=None: expected a number in [0, 1], or a TopQGradientOptimizer")
-        return FixedDensity(q, scope)
     if not isinstance(optimizer, TopQGradientOptimizer):
-        raise TypeError(
-            f"optimizer={type(optimizer).__name__}: expected a TopQGradientOptimizer to read q "
-            "from, or None with q=... for any other optimizer"
-        )
+        return FixedDensity(DEFAULT_Q if q is None else q, scope)
+    kind = type(optimizer).__name__
     if q is not None:
-        raise ValueError(f"q={q!r} with an optimizer: expected None, since its groups hold q")
+        raise ValueError(f"q={q!r} with a {kind}: expected None, since its groups hold q")
     if scope != "parameter":
-        raise ValueError(f"scope={scope!r} with an optimizer: expected 'parameter'")
+        raise ValueError(f"scope={scope!r} with a {kind}: expected 'parameter'")
     return PairedDensity(optimizer, names)
 
 
@@ -73,6 +75,9 @@ class FixedDensity:
 
     def settings(self) -> str:
         return f"q={self.q} scope={self.scope}"
+
+    def sent_fraction(self) -> float:
+        return 1.0 - self.q
 
     def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
         numels = [parameter.numel() for parameter in parameters]
@@ -125,6 +130,14 @@ class PairedDensity:
             f"group {number}: q={group['q']} dq={group['dq']} param_ndim={group['param_ndim']}"
             for number, group in enumerate(self._optimizer.param_groups)
         )
+
+    def sent_fraction(self) -> float:
+        # by q, not by what dq has drawn, or an optimizer would lose and regain its momentum by lot
+        sent = numel = 0.0
+        for group in self._optimizer.param_groups:
+            held = sum(param.numel() for param in group["params"] if param in self._names)
+            sent, numel = sent + (1.0 - group["q"]) * held, numel + held
+        return sent / numel if numel else 0.0
 
     def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
         cuts, start = [], 0

@@ -78,10 +78,12 @@ class Exchange(ABC):
     """A way of averaging buckets.
 
     tells: whether every rank's frames tell every other rank of its settings and of a failure;
-    where they do not, the pipeline does. chosen: what "auto" has decided on, None for all others.
+    where they do not, the pipeline does. sparse: whether the step that has begun sends a part of
+    each gradient, and not all of it. chosen: what "auto" has decided on, None for all others.
     """
 
     tells = True
+    sparse = True
     chosen: str | None = None
 
     @abstractmethod
@@ -166,6 +168,7 @@ class Dense(Exchange):
     """
 
     tells = False
+    sparse = False
 
     def __init__(self, link: Link, compressor: FlatCompressor, *, unpaid_steps: int = 0) -> None:
         self._link = link

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.density import Scope
@@ -27,6 +28,7 @@ from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
 from topq_dist.ddp.density import FixedDensity, make_density
 from topq_dist.ddp.exchange import Link
 from topq_dist.ddp.messages import agree, tell_of_failure
+from topq_dist.ddp.momentum import MomentumName, advise, make_momentum
 from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
 from topq_dist.ddp.saved import STATE_VERSION, check_state, check_states, merged_residuals
 from topq_dist.optim import TopQGradientOptimizer
@@ -38,10 +40,18 @@ class TopQState:
     """State of `topq_hook` for one DistributedDataParallel model.
 
     Knobs, in the order in which one tunes them:
-        optimizer: a TopQGradientOptimizer whose groups' q, dq and param_ndim are read live, and
-            which then leaves the hook's parameters unsparsified. None: one `q` holds for all.
-        q: fraction of each gradient that is not sent, in [0, 1]; only without an optimizer.
+        optimizer: the torch optimizer that steps the model, whose momentum is then the hook's (see
+            `momentum`). Of a TopQGradientOptimizer the groups' q, dq and param_ndim are read live,
+            and it leaves the hook's parameters unsparsified. None: set the momentum by hand, for
+            SGD momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
+        q: fraction of each gradient that is not sent, in [0, 1]; not with a TopQGradientOptimizer.
             `state.q = ...` changes it between steps, on every rank alike.
+        momentum: error feedback acts as a momentum, and one behind it breaks training. "feedback"
+            takes the optimizer's out of its steps while the exchange is sparse (momentum 0 and
+            SGD's rate divided by 1 - momentum, beta1 = 0; `register_momentum_rule` says how for
+            others), and leaves it where everything, or half of it, is sent. Its groups always hold
+            the user's own values, and are read at every step. "optimizer" leaves it. None is
+            "feedback" with an optimizer and error_feedback, else "optimizer".
         error_feedback: keep what was not sent and add it to the next gradient.
         value_format: how the kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
             "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless.
@@ -66,9 +76,10 @@ class TopQState:
     def __init__(
         self,
         ddp_model: DistributedDataParallel,
-        optimizer: TopQGradientOptimizer | None = None,
+        optimizer: Optimizer | None = None,
         *,
         q: float | None = None,
+        momentum: MomentumName | None = None,
         error_feedback: bool = True,
         value_format: str | None = None,
         exchange: ExchangeName = "auto",
@@ -93,9 +104,13 @@ class TopQState:
             self._compressor = FlatCompressor(
                 value_format=value_format, error_feedback=error_feedback
             )
+            self._momentum = make_momentum(
+                momentum, optimizer, self._names, error_feedback=error_feedback
+            )
             stages = Stages(
                 density=self._density,
                 compressor=self._compressor,
+                momentum=self._momentum,
                 clip_norm=check_positive("clip_norm", clip_norm),
                 grad_scaler=check_grad_scaler(grad_scaler),
                 may_be_unused=check_unused(ddp_model, scope),
@@ -110,7 +125,9 @@ class TopQState:
         # only now: ranks that disagree would make groups that the others do not know of
         self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
         self._pipeline = Pipeline(self._link, stages, self._exchange)
-        self._unpaired = optimizer
+        self._unpaired = optimizer if isinstance(optimizer, TopQGradientOptimizer) else None
+        if optimizer is None and momentum is None and error_feedback and exchange != "dense":
+            advise(self._link.rank)
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     @property
@@ -144,6 +161,14 @@ class TopQState:
             "this TopQState is a copy and belongs to no process group: save state_dict() instead, "
             "and register a hook on a model that is made anew"
         )
+
+    def detach(self) -> None:
+        """Hand the optimizer its momentum back for good; a second call does nothing.
+
+        DistributedDataParallel keeps a hook, which goes on as with momentum="optimizer". Without
+        this call the optimizer is as it was once the model and this state are gone.
+        """
+        self._momentum.detach()
 
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
@@ -243,9 +268,10 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
 
 def register_topq_hook(
     ddp_model: DistributedDataParallel,
-    optimizer: TopQGradientOptimizer | None = None,
+    optimizer: Optimizer | None = None,
     *,
     q: float | None = None,
+    momentum: MomentumName | None = None,
     error_feedback: bool = True,
     value_format: str | None = None,
     exchange: ExchangeName = "auto",
@@ -263,6 +289,7 @@ def register_topq_hook(
         ddp_model,
         optimizer,
         q=q,
+        momentum=momentum,
         error_feedback=error_feedback,
         value_format=value_format,
         exchange=exchange,

@@ -30,6 +30,7 @@ from topq_dist.ddp.messages import (
     agree,
     digest,
 )
+from topq_dist.ddp.momentum import Momentum, takes_momentum_out
 
 
 class Bucket(NamedTuple):
@@ -51,6 +52,7 @@ class Stages:
 
     density: Density
     compressor: FlatCompressor
+    momentum: Momentum
     clip_norm: float | None
     grad_scaler: GradScaler | None
     may_be_unused: bool
@@ -58,7 +60,12 @@ class Stages:
     def settings(self) -> str:
         """Return this step's settings, the same text on ranks that work alike."""
         clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
-        return f"{self.density.settings()}\n{self.compressor.settings()} {clip}"
+        compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
+        return f"{self.density.settings()}\n{compressed}"
+
+    def takes_momentum_out(self) -> bool:
+        """Return whether what is sent is little enough to do without the optimizer's momentum."""
+        return takes_momentum_out(self.density.sent_fraction())
 
 
 class Pipeline:
@@ -107,6 +114,8 @@ class Pipeline:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
             self._stages.density.begin_step()
+            sparse = self._exchange.sparse and self._stages.takes_momentum_out()
+            self._stages.momentum.begin_step(sparse=sparse)
             self._settings_digest = digest(self._settings())
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
@@ -147,8 +156,9 @@ class Pipeline:
                 cuts = self._stages.density.cuts(bucket.parameters)
                 if self._stages.may_be_unused:
                     cuts = [_unless_unused(cut, bucket.flat) for cut in cuts]
-                compressor = self._stages.compressor
-                return compressor.compress(bucket.flat, bucket.layout, cuts, parts=parts)
+                return self._stages.momentum.compress(
+                    self._stages.compressor, bucket.flat, bucket.layout, cuts, parts=parts
+                )
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
             return None

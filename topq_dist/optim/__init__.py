@@ -7,6 +7,8 @@ Three layers, each with one duty:
 - GradientTransformerOptimizer then multiplies each gradient by grad_scale and adds grad_bias;
 - TopQGradientOptimizer is the latter with the transform that keeps the top-Q part.
 
+And, for any torch optimizer, what takes its momentum out while gradients are sparse.
+
 Source of the behaviour: rai_toolbox.optim. The departures are listed in each class.
 """
 
@@ -14,6 +16,14 @@ from topq_dist.optim.gradient_transforming import (
     GradientTransformerOptimizer,
     TopQGradientOptimizer,
 )
+from topq_dist.optim.momentum import MomentumRule, MomentumSwitch, register_momentum_rule
 from topq_dist.optim.param_transforming import ParamTransformingOptimizer
 
-__all__ = ["GradientTransformerOptimizer", "ParamTransformingOptimizer", "TopQGradientOptimizer"]
+__all__ = [
+    "GradientTransformerOptimizer",
+    "MomentumRule",
+    "MomentumSwitch",
+    "ParamTransformingOptimizer",
+    "TopQGradientOptimizer",
+    "register_momentum_rule",
+]

@@ -1,0 +1,184 @@
+"""The momentum of any torch optimizer: how to take it out, and a switch that does it for a step.
+
+Error feedback acts as a momentum, and a momentum behind it breaks training; so whoever sparsifies
+takes the optimizer's out. What a momentum adds up to is kept in the rate: SGD moves along the sum
+of a gradient's shares, lr (1 - dampening) (1 + m + m^2 + ...). Adam's kind averages, which does not
+change how far it goes.
+
+Source: "SparseLoCo" (arXiv:2508.15706), whose error accumulator stands in for outer momentum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from topq_dist.optim.groups import ParamGroup
+from topq_dist.optim.step_switch import StepSwitch
+
+MomentumRule: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule) -> None:
+    """Say how the momentum of an optimizer class, and of classes derived from it, is taken out.
+
+    Args:
+        optimizer_class: a class of torch optimizers; a rule that it has is replaced.
+        rule: takes a parameter group with the user's values, and returns the options to step with
+            instead: those of the same optimizer without momentum, {} where the group has none.
+            Called at every step, so that schedules of rate and momentum are followed. For one like
+            Lion: `lambda group: {"betas": (0.0, group["betas"][1])}`.
+
+    Raises TypeError for anything else.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(
+            f"optimizer_class={optimizer_class!r}: expected a class of torch optimizers"
+        )
+    if not callable(rule):
+        raise TypeError(f"rule={rule!r}: expected a function of a parameter group")
+    _rules[optimizer_class] = rule
+
+
+def stepping(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that moves the parameters: the one within those that wrap another.
+
+    TopQGradientOptimizer and its bases, ZeroRedundancyOptimizer, Accelerate's and others of the
+    kind hold it as `inner_opt`, `optim` or `optimizer`. A class with a rule of its own is itself.
+    """
+    while _rule_of_class(type(optimizer)) is None:
+        held = (getattr(optimizer, name, None) for name in ("inner_opt", "optim", "optimizer"))
+        inner = next((one for one in held if isinstance(one, Optimizer)), None)
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer
+
+
+def momentum_rule(optimizer: Optimizer) -> MomentumRule | None:
+    """Return the rule for the class of `stepping(optimizer)`, None where none is known."""
+    return _rule_of_class(type(stepping(optimizer)))
+
+
+def has_momentum(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """Return whether a group with any of these parameters has momentum, as far as is known.
+
+    Raises ValueError where a rule finds that it could not be taken out.
+    """
+    rule, mine = momentum_rule(optimizer), frozenset(parameters)
+    return rule is not None and any(
+        rule(group) for group in optimizer.param_groups if not mine.isdisjoint(group["params"])
+    )
+
+
+class MomentumSwitch(StepSwitch):
+    """Takes an optimizer's momentum out of its steps while it is `active`.
+
+    Its groups hold the user's values at all times, and are read at every step. What SGD and RMSprop
+    have gathered is dropped whenever `active` changes, so that a momentum that comes back starts
+    with the first gradient then. Adam's kind needs nothing: with beta1 = 0 a step writes its own
+    gradient over exp_avg, and what is left of that one is gone in some steps like any other.
+
+    Args:
+        optimizer: any torch optimizer. One that no rule is known for is left alone.
+        parameters: those whose momentum is taken out.
+        scale_rate: put what the momentum would have added up to into the rate; without it, for
+            gradients that carry a momentum already.
+
+    A step raises ValueError for a momentum that does not add up, one of 1 or more.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, parameters: Iterable[Tensor], *, scale_rate: bool = True
+    ) -> None:
+        self._rule = momentum_rule(optimizer)
+        self._scale_rate = scale_rate
+        super().__init__(stepping(optimizer), parameters)
+
+    def _values(self, group: ParamGroup) -> Mapping[str, Any]:
+        values = {} if self._rule is None else dict(self._rule(group))
+        if not self._scale_rate:
+            values.pop("lr", None)
+        return values
+
+    def _changed_over(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        for param in self._parameters & optimizer.state.keys():
+            state = optimizer.state[param]
+            if isinstance(optimizer, torch.optim.SGD):
+                state.pop("momentum_buffer", None)
+            elif isinstance(optimizer, torch.optim.RMSprop) and "momentum_buffer" in state:
+                # which it makes with its other state, and never again
+                state["momentum_buffer"].zero_()
+
+    def _stepped(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.RMSprop):
+            return
+        # made without momentum its state would lack what the user's own momentum looks for, here
+        # or in a run that resumes from it
+        for group in optimizer.param_groups:
+            for param in self._parameters.intersection(group["params"]):
+                state = optimizer.state.get(param)
+                if state and group["momentum"] > 0:
+                    state.setdefault("momentum_buffer", torch.zeros_like(param))
+
+
+def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _summed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The momentum of SGD and RMSprop, with nesterov or without: its shares have one sum."""
+    momentum = group["momentum"]
+    if momentum == 0:
+        return {}
+    if not momentum < 1:
+        raise ValueError(
+            f"momentum={momentum!r}: expected a number below 1, since the rate is divided by "
+            "1 - momentum while gradients are sparse"
+        )
+    rate = group["lr"] * ((1 - group.get("dampening", 0)) / (1 - momentum))
+    if not isinstance(rate, Tensor) and not math.isfinite(rate):
+        raise ValueError(
+            f"lr={group['lr']!r} with momentum={momentum!r}: expected a rate that is finite when "
+            "divided by 1 - momentum"
+        )
+    without = {"nesterov": False} if "nesterov" in group else {}
+    return {"momentum": 0.0, "lr": rate, **without}
+
+
+def _normalised(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The momentum of Muon, whose update has one size whatever the momentum."""
+    return {"momentum": 0.0} if group["momentum"] else {}
+
+
+def _averaged(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The first moment of Adam and its kind."""
+    beta1, beta2 = group["betas"]
+    return {"betas": (0.0, beta2)} if beta1 else {}
+
+
+_RULES_OF_TORCH: dict[MomentumRule, str] = {
+    _summed: "SGD RMSprop",
+    _averaged: "Adam AdamW NAdam RAdam Adamax SparseAdam",
+    _normalised: "Muon",
+    _nothing: "Adagrad Adadelta Adafactor ASGD LBFGS Rprop",
+}
+# older torch lacks some of them
+_rules: dict[type[Optimizer], MomentumRule] = {
+    getattr(torch.optim, name): rule
+    for rule, names in _RULES_OF_TORCH.items()
+    for name in names.split()
+    if hasattr(torch.optim, name)
+}
+
+
+def _rule_of_class(kind: type) -> MomentumRule | None:
+    return next((_rules[base] for base in kind.__mro__ if base in _rules), None)
