@@ -151,7 +151,9 @@ def test_a_step_of_sgd_sparse_or_not_has_the_bits_of_torchs_own(
     shapes: Shapes, q: float, extra: dict[str, Any]
 ) -> None:
     rules = (GroupRule(pattern="*bias", options={"lr": 0.37}),)
-    config = TrainingConfig(inner_opt="sgd", options={"lr": 0.013, **extra}, groups=rules)
+    config = TrainingConfig(
+        inner_opt="sgd", options={"lr": 0.013, **extra}, groups=rules, momentum="optimizer"
+    )
     model = random_model(shapes)
     model.flats[0][:50] = -0.0
     central = CentralModel(config, model.spec, model)

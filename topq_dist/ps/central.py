@@ -16,7 +16,16 @@ from topq_dist.ps.gradient import GradientSum
 from topq_dist.ps.inner import make_inner_optimizer
 from topq_dist.ps.inner_state import check_inner_state, inner_state, load_inner_state
 from topq_dist.ps.model import FlatModel, ModelSpec, copy_of, raw_view
-from topq_dist.ps.protocol import GroupView, InvalidError, NonFiniteError, Push, UpdateKind
+from topq_dist.ps.momentum import MomentumOut
+from topq_dist.ps.protocol import (
+    GroupView,
+    InvalidError,
+    NonFiniteError,
+    Push,
+    UpdateKind,
+    group_momentum,
+    set_group_momentum,
+)
 from topq_dist.ps.sparse_step import SparseStep
 
 
@@ -40,13 +49,15 @@ class CentralModel:
         for name, gradient in self._gradient.model.tensors().items():
             self._named[name].grad = gradient
         self._sparse_step = SparseStep(self._inner, self._group_names, spec)
+        self._momentum = MomentumOut(self._inner, enabled=config.begun().momentum == "feedback")
         self._downlink = make_downlink(config, values)
 
     def check_push(self, push: Push) -> None:
         """Raise InvalidError or NonFiniteError unless `apply` can take the push.
 
         Its frames must be none or one for each vector, of as many elements, and finite; its
-        learning rates none or one for each group, finite and not negative.
+        learning rates none or one for each group, finite and not negative; its momentum none or
+        one for each group, where the optimizer has one, in [0, 1).
         """
         vectors = self.spec.vectors
         if push.frames and len(push.frames) != len(vectors):
@@ -68,34 +79,66 @@ class CentralModel:
                 raise NonFiniteError(f"lr={lr!r}: expected a finite number")
             if lr < 0:
                 raise InvalidError(f"lr={lr!r}: expected 0 or more")
+        self._check_momentum(push.momentum)
+
+    def _check_momentum(self, given: Sequence[float]) -> None:
+        if not given:
+            return
+        if any(group_momentum(group) is None for group in self._inner.param_groups):
+            raise InvalidError(
+                f"momentum={given!r}: expected none, {type(self._inner).__name__} has no momentum"
+            )
+        if len(given) != len(self._group_names):
+            raise InvalidError(
+                f"{len(given)} momenta: expected one for each of {len(self._group_names)} groups, "
+                "or none"
+            )
+        for momentum in given:
+            if not math.isfinite(momentum):
+                raise NonFiniteError(f"momentum={momentum!r}: expected a finite number")
+            if not 0 <= momentum < 1:
+                raise InvalidError(f"momentum={momentum!r}: expected a number in [0, 1)")
 
     def apply(self, pushes: Sequence[Push]) -> tuple[UpdateKind, tuple[memoryview, ...]]:
         """Take one step on the mean gradient of the pushes; return the update for the workers.
 
         The terms are divided first and added in the order given, as the DDP hook does. A push
         without frames does not count in the mean; where none has any there is no step. The first
-        push that has learning rates sets them. The pushes must have passed check_push, and stay as
-        they are.
+        push that has learning rates sets them, and the first that has momenta those. The pushes
+        must have passed check_push, and stay as they are.
         """
         rates = next((push.lr for push in pushes if push.lr), None)
         if rates is not None:
             for group, lr in zip(self._inner.param_groups, rates, strict=True):
                 group["lr"] = lr
+        momenta = next((push.momentum for push in pushes if push.momentum), None)
+        if momenta is not None:
+            for group, momentum in zip(self._inner.param_groups, momenta, strict=True):
+                set_group_momentum(group, momentum)
         counted = [push.frames for push in pushes if push.frames]
         if not counted:
             return self._downlink.nothing()
         self._gradient.add(counted)
-        touched = self._sparse_step.take(self._params, self._gradient)
-        if touched is None:
-            self._downlink.before_step(self._params)
-            self._inner.step()
+        with self._momentum.stepping(counted):
+            touched = self._sparse_step.take(self._params, self._gradient)
+            if touched is None:
+                self._downlink.before_step(self._params)
+                self._inner.step()
         self._gradient.clear()
         return self._downlink.after_step(self._params, touched)
 
     def groups(self) -> tuple[GroupView, ...]:
-        """Return the parameter groups, lr first, with every hyperparameter that is a number."""
+        """Return the parameter groups: betas, and lr first, every hyperparameter that is a number.
+
+        All as the user has them, whatever the last step did without.
+        """
         return tuple(
-            GroupView(names=names, numbers=_numbers(group))
+            GroupView(
+                names=names,
+                numbers=_numbers(group),
+                betas=tuple(map(float, group.get("betas", ()))),
+                takes_momentum=group_momentum(group) is not None,
+            )
             for names, group in zip(self._group_names, self._inner.param_groups, strict=True)
         )
 
@@ -119,7 +162,7 @@ class CentralModel:
         tensors |= inner_tensors
         if copied:
             tensors = {key: copy_of(tensor) for key, tensor in tensors.items()}
-        return tensors, {"inner": metadata}
+        return tensors, {"inner": metadata, **self._momentum.state()}
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Go on from what `state` returned, bit for bit.
@@ -138,10 +181,12 @@ class CentralModel:
         inner_tensors = {key: t for key, t in tensors.items() if key not in own | held}
         inner_metadata = metadata.get("inner")
         state = check_inner_state(self._inner, self._named, inner_tensors, inner_metadata)
+        momentum_state = self._momentum.check_state(metadata)
         for key, flat in own.items():
             flat.copy_(tensors[key])
         self._downlink.load_state([tensors[key] for key in held], self._params)
         load_inner_state(self._inner, self._named, state)
+        self._momentum.load_state(momentum_state)
 
     def sha256(self) -> str:
         """Return the SHA-256, in hexadecimal, of all that `state` returns."""

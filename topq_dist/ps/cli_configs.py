@@ -53,6 +53,7 @@ def training_config(given: Mapping[str, Any]) -> TrainingConfig:
             inner_opt=given["inner_opt"],
             options=options,
             groups=groups,
+            momentum=given["momentum"],
             mode=given["mode"],
             max_staleness=given["max_staleness"],
             downlink=given["downlink"],

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from topq_dist.ps.config import Downlink, Mode, ServingConfig, TrainingConfig
+from topq_dist.ps.config import Downlink, Mode, Momentum, ServingConfig, TrainingConfig
 from topq_dist.ps.option_types import Parsed, parse_group, parse_named, parse_size
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -60,6 +60,15 @@ training_options = _all(
         type=Parsed("PATTERN:NAME=VALUE,...", parse_group),
         help="Other arguments for the tensors whose names match, such as '*.bias:weight_decay=0';"
         " the first that matches counts. In the variable parted by ';'.",
+    ),
+    _field(
+        "--momentum",
+        TrainingConfig,
+        "momentum",
+        type=click.Choice(get_args(Momentum)),
+        help="feedback: taken out of the inner optimizer while pushes are sparse, since workers'"
+        " error feedback acts as one. optimizer: left in it.  [default: as the run began, feedback"
+        " for a new one]",
     ),
     _field(
         "--mode",

@@ -124,10 +124,12 @@ class ServerClient:
         )
         self._renewer.start()
 
-    def begin(self, frames: Sequence[memoryview], lr: Sequence[float]) -> None:
+    def begin(
+        self, frames: Sequence[memoryview], lr: Sequence[float], momentum: Sequence[float] = ()
+    ) -> None:
         """Make the next push, computed on what the worker holds; `finish` sends it."""
         with self._lock:
-            self.pushes.begin(self.point, frames, lr)
+            self.pushes.begin(self.point, frames, lr, momentum)
 
     def finish(self) -> None:
         """Send the push under way until the server has decided on it, and take in what comes back.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 Mode = Literal["sync", "async"]
 Downlink = Literal["exact", "topq", "dense"]
+Momentum = Literal["feedback", "optimizer"]
 
 
 def _check_whole(name: str, value: int, least: int) -> None:
@@ -41,6 +42,9 @@ class TrainingConfig:
 
     inner_opt: name of a class of torch.optim, in any case. options: its keyword arguments.
     groups: the first rule that matches a tensor's name overrides options for it.
+    momentum: "feedback" takes it out of the inner optimizer's steps on sparse pushes, since the
+        workers' error feedback acts as one; "optimizer" leaves it in. None: as the run began, and
+        "feedback" for a new one; runs of before this could be said began with "optimizer".
     mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
     max_staleness: versions that a push may lag behind in async mode; older ones are refused.
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
@@ -52,6 +56,7 @@ class TrainingConfig:
     inner_opt: str
     options: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[GroupRule, ...] = ()
+    momentum: Momentum | None = None
     mode: Mode = "sync"
     max_staleness: int = 16
     downlink: Downlink = "exact"
@@ -59,6 +64,9 @@ class TrainingConfig:
     value_format: str | None = None
 
     def __post_init__(self) -> None:
+        if self.momentum is not None and self.momentum not in get_args(Momentum):
+            known = ", ".join(get_args(Momentum))
+            raise ValueError(f"momentum={self.momentum!r}: expected one of {known}, or None")
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
         if self.downlink not in get_args(Downlink):
@@ -70,6 +78,14 @@ class TrainingConfig:
             raise ValueError(f"q={self.q!r}: expected a number in [0, 1]")
         self._check_idle("mode", "async", "max_staleness")
         self._check_idle("downlink", "topq", "q", "value_format")
+
+    def begun(self, saved: Mapping[str, Any] | None = None) -> TrainingConfig:
+        """Return this, what it leaves open filled in: from `saved`, the run's; None: it is new."""
+        if self.momentum is not None:
+            return self
+        if saved is None:
+            return replace(self, momentum="feedback")
+        return replace(self, momentum=saved.get("momentum", "optimizer"))
 
     def _check_idle(self, switch: str, needed: str, *names: str) -> None:
         """Refuse what is given beside a switch with which it has no effect."""

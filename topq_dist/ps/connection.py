@@ -118,6 +118,7 @@ class Connection:
             "base": push.base,
             "frames": push.frames,
             "lr": push.lr,
+            "momentum": push.momentum,
             "digest": push.digest,
             "applied_version": 0 if push.applied is None else push.applied.version,
             "members": push.members,

@@ -7,6 +7,7 @@ sender is gone stays pending, and whoever comes next decides on it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from topq_dist.ps.inner import check_inner_optimizer
 from topq_dist.ps.ledger import Ledger, Repeat
 from topq_dist.ps.members import Members
 from topq_dist.ps.model import ModelSpec
+from topq_dist.ps.momentum import describe_momentum
 from topq_dist.ps.pending import FAILED, PendingPushes, Ticket
 from topq_dist.ps.protocol import (
     START,
@@ -39,6 +41,7 @@ from topq_dist.ps.protocol import (
 from topq_dist.ps.run_state import RunState, new_run
 from topq_dist.ps.snapshot import Snapshot, StateDir
 
+_log = logging.getLogger(__name__)
 _PAUSE_PER_HASH = 4.0
 _DRAINING = "the server is shutting down: try again later"
 _NO_MODEL = "the run has no model yet: join again"
@@ -61,7 +64,6 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_together(training, serving)
-        self.training = training
         self.serving = serving
         self._clock = clock
         self._started_s = clock()
@@ -86,6 +88,7 @@ class Coordinator:
         )
         loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
         self._restored = loaded is not None
+        self.training = training.begun() if loaded is None else loaded[0].training
         if loaded is None:
             check_inner_optimizer(training)
             check_downlink(training)
@@ -95,11 +98,16 @@ class Coordinator:
             run, ledger, spec = state.run, state.ledger, state.spec
             self._members.add(workers, clock())
             self._begin(state, recover_to=state.point.version)
+        self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
         self._ledger = ledger
         self._door = Admission(
             serving, run=run, ledger=ledger, members=self._members, spec=spec, clock=clock
         )
+        level = logging.INFO
+        if warned and training.momentum != "optimizer":  # who asked for that knows it
+            level = logging.WARNING
+        _log.log(level, "momentum: %s", self.momentum_text)
         self._durable.start(None if loaded is None else loaded[0].point.version)
 
     def _begin(self, state: RunState, *, recover_to: int | None) -> None:

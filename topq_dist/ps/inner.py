@@ -100,6 +100,22 @@ def make_inner_optimizer(
     return _construct(cls, config.inner_opt, groups, options), names
 
 
+def example_optimizers(config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+    """Return an optimizer by each rule's pattern, over a tensor of its own; by "", without a rule.
+
+    Raises ValueError as `check_inner_optimizer` does.
+    """
+    cls = optimizer_class(config.inner_opt)
+    options = _plain_options(cls, config.inner_opt, config.options)
+    rules: dict[str, dict[str, Any]] = {"": {}}
+    for rule in config.groups:
+        rules.setdefault(rule.pattern, _checked_rule(cls, config.inner_opt, rule))
+    return {
+        pattern: _construct(cls, config.inner_opt, [torch.zeros(2, 2)], {**options, **extra})
+        for pattern, extra in rules.items()
+    }
+
+
 def _partition(
     rules: Sequence[GroupRule], named: Mapping[str, Tensor]
 ) -> list[tuple[GroupRule | None, tuple[str, ...]]]:

@@ -27,6 +27,7 @@ class KeptPush:
     digest: bytes
     applied: Point | None = None
     members: tuple[str, ...] = ()
+    momentum: tuple[float, ...] = ()
 
     @property
     def frame_bytes(self) -> int:
@@ -61,7 +62,13 @@ class KeptPushes:
         """The number of the next push that was never sent."""
         return self._next_sequence + (self.pending is not None)
 
-    def begin(self, base: Point, frames: Sequence[memoryview], lr: Sequence[float]) -> KeptPush:
+    def begin(
+        self,
+        base: Point,
+        frames: Sequence[memoryview],
+        lr: Sequence[float],
+        momentum: Sequence[float] = (),
+    ) -> KeptPush:
         """Make the next push, which is then under way."""
         if self.pending is not None:
             raise RuntimeError(f"push {self.pending.sequence} is still under way")
@@ -70,7 +77,8 @@ class KeptPushes:
             base=base,
             frames=tuple(frames),
             lr=tuple(lr),
-            digest=push_digest(lr, frames),
+            momentum=tuple(momentum),
+            digest=push_digest(lr, frames, momentum),
         )
         return self.pending
 
@@ -146,6 +154,7 @@ def _to_state(push: KeptPush) -> dict[str, Any]:
             torch.from_numpy(np.frombuffer(frame, dtype=np.uint8).copy()) for frame in push.frames
         ],
         "lr": list(push.lr),
+        "momentum": list(push.momentum),
         "applied": None if push.applied is None else point_to_state(push.applied),
         "members": list(push.members),
     }
@@ -156,12 +165,15 @@ def _from_state(state: Mapping[str, Any]) -> KeptPush:
     if any(frame.format != "B" or frame.ndim != 1 for frame in frames):
         raise ValueError("a frame that is no vector of bytes")
     lr = tuple(float(value) for value in state["lr"])
+    # states of before workers could set it have none
+    momentum = tuple(float(value) for value in state.get("momentum", ()))
     return KeptPush(
         sequence=_count(state["sequence"], 1),
         base=point_from_state(state["base"]),
         frames=frames,
         lr=lr,
-        digest=push_digest(lr, frames),
+        momentum=momentum,
+        digest=push_digest(lr, frames, momentum),
         applied=None if state["applied"] is None else point_from_state(state["applied"]),
         members=tuple(str(member) for member in state["members"]),
     )

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed
 _HASTY_CLOSE_S = 5.0
 _LOOK_S = 0.1
+DEFAULT_Q = 0.99
+DEFAULT_VALUE_FORMAT: str | None = None
 
 
 class ParameterServerOptimizer(torch.optim.Optimizer):
@@ -55,7 +57,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
     Joins at once: the first worker's values become the run's, and all others take them. The groups
     are the servers' (those of one behind those of the other, in the order of addresses), and read
-    only but for lr: once a worker has changed an lr, it sends all of them with each step.
+    only but for lr and for momentum or betas[0]: once a worker has changed an lr, it sends all of
+    them with each step, and likewise momentum.
 
     A step that raised is not over. The next step() finishes it, with the gradient that it began
     with; it calls no closure and looks at no newer gradient.
@@ -72,10 +75,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, Tensor]],
         servers: str | Sequence[str],
         *,
-        q: float = 0.99,
+        q: float = DEFAULT_Q,
         worker: str | None = None,
         error_feedback: bool = True,
-        value_format: str | None = None,
+        value_format: str | None = DEFAULT_VALUE_FORMAT,
         scope: Scope = "parameter",
         timeout_s: float = 120.0,
         tls: ClientTls | None = None,
@@ -121,7 +124,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._absorb()
         self._groups = ServerGroups([client.groups for client in self._clients])
         self._complete = False
-        super().__init__(self._groups.param_groups(named), {})
+        super().__init__(self._groups.param_groups(named), self._groups.defaults())
         self._complete = True
 
     @property
@@ -180,6 +183,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     def _begin(self) -> list[Compressed]:
         """Make the next push for each server; return what is to be committed."""
         rates = self._groups.rates(self.param_groups)
+        momenta = self._groups.momenta(self.param_groups)
         elsewhere = self._take_up()
         found_inf = getattr(self, "found_inf", None)
         overflow = found_inf is not None and bool(found_inf.item())
@@ -193,8 +197,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 for shard in self._shards
             ]
         # only now: an error above leaves no server with a push that the others lack
-        for client, compressed, lr in zip(self._clients, made, rates, strict=True):
-            client.begin(frames_of(compressed), lr)
+        pushes = zip(self._clients, made, rates, momenta, strict=True)
+        for client, compressed, lr, momentum in pushes:
+            client.begin(frames_of(compressed), lr, momentum)
         self._open = True
         return [part for compressed in made for part in compressed]
 
@@ -292,6 +297,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "open": self._open,
             "sends_lr": self._groups.sends_lr,
             "told_lr": list(self._groups.told_lr),
+            "sends_momentum": self._groups.sends_momentum,
+            "told_momentum": list(self._groups.told_momentum),
             "stats": vars(self._meter.stats).copy(),
             "servers": [
                 shard_state(shard, client, held)
@@ -321,14 +328,15 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         saved = read_state(state_dict, self._worker, self._shards)
         for client, one in zip(self._clients, saved.shards, strict=True):
             client.check_run(one.run)
-        super().load_state_dict(
-            {"state": {}, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
-        )
+        groups = self._groups.filled(state_dict["param_groups"])
+        super().load_state_dict({"state": {}, "param_groups": groups})
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
         self._open = saved.open
         self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
+        self._groups.sends_momentum = saved.sends_momentum
+        self._groups.told_momentum = list(saved.told_momentum or self._groups.told(groups))
         self._meter.stats = saved.stats
         self._resumed = list(saved.shards)
 

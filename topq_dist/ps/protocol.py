@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Push:
     """A worker's gradient for one step, decoded and checked.
 
     frames: one for each vector of the model; none where the worker has no gradient in this step.
-    lr: of each parameter group; empty: the server's own.
+    lr, momentum: of each parameter group; empty: the server's own.
     applied_version, members: in a replay, where the push was applied before and beside whom.
     """
 
@@ -73,6 +73,7 @@ class Push:
     digest: bytes
     applied_version: int = 0
     members: tuple[str, ...] = ()
+    momentum: tuple[float, ...] = ()
 
 
 class UpdateKind(Enum):
@@ -118,10 +119,15 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupView:
-    """A parameter group of the inner optimizer as workers see it."""
+    """A parameter group of the inner optimizer as workers see it.
+
+    takes_momentum: whether a push may set its momentum, which is betas[0] where there are betas.
+    """
 
     names: tuple[str, ...]
     numbers: Mapping[str, float]
+    betas: tuple[float, ...] = ()
+    takes_momentum: bool = False
 
 
 class RefusedError(Exception):
@@ -197,7 +203,7 @@ class InvalidError(RefusedError):
 
 
 class NonFiniteError(InvalidError):
-    """A gradient, or a learning rate, that is NaN or infinite."""
+    """A gradient, a learning rate or a momentum that is NaN or infinite."""
 
     reason = "non_finite"
 
@@ -235,9 +241,28 @@ def check_worker_name(worker: str) -> str:
     return worker
 
 
-def push_digest(lr: Sequence[float], frames: Iterable[memoryview]) -> bytes:
-    """Return the SHA-256 by which a push is known: learning rates, then the frames' bytes."""
+def group_momentum(group: Mapping[str, Any]) -> float | None:
+    """Return betas[0] or momentum of a torch parameter group; None where it has neither."""
+    betas = group.get("betas")
+    momentum = group.get("momentum") if betas is None else betas[0]
+    return None if momentum is None else float(momentum)
+
+
+def set_group_momentum(group: MutableMapping[str, Any], momentum: float) -> None:
+    """Make this what `group_momentum` returns of a group."""
+    if "betas" in group:
+        group["betas"] = (momentum, *group["betas"][1:])
+    else:
+        group["momentum"] = momentum
+
+
+def push_digest(
+    lr: Sequence[float], frames: Iterable[memoryview], momentum: Sequence[float] = ()
+) -> bytes:
+    """Return the SHA-256 by which a push is known: rates, momentum, then the frames' bytes."""
     digest = hashlib.sha256(struct.pack(f"<{len(lr)}d", *lr))
+    if momentum:  # marked, or it could be taken for learning rates
+        digest.update(b"momentum" + struct.pack(f"<{len(momentum)}d", *momentum))
     for frame in frames:
         digest.update(frame)
     return digest.digest()

@@ -85,6 +85,7 @@ class RunState:
         Raises NonFiniteError or InvalidError for values that no training can start from, and
         InvalidError for a model that the configuration does not go with.
         """
+        training = training.begun()
         values = FlatModel(spec)
         values.load_raw(vectors)
         if not all(bool(torch.isfinite(flat).all()) for flat in values.flats):
@@ -113,8 +114,9 @@ class RunState:
         snapshot = state_dir.load()
         if snapshot is None:
             return None
-        check_same_training(snapshot.training, training)
         try:
+            check_same_training(snapshot.training, training)
+            training = training.begun(snapshot.training)
             central = CentralModel(training, snapshot.spec, FlatModel(snapshot.spec))
             central.load_state(snapshot.tensors, snapshot.central)
             history = History(history_bytes)

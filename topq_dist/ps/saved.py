@@ -32,11 +32,16 @@ class SavedShard:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedWorker:
-    """What was saved of a worker, beside its parameter groups."""
+    """What was saved of a worker, beside its parameter groups.
+
+    told_momentum: None in a state of before workers could set it.
+    """
 
     open: bool
     sends_lr: bool
     told_lr: tuple[float, ...]
+    sends_momentum: bool
+    told_momentum: tuple[float | None, ...] | None
     stats: Stats
     shards: tuple[SavedShard, ...]
 
@@ -83,6 +88,9 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             )
         if len(state["told_lr"]) != len(state_dict["param_groups"]):
             raise ValueError("state_dict has another number of told_lr than of param_groups")
+        told_momentum = state.get("told_momentum")
+        if told_momentum is not None and len(told_momentum) != len(state["told_lr"]):
+            raise ValueError("state_dict has another number of told_momentum than of param_groups")
         if set(state["stats"]) != set(vars(Stats())):
             raise ValueError(f"state_dict has stats of {list(state['stats'])}")
         for key, total in state["stats"].items():
@@ -91,6 +99,12 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             open=bool(state["open"]),
             sends_lr=bool(state["sends_lr"]),
             told_lr=tuple(check_number("told_lr", lr) for lr in state["told_lr"]),
+            sends_momentum=bool(state.get("sends_momentum", False)),
+            told_momentum=None
+            if told_momentum is None
+            else tuple(
+                None if one is None else check_number("told_momentum", one) for one in told_momentum
+            ),
             stats=Stats(**state["stats"]),
             shards=tuple(
                 _read_shard(saved, shard)

@@ -199,6 +199,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             mode=training.mode,
             downlink=training.downlink,
             inner_opt=training.inner_opt,
+            momentum=training.momentum or "",
+            momentum_text=self._coordinator.momentum_text,
             numel=status.numel,
             workers=[pb.WorkerStatus(**asdict(worker)) for worker in status.workers],
             refused=status.refused,

@@ -167,7 +167,7 @@ class StateDir:
 
 def training_json(training: TrainingConfig) -> dict[str, Any]:
     """Return the configuration as JSON holds it; raises ValueError for an option that it cannot."""
-    tree = dataclasses.asdict(training)
+    tree = dataclasses.asdict(training.begun())
     try:
         plain: dict[str, Any] = json.loads(json.dumps(tree))
     except TypeError as error:
@@ -177,7 +177,9 @@ def training_json(training: TrainingConfig) -> dict[str, Any]:
 
 def check_same_training(saved: Mapping[str, Any], training: TrainingConfig) -> None:
     """Raise StateError, naming the first difference, unless `saved` is training_json's of it."""
-    difference = _first_difference("", training_json(training), saved)
+    # before it could be said, momentum was the optimizer's
+    saved = {"momentum": "optimizer", **saved}
+    difference = _first_difference("", training_json(training.begun(saved)), saved)
     if difference is not None:
         raise StateError(
             f"{difference} in the snapshot: expected the same as when the run began, or another "

@@ -16,6 +16,7 @@ def status_text(status: pb.StatusResponse) -> str:
     lines = [
         f"run       {status.run or 'not begun'}, up for {_duration(status.uptime_s)}",
         f"training  {status.inner_opt}, {status.mode}, downlink {status.downlink}",
+        *([f"momentum  {status.momentum_text}"] if status.momentum_text else []),
         f"model     {status.numel:,} parameters",
         f"version   {status.point.version}, durable {status.durable_version}",
         *([f"round     {_round(status)}"] if status.round_workers else []),
@@ -40,6 +41,8 @@ def status_json(status: pb.StatusResponse) -> str:
             "mode": status.mode,
             "downlink": status.downlink,
             "inner_opt": status.inner_opt,
+            "momentum": status.momentum,
+            "momentum_text": status.momentum_text,
             "numel": status.numel,
             "received_bytes": status.received_bytes,
             "sent_bytes": status.sent_bytes,

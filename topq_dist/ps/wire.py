@@ -72,13 +72,27 @@ def spec_from_wire(messages: Iterable[pb.TensorSpec]) -> ModelSpec:
 
 def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
     """Return parameter groups as messages."""
-    return [pb.Group(names=group.names, numbers=group.numbers) for group in groups]
+    return [
+        pb.Group(
+            names=group.names,
+            numbers=group.numbers,
+            betas=group.betas,
+            takes_momentum=group.takes_momentum,
+        )
+        for group in groups
+    ]
 
 
 def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
     """Return the parameter groups in `messages`."""
     return tuple(
-        GroupView(names=tuple(message.names), numbers=dict(message.numbers)) for message in messages
+        GroupView(
+            names=tuple(message.names),
+            numbers=dict(message.numbers),
+            betas=tuple(message.betas),
+            takes_momentum=message.takes_momentum,
+        )
+        for message in messages
     )
 
 
@@ -92,6 +106,7 @@ def step_header(
     digest: bytes,
     applied_version: int = 0,
     members: Sequence[str] = (),
+    momentum: Sequence[float] = (),
 ) -> pb.StepHeader:
     """Return what a push says before its frames; the parameters are those of protocol.Push."""
     return pb.StepHeader(
@@ -103,6 +118,7 @@ def step_header(
         digest=digest,
         applied_version=applied_version,
         members=members,
+        momentum=momentum,
     )
 
 
@@ -142,9 +158,9 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
     Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
     that are no frames of `spec`.
     """
-    lr = tuple(header.lr)
+    lr, momentum = tuple(header.lr), tuple(header.momentum)
     what = f"push {header.sequence} of {header.id.worker!r}"
-    if push_digest(lr, frames) != header.digest:
+    if push_digest(lr, frames, momentum) != header.digest:
         raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
     if not all(np.isfinite(value) for value in lr):
         raise NonFiniteError(f"{what} has lr={lr!r}: expected finite numbers")
@@ -170,6 +186,7 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
         digest=header.digest,
         applied_version=header.applied_version,
         members=tuple(header.members),
+        momentum=momentum,
     )
 
 

@@ -175,6 +175,12 @@ class Group(_message.Message):
 
     NAMES_FIELD_NUMBER: _builtins.int
     NUMBERS_FIELD_NUMBER: _builtins.int
+    BETAS_FIELD_NUMBER: _builtins.int
+    TAKES_MOMENTUM_FIELD_NUMBER: _builtins.int
+    takes_momentum: _builtins.bool
+    """StepHeader.momentum may set numbers["momentum"], or betas[0] where there are betas. False from
+    servers that do not know of it as well.
+    """
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """tensors, in the order of Join"""
@@ -183,15 +189,21 @@ class Group(_message.Message):
     def numbers(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """lr and whatever else of the group is a number"""
 
+    @_builtins.property
+    def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """where the optimizer has them"""
+
     def __init__(
         self,
         *,
         names: _abc.Iterable[_builtins.str] | None = ...,
         numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        betas: _abc.Iterable[_builtins.float] | None = ...,
+        takes_momentum: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "numbers", b"numbers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_momentum", b"takes_momentum"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,10 +397,13 @@ class StepHeader(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     APPLIED_VERSION_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
     digest: _builtins.bytes
-    """SHA-256 of each lr as a little-endian double, then of the frames"""
+    """SHA-256 of each lr as a little-endian double, then, where there is a momentum, of "momentum" and
+    each of those likewise, then of the frames
+    """
     applied_version: _builtins.int
     """Only in a replay: where the push was applied before, and in which company."""
     @_builtins.property
@@ -407,6 +422,12 @@ class StepHeader(_message.Message):
 
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def momentum(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each group that takes_momentum, from the worker's scheduler, in [0, 1); none: the server's.
+        All groups of a server take it, or none does.
+        """
+
     def __init__(
         self,
         *,
@@ -418,10 +439,11 @@ class StepHeader(_message.Message):
         digest: _builtins.bytes = ...,
         applied_version: _builtins.int = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
+        momentum: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,6 +909,8 @@ class StatusResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     STATE_SHA256_FIELD_NUMBER: _builtins.int
     ROUND_WORKERS_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    MOMENTUM_TEXT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     durable_version: _builtins.int
     mode: _builtins.str
@@ -904,6 +928,10 @@ class StatusResponse(_message.Message):
     """sync: how many pushes the next version is to be made of, those that wait for it included, as
     far as is known now; 0 in async mode
     """
+    momentum: _builtins.str
+    """"feedback": taken out while pushes are sparse, "optimizer": left"""
+    momentum_text: _builtins.str
+    """what that does to which number of the inner optimizer, for people"""
     @_builtins.property
     def point(self) -> Global___Point: ...
     @_builtins.property
@@ -929,10 +957,12 @@ class StatusResponse(_message.Message):
         uptime_s: _builtins.float = ...,
         state_sha256: _builtins.str = ...,
         round_workers: _builtins.int = ...,
+        momentum: _builtins.str = ...,
+        momentum_text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "inner_opt", b"inner_opt", "mode", b"mode", "numel", b"numel", "point", b"point", "received_bytes", b"received_bytes", "refused", b"refused", "round_workers", b"round_workers", "run", b"run", "sent_bytes", b"sent_bytes", "state_sha256", b"state_sha256", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "inner_opt", b"inner_opt", "mode", b"mode", "momentum", b"momentum", "momentum_text", b"momentum_text", "numel", b"numel", "point", b"point", "received_bytes", b"received_bytes", "refused", b"refused", "round_workers", b"round_workers", "run", b"run", "sent_bytes", b"sent_bytes", "state_sha256", b"state_sha256", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
