@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ps.servers import serving
 
 from topq_dist.cli import main
 from topq_dist.ps.commands import topq
-from topq_dist.ps.config import GroupRule
+from topq_dist.ps.config import GroupRule, TrainingConfig
 from topq_dist.ps.option_types import parse_group, parse_named, parse_size, parse_value
 from topq_dist.ps.server import ParameterServer
 
@@ -90,6 +92,7 @@ class TestWrongOptions:
             ("--group *.bias", "'*.bias': expected PATTERN:NAME=VALUE"),
             ("--group *:lr=1,lr=2", "lr is given twice"),
             ("--group *:foo=1", "'foo'"),
+            ("--momentum never", "'--momentum'"),
             ("--mode often", "'--mode'"),
             ("--max-staleness 3", "--max-staleness: no effect with --mode sync"),
             ("--mode async --max-staleness -1", "--max-staleness=-1: expected a whole number of"),
@@ -159,6 +162,35 @@ class TestEveryOptionHasItsVariable:
         assert len(options) > 5
         for option in options:
             assert option.envvar == f"TOPQ_{option.name}".upper()
+
+
+class TestMomentum:
+    @pytest.mark.parametrize("given", [None, "feedback", "optimizer"])
+    def test_reaches_the_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+    ) -> None:
+        made: list[TrainingConfig] = []
+        monkeypatch.setattr(
+            "topq_dist.ps.server.serve", lambda training, *_, **__: made.append(training)
+        )
+        words = [] if given is None else ["--momentum", given]
+        assert main(["serve", "--state-dir", str(tmp_path), *SGD, *words]) == 0
+        assert [training.momentum for training in made] == [given]
+
+    def test_is_told_by_status(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        training = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.5}}
+        with serving(tmp_path, training) as server:
+            at = ("status", "--address", str(server.address))
+            assert main(at) == 0
+            said = capsys.readouterr().out
+            assert (
+                "momentum  feedback: while pushes hold less than 50% of the elements, SGD" in said
+            )
+            assert "steps with momentum=0 for 0.5, lr=0.2 for 0.1\n" in said
+            assert main([*at, "--json"]) == 0
+            status = json.loads(capsys.readouterr().out)
+            assert status["momentum"] == "feedback"
+            assert status["momentum_text"] in said
 
 
 PLAIN_VALUES = st.recursive(

@@ -32,6 +32,17 @@ def test_staleness_and_history_are_whole_and_may_be_zero(value: float) -> None:
     assert config.max_staleness == 0
 
 
+def test_momentum_is_one_of_two_and_what_the_run_began_with_where_left_open() -> None:
+    with pytest.raises(ValueError, match="momentum='never': expected one of feedback, optimizer"):
+        TrainingConfig(inner_opt="sgd", momentum="never")  # type: ignore[arg-type]
+    left_open = TrainingConfig(inner_opt="sgd")
+    assert left_open.begun().momentum == "feedback"
+    assert left_open.begun({}).momentum == "optimizer"  # nobody could say it then
+    assert left_open.begun({"momentum": "feedback"}).momentum == "feedback"
+    given = TrainingConfig(inner_opt="sgd", momentum="optimizer")
+    assert given.begun() is given.begun({"momentum": "feedback"}) is given
+
+
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), "60"])
 def test_times_are_finite_and_above_zero(value: float) -> None:
     with pytest.raises(ValueError, match=r"lease_s=.*: expected a number above 0"):
