@@ -1,7 +1,8 @@
 """SGD without momentum and weight decay, taken at the elements of the gradient that are not zero.
 
-Elsewhere such a step changes nothing. At these elements it is the same operation as torch's, and
-its bits are the same: see tests/ps/test_central.py.
+Without momentum is also where momentum.py takes it out for the step. Elsewhere such a step changes
+nothing. At these elements it is the same operation as torch's, and its bits are the same: see
+tests/ps/test_central.py and test_server_momentum.py.
 """
 
 from __future__ import annotations
