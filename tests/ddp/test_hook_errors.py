@@ -22,7 +22,7 @@ from topq_dist.ddp.momentum import MomentumName
 
 pytestmark = pytest.mark.gloo
 EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")
-METHODS: tuple[MomentumName, ...] = ("feedback",)
+METHODS: tuple[MomentumName, ...] = ("feedback", "corrected", "adam")
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -64,6 +64,14 @@ def bad_registrations(_: int) -> dict[str, str]:
                 model, adam, momentum=method, error_feedback=False
             )
         )
+    errors["mask_velocity"] = error_of(lambda: register_topq_hook(model, adam, mask_velocity=False))
+    rmsprop = torch.optim.RMSprop(model.parameters())
+    errors["corrected RMSprop"] = error_of(
+        lambda: register_topq_hook(model, rmsprop, momentum="corrected")
+    )
+    errors["adam RMSprop"] = error_of(lambda: register_topq_hook(model, rmsprop, momentum="adam"))
+    amsgrad = torch.optim.Adam(model.parameters(), amsgrad=True)
+    errors["amsgrad"] = error_of(lambda: register_topq_hook(model, amsgrad, momentum="adam"))
     diverging = torch.optim.SGD(model.parameters(), lr=0.1)
     diverging.param_groups[0]["momentum"] = 1.0
     errors["momentum=1"] = error_of(lambda: register_topq_hook(model, diverging))
@@ -95,6 +103,10 @@ def test_a_bad_registration_names_what_was_given_and_what_was_expected(tmp_path:
         "optimizer": ("TypeError", "generator", "a torch optimizer"),
         "another's": ("ValueError", "none of the 6 trainable parameters", "expected the optimizer"),
         "momentum": ("ValueError", "momentum='nesterov'", "feedback, ", "optimizer"),
+        "mask_velocity": ("ValueError", "mask_velocity=False", "expected 'corrected'"),
+        "corrected RMSprop": ("ValueError", "RMSprop", "expected SGD", "betas"),
+        "adam RMSprop": ("ValueError", "RMSprop", "expected torch's Adam or AdamW"),
+        "amsgrad": ("ValueError", "amsgrad=True", "expected False"),
         "momentum=1": ("ValueError", "momentum=1.0", "below 1"),
         "q twice": ("ValueError", "q=0.9", "expected None"),
         "left out": ("ValueError", "0.weight", "every trainable parameter"),

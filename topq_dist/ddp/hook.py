@@ -28,9 +28,10 @@ from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
 from topq_dist.ddp.density import FixedDensity, make_density
 from topq_dist.ddp.exchange import Link
 from topq_dist.ddp.messages import agree, tell_of_failure
-from topq_dist.ddp.momentum import MomentumName, advise, make_momentum
+from topq_dist.ddp.momentum import MomentumName
+from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
 from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
-from topq_dist.ddp.saved import STATE_VERSION, check_state, check_states, merged_residuals
+from topq_dist.ddp.saved import STATE_VERSION, check_state, check_states, merged
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
 from topq_dist.topq import check_fraction
@@ -50,8 +51,12 @@ class TopQState:
             takes the optimizer's out of its steps while the exchange is sparse (momentum 0 and
             SGD's rate divided by 1 - momentum, beta1 = 0; `register_momentum_rule` says how for
             others), and leaves it where everything, or half of it, is sent. Its groups always hold
-            the user's own values, and are read at every step. "optimizer" leaves it. None is
-            "feedback" with an optimizer and error_feedback, else "optimizer".
+            the user's own values, and are read at every step. "corrected" has the same momentum
+            on each rank, before the selection (DGC): for SGD and optimizers with betas. "adam" has
+            each rank send its own Adam direction, for torch's Adam and AdamW, which go along the
+            average. "optimizer" leaves all as it is. None is "feedback" with an optimizer and
+            error_feedback, else "optimizer". The others act once per backward pass that the hook
+            sees: accumulate gradients under no_sync().
         error_feedback: keep what was not sent and add it to the next gradient.
         value_format: how the kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
             "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless.
@@ -67,6 +72,8 @@ class TopQState:
             buckets then wait for the end of the backward pass, which knows the norm.
         grad_scaler: the GradScaler in use, so that what is kept is kept in unscaled units.
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
+        mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
+            without it may more than half be sent that way.
 
     A collective: every rank of the model's process group makes its state at the same point.
     Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
@@ -87,6 +94,7 @@ class TopQState:
         clip_norm: float | None = None,
         grad_scaler: GradScaler | None = None,
         ranks_per_node: int | None = None,
+        mask_velocity: bool = True,
     ) -> None:
         check_takes_hook(ddp_model)
         self._names = trainable_names(ddp_model)
@@ -104,8 +112,22 @@ class TopQState:
             self._compressor = FlatCompressor(
                 value_format=value_format, error_feedback=error_feedback
             )
+            method = check_momentum(
+                momentum,
+                optimizer,
+                self._names,
+                error_feedback=error_feedback,
+                mask_velocity=mask_velocity,
+            )
+            may_be_unused = check_unused(ddp_model, scope)
             self._momentum = make_momentum(
-                momentum, optimizer, self._names, error_feedback=error_feedback
+                method,
+                optimizer,
+                self._names,
+                self._compressor.residuals,
+                mask_velocity=mask_velocity,
+                skip_unused=may_be_unused,
+                summed_ranks=self._per_node,
             )
             stages = Stages(
                 density=self._density,
@@ -113,7 +135,7 @@ class TopQState:
                 momentum=self._momentum,
                 clip_norm=check_positive("clip_norm", clip_norm),
                 grad_scaler=check_grad_scaler(grad_scaler),
-                may_be_unused=check_unused(ddp_model, scope),
+                may_be_unused=may_be_unused,
             )
         except Exception as error:
             tell_of_failure(error, group=self._link.group, device=self._link.device)
@@ -126,8 +148,9 @@ class TopQState:
         self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
         self._pipeline = Pipeline(self._link, stages, self._exchange)
         self._unpaired = optimizer if isinstance(optimizer, TopQGradientOptimizer) else None
-        if optimizer is None and momentum is None and error_feedback and exchange != "dense":
-            advise(self._link.rank)
+        told = optimizer is None and momentum == "optimizer"
+        if method == "optimizer" and error_feedback and exchange != "dense" and not told:
+            advise(optimizer, self._names, rank=self._link.rank)
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     @property
@@ -205,7 +228,8 @@ class TopQState:
         """
         return {
             **self._identity(),
-            "residuals": self._compressor.residuals.state_dict(),
+            "residuals": self._momentum.residuals(),
+            "momentum": self._momentum.state_dict(),
             "density": self._density.state_dict(),
             "chosen_exchange": self.chosen_exchange,
             "stats": vars(self._meter.stats).copy(),
@@ -225,22 +249,27 @@ class TopQState:
         feeds_back = self._compressor.error_feedback
         if isinstance(state, Mapping):
             check_state(state, self._identity(), shapes, feeds_back)
-            mine, first = [state], state
+            states = mine = every = [state]
+            first = state
         else:
             states = list(state)
             check_states(states, shapes, feeds_back)
             owners = self._link.size // self._per_node
             owner, follower = divmod(self._link.rank, self._per_node)
             mine = [] if follower else states[owner::owners]
+            every = [] if follower else states
             first = states[min(self._link.rank, len(states) - 1)]
-        residuals = merged_residuals(mine)
+        for one in states:
+            self._momentum.check_state(one, shapes)
+        residuals = merged([one["residuals"] for one in mine])
         stats = Stats(**first["stats"])
         chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
         self._exchange.check_chosen(chosen)
         self._density.load_state_dict(first["density"])
         # with another number of ranks another exchange may be the cheapest
         self._exchange.resume(chosen)
-        self._compressor.residuals.load_state_dict(residuals)
+        self._momentum.load_states(mine, every)
+        self._momentum.load_residuals(residuals)
         self._meter.stats = stats
 
     def _identity(self) -> dict[str, int]:
@@ -279,6 +308,7 @@ def register_topq_hook(
     clip_norm: float | None = None,
     grad_scaler: GradScaler | None = None,
     ranks_per_node: int | None = None,
+    mask_velocity: bool = True,
 ) -> TopQState:
     """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
 
@@ -297,6 +327,7 @@ def register_topq_hook(
         clip_norm=clip_norm,
         grad_scaler=grad_scaler,
         ranks_per_node=ranks_per_node,
+        mask_velocity=mask_velocity,
     )
     ddp_model.register_comm_hook(state, topq_hook)
     return state

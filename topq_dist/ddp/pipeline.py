@@ -30,7 +30,7 @@ from topq_dist.ddp.messages import (
     agree,
     digest,
 )
-from topq_dist.ddp.momentum import Momentum, takes_momentum_out
+from topq_dist.ddp.momentum import Momentum
 
 
 class Bucket(NamedTuple):
@@ -62,10 +62,6 @@ class Stages:
         clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
         compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
         return f"{self.density.settings()}\n{compressed}"
-
-    def takes_momentum_out(self) -> bool:
-        """Return whether what is sent is little enough to do without the optimizer's momentum."""
-        return takes_momentum_out(self.density.sent_fraction())
 
 
 class Pipeline:
@@ -114,8 +110,9 @@ class Pipeline:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
             self._stages.density.begin_step()
-            sparse = self._exchange.sparse and self._stages.takes_momentum_out()
-            self._stages.momentum.begin_step(sparse=sparse)
+            self._stages.momentum.begin_step(
+                sparse=self._exchange.sparse, sent_fraction=self._stages.density.sent_fraction()
+            )
             self._settings_digest = digest(self._settings())
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
@@ -157,7 +154,12 @@ class Pipeline:
                 if self._stages.may_be_unused:
                     cuts = [_unless_unused(cut, bucket.flat) for cut in cuts]
                 return self._stages.momentum.compress(
-                    self._stages.compressor, bucket.flat, bucket.layout, cuts, parts=parts
+                    self._stages.compressor,
+                    bucket.flat,
+                    bucket.layout,
+                    bucket.parameters,
+                    cuts,
+                    parts=parts,
                 )
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure

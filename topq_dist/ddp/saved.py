@@ -65,11 +65,11 @@ def check_states(
         check_state(state, identity, shapes, feeds_back)
 
 
-def merged_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the sum of the states' residuals by name."""
-    merged: dict[str, Tensor] = {}
+def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sum of the states' tensors by name."""
+    sums: dict[str, Tensor] = {}
     for state in states:
-        for name, residual in state["residuals"].items():
-            there = merged.get(name)
-            merged[name] = residual if there is None else there + residual.to(there.device)
-    return merged
+        for name, tensor in state.items():
+            there = sums.get(name)
+            sums[name] = tensor if there is None else there + tensor.to(there.device)
+    return sums

@@ -88,7 +88,7 @@ class MomentumSwitch(StepSwitch):
         optimizer: any torch optimizer. One that no rule is known for is left alone.
         parameters: those whose momentum is taken out.
         scale_rate: put what the momentum would have added up to into the rate; without it, for
-            gradients that carry a momentum already.
+            gradients that carry a momentum already, it scales SGD's weight decay alone.
 
     A step raises ValueError for a momentum that does not add up, one of 1 or more.
     """
@@ -102,8 +102,12 @@ class MomentumSwitch(StepSwitch):
 
     def _values(self, group: ParamGroup) -> Mapping[str, Any]:
         values = {} if self._rule is None else dict(self._rule(group))
-        if not self._scale_rate:
-            values.pop("lr", None)
+        if self._rule is not None and not self._scale_rate and "lr" in values:
+            del values["lr"]
+            if group.get("weight_decay"):
+                # it has gone through the momentum as well, which no gradient brings along
+                times = self._rule({**group, "lr": 1.0})["lr"]
+                values["weight_decay"] = times * group["weight_decay"]
         return values
 
     def _changed_over(self) -> None:

@@ -1,0 +1,158 @@
+"""Adam on each rank: its own direction is sent, and the average of them stepped along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from topq_dist.compress.adam_direction import AdamDirections, AdamOptions, averaged_moments
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.cuts import Cut
+from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
+from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
+from topq_dist.optim.direction_step import DirectionSwitch, check_adam, decays_decoupled
+from topq_dist.optim.step_switch import StepSwitch
+
+
+class AdamMomentum(OwnMomentum):
+    """Each rank's own Adam direction (see `AdamDirections`), with error feedback on the update.
+
+    Of the residual, a sum of directions, nothing can be paid with gradients: while all is sent it
+    is put aside, and the optimizer steps with moments of its own.
+
+    summed_ranks: of how many ranks' gradients a bucket is the sum when it is compressed.
+    """
+
+    name: ClassVar[MomentumName] = "adam"
+    unit: ClassVar[Unit] = "direction"
+
+    def __init__(
+        self,
+        names: Mapping[Tensor, str],
+        residuals: Residuals,
+        optimizer: Optimizer,
+        *,
+        skip_unused: bool,
+        summed_ranks: int,
+    ) -> None:
+        super().__init__(names, residuals, optimizer, skip_unused=skip_unused)
+        self._inner = check_adam(optimizer)
+        self._summed_ranks = summed_ranks
+        self._directions = AdamDirections()
+        self._aside: dict[str, Tensor] = {}
+
+    def compress(
+        self,
+        compressor: FlatCompressor,
+        flat: Tensor,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        cuts: Sequence[Cut],
+        *,
+        parts: int,
+    ) -> Compressed:
+        if not self._is_sparse:
+            return compressor.compress(flat, layout, cuts, parts=parts)
+        if self._summed_ranks > 1:
+            flat.div_(self._summed_ranks)
+        options = [self._options_of(parameter) for parameter in parameters]
+        for parameter, where in zip(parameters, layout.stretches(), strict=True):
+            self._add_weight_decay(parameter, flat[where])
+        advanced = self._directions.advance(flat, layout, options, skip_unused=self._skip_unused)
+        if self._summed_ranks > 1:
+            flat.mul_(self._summed_ranks)
+        compressed = compressor.compress(flat, layout, cuts, parts=parts)
+        return then_commit(compressed, lambda: self._directions.commit(advanced))
+
+    def _takes_over(self, sent_fraction: float) -> bool:
+        # directions and gradients cannot be owed in one sum
+        return True
+
+    def _options_of(self, parameter: Tensor) -> AdamOptions | None:
+        group = self._groups.get(parameter)
+        if group is None:
+            return None
+        beta1, beta2 = map(float, group["betas"])
+        return AdamOptions(beta1=beta1, beta2=beta2, eps=float(group["eps"]))
+
+    def _add_weight_decay(self, parameter: Tensor, gradient: Tensor) -> None:
+        group = self._groups.get(parameter)
+        if group is None or (self._skip_unused and not bool(gradient.any())):
+            return
+        if group["maximize"]:
+            gradient.neg_()
+        if group["weight_decay"] and not decays_decoupled(group, self._inner):
+            _shaped_as(parameter, gradient).add_(parameter.detach(), alpha=group["weight_decay"])
+
+    def _change_unit(self, *, to_own: bool) -> None:
+        if to_own:
+            self._residuals.load_state_dict(self._aside)
+            self._aside = {}
+        else:
+            self._aside = self._residuals.state_dict()
+            self._residuals.load_state_dict({})
+
+    def _make_switch(self, optimizer: Optimizer) -> StepSwitch:
+        return DirectionSwitch(optimizer, self._names)
+
+    def residuals(self) -> dict[str, Tensor]:
+        if self._is_sparse:
+            return super().residuals()
+        return {name: residual.clone() for name, residual in self._aside.items()}
+
+    def load_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        if self._is_sparse:
+            super().load_residuals(residuals)
+            return
+        super().load_residuals({})
+        self._aside = {name: residual.clone() for name, residual in residuals.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        # put aside, they are what they were
+        return super().state_dict() | {"unit": self.unit} | self._directions.state_dict()
+
+    def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if unit_of(state) != self.unit:
+            if state["residuals"]:
+                raise ValueError(
+                    "state has residuals of gradients: expected those of a hook with "
+                    "momentum='adam', which are of another kind"
+                )
+            return
+        momentum = state["momentum"]
+        for key in ("first", "second"):
+            check_tensors(key, momentum.get(key), shapes)
+        steps = momentum.get("steps")
+        if not isinstance(steps, Mapping):
+            raise TypeError(f"state has steps={steps!r}: expected what state_dict returned")
+        if not steps.keys() == momentum["first"].keys() == momentum["second"].keys():
+            raise ValueError("state has moments and steps of different names: expected the same")
+        for name, step in steps.items():
+            if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+                raise ValueError(f"state has steps[{name!r}]={step!r}: expected a number above 0")
+
+    def load_states(
+        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+    ) -> None:
+        held = [state["momentum"] for state in every if unit_of(state) == self.unit]
+        self._directions.load_state_dict(
+            held[0] if len(held) == len(mine) == 1 else averaged_moments(held)
+        )
+
+
+def _shaped_as(parameter: Tensor, flat: Tensor) -> Tensor:
+    """Return a view of a stretch of a bucket in the parameter's shape and order in memory.
+
+    DistributedDataParallel lays a gradient out as its parameter where that has no gaps, channels
+    last for one, else by rows.
+    """
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return flat.view(parameter.shape)
+        expected *= size
+    return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())

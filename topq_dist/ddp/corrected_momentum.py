@@ -1,0 +1,140 @@
+"""Momentum correction: on the rank, before the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.cuts import Cut
+from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.compress.frame import decode_frame
+from topq_dist.compress.parts import Parts
+from topq_dist.compress.velocity import Decay, Velocity
+from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
+from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
+from topq_dist.ddp.saved import merged
+from topq_dist.optim.momentum import MomentumSwitch, stepping
+from topq_dist.optim.step_switch import StepSwitch
+
+
+class CorrectedMomentum(OwnMomentum):
+    """Momentum before the selection, masked where it was sent (DGC, see `Velocity`).
+
+    The residual is a sum of velocities, each gradient in it as often as its momentum makes it
+    count; it goes back to one of gradients, and the velocities are dropped, when all is sent.
+    """
+
+    name: ClassVar[MomentumName] = "corrected"
+    unit: ClassVar[Unit] = "velocity"
+
+    def __init__(
+        self,
+        names: Mapping[Tensor, str],
+        residuals: Residuals,
+        optimizer: Optimizer,
+        *,
+        skip_unused: bool,
+        mask_velocity: bool,
+    ) -> None:
+        super().__init__(names, residuals, optimizer, skip_unused=skip_unused)
+        self._mask_velocity = mask_velocity
+        self._velocity = Velocity()
+        self._is_summed = isinstance(stepping(optimizer), SGD)
+        if not self._is_summed and not all("betas" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"momentum='corrected' with {type(stepping(optimizer)).__name__}: expected SGD, or "
+                "one with betas like Adam"
+            )
+
+    def _takes_over(self, sent_fraction: float) -> bool:
+        # without the mask this is the optimizer's own momentum where everything is sent
+        return not self._mask_velocity or super()._takes_over(sent_fraction)
+
+    def settings(self) -> str:
+        return f"{super().settings()} mask_velocity={self._mask_velocity}"
+
+    def compress(
+        self,
+        compressor: FlatCompressor,
+        flat: Tensor,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        cuts: Sequence[Cut],
+        *,
+        parts: int,
+    ) -> Compressed:
+        if not self._is_sparse:
+            return compressor.compress(flat, layout, cuts, parts=parts)
+        decays = [self._decay_of(parameter) for parameter in parameters]
+        advanced = self._velocity.advance(flat, layout, decays, skip_unused=self._skip_unused)
+        compressed = compressor.compress(flat, layout, cuts, parts=parts)
+
+        def commit() -> None:
+            sent = _sent_indices(compressed, layout.numel) if self._mask_velocity else None
+            self._velocity.commit(advanced, sent)
+
+        return then_commit(compressed, commit)
+
+    def _decay_of(self, parameter: Tensor) -> Decay | None:
+        group = self._groups.get(parameter)
+        if group is None:
+            # another optimizer's, or none's
+            return None
+        if self._is_summed:
+            return Decay(
+                momentum=float(group["momentum"]),
+                share=1.0 - float(group["dampening"]) if group["momentum"] else 1.0,
+                nesterov=bool(group["nesterov"]),
+            )
+        beta1 = float(group["betas"][0])
+        return Decay(momentum=beta1, share=1.0 - beta1, first_share=1.0 - beta1)
+
+    def _change_unit(self, *, to_own: bool) -> None:
+        self._velocity.clear()
+        factors = {}
+        for param, name in self._names.items():
+            decay = self._decay_of(param)
+            # how often a gradient counts that goes through the momentum; an average is one
+            times = 1.0
+            if self._is_summed and decay is not None:
+                times = decay.share / (1.0 - decay.momentum)
+            factors[name] = times if to_own else 1.0 / times
+        if any(factor != 1.0 for factor in factors.values()):
+            held = self._residuals.state_dict()
+            self._residuals.load_state_dict({n: held[n] * factors.get(n, 1.0) for n in held})
+
+    def _make_switch(self, optimizer: Optimizer) -> StepSwitch:
+        return MomentumSwitch(optimizer, self._names, scale_rate=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"velocity": self._velocity.state_dict()}
+
+    def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if unit_of(state) != self.unit:
+            super().check_state(state, shapes)
+            return
+        check_tensors("velocity", state["momentum"].get("velocity"), shapes)
+
+    def load_states(
+        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._is_sparse = bool(every) and unit_of(every[0]) == self.unit
+        velocities = [s["momentum"]["velocity"] for s in mine] if self._is_sparse else []
+        self._velocity.load_state_dict(merged(velocities))
+
+
+def _sent_indices(compressed: Compressed, numel: int) -> Tensor:
+    if compressed.own is not None:
+        return compressed.own.indices
+    dealt = Parts(numel=numel, count=len(compressed.frames))
+    return torch.cat(
+        [
+            dealt.gather(part, decode_frame(frame, numel=dealt.numel_of(part)).indices)
+            for part, frame in enumerate(compressed.frames)
+        ]
+    )
