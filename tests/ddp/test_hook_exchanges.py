@@ -26,6 +26,7 @@ def hooked(
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
     if exchange == "hierarchical":
         options["ranks_per_node"] = 2
+    options = {"value_format": None} | options
     state = register_topq_hook(model, q=0.9, exchange=exchange, **options)
     return model, state, torch.optim.SGD(model.parameters(), lr=0.2)
 
@@ -168,7 +169,7 @@ def split_bytes(rank: int) -> float:
     wire_bytes = {}
     for exchange in EXCHANGES[:2]:
         model = DistributedDataParallel(nn.Linear(500, 400))
-        state = register_topq_hook(model, q=0.9, exchange=exchange)
+        state = register_topq_hook(model, q=0.9, value_format=None, exchange=exchange)
         for step in range(8):
             before = state.stats().wire_bytes
             inputs = torch.randn(4, 500, generator=torch.Generator().manual_seed(10 * step + rank))

@@ -58,7 +58,7 @@ def paired_on_one_rank(rank: int) -> bool:
     train(alone, top_q(alone), rank)
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
     optimizer = top_q(model.module)
-    register_topq_hook(model, optimizer, error_feedback=False)
+    register_topq_hook(model, optimizer, value_format=None, error_feedback=False)
     train(model, optimizer, rank)
     assert_same(parameters_of(model.module), parameters_of(alone))
     assert not torch.equal(next(model.module.parameters()), next(small_model().parameters()))
@@ -83,11 +83,17 @@ def trained_by_ranks(rank: int, error_feedback: bool) -> dict[str, dict[str, Ten
     # the reference has its momentum behind error feedback, which is warned of
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        register_topq_hook(model, optimizer, momentum="optimizer", error_feedback=error_feedback)
+        register_topq_hook(
+            model,
+            optimizer,
+            momentum="optimizer",
+            value_format=None,
+            error_feedback=error_feedback,
+        )
     train(model, optimizer, rank)
     trained["paired"] = parameters_of(model.module)
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
-    state = register_topq_hook(model, q=0.9, error_feedback=error_feedback)
+    state = register_topq_hook(model, q=0.9, value_format=None, error_feedback=error_feedback)
     train(model, sgd(model), rank)
     trained["unpaired"] = parameters_of(model.module)
     trained["residuals"] = state.state_dict()["residuals"]
@@ -116,7 +122,7 @@ def test_four_ranks_equal_a_single_process_reference(tmp_path: Path, error_feedb
 
 def feedback_keeps_everything(rank: int) -> bool:
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
-    state = register_topq_hook(model, q=0.95)
+    state = register_topq_hook(model, q=0.95, value_format=None)
     optimizer = sgd(model)
     for step in range(STEPS):
         before = state.state_dict()["residuals"]

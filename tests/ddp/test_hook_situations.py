@@ -154,7 +154,7 @@ def check(
     # small buckets, so that there are several
     options = {"process_group": group, "bucket_cap_mb": 0.005} | options
     hooked = DistributedDataParallel(net(), **options)
-    state = register_topq_hook(hooked, q=Q, exchange="allgather")
+    state = register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather")
     train(hooked, torch.optim.SGD(hooked.parameters(), lr=0.2, momentum=0.9), rank)
     plain = DistributedDataParallel(net(), **options)
     plain_state = PlainState(whole)
@@ -206,7 +206,7 @@ def several_groups(rank: int) -> None:
 
     hooked = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
     optimizer = TopQGradientOptimizer(groups(hooked.module), lr=0.2)
-    register_topq_hook(hooked, optimizer, exchange="allgather")
+    register_topq_hook(hooked, optimizer, value_format=None, exchange="allgather")
     plain = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
     settings: dict[Tensor, dict[str, Any]] = {}
     for group in groups(plain.module):
@@ -239,7 +239,11 @@ def amp(rank: int) -> None:
         model = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
         state = register_topq_hook(
-            model, q=Q, exchange="allgather", grad_scaler=scaler if scaled else None
+            model,
+            q=Q,
+            value_format=None,
+            exchange="allgather",
+            grad_scaler=scaler if scaled else None,
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
         for step in range(2 * STEPS):
@@ -269,7 +273,7 @@ def amp(rank: int) -> None:
 def clipped(rank: int) -> None:
     limit = 0.05
     hooked = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
-    register_topq_hook(hooked, q=Q, exchange="allgather", clip_norm=limit)
+    register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather", clip_norm=limit)
     alone = Net()
     residuals: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -294,7 +298,7 @@ def clipped(rank: int) -> None:
 def bucket_scope(rank: int) -> None:
     """One bucket: the top-Q part of all parameters together."""
     hooked = DistributedDataParallel(Net())
-    state = register_topq_hook(hooked, q=Q, exchange="allgather", scope="bucket")
+    state = register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather", scope="bucket")
     alone = Net()
     residual = None
     for step in range(STEPS):
@@ -338,14 +342,14 @@ def subgroups_and_residuals(rank: int) -> list[dict[str, Any]]:
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     check("subgroup", plainly, rank, group=halves[rank // 2])
     model = DistributedDataParallel(Net())
-    state = register_topq_hook(model, q=Q, exchange="allgather")
+    state = register_topq_hook(model, q=Q, value_format=None, exchange="allgather")
     backward(model, 0, rank)
     return [state.state_dict()]
 
 
 def resumed_by(rank: int, folder: Path, states: list[dict[str, Any]]) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net())
-    state = register_topq_hook(model, q=Q, exchange="allgather")
+    state = register_topq_hook(model, q=Q, value_format=None, exchange="allgather")
     mine = states[0] | {"rank": rank, "world_size": dist.get_world_size()}
     name = next(iter(mine["residuals"]))
     for bad in (

@@ -82,8 +82,9 @@ def ranks_with_the_hook(rank: int) -> list[Tensor]:
         for kernels in KERNELS:
             # several buckets, so that their borders are seen not to matter
             model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
-            register_topq_hook(model, q=Q, exchange="allgather")
             optimizer = inner(name, model.parameters(), kernels)
+            # momentum out of it, as the server does
+            register_topq_hook(model, optimizer, q=Q, value_format=None, exchange="allgather")
             for step in range(STEPS):
                 optimizer.zero_grad()
                 loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from topq_dist.ddp.checks import (
     trainable_names,
 )
 from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
-from topq_dist.ddp.density import FixedDensity, make_density
+from topq_dist.ddp.density import DEFAULT_VALUE_FORMAT, FixedDensity, make_density
 from topq_dist.ddp.exchange import Link
 from topq_dist.ddp.messages import agree, tell_of_failure
 from topq_dist.ddp.momentum import MomentumName
@@ -88,7 +88,7 @@ class TopQState:
         q: float | None = None,
         momentum: MomentumName | None = None,
         error_feedback: bool = True,
-        value_format: str | None = None,
+        value_format: str | None = DEFAULT_VALUE_FORMAT,
         exchange: ExchangeName = "auto",
         scope: Scope = "parameter",
         clip_norm: float | None = None,
@@ -302,7 +302,7 @@ def register_topq_hook(
     q: float | None = None,
     momentum: MomentumName | None = None,
     error_feedback: bool = True,
-    value_format: str | None = None,
+    value_format: str | None = DEFAULT_VALUE_FORMAT,
     exchange: ExchangeName = "auto",
     scope: Scope = "parameter",
     clip_norm: float | None = None,
