@@ -386,10 +386,12 @@ def void_steps(rank: int) -> bool:
     """An overflow on one rank leaves what every rank remembers, scaled gradients or not."""
     for method in ("corrected", "adam"):
         ends = []
-        for scaled in (False, True):
+        for scaled, fused in ((False, False), (True, False), (True, True)):
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
             model, optimizer, state = hooked(
-                adamw, momentum=method, grad_scaler=scaler if scaled else None
+                lambda p, fused=fused: adamw(p, fused=fused),  # type: ignore[misc]
+                momentum=method,
+                grad_scaler=scaler if scaled else None,
             )
             for step in range(STEPS):
                 if step == 3 and not scaled:
@@ -411,10 +413,50 @@ def void_steps(rank: int) -> bool:
                 scaler.update()
             ends.append(model)
         assert_same(ends[0], ends[1], method)
+        for one, other in zip(ends[0].parameters(), ends[2].parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    return True
+
+
+def of_one_node(rank: int) -> bool:
+    """Ranks of one node compress the sum of their gradients, and arrive at the dense mean."""
+    for method, make in (("corrected", sgd), ("adam", adamw)):
+        options: dict[str, Any] = {"mask_velocity": False} if method == "corrected" else {}
+        model, optimizer, _ = hooked(
+            make, q=0.0, momentum=method, exchange="hierarchical", ranks_per_node=2, **options
+        )
+        plain = DistributedDataParallel(small_model())
+        train(model, optimizer, rank)
+        train(plain, make(plain.parameters()), rank)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    return True
+
+
+def first_backward_in_a_closure(rank: int) -> bool:
+    """As Lightning does it: the first backward pass is within the first step."""
+    for exchange in ("allgather", "dense"):
+        model, optimizer, _ = hooked(lambda p: sgd(p, momentum=0.0), exchange=exchange)
+        other, closing, _ = hooked(lambda p: sgd(p, lr=0.1 * (1 - 0.75)), exchange=exchange)
+
+        def closure(other: nn.Module = other, closing: Optimizer = closing, step: int = 0) -> float:
+            closing.zero_grad()
+            loss = loss_of(other, step, rank)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.item()
+
+        step_of(model, optimizer, 0, rank)
+        closing.step(closure)
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            start = dict(zip(model.parameters(), small_model().parameters(), strict=True))[one]
+            moved = (two - start) if exchange == "allgather" else (two - start) / (1 - 0.75)
+            torch.testing.assert_close(one - start, moved, rtol=1e-4, atol=1e-6)
     return True
 
 
 def book_and_void(rank: int) -> bool:
+    assert of_one_node(rank)
+    assert first_backward_in_a_closure(rank)
     return corrected_by_the_book(rank) and void_steps(rank)
 
 

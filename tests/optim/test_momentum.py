@@ -333,6 +333,47 @@ def test_wrapped_optimizers_are_found() -> None:
     assert twice.param_groups[0]["momentum"] == 0.9
 
 
+class Wrapper(Optimizer):
+    """One that steps another, as Accelerate's does."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+
+
+def test_optimizers_of_other_libraries_are_looked_into() -> None:
+    model = model_of()
+    wrapper = Wrapper(SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert stepping(wrapper) is wrapper.optimizer
+    switch = MomentumSwitch(wrapper, model.parameters())
+    switch.active = True
+    assert moved(model, wrapper) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_compiled_step_follows_the_switch_and_the_rate() -> None:
+    model = model_of()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    switch = MomentumSwitch(optimizer, model.parameters())
+
+    def step() -> None:
+        optimizer.step()
+
+    compiled: Any = torch.compile(step, backend="aot_eager")
+    for active, lr, expected in ((True, 0.1, 1.0), (True, 0.2, 2.0), (False, 0.2, 0.2)):
+        switch.active = active
+        optimizer.param_groups[0]["lr"] = lr
+        model.weight.grad = torch.ones_like(model.weight)
+        before = model.weight.detach().clone()
+        compiled()
+        torch.testing.assert_close(before - model.weight, torch.full_like(before, expected))
+
+
 class Lion(Optimizer):
     """One that torch does not know, and that notes in its group what it has done."""
 

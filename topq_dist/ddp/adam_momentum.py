@@ -99,20 +99,26 @@ class AdamMomentum(OwnMomentum):
     def _make_switch(self, optimizer: Optimizer) -> StepSwitch:
         return DirectionSwitch(optimizer, self._names)
 
+    def detach(self) -> None:
+        super().detach()
+        self._aside = {}
+
     def residuals(self) -> dict[str, Tensor]:
-        if self._is_sparse:
+        if self._is_sparse or self._optimizer is None:
             return super().residuals()
         return {name: residual.clone() for name, residual in self._aside.items()}
 
     def load_residuals(self, residuals: Mapping[str, Tensor]) -> None:
-        if self._is_sparse:
+        if self._is_sparse or self._optimizer is None:
             super().load_residuals(residuals)
             return
         super().load_residuals({})
         self._aside = {name: residual.clone() for name, residual in residuals.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        # put aside, they are what they were
+        if self._optimizer is None:
+            return super().state_dict()
+        # put aside, residuals are what they were
         return super().state_dict() | {"unit": self.unit} | self._directions.state_dict()
 
     def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -86,9 +86,12 @@ class CorrectedMomentum(OwnMomentum):
             # another optimizer's, or none's
             return None
         if self._is_summed:
+            momentum = float(group["momentum"])
+            if not momentum < 1.0:
+                raise ValueError(f"momentum={momentum!r}: expected a number below 1")
             return Decay(
-                momentum=float(group["momentum"]),
-                share=1.0 - float(group["dampening"]) if group["momentum"] else 1.0,
+                momentum=momentum,
+                share=1.0 - float(group["dampening"]) if momentum else 1.0,
                 nesterov=bool(group["nesterov"]),
             )
         beta1 = float(group["betas"][0])
@@ -101,7 +104,7 @@ class CorrectedMomentum(OwnMomentum):
             decay = self._decay_of(param)
             # how often a gradient counts that goes through the momentum; an average is one
             times = 1.0
-            if self._is_summed and decay is not None:
+            if self._is_summed and decay is not None and decay.share > 0.0:
                 times = decay.share / (1.0 - decay.momentum)
             factors[name] = times if to_own else 1.0 / times
         if any(factor != 1.0 for factor in factors.values()):

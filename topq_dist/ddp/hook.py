@@ -45,8 +45,8 @@ class TopQState:
             `momentum`). Of a TopQGradientOptimizer the groups' q, dq and param_ndim are read live,
             and it leaves the hook's parameters unsparsified. None: set the momentum by hand, for
             SGD momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
-        q: fraction of each gradient that is not sent, in [0, 1]; not with a TopQGradientOptimizer.
-            `state.q = ...` changes it between steps, on every rank alike.
+        q: fraction of each gradient that is not sent, in [0, 1]; DEFAULT_Q where None. Not with a
+            TopQGradientOptimizer. `state.q = ...` changes it between steps, on every rank alike.
         momentum: error feedback acts as a momentum, and one behind it breaks training. "feedback"
             takes the optimizer's out of its steps while the exchange is sparse (momentum 0 and
             SGD's rate divided by 1 - momentum, beta1 = 0; `register_momentum_rule` says how for
@@ -67,7 +67,8 @@ class TopQState:
             fewest bytes among those not over 25 % slower than the fastest. It tries what would
             change a result, "split" and "dense", only with error feedback, "hierarchical" never.
         scope: keep the top-Q part of each "parameter", or of each "bucket" (fewer and larger
-            selections; what is kept then depends on DDP's bucketing). Only without an optimizer.
+            selections; what is kept then depends on DDP's bucketing). Not with a
+            TopQGradientOptimizer.
         clip_norm: scale this rank's gradient down to this norm before it is compressed. Its
             buckets then wait for the end of the backward pass, which knows the norm.
         grad_scaler: the GradScaler in use, so that what is kept is kept in unscaled units.
@@ -147,6 +148,7 @@ class TopQState:
         # only now: ranks that disagree would make groups that the others do not know of
         self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
         self._pipeline = Pipeline(self._link, stages, self._exchange)
+        self._momentum.attach()
         self._unpaired = optimizer if isinstance(optimizer, TopQGradientOptimizer) else None
         told = optimizer is None and momentum == "optimizer"
         if method == "optimizer" and error_feedback and exchange != "dense" and not told:

@@ -48,6 +48,9 @@ class Momentum:
         """Return the settings as text, the same on ranks that work alike."""
         return f"momentum={self.name}"
 
+    def attach(self) -> None:
+        """Get ready to act on the optimizer, whose next step may hold the first backward pass."""
+
     def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
         """Take note of a step: whether its exchange is a sparse one, and how much is sent."""
 
@@ -107,13 +110,13 @@ class FeedbackMomentum(Momentum):
         self._optimizer: Optimizer | None = optimizer
         self._switch: StepSwitch | None = None
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
-        if self._optimizer is None:
-            return
-        if self._switch is None:
-            # not before the hook is in use, or a hook that was refused would leave its mark
+    def attach(self) -> None:
+        if self._optimizer is not None:
             self._switch = self._make_switch(self._optimizer)
-        self._switch.active = sparse and self._takes_over(sent_fraction)
+
+    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+        if self._switch is not None:
+            self._switch.active = sparse and self._takes_over(sent_fraction)
 
     def _takes_over(self, sent_fraction: float) -> bool:
         """Return whether a sparse step is this method's, or leaves the optimizer's momentum."""

@@ -82,6 +82,16 @@ def make_momentum(
             "left as it is behind error feedback, itself a momentum: say how to take it out with "
             "topq_dist.register_momentum_rule, or momentum='optimizer' to leave it"
         )
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    left = [name for param, name in names.items() if param not in held]
+    if left:
+        _log.warning(
+            "the hook's optimizer holds %d of %d trainable parameters: of the one that steps the "
+            "others, %s first, the momentum stays as it is",
+            len(names) - len(left),
+            len(names),
+            left[0],
+        )
     # one that cannot be taken out is an error now, not in the first step
     has_momentum(optimizer, names)
     if momentum == "corrected":
