@@ -121,6 +121,32 @@ def taken_out(rank: int) -> bool:
     return True
 
 
+def sharded(rank: int) -> bool:
+    """ZeroRedundancyOptimizer, whose shards step on one rank each."""
+    with warnings.catch_warnings():
+        # of torch's own, where it is imported
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    for method, kind, options in (
+        ("feedback", SGD, {"lr": 0.1, "momentum": 0.75}),
+        ("corrected", SGD, {"lr": 0.1, "momentum": 0.75}),
+        ("adam", AdamW, {"lr": 0.01}),
+    ):
+        model, optimizer, _ = hooked(
+            lambda p, kind=kind, options=options: ZeroRedundancyOptimizer(p, kind, **options),  # type: ignore[misc]
+            momentum=method,
+        )
+        other, reference, _ = hooked(
+            lambda p, kind=kind, options=options: kind(p, **options),  # type: ignore[misc]
+            momentum=method,
+        )
+        train(model, optimizer, rank)
+        train(other, reference, rank)
+        assert_same(model, other, method)
+        assert optimizer.param_groups[0]["lr"] == options["lr"]
+    return True
+
+
 def handed_over(rank: int) -> bool:
     """Where the exchange changes from sparse to dense, and where the hook is taken off."""
     model, optimizer, state = hooked(sgd)
@@ -263,8 +289,12 @@ def refused_states(rank: int) -> bool:
     return True
 
 
+def taken_out_of_shards_too(rank: int) -> bool:
+    return taken_out(rank) and sharded(rank)
+
+
 def test_feedback_takes_the_momentum_out_while_the_exchange_is_sparse(tmp_path: Path) -> None:
-    assert run_ranks(2, taken_out, tmp_path) == [True, True]
+    assert run_ranks(2, taken_out_of_shards_too, tmp_path) == [True, True]
 
 
 def test_the_optimizer_is_handed_back(tmp_path: Path) -> None:

@@ -449,6 +449,18 @@ def test_a_momentum_that_does_not_add_up_is_named(lr: float, momentum: float, me
         moved(model, optimizer)
 
 
+def test_the_rate_stays_where_the_gradients_carry_a_momentum() -> None:
+    model = model_of()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.75, weight_decay=0.01)
+    used = watched(optimizer)
+    switch = MomentumSwitch(optimizer, model.parameters(), scale_rate=False)
+    switch.active = True
+    optimizer.step(closure_of(model, optimizer, 0))
+    assert (used[0]["lr"], used[0]["momentum"]) == (0.1, 0.0)
+    # what decays has gone through the momentum, too
+    assert used[0]["weight_decay"] == pytest.approx(0.04)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler_unscales_and_skips_as_ever(fused: bool) -> None:
     model, other = model_of(), model_of()

@@ -316,6 +316,10 @@ def register_topq_hook(
 
     Takes TopQState's knobs and raises what it raises, before anything is touched; a model takes
     one communication hook, once. A collective: call it on every rank.
+
+    Give it the optimizer that steps the model, whose momentum it then takes out while it sends
+    little: a momentum behind error feedback breaks training. Without one, set it by hand, for SGD
+    momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
     """
     state = TopQState(
         ddp_model,

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from topq_dist.optim.groups import ParamGroup
 from topq_dist.optim.step_switch import StepSwitch
 
+_INNER_NAMES = ("inner_opt", "optim", "optimizer", "base_optimizer")
+
 MomentumRule: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -48,11 +50,11 @@ def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule)
 def stepping(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that moves the parameters: the one within those that wrap another.
 
-    TopQGradientOptimizer and its bases, ZeroRedundancyOptimizer, Accelerate's and others of the
-    kind hold it as `inner_opt`, `optim` or `optimizer`. A class with a rule of its own is itself.
+    TopQGradientOptimizer and its bases, ZeroRedundancyOptimizer, Accelerate's, SAM and others of
+    the kind hold it under one of four names. A class with a rule of its own is itself.
     """
     while _rule_of_class(type(optimizer)) is None:
-        held = (getattr(optimizer, name, None) for name in ("inner_opt", "optim", "optimizer"))
+        held = (getattr(optimizer, name, None) for name in _INNER_NAMES)
         inner = next((one for one in held if isinstance(one, Optimizer)), None)
         if inner is None:
             break
