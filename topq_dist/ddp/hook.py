@@ -31,7 +31,7 @@ from topq_dist.ddp.messages import agree, tell_of_failure
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
 from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
-from topq_dist.ddp.saved import STATE_VERSION, check_state, check_states, merged
+from topq_dist.ddp.saved import STATE_VERSION, deal_states, merged
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
 from topq_dist.topq import check_fraction
@@ -249,28 +249,18 @@ class TopQState:
         """
         shapes = {name: tuple(p.shape) for p, name in self._exchanged_names.items()}
         feeds_back = self._compressor.error_feedback
-        if isinstance(state, Mapping):
-            check_state(state, self._identity(), shapes, feeds_back)
-            states = mine = every = [state]
-            first = state
-        else:
-            states = list(state)
-            check_states(states, shapes, feeds_back)
-            owners = self._link.size // self._per_node
-            owner, follower = divmod(self._link.rank, self._per_node)
-            mine = [] if follower else states[owner::owners]
-            every = [] if follower else states
-            first = states[min(self._link.rank, len(states) - 1)]
-        for one in states:
+        dealt = deal_states(state, self._identity(), shapes, feeds_back)
+        for one in dealt.states:
             self._momentum.check_state(one, shapes)
-        residuals = merged([one["residuals"] for one in mine])
+        residuals = merged([one["residuals"] for one in dealt.mine])
+        first = dealt.first
         stats = Stats(**first["stats"])
         chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
         self._exchange.check_chosen(chosen)
         self._density.load_state_dict(first["density"])
         # with another number of ranks another exchange may be the cheapest
         self._exchange.resume(chosen)
-        self._momentum.load_states(mine, every)
+        self._momentum.load_states(dealt.mine, dealt.every)
         self._momentum.load_residuals(residuals)
         self._meter.stats = stats
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -63,6 +63,42 @@ def check_states(
     for rank, state in enumerate(states):
         identity = {"version": STATE_VERSION, "world_size": len(states), "rank": rank}
         check_state(state, identity, shapes, feeds_back)
+
+
+class DealtStates(NamedTuple):
+    """What a rank takes up of the states it was given.
+
+    mine: those whose residuals are dealt to it. every: all, or none on a rank that keeps nothing.
+    first: the one whose other entries it takes.
+    """
+
+    states: Sequence[Mapping[str, Any]]
+    mine: Sequence[Mapping[str, Any]]
+    every: Sequence[Mapping[str, Any]]
+    first: Mapping[str, Any]
+
+
+def deal_states(
+    state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    identity: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    feeds_back: bool,
+) -> DealtStates:
+    """Return a rank's part of one state, its own, or of those of every rank of another run.
+
+    identity: the rank's own. Raises what `check_state` or `check_states` raises.
+    """
+    if isinstance(state, Mapping):
+        check_state(state, identity, shapes, feeds_back)
+        return DealtStates([state], [state], [state], state)
+    states = list(state)
+    check_states(states, shapes, feeds_back)
+    owners = identity["world_size"] // identity["ranks_per_node"]
+    owner, follower = divmod(identity["rank"], identity["ranks_per_node"])
+    first = states[min(identity["rank"], len(states) - 1)]
+    if follower:
+        return DealtStates(states, [], [], first)
+    return DealtStates(states, states[owner::owners], states, first)
 
 
 def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
