@@ -134,6 +134,21 @@ def test_a_momentum_that_comes_back_starts_with_the_first_gradient_then(kind: ty
     resumed.step(closure_of(other, resumed, 0))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RAdam, torch.optim.NAdam])
+def test_adams_last_sparse_gradient_is_not_applied_once_more(kind: type[Any]) -> None:
+    model = model_of()
+    optimizer = kind(model.parameters(), lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
+    switch = MomentumSwitch(optimizer, model.parameters())
+    switch.active = True
+    optimizer.step(closure_of(model, optimizer, 0))
+    assert bool(optimizer.state[model.weight]["exp_avg"].any())
+    switch.active = False
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
 def test_schedules_of_rate_and_momentum_are_followed() -> None:
     model, other = model_of(), model_of()
     one = SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -81,10 +81,10 @@ def has_momentum(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
 class MomentumSwitch(StepSwitch):
     """Takes an optimizer's momentum out of its steps while it is `active`.
 
-    Its groups hold the user's values at all times, and are read at every step. What SGD and RMSprop
-    have gathered is dropped whenever `active` changes, so that a momentum that comes back starts
-    with the first gradient then. Adam's kind needs nothing: with beta1 = 0 a step writes its own
-    gradient over exp_avg, and what is left of that one is gone in some steps like any other.
+    Its groups hold the user's values at all times, and are read at every step. What the momentum
+    has gathered is dropped whenever `active` changes, so that one that comes back starts with the
+    first gradient then: SGD's buffer would be of long ago, and Adam's exp_avg is the last sparse
+    gradient at full weight, which beta1 = 0.9 would apply nine times more.
 
     Args:
         optimizer: any torch optimizer. One that no rule is known for is left alone.
@@ -120,6 +120,8 @@ class MomentumSwitch(StepSwitch):
             state = optimizer.state[param]
             if isinstance(optimizer, torch.optim.SGD):
                 state.pop("momentum_buffer", None)
+            elif "exp_avg" in state:
+                state["exp_avg"].zero_()
             elif isinstance(optimizer, torch.optim.RMSprop) and "momentum_buffer" in state:
                 # which it makes with its other state, and never again
                 state["momentum_buffer"].zero_()
