@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topq_dist.compress.averaging import average, sparse_mean, terms_of, write_sum
 from topq_dist.compress.blocks import sum_dtype
+from topq_dist.compress.bounding import bounded, check_bound
 from topq_dist.compress.by_layout import ByLayout
 from topq_dist.compress.cuts import Cut, CutSelector
 from topq_dist.compress.feedback import Layout, Residuals
@@ -88,15 +89,22 @@ class FlatCompressor:
     value_format: one of "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64"; None is the
         gradient's own dtype.
     error_feedback: keep what was not sent, value rounding included, and add it the next time.
+    bound: clip what is sent to so many times the mean magnitude of what is selected of the same
+        row of a cut; what is clipped is kept. None: send it as it is, as a row that is sent whole.
 
-    Raises ValueError for an unknown value format, TypeError for an error_feedback that is no bool.
+    Raises ValueError for an unknown value format, or a bound that is not above zero or comes
+    without error feedback; TypeError for an error_feedback that is no bool or a bound that is no
+    number.
     """
 
-    def __init__(self, *, value_format: str | None, error_feedback: bool) -> None:
+    def __init__(
+        self, *, value_format: str | None, error_feedback: bool, bound: float | None = None
+    ) -> None:
         self.value_format = None if value_format is None else check_value_format(value_format)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback={error_feedback!r}: expected True or False")
         self.error_feedback = error_feedback
+        self.bound = check_bound(bound, error_feedback=error_feedback)
         self.residuals = Residuals()
         self._cut_selectors = ByLayout(CutSelector)
         self._whole_selectors = ByLayout(Selector)
@@ -104,7 +112,8 @@ class FlatCompressor:
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
-        return f"value_format={self.value_format} error_feedback={self.error_feedback}"
+        feedback = f"error_feedback={self.error_feedback} bound={self.bound}"
+        return f"value_format={self.value_format} {feedback}"
 
     def compress(
         self, gradient: Tensor | Pieces, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
@@ -130,9 +139,10 @@ class FlatCompressor:
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
         indices, values = selected.indices, selected.values
+        sent = self._bounded(values, cuts)
         encoded, rest = [], torch.empty_like(values)
         for part, (mine, places) in enumerate(dealt.deal(indices)):
-            encoded.append(encode_frame(dealt.numel_of(part), places, values[mine], value_format))
+            encoded.append(encode_frame(dealt.numel_of(part), places, sent[mine], value_format))
             if residual is not None:
                 rest[mine] = torch.from_numpy(_rest(values[mine], encoded[-1]))
 
@@ -161,8 +171,8 @@ class FlatCompressor:
 
         What compress and commit do for one cut; on the CPU with one pass over memory less.
         """
+        cut = Cut(start=0, rows=1, row_numel=gradient.numel(), kept=kept)
         if not self.error_feedback or gradient.device.type != "cpu":
-            cut = Cut(start=0, rows=1, row_numel=gradient.numel(), kept=kept)
             compressed = self.compress(gradient, layout, [cut])
             compressed.commit()
             return compressed.frames[0]
@@ -173,7 +183,8 @@ class FlatCompressor:
         with selector.taking_up(residual, gradient, kept) as selected:
             if not selected.finite:
                 return encode_non_finite_frame(numel, value_format)
-            encoded = encode_frame(numel, selected.indices, selected.values, value_format)
+            sent = self._bounded(selected.values, [cut])
+            encoded = encode_frame(numel, selected.indices, sent, value_format)
             residual.numpy()[selected.indices.numpy()] = _rest(selected.values, encoded)
         return encoded.frame
 
@@ -234,6 +245,9 @@ class FlatCompressor:
 
         return settled
 
+    def _bounded(self, values: Tensor, cuts: Sequence[Cut]) -> Tensor:
+        return values if self.bound is None else bounded(values, cuts, self.bound)
+
     def _mean_limit(self, layout: Layout, ranks: int) -> float:
         # what is owed is as many times the mean
         if not self.error_feedback:
@@ -251,6 +265,8 @@ class Compressor:
         1. May be set anew between gradients.
     value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64".
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
+    bound: send no magnitude above so many times the mean of those sent with it, and keep what is
+        clipped; None: no bound. Only with error feedback; what is sent whole is not clipped.
 
     With error feedback it takes room for a residual of each name, and each thread that compresses
     for one more, the largest, and for 12 bytes for each of the candidates: four times as many as
@@ -258,10 +274,17 @@ class Compressor:
     """
 
     def __init__(
-        self, *, q: float = 0.99, value_format: str = "fp16", error_feedback: bool = True
+        self,
+        *,
+        q: float = 0.99,
+        value_format: str = "fp16",
+        error_feedback: bool = True,
+        bound: float | None = None,
     ) -> None:
         self.q = check_fraction("q", q)
-        self._flat = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
+        self._flat = FlatCompressor(
+            value_format=value_format, error_feedback=error_feedback, bound=bound
+        )
 
     def compress(self, name: str, gradient: Tensor) -> Tensor:
         """Return the frame of the top-Q part of `gradient` plus what `name` still owes.

@@ -66,6 +66,9 @@ class TopQState:
             steps and keeps the cheapest: "dense" where it is over 5 % faster, else the one of
             fewest bytes among those not over 25 % slower than the fastest. It tries what would
             change a result, "split" and "dense", only with error feedback, "hierarchical" never.
+        bound: clip what is sent to so many times the mean magnitude of what is sent of the same
+            parameter (row with param_ndim, bucket with that scope), and keep what is clipped; None
+            does not. What is sent whole is never clipped. Only with error_feedback.
         scope: keep the top-Q part of each "parameter", or of each "bucket" (fewer and larger
             selections; what is kept then depends on DDP's bucketing). Not with a
             TopQGradientOptimizer.
@@ -90,6 +93,7 @@ class TopQState:
         momentum: MomentumName | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
+        bound: float | None = None,
         exchange: ExchangeName = "auto",
         scope: Scope = "parameter",
         clip_norm: float | None = None,
@@ -111,7 +115,7 @@ class TopQState:
             self._per_node = check_exchange(exchange, self._link, ranks_per_node)
             self._density = make_density(self._names, optimizer, q=q, scope=scope)
             self._compressor = FlatCompressor(
-                value_format=value_format, error_feedback=error_feedback
+                value_format=value_format, error_feedback=error_feedback, bound=bound
             )
             method = check_momentum(
                 momentum,
@@ -295,6 +299,7 @@ def register_topq_hook(
     momentum: MomentumName | None = None,
     error_feedback: bool = True,
     value_format: str | None = DEFAULT_VALUE_FORMAT,
+    bound: float | None = None,
     exchange: ExchangeName = "auto",
     scope: Scope = "parameter",
     clip_norm: float | None = None,
@@ -318,6 +323,7 @@ def register_topq_hook(
         momentum=momentum,
         error_feedback=error_feedback,
         value_format=value_format,
+        bound=bound,
         exchange=exchange,
         scope=scope,
         clip_norm=clip_norm,

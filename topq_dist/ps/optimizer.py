@@ -49,6 +49,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             gradient that comes too late for its version is lost.
         value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
             "fp64"; None is the gradient's own dtype, lossless.
+        bound: clip what is sent to so many times the mean magnitude of what is sent of the same
+            parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
+            What is sent whole is never clipped. Only with error_feedback.
         scope: keep the top-Q part of each "parameter", or ("bucket") of all of a dtype together.
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
@@ -79,6 +82,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         worker: str | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
+        bound: float | None = None,
         scope: Scope = "parameter",
         timeout_s: float = 120.0,
         tls: ClientTls | None = None,
@@ -97,7 +101,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._shards = [
             Shard(
                 {name: named[name] for name in names},
-                FlatCompressor(value_format=value_format, error_feedback=error_feedback),
+                FlatCompressor(
+                    value_format=value_format, error_feedback=error_feedback, bound=bound
+                ),
             )
             for names in shard_by_size(sizes_bytes, addresses).values()
         ]

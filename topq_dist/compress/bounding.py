@@ -1,0 +1,63 @@
+"""Bounded values: no magnitude is sent that is many times the mean of those sent beside it.
+
+What error feedback brings late arrives at once, as large as all the steps that it waited for; the
+part above the bound waits on, in the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.cuts import Cut
+from topq_dist.topq import check_number
+
+
+def check_bound(bound: float | None, *, error_feedback: bool) -> float | None:
+    """Return `bound`, or raise naming it unless it is None or a finite number above zero.
+
+    Raises ValueError as well without error feedback, where what is clipped would be lost.
+    """
+    if bound is None:
+        return None
+    number = check_number("bound", bound)
+    if number <= 0.0:
+        raise ValueError(f"bound={bound!r}: expected None or a number above zero")
+    if not error_feedback:
+        raise ValueError(
+            f"bound={bound!r} with error_feedback=False: expected None, since what is clipped "
+            "would be lost"
+        )
+    return number
+
+
+def bounded(values: Tensor, cuts: Sequence[Cut], bound: float) -> Tensor:
+    """Return the selected values, each row's clipped to `bound` times their mean magnitude.
+
+    `values`, (k,) of fp32 or fp64, finite, on the CPU, are those of the rows of `cuts` in order. A
+    row of which all is selected stays as it is. The difference to `values` is exact: where a value
+    is clipped, the limit is rounded to whatever makes it so.
+    """
+    k, row_numel, rows = (
+        np.array(
+            [(cut.kept, cut.row_numel, cut.rows) for cut in cuts if cut.kept and cut.rows], np.int64
+        )
+        .reshape(-1, 3)
+        .T
+    )
+    k, row_numel = np.repeat(k, rows), np.repeat(row_numel, rows)
+    if not k.size:
+        return values
+    wide = values.numpy()
+    magnitudes = np.abs(wide)
+    # in one piece and in double precision, or the sum would depend on what lies beside a row
+    starts = np.cumsum(k) - k
+    with np.errstate(over="ignore"):
+        limits = np.add.reduceat(magnitudes.astype(np.float64), starts) * (bound / k)
+        limits[k == row_numel] = np.inf
+        excess = np.maximum(magnitudes - np.repeat(limits.astype(wide.dtype), k), 0)
+    # of the rounded excess, not the limit: one of both must give way for their sum to be the value
+    return torch.from_numpy(np.copysign(magnitudes - excess, wide))
