@@ -2,7 +2,8 @@
 
 Half of the mutants keep their stale checksum and must all be refused. The other half get one that
 fits, as an attacker's would, and what is then accepted must be sound: k ascending indices in range,
-finite values, and an index payload that is the only one for these indices and this header.
+finite values, and an index payload that is the only one for these indices and this header, as the
+list of segments is for those.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from topq_dist.compress.frame import (
     peek_header,
 )
 from topq_dist.compress.index_coding import IndexCoding, Indices
-from topq_dist.compress.values import VALUE_FORMATS
+from topq_dist.compress.segment_list import decode_ks, encode_ks
+from topq_dist.compress.values import LOW_BITS, VALUE_FORMATS
 
 # numel, k: every index coding, and the small and odd sizes where edges lie
 SHAPES = [(0, 0), (1, 0), (1, 1), (9, 9), (9, 4), (64, 3), (200, 90), (1000, 10), (5000, 300)]
@@ -48,7 +50,10 @@ class Seed:
 
 
 def make_seeds() -> list[Seed]:
-    """Return one frame for each shape and value format, and one that is not finite."""
+    """Return one frame for each shape and value format, and one that is not finite.
+
+    Frames of 8 bits and fewer come with segments as well, where there can be any.
+    """
     generator = np.random.default_rng(0)
     seeds = [Seed(encode_non_finite_frame(9, "fp16"), 9)]
     for numel, k in SHAPES:
@@ -57,8 +62,14 @@ def make_seeds() -> list[Seed]:
             while len(drawn) < k:
                 drawn.add(int(generator.integers(numel)))
             values = torch.from_numpy(generator.standard_normal(k).astype(np.float32))
-            frame = encode_frame(numel, torch.tensor(sorted(drawn)).long(), values, value_format)
+            indices = torch.tensor(sorted(drawn)).long()
+            frame = encode_frame(numel, indices, values, value_format)
             seeds.append(Seed(frame.frame, numel))
+            if value_format in LOW_BITS and k > 1:
+                first = 1 + k // 2
+                ks = [1] * k if k < 50 else [first, 0, 1, k - 1 - first]
+                frame = encode_frame(numel, indices, values, value_format, segment_ks=ks)
+                seeds.append(Seed(frame.frame, numel))
     return seeds
 
 
@@ -74,6 +85,8 @@ def set_bytes(raw: bytearray, draw: random.Random, seeds: Sequence[Seed]) -> Non
 
 def set_header_field(raw: bytearray, draw: random.Random, seeds: Sequence[Seed]) -> None:
     at, size = draw.choice(((5, 1), (6, 1), (7, 1), (8, 1), (9, 1), (12, 4), (16, 8), (24, 4)))
+    if raw[5:6] == b"\2" and draw.random() < 0.5:
+        at, size = draw.choice(((32, 4), (36, 4)))
     old = int.from_bytes(raw[at : at + size], "little")
     new = draw.choice((old + 1, old - 1, old * 2, old // 2, 0, -1, 1 << draw.randrange(64)))
     raw[at : at + size] = (new % (1 << (8 * size))).to_bytes(size, "little")
@@ -132,8 +145,15 @@ def check_sound(frame: Frame, raw: bytes, numel: int) -> None:
         and (frame.finite or header.k == 0)
     )
     if sound and indices.size:
-        payload = np.frombuffer(raw, np.uint8)[HEADER_BYTES:][: header.index_bytes]
+        payloads = np.frombuffer(raw, np.uint8)[header.header_bytes :]
+        payload, rest = payloads[: header.index_bytes], payloads[header.index_bytes :]
         sound = np.array_equal(payload, index_payload(indices, header))
+        if header.segment_bytes:
+            listed = rest[: header.segment_bytes]
+            ks = decode_ks(listed, header.k)
+            sound &= np.array_equal(encode_ks(ks), listed)
+            sound &= header.blocks == sum(-(-int(one) // 128) for one in ks)
+            sound &= len(ks) > 1 and min(ks) > 0 and sum(map(int, ks)) == header.k
     if not sound:
         raise AssertionError(f"accepted {raw.hex()}")
 

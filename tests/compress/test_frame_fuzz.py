@@ -5,10 +5,13 @@ from topq_dist.compress.frame import peek_header
 from topq_dist.compress.index_coding import IndexCoding
 
 
-def test_the_seeds_cover_every_index_coding() -> None:
+def test_the_seeds_cover_every_index_coding_with_segments_and_without() -> None:
     seeds = make_seeds()
-    assert len(seeds) == len(SHAPES) * 7 + 1
-    assert {peek_header(seed.raw).index_coding for seed in seeds} == set(IndexCoding)
+    cut = [seed for seed in seeds if peek_header(seed.raw).segment_bytes]
+    plain = [seed for seed in seeds if seed not in cut]
+    assert len(plain) == len(SHAPES) * 7 + 1
+    assert len(cut) == sum(k > 1 for _, k in SHAPES) * 3
+    assert {peek_header(seed.raw).index_coding for seed in plain} == set(IndexCoding)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

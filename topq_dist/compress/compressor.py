@@ -16,7 +16,7 @@ from topq_dist.compress.averaging import average, sparse_mean, terms_of, write_s
 from topq_dist.compress.blocks import sum_dtype
 from topq_dist.compress.bounding import bounded, check_bound
 from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.cuts import Cut, CutSelector
+from topq_dist.compress.cuts import Cut, CutSelector, count_between
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
     Buffer,
@@ -122,10 +122,10 @@ class FlatCompressor:
 
         `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order,
         each within a piece.
-        There is one frame (1-D uint8, CPU) for each of `parts` Parts of the vector; where the sum
-        is not finite, each of them says so. Only `commit`, called while `gradient` is still what
-        it was, makes the residual, fp32 or fp64, gradient + residual - sent: until then the step
-        can be dropped as if it had not been.
+        There is one frame (1-D uint8, CPU) for each of `parts` Parts of the vector, with a segment
+        for each cut; where the sum is not finite, each of them says so. Only `commit`, called while
+        `gradient` is still what it was, makes the residual, fp32 or fp64, gradient + residual -
+        sent: until then the step can be dropped as if it had not been.
         """
         gradient = gradient if isinstance(gradient, Pieces) else Pieces([gradient])
         own_format = _own_format(gradient.dtype)
@@ -140,9 +140,12 @@ class FlatCompressor:
             )
         indices, values = selected.indices, selected.values
         sent = self._bounded(values, cuts)
+        ends = np.cumsum([cut.rows * cut.kept for cut in cuts])
         encoded, rest = [], torch.empty_like(values)
         for part, (mine, places) in enumerate(dealt.deal(indices)):
-            encoded.append(encode_frame(dealt.numel_of(part), places, sent[mine], value_format))
+            ks = np.diff(ends, prepend=0) if isinstance(mine, slice) else count_between(mine, ends)
+            numel = dealt.numel_of(part)
+            encoded.append(encode_frame(numel, places, sent[mine], value_format, segment_ks=ks))
             if residual is not None:
                 rest[mine] = torch.from_numpy(_rest(values[mine], encoded[-1]))
 
@@ -193,26 +196,34 @@ class FlatCompressor:
 
         With error feedback, which needs `compress` to have seen `layout`, it holds the largest of
         those that are not zero, as many as the frames do on average, rounded up; `commit` makes the
-        rest this rank's to owe. Without, it holds all that are not zero. It says non-finite where a
-        frame does, or the mean is past what could be owed. Raises FrameError for bytes that are no
-        frame of that part.
+        rest this rank's to owe. Without, it holds all that are not zero. Where a frame has segments
+        the mean has one for each tensor. It says non-finite where a frame does, or the mean is past
+        what could be owed. Raises FrameError for bytes that are no frame of that part.
         """
         dealt = Parts(numel=layout.numel, count=parts)
         numel = dealt.numel_of(part)
         received = [decode_frame(frame, numel=numel) for frame in frames]
-        value_format = peek_header(frames[0]).value_format
+        headers = [peek_header(frame) for frame in frames]
+        value_format = headers[0].value_format
         sent = sum(frame.values.numel() for frame in received)
         mean = sparse_mean(received) if all(frame.finite for frame in received) else None
         if mean is None or not _peak(mean) < self._mean_limit(layout, len(frames)):
             return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
+
+        def encode(places: Tensor, values: Tensor) -> EncodedFrame:
+            ks = None
+            if any(header.segment_bytes for header in headers):
+                ends = np.array([stretch.stop for stretch in layout.stretches()])
+                ks = count_between(dealt.gather(part, places), ends)
+            return encode_frame(numel, places, values, value_format, segment_ks=ks)
+
         if not self.error_feedback:
-            encoded = encode_frame(numel, mean.indices, mean.values, value_format)
-            return Reduced(encoded.frame, _keep_nothing)
+            return Reduced(encode(mean.indices, mean.values).frame, _keep_nothing)
         indices, rest = mean.indices.numpy(), mean.values.numpy()
         # fewer than were sent are left where ranks chose the same, and their values cancel out
         kept = min(-(-sent // len(frames)), rest.size)
         selected = self._mean_selectors.of(layout).select(mean.values, kept)
-        encoded = encode_frame(numel, mean.indices[selected.indices], selected.values, value_format)
+        encoded = encode(mean.indices[selected.indices], selected.values)
         rest[selected.indices.numpy()] = _rest(selected.values, encoded)
         some = rest.nonzero()[0]
         # owed by one rank of many, and divided by their number when it is paid

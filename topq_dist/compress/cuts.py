@@ -55,6 +55,11 @@ class Cut:
         return slice(self.start, self.start + self.rows * self.row_numel)
 
 
+def count_between(ascending: Tensor, ends: Sequence[int] | Indices) -> Indices:
+    """Return how many of these numbers lie below each end, and not below the one before."""
+    return np.diff(np.searchsorted(ascending.numpy(), ends), prepend=0)
+
+
 class CutSelector:
     """Selects from the cuts of one flat vector, step after step."""
 

@@ -1,12 +1,13 @@
 """The frame: (numel, indices, values) as one versioned, checksummed run of bytes.
 
-A header (frame_header.py has its table), then the index payload, then the value payload. There is
-one frame for one content but for the encoder's choice of coding, Rice parameter and scale: unused
-bits are zero, and decoding insists on it.
+A header (frame_header.py has its table), then the index payload, the list of segments where there
+are several, then the value payload. There is one frame for one content but for the encoder's choice
+of coding, Rice parameter and scale: unused bits are zero, and decoding insists on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from topq_dist.compress.frame_header import (
     HEADER_BYTES,
     LARGEST_FIELD,
     LARGEST_NUMEL,
+    SEGMENTS_HEADER_BYTES,
     FrameError,
     FrameHeader,
     checksum_fits,
@@ -32,7 +34,10 @@ from topq_dist.compress.index_coding import (
     encode_indices,
 )
 from topq_dist.compress.kernels import scatter_add
+from topq_dist.compress.lowbit import BLOCK_NUMEL, Counts, block_count
+from topq_dist.compress.segment_list import decode_ks, encode_ks
 from topq_dist.compress.values import (
+    LOW_BITS,
     check_value_format,
     decode_values,
     encode_values,
@@ -90,14 +95,21 @@ class Frame:
 
 
 def encode_frame(
-    numel: int, indices: Tensor, values: Tensor, value_format: str = "fp32"
+    numel: int,
+    indices: Tensor,
+    values: Tensor,
+    value_format: str = "fp32",
+    *,
+    segment_ks: Sequence[int] | Counts | None = None,
 ) -> EncodedFrame:
     """Write `values` at strictly ascending `indices` of a vector of `numel` elements as a frame.
 
-    `indices` is an integer tensor and `values` a float tensor, both of shape (k,). Raises
-    ValueError for indices out of order or range, values that are not finite (see
-    encode_non_finite_frame), an unknown value format, or sizes past the header's fields
-    (k below 2**32, numel at most 2**48).
+    `indices` is an integer tensor and `values` a float tensor, both of shape (k,). `segment_ks`
+    says how many of them each segment of the vector has, in order: the blocks of "int8", "int4" and
+    "int2" begin anew with each, so that its values are rounded as if they were alone. None: the
+    vector is one segment. Raises ValueError for indices out of order or range, values that are not
+    finite (see encode_non_finite_frame), segments that are not of k values, an unknown value
+    format, or sizes past the header's fields (k below 2**32, numel at most 2**48).
     """
     check_value_format(value_format)
     if indices.dim() != 1 or indices.shape != values.shape:
@@ -112,10 +124,14 @@ def encode_frame(
         )
     k = values.numel()
     _check_counts(numel, k)
-    encoded = encode_values(values.detach().cpu(), value_format)
+    ks = None if segment_ks is None else _several_segments(segment_ks, k, value_format)
+    encoded = encode_values(values.detach().cpu(), value_format, segment_ks=ks)
     index = encode_indices(indices.cpu().numpy().astype(np.int64, copy=False), numel)
     if index.payload.size > LARGEST_FIELD:
         raise ValueError(f"{index.payload.size} index bytes: expected at most {LARGEST_FIELD}")
+    listed = np.zeros(0, np.uint8) if ks is None else encode_ks(ks)
+    if listed.size > LARGEST_FIELD:
+        raise ValueError(f"{listed.size} bytes of segments: expected at most {LARGEST_FIELD}")
     frame = _assemble(
         FrameHeader(
             finite=True,
@@ -126,8 +142,11 @@ def encode_frame(
             index_bytes=index.payload.size,
             numel=numel,
             k=k,
+            segment_bytes=listed.size,
+            blocks=None if ks is None else block_count(ks),
         ),
         index.payload,
+        listed,
         encoded.payload,
     )
     return EncodedFrame(frame, encoded.decoded)
@@ -148,15 +167,25 @@ def encode_non_finite_frame(numel: int, value_format: str = "fp32") -> Tensor:
         numel=numel,
         k=0,
     )
-    return _assemble(header, nothing, nothing)
+    return _assemble(header, nothing)
 
 
-def max_frame_bytes(numel: int, k: int, value_format: str) -> int:
-    """Return the length that no frame of k values at any indices below `numel` exceeds."""
+def max_frame_bytes(numel: int, k: int, value_format: str, *, segments: int = 1) -> int:
+    """Return the length that no frame of k values at any indices below `numel` exceeds.
+
+    segments: how many the vector has, at most.
+    """
     check_value_format(value_format)
     if not 0 <= k <= numel:
         raise ValueError(f"k={k!r}: expected a number in [0, numel={numel}]")
-    return HEADER_BYTES + bound_bytes(numel, k) + payload_bytes(k, value_format)
+    length = HEADER_BYTES + bound_bytes(numel, k)
+    several = min(segments, k)
+    if several < 2 or value_format not in LOW_BITS:
+        return length + payload_bytes(k, value_format)
+    # no number is longer than k's own
+    listed = several * encode_ks(np.array([k])).size
+    blocks = -(-k // BLOCK_NUMEL) + several - 1
+    return length + SEGMENTS_HEADER_BYTES + listed + payload_bytes(k, value_format, blocks=blocks)
 
 
 def peek_header(buffer: Buffer) -> FrameHeader:
@@ -189,20 +218,22 @@ def decode_frame(
     raw = raw[: header.frame_bytes]
     if not checksum_fits(raw):
         raise FrameError("checksum does not match: the frame was damaged on its way")
-    index_end = HEADER_BYTES + header.index_bytes
+    index_end = header.header_bytes + header.index_bytes
+    segments_end = index_end + header.segment_bytes
     try:
         indices = decode_indices(
-            raw[HEADER_BYTES:index_end],
+            raw[header.header_bytes : index_end],
             header.index_coding,
             header.rice_bits,
             numel=numel,
             k=header.k,
         )
         values = decode_values(
-            raw[index_end:],
+            raw[segments_end:],
             header.k,
             header.value_format,
             header.exponent,
+            segment_ks=_read_ks(raw[index_end:segments_end], header),
             in_place=in_place,
         )
     except ValueError as error:
@@ -228,11 +259,32 @@ def _as_bytes(buffer: Buffer) -> Bytes:
     return np.frombuffer(view, dtype=np.uint8)
 
 
-def _assemble(header: FrameHeader, index_payload: Bytes, value_payload: Bytes) -> Tensor:
+def _several_segments(
+    segment_ks: Sequence[int] | Counts, k: int, value_format: str
+) -> Counts | None:
+    """Return how many values each segment has that has any; None where nothing hangs on it."""
+    ks = np.asarray(segment_ks, np.int64)
+    if ks.ndim != 1 or (ks < 0).any() or ks.sum() != k:
+        raise ValueError(
+            f"segment_ks of shape {ks.shape} and sum {ks.sum()}: expected a sum of {k}"
+        )
+    ks = ks[ks > 0]
+    return ks if value_format in LOW_BITS and ks.size > 1 else None
+
+
+def _read_ks(listed: Bytes, header: FrameHeader) -> Counts | None:
+    if header.blocks is None:
+        return None
+    ks = decode_ks(listed, header.k)
+    if block_count(ks) != header.blocks:
+        raise ValueError(f"segments of {block_count(ks)} blocks: expected {header.blocks}")
+    return ks
+
+
+def _assemble(header: FrameHeader, *payloads: Bytes) -> Tensor:
     frame = np.empty(header.frame_bytes, dtype=np.uint8)
-    index_end = HEADER_BYTES + index_payload.size
-    frame[HEADER_BYTES:index_end] = index_payload
-    frame[index_end:] = value_payload
+    if payloads:
+        np.concatenate(payloads, out=frame[header.header_bytes :])
     write_header(header, frame)
     return torch.from_numpy(frame)
 

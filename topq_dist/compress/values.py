@@ -15,7 +15,13 @@ from torch import Tensor
 from topq_dist.compress.bits import Bytes
 from topq_dist.compress.casts import cast
 from topq_dist.compress.half_kernels import round_to_half, widen_half
-from topq_dist.compress.lowbit import decode_blocks, encode_blocks, lowbit_bytes
+from topq_dist.compress.lowbit import (
+    BLOCK_NUMEL,
+    Counts,
+    decode_blocks,
+    encode_blocks,
+    lowbit_bytes,
+)
 
 VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")
 WHOLE = {
@@ -24,7 +30,7 @@ WHOLE = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-_LOW_BITS = {"int8": 8, "int4": 4, "int2": 2}
+LOW_BITS = {"int8": 8, "int4": 4, "int2": 2}
 # scaled magnitudes are at most 2**15, clear of fp16's 65504; 2**126 is still normal in fp32, and so
 # is its inverse
 _FP16_TOP_EXPONENT = 15
@@ -58,15 +64,24 @@ def decoded_dtype(value_format: str) -> torch.dtype:
     return torch.float64 if value_format == "fp64" else torch.float32
 
 
-def payload_bytes(count: int, value_format: str) -> int:
-    """Return the bytes that `count` values take in this format, block scales included."""
-    if value_format in _LOW_BITS:
-        return lowbit_bytes(count, _LOW_BITS[value_format])
+def payload_bytes(count: int, value_format: str, *, blocks: int | None = None) -> int:
+    """Return the bytes that `count` values take in this format, block scales included.
+
+    blocks: how many there are of those; None: as few as can be, for the values of one segment.
+    """
+    if value_format in LOW_BITS:
+        fewest = -(-count // BLOCK_NUMEL)
+        return lowbit_bytes(count, LOW_BITS[value_format], fewest if blocks is None else blocks)
     return count * WHOLE[value_format].itemsize
 
 
-def encode_values(values: Tensor, value_format: str) -> EncodedValues:
+def encode_values(
+    values: Tensor, value_format: str, *, segment_ks: Counts | None = None
+) -> EncodedValues:
     """Encode `values`, a 1-D CPU tensor of any float dtype.
+
+    segment_ks: how many of them each segment has, which adds up to all; None: there is one. Only
+        formats of 8 bits and fewer ask.
 
     A finite value that the format cannot hold becomes the largest that it can. "fp16" is scaled by
     one power of two, chosen from the largest magnitude, so that neither large nor tiny gradients
@@ -89,8 +104,9 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
     single = wide.astype(np.float32)
     if value_format == "fp32":
         return EncodedValues(single.view(np.uint8), 0, torch.from_numpy(single))
-    if value_format in _LOW_BITS:
-        payload, levels = encode_blocks(single, _LOW_BITS[value_format])
+    if value_format in LOW_BITS:
+        ks = _one_segment(single.size) if segment_ks is None else segment_ks
+        payload, levels = encode_blocks(single, LOW_BITS[value_format], ks)
         return EncodedValues(payload, 0, torch.from_numpy(levels))
     stored = cast(torch.from_numpy(single), torch.bfloat16)
     payload = stored.view(torch.int16).numpy().view(np.uint8)
@@ -98,15 +114,23 @@ def encode_values(values: Tensor, value_format: str) -> EncodedValues:
 
 
 def decode_values(
-    payload: Bytes, count: int, value_format: str, exponent: int, *, in_place: bool = False
+    payload: Bytes,
+    count: int,
+    value_format: str,
+    exponent: int,
+    *,
+    segment_ks: Counts | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """Return the `count` values of `payload`, fp32 (fp64 for "fp64"), in memory of their own.
 
+    segment_ks: as it was encoded with.
     in_place: the caller leaves `payload` to the values, which are then a view of it where that can
         be. Raises ValueError where one is NaN or infinite, or padding bits are not zero.
     """
-    if value_format in _LOW_BITS:
-        decoded = torch.from_numpy(decode_blocks(payload, count, _LOW_BITS[value_format]))
+    if value_format in LOW_BITS:
+        ks = _one_segment(count) if segment_ks is None else segment_ks
+        decoded = torch.from_numpy(decode_blocks(payload, count, LOW_BITS[value_format], ks))
     elif value_format in ("fp64", "fp32"):
         number = np.dtype(np.float64 if value_format == "fp64" else np.float32)
         aligned = payload.ctypes.data % number.alignment == 0
@@ -131,6 +155,10 @@ def exponent_is_valid(value_format: str, exponent: int) -> bool:
     if value_format == "fp16":
         return _LOWEST_EXPONENT <= exponent <= _HIGHEST_EXPONENT
     return exponent == 0
+
+
+def _one_segment(count: int) -> Counts:
+    return np.array([count], np.int64)
 
 
 def _as_floats(values: Tensor, dtype: torch.dtype) -> npt.NDArray[np.floating]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from topq_dist.compress.cuts import Cut
+from topq_dist.compress.cuts import Cut, count_between
 from topq_dist.compress.density import uniform_cuts
 from topq_dist.compress.frame import FrameError, decode_frame, encode_frame
 from topq_dist.compress.selection import Selection, Selector
@@ -196,9 +196,11 @@ class TopQDownlink:
             self._catch_up(params)
             return _full(params)
         parts = []
-        for vector, found in zip(self._spec.vectors, chosen, strict=True):
+        for vector, found, cuts in zip(self._spec.vectors, chosen, self._cuts, strict=True):
             value_format = self._value_format or vector.value_format
-            frame, decoded = encode_frame(vector.numel, *found, value_format)
+            # less than was asked for, where little has changed
+            ks = count_between(found[0], [cut.stretch.stop for cut in cuts])
+            frame, decoded = encode_frame(vector.numel, *found, value_format, segment_ks=ks)
             parts.append((frame, found[0], decoded))
         for negative, vector, (_, indices, decoded) in zip(
             self._negative, self._spec.vectors, parts, strict=True

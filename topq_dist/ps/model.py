@@ -78,8 +78,13 @@ class VectorSpec:
     @property
     def max_frame_bytes(self) -> int:
         """Length that no frame of the vector exceeds, in whatever value format."""
-        # fp64 is the widest, and no index coding is longer than a bitmap
-        return max_frame_bytes(self.numel, self.numel, "fp64") + -(-self.numel // 8)
+        # fp64 is the widest, but for a few values each in a segment of its own; no index coding is
+        # longer than a bitmap
+        longest = max(
+            max_frame_bytes(self.numel, self.numel, value_format, segments=self.numel)
+            for value_format in ("fp64", "int8")
+        )
+        return longest + -(-self.numel // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
