@@ -268,6 +268,8 @@ def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> Non
         ({"timeout_s": 0}, "timeout_s=0"),
         ({"scope": "layer"}, "scope='layer'"),
         ({"value_format": "fp8"}, "fp8"),
+        ({"bound": 0.0}, "bound=0.0"),
+        ({"bound": 2.0, "error_feedback": False}, "bound=2.0 with error_feedback=False"),
         ({"servers": []}, "servers is empty"),
         ({"servers": "nowhere"}, "nowhere"),
         ({"named_parameters": []}, "no trainable parameter"),
@@ -286,6 +288,20 @@ def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
         ParameterServerOptimizer(make_model().parameters(), "127.0.0.1:1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="servers=5: expected HOST:PORT"):
         ParameterServerOptimizer(make_model().named_parameters(), 5)  # type: ignore[arg-type]
+
+
+def test_what_is_clipped_arrives_later(tmp_path: Path) -> None:
+    with serving(tmp_path, {"inner_opt": "sgd", "options": {"lr": 1.0}}) as server:
+        model = nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        with connect(model, server, q=0.5, bound=1.0) as optimizer:
+            model.weight.grad = torch.tensor([[2.0, -6.0, 1.0, 0.5]])
+            optimizer.step()
+            assert model.weight.tolist() == [[-2.0, 4.0, 0.0, 0.0]]
+            model.weight.grad.zero_()
+            optimizer.step()
+            # -2 and 1 of what was left, to their mean magnitude
+            assert model.weight.tolist() == [[-2.0, 5.5, -1.0, 0.0]]
 
 
 def test_a_model_that_the_servers_options_do_not_go_with_is_refused(tmp_path: Path) -> None:
