@@ -112,6 +112,34 @@ def optimizer_step() -> str:
     )
 
 
+def device() -> str:
+    """Return compress() on a GPU beside torch.topk, and what hooks add to a step of a GPT there."""
+    lines = []
+    found = results("device")
+    rows = {(row["method"], row["numel"], row["q"]): row for row in found["rows"]}
+    for method, numel, q in rows:
+        if method != "compress()":
+            continue
+        ours, topk = (rows[name, numel, q] for name in (method, "torch.topk"))
+        lines.append(
+            [
+                f"`compress()`, {numel / 1e6:g} M fp32 elements, q = {q:g}",
+                (
+                    f"{1e3 * statistics.median(ours['times_s']):.2f} ms: {ours['copies']:.0f} "
+                    f"copies on the device, `torch.topk` {topk['copies']:.0f}"
+                ),
+            ]
+        )
+    steps = results("device_ddp")
+    step_ms = {name: 1e3 * statistics.median(row["times_s"]) for name, row in steps["rows"].items()}
+    lines += [
+        [f"a step of a GPT of 124 M parameters, {name}", f"{taken_ms:.0f} ms{added}"]
+        for name, taken_ms in step_ms.items()
+        for added in ["" if name == "dense" else f", {taken_ms - step_ms['dense']:+.0f} to dense"]
+    ]
+    return markdown([f"on one {found['machine']['device']}", "measured"], lines)
+
+
 def engine() -> str:
     """Return the engine's own figures: speed, size, volume and memory."""
     lines = [*speed().items(), *size().items(), *volume().items(), *beyond_dense().items()]
@@ -260,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "accuracy_ps": accuracy_ps,
     "ddp_step": ddp_step,
+    "device": device,
     "engine": engine,
     "optimizer_step": optimizer_step,
     "ps_load": ps_load,

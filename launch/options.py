@@ -41,7 +41,7 @@ RECIPES = {
         inner_opt="sgd", lr=0.3, lr_schedule="constant", steps=1200, batch_size=8
     ),
 }
-DEFAULT_Q = 0.99
+DEFAULT_Q = 0.97
 DEFAULT_DOWNLINK: Downlink = "topq"
 DEFAULT_DOWNLINK_Q = 0.99
 CHECKPOINT_EVERY = 100

@@ -32,7 +32,9 @@ def main(options: Rank) -> None:
     state = None
     if options.mode == "topq":
         # by default, a link fast enough gets dense gradients: those are the other mode here
-        state = register_topq_hook(model, q=training.q, exchange="allgather")  # <== 2. topq_dist
+        state = register_topq_hook(
+            model, optimizer, q=training.q, exchange="allgather"
+        )  # <== 2. topq_dist
 
     run = DdpRun(options, data, model, optimizer, state)
     for step in run.steps():

@@ -90,7 +90,8 @@ class FlatCompressor:
         gradient's own dtype.
     error_feedback: keep what was not sent, value rounding included, and add it the next time.
     bound: clip what is sent to so many times the mean magnitude of what is selected of the same
-        row of a cut; what is clipped is kept. None: send it as it is, as a row that is sent whole.
+        row of a cut; what is clipped is kept. None: send it as it is. A row of which half or more
+        is selected is never clipped.
 
     Raises ValueError for an unknown value format, or a bound that is not above zero or comes
     without error feedback; TypeError for an error_feedback that is no bool or a bound that is no
@@ -277,7 +278,8 @@ class Compressor:
     value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64".
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
     bound: send no magnitude above so many times the mean of those sent with it, and keep what is
-        clipped; None: no bound. Only with error feedback; what is sent whole is not clipped.
+        clipped; None: no bound. Only with error feedback; what is half sent or more is not
+        clipped.
 
     With error feedback it takes room for a residual of each name, and each thread that compresses
     for one more, the largest, and for 12 bytes for each of the candidates: four times as many as

@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.cuts import Cut
+from topq_dist.compress.defaults import DEFAULT_Q
 from topq_dist.compress.density import Scope, check_scope, uniform_cuts
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.topq import check_fraction, draw_q, kept_count, row_shape
-
-# what a hook sends that is told nothing else: the pair that wins at a hundredth of the bytes
-DEFAULT_Q = 0.97
-DEFAULT_VALUE_FORMAT = "int2"
 
 
 class Density(Protocol):

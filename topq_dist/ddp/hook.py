@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_VALUE_FORMAT, usual_bound
 from topq_dist.compress.density import Scope
 from topq_dist.compress.feedback import Layout
 from topq_dist.ddp.checks import (
@@ -25,7 +26,7 @@ from topq_dist.ddp.checks import (
     trainable_names,
 )
 from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
-from topq_dist.ddp.density import DEFAULT_VALUE_FORMAT, FixedDensity, make_density
+from topq_dist.ddp.density import FixedDensity, make_density
 from topq_dist.ddp.exchange import Link
 from topq_dist.ddp.messages import agree, tell_of_failure
 from topq_dist.ddp.momentum import MomentumName
@@ -68,7 +69,7 @@ class TopQState:
             change a result, "split" and "dense", only with error feedback, "hierarchical" never.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (row with param_ndim, bucket with that scope), and keep what is clipped; None
-            does not. What is sent whole is never clipped. Only with error_feedback.
+            does not. What is half sent or more is never clipped. Only with error_feedback.
         scope: keep the top-Q part of each "parameter", or of each "bucket" (fewer and larger
             selections; what is kept then depends on DDP's bucketing). Not with a
             TopQGradientOptimizer.
@@ -93,7 +94,7 @@ class TopQState:
         momentum: MomentumName | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
-        bound: float | None = None,
+        bound: float | None = DEFAULT_BOUND,
         exchange: ExchangeName = "auto",
         scope: Scope = "parameter",
         clip_norm: float | None = None,
@@ -115,7 +116,9 @@ class TopQState:
             self._per_node = check_exchange(exchange, self._link, ranks_per_node)
             self._density = make_density(self._names, optimizer, q=q, scope=scope)
             self._compressor = FlatCompressor(
-                value_format=value_format, error_feedback=error_feedback, bound=bound
+                value_format=value_format,
+                error_feedback=error_feedback,
+                bound=usual_bound(bound, error_feedback=error_feedback),
             )
             method = check_momentum(
                 momentum,
@@ -299,7 +302,7 @@ def register_topq_hook(
     momentum: MomentumName | None = None,
     error_feedback: bool = True,
     value_format: str | None = DEFAULT_VALUE_FORMAT,
-    bound: float | None = None,
+    bound: float | None = DEFAULT_BOUND,
     exchange: ExchangeName = "auto",
     scope: Scope = "parameter",
     clip_norm: float | None = None,

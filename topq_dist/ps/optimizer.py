@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.defaults import (
+    DEFAULT_BOUND,
+    DEFAULT_Q,
+    DEFAULT_VALUE_FORMAT,
+    usual_bound,
+)
 from topq_dist.compress.density import Scope, check_scope
 from topq_dist.ps.arguments import addresses_of, checked_worker, trainable
 from topq_dist.ps.client import ServerClient
@@ -30,8 +36,6 @@ _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed
 _HASTY_CLOSE_S = 5.0
 _LOOK_S = 0.1
-DEFAULT_Q = 0.99
-DEFAULT_VALUE_FORMAT: str | None = None
 
 
 class ParameterServerOptimizer(torch.optim.Optimizer):
@@ -51,7 +55,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "fp64"; None is the gradient's own dtype, lossless.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
-            What is sent whole is never clipped. Only with error_feedback.
+            What is half sent or more is never clipped. Only with error_feedback.
         scope: keep the top-Q part of each "parameter", or ("bucket") of all of a dtype together.
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
@@ -82,7 +86,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         worker: str | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
-        bound: float | None = None,
+        bound: float | None = DEFAULT_BOUND,
         scope: Scope = "parameter",
         timeout_s: float = 120.0,
         tls: ClientTls | None = None,
@@ -102,7 +106,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             Shard(
                 {name: named[name] for name in names},
                 FlatCompressor(
-                    value_format=value_format, error_feedback=error_feedback, bound=bound
+                    value_format=value_format,
+                    error_feedback=error_feedback,
+                    bound=usual_bound(bound, error_feedback=error_feedback),
                 ),
             )
             for names in shard_by_size(sizes_bytes, addresses).values()

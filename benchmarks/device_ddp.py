@@ -1,0 +1,171 @@
+"""What the hook adds to a DDP step on one GPU: a GPT of 124 M parameters, NCCL, one rank.
+
+    python benchmarks/device_ddp.py
+
+bf16 autocast, AdamW, 8 sequences of 1,024 random tokens; with one rank nothing crosses a link, so
+what is measured is the work beside the backward pass. Dense, fp16_compress_hook, PowerSGD rank 1
+and top-Q in turn, each on a model made anew; prints medians and what each adds to dense, writes
+runs/device_ddp.json. Without a GPU it says so and exits with 2; with `--device cpu --layers 1
+--width 64` it runs all the same, on gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from console import integer_from, say, text_table
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist import register_topq_hook
+
+OUT = Path(__file__).resolve().parents[1] / "runs"
+VOCABULARY, HEAD_WIDTH = 50_304, 64
+
+
+class Gpt(nn.Module):
+    """A decoder whose embedding and head share their weight, as GPT-2's do."""
+
+    def __init__(self, layers: int, width: int, context: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, max(1, width // HEAD_WIDTH), 4 * width, 0.0, "gelu", batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(layers)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids) + self.places.weight
+        for block in self.blocks:
+            hidden = block(hidden, src_mask=self.mask, is_causal=True)
+        return functional.linear(self.norm(hidden), self.tokens.weight)
+
+
+def methods() -> dict[str, Callable[[DistributedDataParallel], Any]]:
+    """Return by name what registers each method's hook."""
+    return {
+        "dense": lambda _: None,
+        "fp16_compress_hook": lambda model: model.register_comm_hook(
+            None, default_hooks.fp16_compress_hook
+        ),
+        "PowerSGD rank 1": lambda model: model.register_comm_hook(
+            powerSGD_hook.PowerSGDState(None, 1, start_powerSGD_iter=2),
+            powerSGD_hook.powerSGD_hook,
+        ),
+        "topq_dist, q = 0.99": lambda model: register_topq_hook(
+            model, q=0.99, value_format="fp16", exchange="allgather"
+        ),
+        "topq_dist, q = 0.97, int2": lambda model: register_topq_hook(
+            model, q=0.97, value_format="int2", exchange="allgather"
+        ),
+    }
+
+
+def measure(
+    register: Callable[[DistributedDataParallel], Any], options: argparse.Namespace
+) -> tuple[list[float], int]:
+    """Return the seconds of each measured step and the peak of device memory in bytes."""
+    device: torch.device = options.device
+    torch.manual_seed(0)
+    model = Gpt(options.layers, options.width, options.context).to(device)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    register(ddp)
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (options.batch, options.context)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times_s = []
+    for step in range(options.warm_up + options.steps):
+        ids = torch.randint(VOCABULARY, shape, generator=generator, device=device)
+        settle(device)
+        start_s = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = ddp(ids)
+        loss = functional.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        settle(device)
+        if step >= options.warm_up:
+            times_s.append(time.perf_counter() - start_s)
+    return times_s, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--layers", type=integer_from(1), default=12)
+    parser.add_argument("--width", type=integer_from(64), default=768)
+    parser.add_argument("--context", type=integer_from(8), default=1024)
+    parser.add_argument("--batch", type=integer_from(1), default=8)
+    parser.add_argument("--warm-up", type=integer_from(1), default=6, help="steps not counted")
+    parser.add_argument("--steps", type=integer_from(1), default=10, help="steps measured")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON")
+    options = parser.parse_args(argv)
+    on_gpu = options.device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        sys.stderr.write("device_ddp.py: no CUDA device here: expected one, or --device cpu\n")
+        sys.exit(2)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+    rows: dict[str, tuple[list[float], int]] = {}
+    for name, register in methods().items():
+        times_s, peak_bytes = measure(register, options)
+        rows[name] = times_s, peak_bytes
+        say(f"{name}: {statistics.median(times_s) * 1e3:.1f} ms")
+    dist.destroy_process_group()
+    report = {
+        "benchmark": "device_ddp",
+        "machine": {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+        },
+        "settings": {k: str(v) for k, v in vars(options).items() if k != "out"},
+        "rows": {n: {"times_s": t, "peak_bytes": p} for n, (t, p) in rows.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "device_ddp.json").write_text(json.dumps(report, indent=1) + "\n")
+    median_ms = {name: 1e3 * statistics.median(times_s) for name, (times_s, _) in rows.items()}
+    cells = {
+        name: [
+            f"{median_ms[name]:.1f} ms",
+            f"{median_ms[name] - median_ms['dense']:+.1f} ms",
+            f"{peak_bytes / 1e9:.2f} GB",
+        ]
+        for name, (_, peak_bytes) in rows.items()
+    }
+    title = f"GPT, {options.layers} layers of {options.width}, one rank"
+    print(text_table(title, ["step", "over dense", "peak memory"], cells))
+
+
+if __name__ == "__main__":
+    main()

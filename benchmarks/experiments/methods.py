@@ -1,0 +1,96 @@
+"""The methods of the report by name, and which of them is tried on which task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emulated_ranks import Method
+
+FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
+METHODS = {
+    method.name: method
+    for method in (
+        Method(name="dense", kind="dense"),
+        Method(name="dense, no momentum", kind="dense", momentum_free=True),
+        Method(name="fp16 hook", kind="fp16"),
+        Method(name="PowerSGD 1", kind="powersgd", rank=1),
+        Method(name="PowerSGD 4", kind="powersgd", rank=4),
+        Method(name="top-Q"),
+        Method(name="top-Q, q=0.99", q=0.99),
+        Method(name="top-Q, q=0.998", q=0.998),
+        *(
+            Method(name=f"top-Q, q=0.99, {name}", q=0.99, value_format=name)
+            for name in FORMATS
+            if name != "int2"
+        ),
+        Method(
+            name="top-Q, q=0.99, fp16, optimizer's momentum",
+            q=0.99,
+            value_format="fp16",
+            momentum="optimizer",
+            bound=None,
+        ),
+        Method(name="top-Q, no bound", bound=None),
+        Method(name="top-Q, optimizer's momentum", momentum="optimizer"),
+        Method(name="top-Q, corrected", momentum="corrected"),
+        Method(name="top-Q, adam", momentum="adam"),
+    )
+}
+_MAIN = ["dense", "top-Q"]
+_ONE, _RARE = "top-Q, q=0.99", "top-Q, q=0.998"
+_PEERS = ["dense, no momentum", "fp16 hook", "PowerSGD 1", "PowerSGD 4"]
+_OURS = ["top-Q, optimizer's momentum", "top-Q, corrected", "top-Q, no bound"]
+_FORMATS = [f"top-Q, q=0.99, {name}" for name in FORMATS if name != "int2"]
+_OLD = ["top-Q, q=0.99, fp16, optimizer's momentum"]
+
+
+ALL_SEEDS = (0, 1, 2)
+
+
+def _rows(
+    task: str,
+    steps: int,
+    methods: list[str],
+    *,
+    workers: int = 4,
+    seeds: tuple[int, ...] = ALL_SEEDS,
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "steps": steps,
+        "workers": workers,
+        "methods": methods,
+        "seeds": seeds,
+    }
+
+
+def _long(*seeds: int) -> list[dict[str, Any]]:
+    return [
+        _rows("gpt-moby", 3000, [*_MAIN, _ONE], seeds=seeds),
+        _rows("cifar10-sgd", 4500, [*_MAIN, _RARE], seeds=seeds),
+        _rows("gpt-shakespeare", 3000, [*_MAIN, _ONE], seeds=seeds),
+        _rows("cifar10-adamw", 4500, [*_MAIN, _RARE], seeds=seeds),
+    ]
+
+
+# in the order in which they are worth having
+PLAN: list[dict[str, Any]] = [
+    _rows("cifar10-sgd", 1500, [*_MAIN, _RARE]),
+    _rows("gpt-moby", 1000, [*_MAIN, _ONE]),
+    _rows("gpt-shakespeare", 1000, [*_MAIN, _ONE]),
+    _rows("gpt-moby", 1000, _MAIN, workers=2),
+    _rows("gpt-shakespeare", 1000, _MAIN, workers=2),
+    _rows("cifar10-adamw", 1500, [*_MAIN, _RARE]),
+    _rows("tied-onecycle", 200, [*_MAIN, _ONE, "top-Q, adam"]),
+    _rows("tied-cycles", 200, [*_MAIN, _ONE, "top-Q, adam"]),
+    *_long(0),
+    _rows("lstm-moby", 1000, _MAIN),
+    _rows("recommender", 1000, _MAIN),
+    _rows("gpt-shakespeare", 1000, _FORMATS, seeds=(0,)),
+    _rows("cifar10-sgd", 1500, [*_PEERS, *_OURS, *_OLD], seeds=(0,)),
+    _rows("gpt-moby", 1000, [*_PEERS, *_OURS, "top-Q, adam", *_OLD], seeds=(0,)),
+    _rows("fashion-sgd", 1500, _MAIN),
+    _rows("digits-sgd", 500, _MAIN),
+    *_long(1),
+    *_long(2),
+]
