@@ -292,16 +292,16 @@ def test_bad_knobs_are_named(knobs: Options, message: str) -> None:
 
 def test_what_is_clipped_arrives_later(tmp_path: Path) -> None:
     with serving(tmp_path, {"inner_opt": "sgd", "options": {"lr": 1.0}}) as server:
-        model = nn.Linear(4, 1, bias=False)
+        model = nn.Linear(5, 1, bias=False)
         nn.init.zeros_(model.weight)
-        with connect(model, server, q=0.5, bound=1.0) as optimizer:
-            model.weight.grad = torch.tensor([[2.0, -6.0, 1.0, 0.5]])
+        with connect(model, server, q=0.6, bound=1.0) as optimizer:
+            model.weight.grad = torch.tensor([[2.0, -6.0, 1.0, 0.5, 0.0]])
             optimizer.step()
-            assert model.weight.tolist() == [[-2.0, 4.0, 0.0, 0.0]]
+            assert model.weight.tolist() == [[-2.0, 4.0, 0.0, 0.0, 0.0]]
             model.weight.grad.zero_()
             optimizer.step()
             # -2 and 1 of what was left, to their mean magnitude
-            assert model.weight.tolist() == [[-2.0, 5.5, -1.0, 0.0]]
+            assert model.weight.tolist() == [[-2.0, 5.5, -1.0, 0.0, 0.0]]
 
 
 def test_a_model_that_the_servers_options_do_not_go_with_is_refused(tmp_path: Path) -> None:

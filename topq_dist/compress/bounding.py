@@ -53,12 +53,14 @@ def bounded(values: Tensor, cuts: Sequence[Cut], bound: float) -> Tensor:
     if not k.size:
         return values
     wide = values.numpy()
-    magnitudes = np.abs(wide)
     # in one piece and in double precision, or the sum would depend on what lies beside a row
-    starts = np.cumsum(k) - k
+    magnitudes, starts = np.abs(wide).astype(np.float64), np.cumsum(k) - k
     with np.errstate(over="ignore"):
-        limits = np.add.reduceat(magnitudes.astype(np.float64), starts) * (bound / k)
+        limits = np.add.reduceat(magnitudes, starts) * (bound / k)
         limits[2 * k >= row_numel] = np.inf
-        excess = np.maximum(magnitudes - np.repeat(limits.astype(wide.dtype), k), 0)
-    # of the rounded excess, not the limit: one of both must give way for their sum to be the value
-    return torch.from_numpy(np.copysign(magnitudes - excess, wide))
+        limit = np.repeat(limits.astype(wide.dtype), k)
+    clipped = np.minimum(wide, limit)
+    np.maximum(clipped, np.negative(limit, out=limit), out=clipped)
+    # one of sent and excess must give way for their sum to be the value: the limit, not the excess
+    excess = np.subtract(wide, clipped, out=clipped)
+    return torch.from_numpy(np.subtract(wide, excess, out=excess))
