@@ -120,14 +120,26 @@ class Auto(Exchange):
     def sparse(self) -> bool:  # type: ignore[override]
         return self._exchange.sparse
 
+    @property
+    def dense_steps(self) -> int:
+        return self._exchanges[_DENSE].dense_steps if _DENSE in self._exchanges else 0
+
+    @dense_steps.setter
+    def dense_steps(self, steps: int) -> None:
+        if _DENSE in self._exchanges:
+            self._exchanges[_DENSE].dense_steps = steps
+
     def launch(self, job: Job) -> Pending:
         return self._exchange.launch(job)
 
     def begin_step(self) -> None:
         """Account for the step that has ended, and go on to the next trial or decide."""
         self._take_up_resumed()
-        if self._chosen is not None:
-            return
+        if self._chosen is None:
+            self._account()
+        self._exchange.begin_step()
+
+    def _account(self) -> None:
         now_s, wire_bytes = time.perf_counter(), self._link.meter.stats.wire_bytes
         trial = self._trial
         if self._began_s is not None:

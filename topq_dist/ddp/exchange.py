@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
 import torch
@@ -80,11 +79,13 @@ class Exchange(ABC):
     tells: whether every rank's frames tell every other rank of its settings and of a failure;
     where they do not, the pipeline does. sparse: whether the step that has begun sends a part of
     each gradient, and not all of it. chosen: what "auto" has decided on, None for all others.
+    dense_steps: how many steps have sent everything, by which the residual is paid out.
     """
 
     tells = True
     sparse = True
     chosen: str | None = None
+    dense_steps = 0
 
     @abstractmethod
     def launch(self, job: Job) -> Pending:
@@ -174,10 +175,12 @@ class Dense(Exchange):
         self._link = link
         self._compressor = compressor
         self._unpaid_steps = unpaid_steps
-        self._steps = ByLayout(lambda: count())
+
+    def begin_step(self) -> None:
+        self.dense_steps += 1
 
     def launch(self, job: Job) -> Pending:
-        step = next(self._steps.of(job.layout))
+        step = self.dense_steps - 1
         left = self._unpaid_steps + _PAY_STEPS - step
         share = 0.0 if step < self._unpaid_steps else 1.0 / max(1, left)
         return _Reducing(job, self._link, self._compressor, share)

@@ -241,6 +241,7 @@ class TopQState:
             "momentum": self._momentum.state_dict(),
             "density": self._density.state_dict(),
             "chosen_exchange": self.chosen_exchange,
+            "dense_steps": self._exchange.dense_steps,
             "stats": vars(self._meter.stats).copy(),
         }
 
@@ -267,6 +268,8 @@ class TopQState:
         self._density.load_state_dict(first["density"])
         # with another number of ranks another exchange may be the cheapest
         self._exchange.resume(chosen)
+        if isinstance(state, Mapping):
+            self._exchange.dense_steps = first.get("dense_steps", 0)
         self._momentum.load_states(dealt.mine, dealt.every)
         self._momentum.load_residuals(residuals)
         self._meter.stats = stats

@@ -37,6 +37,10 @@ def check_state(
             raise ValueError(f"state lacks {key!r}: expected what state_dict returned")
         if not isinstance(state[key], kind):
             raise TypeError(f"state has {key}={state[key]!r}: expected what state_dict returned")
+    # states of before lack it
+    dense_steps = state.get("dense_steps", 0)
+    if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
+        raise ValueError(f"state has dense_steps={dense_steps!r}: expected a whole number from 0")
     if set(state["stats"]) != set(vars(Stats())):
         raise ValueError(
             f"state has stats of {list(state['stats'])}: expected {list(vars(Stats()))}"
