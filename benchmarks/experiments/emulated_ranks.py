@@ -37,8 +37,8 @@ class Method:
     """A way to exchange gradients.
 
     q, value_format, momentum, bound: of the hook. rank: of PowerSGD.
-    lr: times the task's rate. momentum_free: the optimizer's momentum or beta1 is 0 from the start,
-    and SGD's rate ten times as high, which is where its 0.9 leads.
+    lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate goes with it,
+    so that rate / (1 - momentum) stays what it is at 0.9.
     warm: (part of the steps, q in them).
     """
 
@@ -49,7 +49,7 @@ class Method:
     momentum: MomentumName = "feedback"
     bound: float | None = DEFAULT_BOUND
     rank: int = 1
-    momentum_free: bool = False
+    beta: float = _MOMENTUM
     lr: float = 1.0
     warm: tuple[float, float] | None = None
 
@@ -126,10 +126,10 @@ class Ranks:
         numel = self._layout.numel
         self._flats = [torch.zeros(numel) for _ in range(workers)]
         self._average = torch.zeros(numel)
-        lr, beta = task.lr * method.lr, _MOMENTUM
-        if method.momentum_free:
-            lr, beta = lr / (1 - _MOMENTUM if task.optimizer == "sgd" else 1.0), 0.0
-        self._optimizer = task.make_optimizer(model, lr=lr, momentum=beta)
+        lr = task.lr * method.lr
+        if task.optimizer == "sgd" and method.beta != _MOMENTUM:
+            lr *= (1 - method.beta) / (1 - _MOMENTUM)
+        self._optimizer = task.make_optimizer(model, lr=lr, momentum=method.beta)
         self._scheduler = _scheduler(task, self._optimizer, steps)
         self.dense_bytes = self.sent_bytes = 0
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

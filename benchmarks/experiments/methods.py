@@ -6,12 +6,20 @@ from typing import Any
 
 from emulated_ranks import Method
 
+STUDIED_Q = (0.9, 0.97, 0.99, 0.999)
+STUDIED_BETA = (0.0, 0.5, 0.9)
+
+
+def _studied(q: float, beta: float) -> str:
+    return f"top-Q, q={q:g}, optimizer's momentum {beta:g}"
+
+
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
 METHODS = {
     method.name: method
     for method in (
         Method(name="dense", kind="dense"),
-        Method(name="dense, no momentum", kind="dense", momentum_free=True),
+        Method(name="dense, no momentum", kind="dense", beta=0.0),
         Method(name="fp16 hook", kind="fp16"),
         Method(name="PowerSGD 1", kind="powersgd", rank=1),
         Method(name="PowerSGD 4", kind="powersgd", rank=4),
@@ -33,6 +41,11 @@ METHODS = {
         Method(name="top-Q, no bound", bound=None),
         Method(name="top-Q, optimizer's momentum", momentum="optimizer"),
         Method(name="top-Q, corrected", momentum="corrected"),
+        *(
+            Method(name=_studied(q, beta), q=q, beta=beta, momentum="optimizer")
+            for q in STUDIED_Q
+            for beta in STUDIED_BETA
+        ),
         Method(name="top-Q, adam", momentum="adam"),
     )
 }
@@ -73,6 +86,7 @@ def _long(*seeds: int) -> list[dict[str, Any]]:
     ]
 
 
+_STUDY = [_studied(q, beta) for q in STUDIED_Q for beta in STUDIED_BETA]
 # in the order in which they are worth having
 PLAN: list[dict[str, Any]] = [
     _rows("cifar10-sgd", 1500, [*_MAIN, _RARE]),
@@ -83,15 +97,21 @@ PLAN: list[dict[str, Any]] = [
     _rows("gpt-shakespeare", 1000, [*_MAIN, _ONE]),
     _rows("cifar10-adamw", 1500, [*_MAIN, _RARE]),
     _rows("gpt-shakespeare", 1000, _MAIN, workers=2),
-    _rows("cifar10-sgd", 1500, [*_PEERS, *_OURS, *_OLD], seeds=(0,)),
+    _rows("cifar10-sgd", 4500, [*_MAIN, _RARE], seeds=(0,)),
+    _rows("gpt-moby", 3000, [*_MAIN, _ONE], seeds=(0,)),
+    _rows("gpt-moby", 1000, _FORMATS, seeds=(0,)),
     _rows("lstm-moby", 1000, _MAIN, seeds=(0,)),
     _rows("recommender", 1000, _MAIN, seeds=(0,)),
-    *_long(0),
-    _rows("gpt-moby", 1000, [*_FORMATS, *_PEERS, *_OURS, "top-Q, adam", *_OLD], seeds=(0,)),
-    _rows("fashion-sgd", 1500, _MAIN),
+    _rows("gpt-moby", 1000, _STUDY, workers=2, seeds=(0,)),
+    _rows("cifar10-sgd", 1500, [*_PEERS, *_OURS, *_OLD], seeds=(0,)),
+    _rows("cifar10-sgd", 1500, _STUDY, workers=2, seeds=(0,)),
+    _rows("gpt-moby", 1000, [*_PEERS, *_OURS, "top-Q, adam", *_OLD], seeds=(0,)),
+    _rows("gpt-shakespeare", 3000, [*_MAIN, _ONE], seeds=(0,)),
+    _rows("cifar10-adamw", 4500, [*_MAIN, _RARE], seeds=(0,)),
     _rows("digits-sgd", 500, _MAIN),
     _rows("lstm-moby", 1000, _MAIN, seeds=(1, 2)),
     _rows("recommender", 1000, _MAIN, seeds=(1, 2)),
+    _rows("fashion-sgd", 1500, _MAIN),
     *_long(1),
     *_long(2),
 ]
