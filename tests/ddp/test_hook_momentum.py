@@ -28,7 +28,12 @@ pytestmark = pytest.mark.gloo
 Q = 0.9
 STEPS = 6
 METHODS: tuple[MomentumName, ...] = ("feedback", "corrected", "adam", "optimizer")
-PLAINLY: dict[str, Any] = {"q": Q, "exchange": "allgather", "value_format": None}
+PLAINLY: dict[str, Any] = {
+    "q": Q,
+    "exchange": "allgather",
+    "value_format": None,
+    "bound": None,
+}
 Make = Callable[[Any], Optimizer]
 
 
@@ -41,7 +46,7 @@ def adamw(parameters: Any, **options: Any) -> Optimizer:
 
 
 def hooked(make: Make, **options: Any) -> tuple[DistributedDataParallel, Optimizer, TopQState]:
-    """Return a model of several buckets, its optimizer, and its hook; q, fp32 and all-gather."""
+    """Return a model of several buckets, optimizer and hook; q, fp32, no bound, all-gather."""
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
     optimizer = make(model.parameters())
     options = PLAINLY | options

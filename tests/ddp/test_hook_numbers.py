@@ -17,6 +17,8 @@ from topq_dist import TopQGradientOptimizer, register_topq_hook
 
 pytestmark = pytest.mark.gloo
 STEPS = 20
+# what is sent is what the references send, to the bit
+EXACT: dict[str, Any] = {"value_format": None, "bound": None}
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def paired_on_one_rank(rank: int) -> bool:
     train(alone, top_q(alone), rank)
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
     optimizer = top_q(model.module)
-    register_topq_hook(model, optimizer, value_format=None, error_feedback=False)
+    register_topq_hook(model, optimizer, error_feedback=False, **EXACT)
     train(model, optimizer, rank)
     assert_same(parameters_of(model.module), parameters_of(alone))
     assert not torch.equal(next(model.module.parameters()), next(small_model().parameters()))
@@ -87,13 +89,13 @@ def trained_by_ranks(rank: int, error_feedback: bool) -> dict[str, dict[str, Ten
             model,
             optimizer,
             momentum="optimizer",
-            value_format=None,
             error_feedback=error_feedback,
+            **EXACT,
         )
     train(model, optimizer, rank)
     trained["paired"] = parameters_of(model.module)
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
-    state = register_topq_hook(model, q=0.9, value_format=None, error_feedback=error_feedback)
+    state = register_topq_hook(model, q=0.9, error_feedback=error_feedback, **EXACT)
     train(model, sgd(model), rank)
     trained["unpaired"] = parameters_of(model.module)
     trained["residuals"] = state.state_dict()["residuals"]
@@ -122,7 +124,7 @@ def test_four_ranks_equal_a_single_process_reference(tmp_path: Path, error_feedb
 
 def feedback_keeps_everything(rank: int) -> bool:
     model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
-    state = register_topq_hook(model, q=0.95, value_format=None)
+    state = register_topq_hook(model, q=0.95, **EXACT)
     optimizer = sgd(model)
     for step in range(STEPS):
         before = state.state_dict()["residuals"]

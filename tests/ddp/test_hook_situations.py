@@ -27,6 +27,8 @@ from topq_dist.topq import kept_count, row_shape
 pytestmark = pytest.mark.gloo
 Q = 0.9
 STEPS = 5
+# what is sent is what the plain hook sends, to the bit
+PLAINLY: dict[str, Any] = {"value_format": None, "bound": None, "exchange": "allgather"}
 
 
 class PlainState:
@@ -154,7 +156,7 @@ def check(
     # small buckets, so that there are several
     options = {"process_group": group, "bucket_cap_mb": 0.005} | options
     hooked = DistributedDataParallel(net(), **options)
-    state = register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather")
+    state = register_topq_hook(hooked, q=Q, **PLAINLY)
     train(hooked, torch.optim.SGD(hooked.parameters(), lr=0.2, momentum=0.9), rank)
     plain = DistributedDataParallel(net(), **options)
     plain_state = PlainState(whole)
@@ -206,7 +208,7 @@ def several_groups(rank: int) -> None:
 
     hooked = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
     optimizer = TopQGradientOptimizer(groups(hooked.module), lr=0.2)
-    register_topq_hook(hooked, optimizer, value_format=None, exchange="allgather")
+    register_topq_hook(hooked, optimizer, **PLAINLY)
     plain = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
     settings: dict[Tensor, dict[str, Any]] = {}
     for group in groups(plain.module):
@@ -241,8 +243,7 @@ def amp(rank: int) -> None:
         state = register_topq_hook(
             model,
             q=Q,
-            value_format=None,
-            exchange="allgather",
+            **PLAINLY,
             grad_scaler=scaler if scaled else None,
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
@@ -273,7 +274,7 @@ def amp(rank: int) -> None:
 def clipped(rank: int) -> None:
     limit = 0.05
     hooked = DistributedDataParallel(Net(), bucket_cap_mb=0.005)
-    register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather", clip_norm=limit)
+    register_topq_hook(hooked, q=Q, clip_norm=limit, **PLAINLY)
     alone = Net()
     residuals: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -298,7 +299,7 @@ def clipped(rank: int) -> None:
 def bucket_scope(rank: int) -> None:
     """One bucket: the top-Q part of all parameters together."""
     hooked = DistributedDataParallel(Net())
-    state = register_topq_hook(hooked, q=Q, value_format=None, exchange="allgather", scope="bucket")
+    state = register_topq_hook(hooked, q=Q, scope="bucket", **PLAINLY)
     alone = Net()
     residual = None
     for step in range(STEPS):
@@ -342,14 +343,14 @@ def subgroups_and_residuals(rank: int) -> list[dict[str, Any]]:
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     check("subgroup", plainly, rank, group=halves[rank // 2])
     model = DistributedDataParallel(Net())
-    state = register_topq_hook(model, q=Q, value_format=None, exchange="allgather")
+    state = register_topq_hook(model, q=Q, **PLAINLY)
     backward(model, 0, rank)
     return [state.state_dict()]
 
 
 def resumed_by(rank: int, folder: Path, states: list[dict[str, Any]]) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net())
-    state = register_topq_hook(model, q=Q, value_format=None, exchange="allgather")
+    state = register_topq_hook(model, q=Q, **PLAINLY)
     mine = states[0] | {"rank": rank, "world_size": dist.get_world_size()}
     name = next(iter(mine["residuals"]))
     for bad in (
