@@ -72,7 +72,7 @@ def test_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     trainings = compare.check(options(tmp_path, "--steps 7"))
     assert list(trainings) == ["dense", "topq"]
     said = capsys.readouterr().out
-    for part in ("digits", "898", "899", "2 ranks", "sgd", "7 steps", "q 0.99"):
+    for part in ("digits", "898", "899", "2 ranks", "sgd", "7 steps", "q 0.97"):
         assert part in said
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_resume(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("line", "message"),
     [
         ("--ranks 3", "ranks 2, here 3"),
-        ("--q 0.5", "q 0.99, here 0.5"),
+        ("--q 0.5", "q 0.97, here 0.5"),
         ("--inner-opt adam --lr 0.1", "inner optimizer sgd, here adam"),
         ("--seed 1", "seed 0, here 1"),
         ("--lr-schedule linear", "learning rate schedule unknown, here linear"),
