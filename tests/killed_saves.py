@@ -39,7 +39,7 @@ MOMENTS = 20
 def snapshot_of(version: int) -> Snapshot:
     """Return a snapshot all of whose parts tell its version."""
     matrix = torch.full((1000, 400), float(version))
-    payload = bytes([version]) * 100
+    payload = version.to_bytes(4, "little") * 25
     return Snapshot(
         run="run",
         point=Point(version=version, chain=bytes([version % 256]) * 32) if version else START,
@@ -113,9 +113,10 @@ def _save_for_ever(directory: Path) -> None:
     version = latest.point.version if latest else 0
     said = os.open(directory / "said", os.O_WRONLY | os.O_CREAT)
     while True:
+        # first what was found: the one before may have been killed before it said so
+        os.pwrite(said, b"%10d" % version, 0)
         version += 1
         state.save(snapshot_of(version))
-        os.pwrite(said, b"%10d" % version, 0)
 
 
 def _fork(work: Callable[[], None]) -> int:
