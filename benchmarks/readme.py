@@ -75,6 +75,52 @@ def accuracy() -> str:
     return markdown(heads, lines)
 
 
+# what a task trains, and with what
+TASK_TITLES = {
+    "cifar10-sgd": "CIFAR-10, CNN of 118 k parameters, SGD with momentum",
+    "cifar10-adamw": "CIFAR-10, the same CNN, AdamW",
+    "gpt-moby": "Moby Dick, GPT of 427 k parameters, AdamW",
+    "gpt-shakespeare": "Shakespeare, GPT of 361 k parameters, AdamW",
+    "fashion-sgd": "Fashion-MNIST, CNN, SGD with momentum",
+    "digits-sgd": "digits, MLP, SGD with momentum",
+    "lstm-moby": "Moby Dick, LSTM, AdamW",
+    "recommender": "Moby Dick's words, two embeddings, AdamW",
+}
+
+
+def convergence() -> str:
+    """Return the hook's defaults beside dense, for the tasks where both have been run."""
+    runs: dict[tuple[str, int, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    for line in (RESULTS / "convergence.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        place = runs.setdefault((run["task"], run["workers"], run["steps"]), {})
+        place.setdefault(run["method"], {})[run["seed"]] = run
+    lines = []
+    for title_of, title in TASK_TITLES.items():
+        for (task, workers, steps), methods in sorted(runs.items()):
+            dense, ours = methods.get("dense", {}), methods.get("top-Q", {})
+            seeds = sorted(dense.keys() & ours.keys())
+            if task != title_of or not seeds:
+                continue
+            one, two = (
+                statistics.fmean(of[seed]["test"] for seed in seeds) for of in (dense, ours)
+            )
+            is_loss = "AdamW" in title and task != "cifar10-adamw"
+            lines.append(
+                [
+                    title,
+                    f"{workers}, {steps:,}",
+                    f"{one:.3f}" if is_loss else f"{one:.2f} %",
+                    f"{two:.3f}" if is_loss else f"{two:.2f} %",
+                    f"{100 * (two / one - 1):+.1f} %" if is_loss else f"{two - one:+.2f} points",
+                    f"**{statistics.fmean(ours[seed]['ratio'] for seed in seeds):.0f} x**",
+                    str(len(seeds)),
+                ]
+            )
+    heads = ["accuracy, or loss in nats, on the test part", "ranks, steps", "dense", "defaults"]
+    return markdown([*heads, "difference", "fewer bytes", "seeds"], lines)
+
+
 def ddp_step() -> str:
     """Return what the exchange adds to a step, by hook, link and number of hosts."""
     found = results("ddp_step")
@@ -287,6 +333,7 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "accuracy_ps": accuracy_ps,
+    "convergence": convergence,
     "ddp_step": ddp_step,
     "device": device,
     "engine": engine,
