@@ -35,7 +35,8 @@ PLAIN: Options = {"inner_opt": "sgd", "options": {"lr": 0.1}}
 def connect(
     model: nn.Module, *servers: ParameterServer, worker: int = 0, **knobs: Any
 ) -> ParameterServerOptimizer:
-    knobs = {"q": 0.0, "timeout_s": 30, "worker": f"w{worker}", **knobs}
+    exact = {"q": 0.0, "value_format": None, "bound": None}
+    knobs = {**exact, "timeout_s": 30, "worker": f"w{worker}", **knobs}
     addresses = [str(server.address) for server in servers]
     return ParameterServerOptimizer(model.named_parameters(), addresses, **knobs)
 
