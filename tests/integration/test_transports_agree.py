@@ -22,6 +22,8 @@ Options = dict[str, Any]
 STEPS = 50
 WORKERS = 3
 Q = 0.9
+# what a single process does, to the bit
+EXACT: Options = {"value_format": None, "bound": None}
 OPTIMIZERS: dict[str, Options] = {
     "sgd": {"lr": 0.1, "momentum": 0.9},
     "adamw": {"lr": 0.01, "weight_decay": 0.1},
@@ -58,7 +60,7 @@ def test_three_workers_equal_one_process_on_the_joined_batch(tmp_path: Path, nam
         def work(worker: int) -> Tensor:
             model = make_model()
             with ParameterServerOptimizer(
-                model.named_parameters(), server.address, q=0.0, worker=f"worker{worker}"
+                model.named_parameters(), server.address, q=0.0, worker=f"worker{worker}", **EXACT
             ) as pushing:
                 for step in range(STEPS):
                     pushing.zero_grad()
@@ -84,7 +86,7 @@ def ranks_with_the_hook(rank: int) -> list[Tensor]:
             model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
             optimizer = inner(name, model.parameters(), kernels)
             # momentum out of it, as the server does
-            register_topq_hook(model, optimizer, q=Q, value_format=None, exchange="allgather")
+            register_topq_hook(model, optimizer, q=Q, exchange="allgather", **EXACT)
             for step in range(STEPS):
                 optimizer.zero_grad()
                 loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]
@@ -115,7 +117,7 @@ def test_the_hook_and_the_server_arrive_at_the_same_bits(
         def work(rank: int) -> Tensor:
             model = small_models[rank]
             with ParameterServerOptimizer(
-                model.named_parameters(), server.address, q=Q, worker=f"rank{rank}"
+                model.named_parameters(), server.address, q=Q, worker=f"rank{rank}", **EXACT
             ) as optimizer:
                 for step in range(STEPS):
                     optimizer.zero_grad()
