@@ -107,7 +107,7 @@ def _save_and_die(directory: Path, point: str) -> None:
     state.save(snapshot_of(2))
 
 
-def _save_for_ever(directory: Path) -> None:
+def _save_for_ever(directory: Path, told: int) -> None:
     state = StateDir(directory)
     latest = state.load()
     version = latest.point.version if latest else 0
@@ -115,6 +115,7 @@ def _save_for_ever(directory: Path) -> None:
     while True:
         # first what was found: the one before may have been killed before it said so
         os.pwrite(said, b"%10d" % version, 0)
+        os.write(told, b".")
         version += 1
         state.save(snapshot_of(version))
 
@@ -134,16 +135,28 @@ def _main(directory: Path) -> None:
         child = _fork(lambda point=point: _save_and_die(directory / point, point))  # type: ignore[misc]
         print(point, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     moments = random.Random(4)
+    save_s = 0.02
     for _ in range(MOMENTS):
-        child = _fork(lambda: _save_for_ever(directory / "moments"))
-        time.sleep(0.02 + 0.03 * moments.random())
+        heard, told = os.pipe()
+        child = _fork(lambda told=told: _save_for_ever(directory / "moments", told))  # type: ignore[misc]
+        os.close(told)
+        # so many saves, as long as they take here, and then within the next
+        os.read(heard, 1)
+        began_s = time.monotonic()
+        saves = moments.randrange(3)
+        for _ in range(saves):
+            os.read(heard, 1)
+        if saves:
+            save_s = (time.monotonic() - began_s) / saves
+        time.sleep(save_s * moments.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        told = directory / "moments" / "said"
+        os.close(heard)
+        last = directory / "moments" / "said"
         with StateDir(directory / "moments") as state:
             latest = state.load()
         found = latest.point.version if latest else 0
-        said = int(told.read_text() or 0) if told.exists() else 0
+        said = int(last.read_text() or 0) if last.exists() else 0
         print("moment", said, found, flush=True)
 
 
