@@ -366,7 +366,8 @@ class TestTheWorkersGroups:
 
 
 def connect(model: torch.nn.Module, address: object, **knobs: Any) -> ParameterServerOptimizer:
-    knobs = {"q": 0.0, "worker": "w0", "timeout_s": 30, **knobs}
+    exact = {"q": 0.0, "value_format": None, "bound": None}
+    knobs = {**exact, "worker": "w0", "timeout_s": 30, **knobs}
     return ParameterServerOptimizer(model.named_parameters(), str(address), **knobs)
 
 
