@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from topq_dist.optim.groups import ParamGroup
 from topq_dist.optim.step_switch import StepSwitch
 
+_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 _INNER_NAMES = ("inner_opt", "optim", "optimizer", "base_optimizer")
 
 MomentumRule: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -114,17 +115,18 @@ class MomentumSwitch(StepSwitch):
 
     def _changed_over(self) -> None:
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or self._rule is None:
             return
         for param in self._parameters & optimizer.state.keys():
             state = optimizer.state[param]
             if isinstance(optimizer, torch.optim.SGD):
+                # its own begins with the whole of a first gradient
                 state.pop("momentum_buffer", None)
-            elif "exp_avg" in state:
-                state["exp_avg"].zero_()
-            elif isinstance(optimizer, torch.optim.RMSprop) and "momentum_buffer" in state:
-                # which it makes with its other state, and never again
-                state["momentum_buffer"].zero_()
+                continue
+            for name in _MOMENTS.intersection(state):
+                # others make it with the rest of their state, and never again
+                if isinstance(state[name], Tensor):
+                    state[name].zero_()
 
     def _stepped(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.RMSprop):

@@ -109,9 +109,12 @@ class StepSwitch(ABC):
         view.topq_switch, view.topq_viewed = self, viewed
         return view
 
-    def _after(self, optimizer: Optimizer) -> None:
+    def _write_back(self) -> None:
         for seen in self._seen:
             seen.write_back()
+
+    def _after(self, optimizer: Optimizer, view: Any) -> None:
+        _write_back(view)
         self._seen = []
         if self._active:
             self._stepped(optimizer)
@@ -132,7 +135,7 @@ class ShownGroup(NamedTuple):
         """Give the group what the step has written to what was not replaced."""
         for name, value in self.shown.items():
             if name not in self.replaced and self.before.get(name, _MISSING) is not value:
-                self.group[name] = value
+                self.group[name] = self.before[name] = value
 
 
 def _part(group: ParamGroup, mine: list[bool]) -> dict[str, Any]:
@@ -141,13 +144,28 @@ def _part(group: ParamGroup, mine: list[bool]) -> dict[str, Any]:
 
 
 class _View:
-    """What every view is an instance of, beside the class of its optimizer."""
+    """What every view is an instance of, beside the class of its optimizer.
+
+    topq_switch: whose it is. topq_viewed: another switch's view, or the optimizer.
+    """
 
     __slots__ = ()
+
+    topq_switch: StepSwitch
+    topq_viewed: Any
+
+
+def _write_back(view: Any) -> None:
+    # the outermost first: its groups may be those that another switch shows
+    while isinstance(view, _View):
+        view.topq_switch._write_back()
+        view = view.topq_viewed
 
 
 def _view_class(kind: type[Optimizer]) -> type:
     def show(view: Any) -> list[ParamGroup]:
+        # a step that asks again is to read what it has written
+        _write_back(view)
         switch: StepSwitch = view.topq_switch
         return switch._groups(view.topq_viewed.param_groups)
 
@@ -194,4 +212,4 @@ class _After(_StepHook):
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switch = self.switch_for(optimizer)
         if switch is not None:
-            switch._after(optimizer)
+            switch._after(optimizer, args[0])

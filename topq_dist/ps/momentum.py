@@ -81,9 +81,10 @@ class MomentumOut:
             self._is_out = False
             for state in self._inner.state.values():
                 # the last sparse gradient, whole: with beta1 it would be applied 1 / (1 - beta1)
-                # times
+                # times, and Muon keeps it likewise
                 if "exp_avg" in state:
                     state["exp_avg"].zero_()
+                state.pop("momentum_buffer", None)
         if isinstance(self._inner, torch.optim.RMSprop):
             self._give_buffers()
 
