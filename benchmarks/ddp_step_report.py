@@ -23,6 +23,7 @@ COLORS = {
     "powersgd4": "#9cc3e6",
     "topk": "#e0a458",
     "topq": "#c0392b",
+    "topq_defaults": "#7f1d1d",
     "topq_allgather": "#e8837a",
     "topq_split": "#7b4173",
     "topq_dense": "#c994c7",

@@ -113,6 +113,10 @@ def _register_topq(
     )
 
 
+def _register_topq_defaults(model: DistributedDataParallel) -> "topq_dist.TopQState":
+    return topq_dist.register_topq_hook(model)
+
+
 def _powersgd(rank: int) -> Hook:
     return Hook(
         title=f"PowerSGD rank {rank}",
@@ -142,9 +146,16 @@ HOOKS: dict[str, Hook] = {
         title="torch.topk + all_gather, 1 %", register=_register_plain_topk, warmup_steps=3
     ),
     "topq": _topq("auto"),
+    "topq_defaults": Hook(
+        title="topq_dist, its defaults",
+        register=_register_topq_defaults,
+        warmup_steps=6,
+        chooses=True,
+        note="q = 0.97, two-bit values, bounded",
+    ),
     "topq_allgather": _topq("allgather"),
     "topq_split": _topq("split"),
     "topq_dense": _topq("dense"),
 }
 # the single exchanges are there to explain what "auto" chose
-DEFAULT_HOOKS = ("dense", "fp16", "powersgd1", "powersgd4", "topk", "topq")
+DEFAULT_HOOKS = ("dense", "fp16", "powersgd1", "powersgd4", "topk", "topq", "topq_defaults")

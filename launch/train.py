@@ -1,6 +1,6 @@
 """A plain DistributedDataParallel training script; topq_dist adds the two marked lines.
 
-    torchrun --standalone --nproc-per-node 2 launch/train.py --data digits --q 0.99
+    torchrun --standalone --nproc-per-node 2 launch/train.py --data digits
 
 Without --dense it trains with top-Q gradients; `launch/train.sh` runs it both ways.
 """

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 DEFAULT_Q = 0.97
 DEFAULT_VALUE_FORMAT = "int2"
-DEFAULT_BOUND = 1.0
+DEFAULT_BOUND = float("1.0")  # an object of its own: a caller's 1.0 is not it
 
 
 def usual_bound(bound: float | None, *, error_feedback: bool) -> float | None:
-    """Return `bound`, or None for the default one where there is no error feedback to go with."""
-    return None if bound == DEFAULT_BOUND and not error_feedback else bound
+    """Return `bound`, or None for the default where no error feedback would keep what it clips.
+
+    A bound that the caller has given stays, and is refused without error feedback.
+    """
+    return None if bound is DEFAULT_BOUND and not error_feedback else bound

@@ -1,0 +1,16 @@
+"""The defaults of hook and worker, and the one that goes only with another."""
+
+from __future__ import annotations
+
+import pytest
+
+from topq_dist.compress.bounding import check_bound
+from topq_dist.compress.defaults import DEFAULT_BOUND, usual_bound
+
+
+def test_only_the_default_bound_goes_with_the_error_feedback() -> None:
+    assert usual_bound(DEFAULT_BOUND, error_feedback=True) == 1.0
+    assert usual_bound(DEFAULT_BOUND, error_feedback=False) is None
+    asked = usual_bound(1.0, error_feedback=False)
+    with pytest.raises(ValueError, match="bound=1.0 with error_feedback=False"):
+        check_bound(asked, error_feedback=False)
