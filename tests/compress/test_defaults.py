@@ -12,5 +12,5 @@ def test_only_the_default_bound_goes_with_the_error_feedback() -> None:
     assert usual_bound(DEFAULT_BOUND, error_feedback=True) == 1.0
     assert usual_bound(DEFAULT_BOUND, error_feedback=False) is None
     asked = usual_bound(1.0, error_feedback=False)
-    with pytest.raises(ValueError, match="bound=1.0 with error_feedback=False"):
+    with pytest.raises(ValueError, match=r"bound=1\.0 with error_feedback=False"):
         check_bound(asked, error_feedback=False)
