@@ -90,7 +90,10 @@ class Auto(Exchange):
             known = ", ".join(self._exchanges)
             raise ValueError(f"state has chosen_exchange={chosen!r}: expected one of {known}")
 
-    def resume(self, chosen: str | None) -> None:
+    def resume(self, chosen: str | None, dense_steps: int) -> None:
+        for exchange in self._exchanges.values():
+            # what has not been chosen is tried anew, and a trial pays nothing
+            exchange.resume(None, 0 if chosen is None else dense_steps)
         if len(self._exchanges) > 1:
             self._resumed = chosen
 
@@ -121,13 +124,8 @@ class Auto(Exchange):
         return self._exchange.sparse
 
     @property
-    def dense_steps(self) -> int:
+    def dense_steps(self) -> int:  # type: ignore[override]
         return self._exchanges[_DENSE].dense_steps if _DENSE in self._exchanges else 0
-
-    @dense_steps.setter
-    def dense_steps(self, steps: int) -> None:
-        if _DENSE in self._exchanges:
-            self._exchanges[_DENSE].dense_steps = steps
 
     def launch(self, job: Job) -> Pending:
         return self._exchange.launch(job)

@@ -79,7 +79,8 @@ class Exchange(ABC):
     tells: whether every rank's frames tell every other rank of its settings and of a failure;
     where they do not, the pipeline does. sparse: whether the step that has begun sends a part of
     each gradient, and not all of it. chosen: what "auto" has decided on, None for all others.
-    dense_steps: how many steps have sent everything, by which the residual is paid out.
+    dense_steps: how many steps have sent everything, by which the residual is paid out; 0 of one
+    that never does.
     """
 
     tells = True
@@ -101,8 +102,8 @@ class Exchange(ABC):
     def check_chosen(self, chosen: str | None) -> None:  # noqa: B027
         """Raise ValueError unless `resume` can take this up."""
 
-    def resume(self, chosen: str | None) -> None:  # noqa: B027
-        """Take up what "auto" had chosen in the run that is resumed."""
+    def resume(self, chosen: str | None, dense_steps: int) -> None:  # noqa: B027
+        """Take up what "auto" had chosen in the run that is resumed, and its dense_steps."""
 
 
 class AllGather(Exchange):
@@ -178,6 +179,9 @@ class Dense(Exchange):
 
     def begin_step(self) -> None:
         self.dense_steps += 1
+
+    def resume(self, chosen: str | None, dense_steps: int) -> None:
+        self.dense_steps = dense_steps
 
     def launch(self, job: Job) -> Pending:
         step = self.dense_steps - 1

@@ -266,10 +266,10 @@ class TopQState:
         chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
         self._exchange.check_chosen(chosen)
         self._density.load_state_dict(first["density"])
-        # with another number of ranks another exchange may be the cheapest
-        self._exchange.resume(chosen)
-        if isinstance(state, Mapping):
-            self._exchange.dense_steps = first.get("dense_steps", 0)
+        # with another number of ranks another exchange may be the cheapest, and what is dealt out
+        # anew is paid anew
+        dense_steps = first.get("dense_steps", 0) if isinstance(state, Mapping) else 0
+        self._exchange.resume(chosen, dense_steps)
         self._momentum.load_states(dealt.mine, dealt.every)
         self._momentum.load_residuals(residuals)
         self._meter.stats = stats

@@ -77,6 +77,12 @@ def make_momentum(
             names, residuals, optimizer, skip_unused=skip_unused, summed_ranks=summed_ranks
         )
     if momentum_rule(optimizer) is None:
+        if momentum == "corrected":
+            raise ValueError(
+                f"momentum='corrected' with {type(stepping(optimizer)).__name__}, whose own "
+                "momentum would act as well, since nothing is known of it: say how to take it out "
+                "with topq_dist.register_momentum_rule"
+            )
         _warn(
             f"nothing is known of the momentum of {type(stepping(optimizer)).__name__}, which is "
             "left as it is behind error feedback, itself a momentum: say how to take it out with "
@@ -131,4 +137,4 @@ def _check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
 
 def _warn(message: str) -> None:
     # at the caller of register_topq_hook
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(message, stacklevel=5)
