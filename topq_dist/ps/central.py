@@ -86,7 +86,7 @@ class CentralModel:
             return
         if any(group_momentum(group) is None for group in self._inner.param_groups):
             raise InvalidError(
-                f"momentum={given!r}: expected none, {type(self._inner).__name__} has no momentum"
+                f"{len(given)} momenta: expected none, {type(self._inner).__name__} has no momentum"
             )
         if len(given) != len(self._group_names):
             raise InvalidError(

@@ -162,10 +162,11 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
     what = f"push {header.sequence} of {header.id.worker!r}"
     if push_digest(lr, frames, momentum) != header.digest:
         raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
-    if not all(np.isfinite(value) for value in lr):
-        raise NonFiniteError(f"{what} has lr={lr!r}: expected finite numbers")
-    if any(value < 0 for value in lr):
-        raise InvalidError(f"{what} has lr={lr!r}: expected numbers of at least 0")
+    for value in lr:
+        if not np.isfinite(value):
+            raise NonFiniteError(f"{what} has lr={value!r}: expected finite numbers")
+        if value < 0:
+            raise InvalidError(f"{what} has lr={value!r}: expected numbers of at least 0")
     decoded = []
     for number, (frame, vector) in enumerate(
         zip(frames, spec.vectors if frames else (), strict=True)
