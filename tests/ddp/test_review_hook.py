@@ -74,6 +74,17 @@ def test_corrected_is_refused_where_the_optimizers_own_momentum_would_act_as_wel
         register_topq_hook(model, Unknown(model.parameters()), momentum="corrected")
 
 
+@pytest.mark.parametrize("method", ["feedback", "corrected", "adam"])
+def test_parameters_of_another_optimizer_are_named(
+    method: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    optimizer = torch.optim.AdamW(model.module[0].parameters())
+    register_topq_hook(model, optimizer, momentum=method, exchange="allgather")
+    assert "holds 2 of 4 trainable parameters" in caplog.text
+    assert "1.weight first" in caplog.text
+
+
 def test_what_sparse_steps_leave_after_dense_ones_is_paid_in_shares() -> None:
     model, optimizer, state = hooked(exchange="dense")
     train(model, optimizer, 40)

@@ -72,6 +72,7 @@ def make_momentum(
     """
     if momentum == "optimizer" or optimizer is None:
         return Momentum(names, residuals)
+    _say_whose_stay(optimizer, names)
     if momentum == "adam":
         return AdamMomentum(
             names, residuals, optimizer, skip_unused=skip_unused, summed_ranks=summed_ranks
@@ -87,16 +88,6 @@ def make_momentum(
             f"nothing is known of the momentum of {type(stepping(optimizer)).__name__}, which is "
             "left as it is behind error feedback, itself a momentum: say how to take it out with "
             "topq_dist.register_momentum_rule, or momentum='optimizer' to leave it"
-        )
-    held = {param for group in optimizer.param_groups for param in group["params"]}
-    left = [name for param, name in names.items() if param not in held]
-    if left:
-        _log.warning(
-            "the hook's optimizer holds %d of %d trainable parameters: of the one that steps the "
-            "others, %s first, the momentum stays as it is",
-            len(names) - len(left),
-            len(names),
-            left[0],
         )
     # one that cannot be taken out is an error now, not in the first step
     has_momentum(optimizer, names)
@@ -132,6 +123,19 @@ def _check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
         raise ValueError(
             f"optimizer holds none of the {len(names)} trainable parameters of the model: expected "
             "the optimizer that steps them"
+        )
+
+
+def _say_whose_stay(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    left = [name for param, name in names.items() if param not in held]
+    if left:
+        _log.warning(
+            "the hook's optimizer holds %d of %d trainable parameters: of the one that steps the "
+            "others, %s first, the momentum stays as it is",
+            len(names) - len(left),
+            len(names),
+            left[0],
         )
 
 
