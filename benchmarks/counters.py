@@ -30,7 +30,16 @@ def tcp_sent_bytes() -> int:
 
 def _acked_bytes(descriptor: int) -> int:
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as one:
+        copy = os.dup(descriptor)
+    except OSError:
+        return 0  # closed since it was listed
+    try:
+        one = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return 0  # no socket
+    try:
+        with one:
             if one.type != socket.SOCK_STREAM or one.family not in (
                 socket.AF_INET,
                 socket.AF_INET6,
@@ -38,7 +47,7 @@ def _acked_bytes(descriptor: int) -> int:
                 return 0
             info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     except OSError:
-        return 0  # no socket, or closed since it was listed
+        return 0
     return int(struct.unpack_from("=Q", info, _BYTES_ACKED_OFFSET)[0])
 
 

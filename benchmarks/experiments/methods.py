@@ -47,6 +47,7 @@ METHODS = {
             for beta in STUDIED_BETA
         ),
         Method(name="top-Q, adam", momentum="adam"),
+        Method(name="top-Q, q=0.99, adam", q=0.99, momentum="adam"),
     )
 }
 _MAIN = ["dense", "top-Q"]
@@ -91,7 +92,7 @@ _STUDY = [_studied(q, beta) for q in STUDIED_Q for beta in STUDIED_BETA]
 PLAN: list[dict[str, Any]] = [
     _rows("cifar10-sgd", 1500, [*_MAIN, _RARE]),
     _rows("gpt-moby", 1000, [*_MAIN, _ONE]),
-    _rows("tied-cycles", 200, [*_MAIN, _ONE, "top-Q, adam"]),
+    _rows("tied-cycles", 200, [*_MAIN, _ONE, "top-Q, adam", "top-Q, q=0.99, adam"]),
     _rows("tied-onecycle", 200, [*_MAIN, _ONE, "top-Q, adam"]),
     _rows("gpt-moby", 1000, _MAIN, workers=2),
     _rows("gpt-shakespeare", 1000, [*_MAIN, _ONE]),

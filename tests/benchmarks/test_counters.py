@@ -3,10 +3,18 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 from counters import busy_cores, interface_sent_bytes, tcp_sent_bytes
 
 PAYLOAD_BYTES = 3_000_017
+
+
+def test_counting_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    with (tmp_path / "no socket").open("w"):
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        tcp_sent_bytes()
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_tcp_and_interface_count_what_was_sent() -> None:
