@@ -155,7 +155,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("exchange, ms a step (log scale)")
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False
+        *axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False
     )
     figure.suptitle("What the gradient exchange adds to a DDP step of a 10.5 M-parameter MLP")
     figure.tight_layout(rect=(0, 0.1, 1, 1))
