@@ -20,6 +20,8 @@ from typing import Any
 
 from console import say, text_table
 
+from topq_dist.compress.defaults import DEFAULT_Q
+
 ROOT = Path(__file__).resolve().parents[1]
 # the curves stay in runs/: what a table needs is kept
 LEFT_OUT = {"losses", "sent_bytes", "received_bytes"}
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("ddp", "ps"), default="ddp")
     parser.add_argument("--data", nargs="+", default=["digits", "fashion-mnist"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--q", type=float, default=0.99)
+    parser.add_argument("--q", type=float, default=DEFAULT_Q)
     parser.add_argument("--out", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
     rows = [
