@@ -34,6 +34,7 @@ from server_process import ServerProcess
 from torch import Tensor
 
 from topq_dist.compress.averaging import write_sum
+from topq_dist.optim.momentum import SPARSE_BELOW
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.central import CentralModel
 from topq_dist.ps.config import GroupRule, ServingConfig, TrainingConfig
@@ -41,7 +42,7 @@ from topq_dist.ps.coordinator import Coordinator
 from topq_dist.ps.groups import ServerGroups
 from topq_dist.ps.kept import KeptPushes
 from topq_dist.ps.model import FlatModel
-from topq_dist.ps.momentum import SPARSE_BELOW, describe_momentum
+from topq_dist.ps.momentum import describe_momentum
 from topq_dist.ps.protocol import (
     START,
     GroupView,

@@ -16,20 +16,12 @@ from torch.optim import Optimizer
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout, Residuals
-from topq_dist.optim.momentum import MomentumSwitch
+from topq_dist.optim.momentum import MomentumSwitch, takes_momentum_out
 from topq_dist.optim.step_switch import StepSwitch
 
 MomentumName = Literal["feedback", "corrected", "adam", "optimizer"]
 # what a residual is a sum of
 Unit = Literal["gradient", "velocity", "direction"]
-
-# where more is sent there is little that could act as a momentum
-SPARSE_BELOW = 0.5
-
-
-def takes_momentum_out(sent_fraction: float) -> bool:
-    """Return whether a step that sends this fraction of its gradients does without momentum."""
-    return sent_fraction < SPARSE_BELOW
 
 
 class Momentum:

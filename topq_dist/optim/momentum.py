@@ -24,6 +24,9 @@ from topq_dist.optim.step_switch import StepSwitch
 _MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 _INNER_NAMES = ("inner_opt", "optim", "optimizer", "base_optimizer")
 
+# where more is sent there is little that could act as a momentum
+SPARSE_BELOW = 0.5
+
 MomentumRule: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -46,6 +49,11 @@ def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule)
     if not callable(rule):
         raise TypeError(f"rule={rule!r}: expected a function of a parameter group")
     _rules[optimizer_class] = rule
+
+
+def takes_momentum_out(sent_fraction: float) -> bool:
+    """Return whether a step that sends this fraction of its gradients does without momentum."""
+    return sent_fraction < SPARSE_BELOW
 
 
 def stepping(optimizer: Optimizer) -> Optimizer:

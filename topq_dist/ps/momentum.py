@@ -14,13 +14,10 @@ from typing import Any
 import torch
 
 from topq_dist.compress.frame import Frame
-from topq_dist.optim.momentum import momentum_rule
+from topq_dist.optim.momentum import SPARSE_BELOW, momentum_rule, takes_momentum_out
 from topq_dist.ps.config import TrainingConfig
 from topq_dist.ps.inner import example_optimizers
 from topq_dist.ps.protocol import group_momentum
-
-# Pushes are sparse that send less than this share of the model's elements, on average.
-SPARSE_BELOW = 0.5
 
 
 class MomentumOut:
@@ -42,7 +39,7 @@ class MomentumOut:
     def stepping(self, pushes: Sequence[Sequence[Frame]]) -> Iterator[None]:
         """Have the block's step run as these pushes ask, each of one frame for each vector."""
         overrides: list[Mapping[str, Any]] = []
-        if self._rule is not None and density(pushes) < SPARSE_BELOW:
+        if self._rule is not None and takes_momentum_out(density(pushes)):
             overrides = [self._without(group) for group in self._inner.param_groups]
         if not any(overrides):
             self._put_back()
