@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from connection import ServerUnfitError
-from local_server import ServerError
-from options import Comparison, Mode, Training, fail, parse_comparison
-from result import MODE_NAMES, Result
-from torchrun import RankError, Stopped, end_on_signals, raise_on_signals, run_ranks
-from worker_options import worker_name
+from training.connection import ServerUnfitError
+from training.local_server import ServerError
+from training.options import Comparison, Mode, Training, fail, parse_comparison
+from training.result import MODE_NAMES, Result
+from training.torchrun import RankError, Stopped, end_on_signals, raise_on_signals, run_ranks
+from training.worker_options import worker_name
 
 if TYPE_CHECKING:
     # torch takes 2 s to import: --help and a wrong option need not wait for it
@@ -59,9 +59,9 @@ def check(options: Comparison) -> dict[Mode, Training]:
     Exits with 2 and one line where they cannot work, before any process starts.
     """
     import torch
-    from checkpoint import CheckpointError
-    from data import DataError, load_data
-    from models import build_model
+    from training.checkpoint import CheckpointError
+    from training.data import DataError, load_data
+    from training.models import build_model
 
     training = options.training
     try:
@@ -117,12 +117,12 @@ def _server_words(options: Comparison) -> str:
 
 def _start(options: Comparison, mode: Mode, model: nn.Module) -> Training:
     """Return the options of one mode, resumed if they ask for it and there is a checkpoint."""
-    from checkpoint import check_files, latest
-    from ddp_run import OWN_KEYS, SHARED_KEYS
-    from resume import checkpoint_folder, checkpoint_to_resume, run_config
+    from training.checkpoint import check_files, latest
+    from training.ddp_run import OWN_KEYS, SHARED_KEYS
+    from training.resume import checkpoint_folder, checkpoint_to_resume, run_config
 
     if mode == "ps":
-        from ps_comparison import check_workers
+        from training.ps_comparison import check_workers
 
         return check_workers(options, model)
     training = options.training
@@ -145,7 +145,7 @@ def _train(options: Comparison, mode: Mode, training: Training) -> Result:
     print(f"{verb} {MODE_NAMES[mode]}", flush=True)
     file = options.out / f"{options.training.data}-{mode}.json"
     if mode == "ps":
-        from ps_comparison import train_on_server
+        from training.ps_comparison import train_on_server
 
         result = train_on_server(options, training)
         result.write(file)
@@ -160,8 +160,8 @@ def _train(options: Comparison, mode: Mode, training: Training) -> Result:
 
 
 def _report(options: Comparison, results: Sequence[Result]) -> None:
-    from report import draw, print_table
     from rich.console import Console
+    from training.report import draw, print_table
 
     print_table(results, Console())
     on_server = [result for result in results if result.mode == "ps"]
@@ -176,8 +176,8 @@ def _report(options: Comparison, results: Sequence[Result]) -> None:
 
 
 def _last_checkpoint(options: Comparison) -> str:
-    from checkpoint import latest
-    from resume import checkpoint_folder
+    from training.checkpoint import latest
+    from training.resume import checkpoint_folder
 
     folder = options.training.checkpoint
     if folder is None:

@@ -11,13 +11,13 @@ Workers need neither torchrun nor a process group: each is a process, or a conta
 from __future__ import annotations
 
 import torch
-from data import load_data
-from models import build_model, cross_entropy
-from optimizers import set_lr
-from ps_endings import end_when_told, one_line_errors
-from ps_run import PsRun
-from running_server import client_security
-from worker_options import Worker, parse_worker
+from training.data import load_data
+from training.models import build_model, cross_entropy
+from training.optimizers import set_lr
+from training.ps_endings import end_when_told, one_line_errors
+from training.ps_run import PsRun
+from training.running_server import client_security
+from training.worker_options import Worker, parse_worker
 
 from topq_dist.ps import ParameterServerOptimizer  # <== 1. topq_dist
 

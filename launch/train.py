@@ -11,13 +11,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from data import load_data
-from ddp_run import DdpRun
-from endings import leave, one_line_errors
-from models import build_model, cross_entropy
-from optimizers import OPTIMIZERS, set_lr
-from options import Rank, parse_rank
 from torch.nn.parallel import DistributedDataParallel
+from training.data import load_data
+from training.ddp_run import DdpRun
+from training.endings import leave, one_line_errors
+from training.models import build_model, cross_entropy
+from training.optimizers import OPTIMIZERS, set_lr
+from training.options import Rank, parse_rank
 
 from topq_dist import register_topq_hook  # <== 1. topq_dist
 

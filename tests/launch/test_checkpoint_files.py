@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import pytest
 import torch
-from checkpoint import CheckpointError
+from training import checkpoint
+from training.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("lone_rank")
 

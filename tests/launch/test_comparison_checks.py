@@ -5,17 +5,15 @@ import shutil
 import socket
 from pathlib import Path
 
-import checkpoint
 import compare
-import ps_run
 import pytest
-import torchrun
-from data import load_data
-from ddp_run import OWN_KEYS, SHARED_KEYS
-from models import build_model
-from options import Comparison, Mode, parse_comparison
-from ps_comparison import check_workers
-from resume import checkpoint_folder, run_config, server_folder
+from training import checkpoint, ps_run, torchrun
+from training.data import load_data
+from training.ddp_run import OWN_KEYS, SHARED_KEYS
+from training.models import build_model
+from training.options import Comparison, Mode, parse_comparison
+from training.ps_comparison import check_workers
+from training.resume import checkpoint_folder, run_config, server_folder
 
 
 @pytest.fixture(autouse=True)

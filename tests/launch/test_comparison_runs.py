@@ -5,9 +5,9 @@ import signal
 import time
 from pathlib import Path
 
-import checkpoint
 import pytest
 from train_jobs import finish, processes_with, ranks_below, results, start, wait_for
+from training import checkpoint
 
 pytestmark = pytest.mark.gloo
 

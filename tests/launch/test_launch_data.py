@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import CONTEXT, DataError, batch_indices, load_data
 from hypothesis import given
 from hypothesis import strategies as st
+from training.data import CONTEXT, DataError, batch_indices, load_data
 
 
 @given(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizers import OPTIMIZERS, set_lr
-from options import RECIPES, parse_comparison, parse_rank
-from worker_options import parse_worker
+from training.optimizers import OPTIMIZERS, set_lr
+from training.options import RECIPES, parse_comparison, parse_rank
+from training.worker_options import parse_worker
 
 
 @pytest.mark.parametrize(

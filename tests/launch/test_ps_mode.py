@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
 import pytest
-from connection import ServerUnfitError
-from running_server import client_security
 from server_process import ServerProcess
 from train_jobs import finish, processes_with, results, start, wait_for
-from worker_options import parse_worker
+from training import checkpoint
+from training.connection import ServerUnfitError
+from training.running_server import client_security
+from training.worker_options import parse_worker
 
 pytestmark = pytest.mark.gloo
 

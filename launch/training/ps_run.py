@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoint
 import torch
-from connection import WORKER_PLACE, ServerUnfitError
-from data import Data
-from result import Result
-from resume import checkpoint_folder, run_config
-from run import HISTORY_KEYS, Run
-from running_server import check_servers
 from torch import nn
-from worker_options import Worker
 
 from topq_dist import Stats
 from topq_dist.ps import ParameterServerOptimizer
+from training import checkpoint
+from training.connection import WORKER_PLACE, ServerUnfitError
+from training.data import Data
+from training.result import Result
+from training.resume import checkpoint_folder, run_config
+from training.run import HISTORY_KEYS, Run
+from training.running_server import check_servers
+from training.worker_options import Worker
 
 # what _save writes and _resume reads
 SHARED_KEYS = HISTORY_KEYS | {"model"}

@@ -9,19 +9,20 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import CheckpointError, check_files, latest, step_of
-from connection import WORKER_PLACE, Connection, without_variables
-from local_server import ServerError, local_server, serve_arguments
-from options import Comparison, Training
-from ps_run import OWN_KEYS, SHARED_KEYS
-from result import Result
-from resume import checkpoint_folder, checkpoint_to_resume, run_config, server_folder
-from running_server import check_servers
 from torch import nn
-from torchrun import run_ranks
-from worker_options import worker_name
 
-WORKER = Path(__file__).with_name("ps_worker.py")
+from training.checkpoint import CheckpointError, check_files, latest, step_of
+from training.connection import WORKER_PLACE, Connection, without_variables
+from training.local_server import ServerError, local_server, serve_arguments
+from training.options import Comparison, Training
+from training.ps_run import OWN_KEYS, SHARED_KEYS
+from training.result import Result
+from training.resume import checkpoint_folder, checkpoint_to_resume, run_config, server_folder
+from training.running_server import check_servers
+from training.torchrun import run_ranks
+from training.worker_options import worker_name
+
+WORKER = Path(__file__).parents[1] / "ps_worker.py"
 
 
 def check_workers(options: Comparison, model: nn.Module) -> Training:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoint
 import torch
 import torch.distributed as dist
-from data import Data
-from models import cross_entropy
-from options import Rank
-from result import Result
-from resume import checkpoint_folder, run_config
-from run import HISTORY_KEYS, Run
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import Stats, TopQState
+from training import checkpoint
+from training.data import Data
+from training.models import cross_entropy
+from training.options import Rank
+from training.result import Result
+from training.resume import checkpoint_folder, run_config
+from training.run import HISTORY_KEYS, Run
 
 # what _save writes and _resume reads
 SHARED_KEYS = HISTORY_KEYS | {"model", "optimizer"}

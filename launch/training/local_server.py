@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from connection import without_variables
-from options import Comparison
-from torchrun import end_with_parent, ending
+from training.connection import without_variables
+from training.options import Comparison
+from training.torchrun import end_with_parent, ending
 
 # how long it may take to import torch and to read a snapshot, and to drain and to write one
 START_S = 60.0

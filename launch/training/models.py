@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from data import CONTEXT, Data
 from torch import Tensor, nn
 from torch.nn import functional
+
+from training.data import CONTEXT, Data
 
 EVALUATION_BATCH = 64
 

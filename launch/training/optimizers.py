@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from options import Training
+
+from training.options import Training
 
 # a closure, sparse gradients, matrices only: not what a plain loop over any model has to offer
 _UNFIT = {"LBFGS", "SparseAdam", "Muon"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
-from connection import Connection, ServerUnfitError
-from options import Training
-
 from topq_dist.ps.asking import NoAnswerError, ask_status
 from topq_dist.ps.protocol import RefusedError, check_worker_name
 from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
+from training.connection import Connection, ServerUnfitError
+from training.options import Training
 
 ASK_S = 10.0
 # where an error names a field, the user knows it as:

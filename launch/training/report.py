@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from options import Mode
-from result import MODE_NAMES, Result
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from training.options import Mode
+from training.result import MODE_NAMES, Result
 
 # top-Q is drawn over dense, which stays to be seen where the two agree
 STYLES: dict[Mode, dict[str, Any]] = {

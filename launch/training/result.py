@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from options import Mode
+from training.options import Mode
 
 MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q", "ps": "top-Q PS"}
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from checkpoint import CheckpointError
-from data import DataError
-from options import fail
+from training.checkpoint import CheckpointError
+from training.data import DataError
+from training.options import fail
 
 
 @contextlib.contextmanager

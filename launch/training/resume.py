@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-from options import Mode, Training
 from torch import nn
+
+from training import checkpoint
+from training.options import Mode, Training
 
 
 def run_config(training: Training, mode: Mode, ranks: int, model: nn.Module) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connection import Connection, add_connection, connection
-from option_types import count, natural
-from options import Rank, training_of, training_parser
+from training.connection import Connection, add_connection, connection
+from training.option_types import count, natural
+from training.options import Rank, training_of, training_parser
 
 
 @dataclass(frozen=True, kw_only=True)

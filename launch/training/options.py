@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
-from connection import Connection, add_connection, connection
-from option_types import count, fraction, natural, positive
+from training.connection import Connection, add_connection, connection
+from training.option_types import count, fraction, natural, positive
 
 Mode = Literal["dense", "topq", "ps"]
 Downlink = Literal["exact", "topq", "dense"]
@@ -285,7 +285,7 @@ def _default_lr(recipe: Recipe, inner_opt: str) -> float:
     if inner_opt == recipe.inner_opt:
         return recipe.lr
     # torch takes 2 s to import, which --help and the defaults need not wait for
-    from optimizers import default_lr
+    from training.optimizers import default_lr
 
     return default_lr(inner_opt)
 
@@ -297,7 +297,7 @@ def _data_name(text: str) -> str:
 
 
 def _optimizer_name(text: str) -> str:
-    from optimizers import OPTIMIZERS
+    from training.optimizers import OPTIMIZERS
 
     name = text.lower()
     if name not in OPTIMIZERS:

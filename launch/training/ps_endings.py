@@ -8,14 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from checkpoint import CheckpointError
-from connection import ServerUnfitError
-from data import DataError
-from options import fail
-from torchrun import end_with_parent
-
 from topq_dist.ps.connection import ServerLostError
 from topq_dist.ps.protocol import RefusedError
+from training.checkpoint import CheckpointError
+from training.connection import ServerUnfitError
+from training.data import DataError
+from training.options import fail
+from training.torchrun import end_with_parent
 
 
 @contextlib.contextmanager

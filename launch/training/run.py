@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint import Config
-from data import Data, batch_indices
-from models import evaluate
-from options import Rank
-from result import MODE_NAMES, Result
-from resume import checkpoint_to_resume
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from topq_dist import Stats
+from training.checkpoint import Config
+from training.data import Data, batch_indices
+from training.models import evaluate
+from training.options import Rank
+from training.result import MODE_NAMES, Result
+from training.resume import checkpoint_to_resume
 
 # of a checkpoint, what _history returns
 HISTORY_KEYS = frozenset({"losses", "sent_bytes", "received_bytes", "train_s"})

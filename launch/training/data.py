@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from idx import IdxError, read_idx
 from torch import Tensor
+
+from training.idx import IdxError, read_idx
 
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
 CONTEXT = 128
