@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import torch
 from training.data import load_data
-from training.models import build_model, cross_entropy
-from training.optimizers import set_lr
-from training.ps_endings import end_when_told, one_line_errors
-from training.ps_run import PsRun
-from training.running_server import client_security
-from training.worker_options import Worker, parse_worker
+from training.models import build_model, cross_entropy, set_lr
+from training.options import parse_worker
+from training.ps_run import PsRun, client_security, end_when_told, one_line_worker_errors
+from training.settings import Worker
 
 from topq_dist.ps import ParameterServerOptimizer  # <== 1. topq_dist
 
@@ -52,5 +50,5 @@ def main(options: Worker) -> None:
 if __name__ == "__main__":
     end_when_told()
     options = parse_worker()
-    with one_line_errors("ps_worker.py", options.name):
+    with one_line_worker_errors("ps_worker.py", options.name):
         main(options)

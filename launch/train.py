@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from training.data import load_data
 from training.ddp_run import DdpRun
-from training.endings import leave, one_line_errors
-from training.models import build_model, cross_entropy
-from training.optimizers import OPTIMIZERS, set_lr
-from training.options import Rank, parse_rank
+from training.errors import leave, one_line_errors
+from training.models import OPTIMIZERS, build_model, cross_entropy, set_lr
+from training.options import parse_rank
+from training.settings import Rank
 
 from topq_dist import register_topq_hook  # <== 1. topq_dist
 

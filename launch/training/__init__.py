@@ -1,1 +1,1 @@
-"""What surrounds the loops of train.py and ps_worker.py, and what compares their runs."""
+"""The surroundings of the loops of train.py and ps_worker.py, and the comparison of their runs."""

@@ -23,16 +23,16 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-KEPT = 2
+from training.errors import CheckpointError
+from training.settings import Mode, Training
+
+CHECKPOINTS_TO_KEEP = 2
 _CONFIG = "config.json"
 _SHARED = "shared.pt"
 
 Config = Mapping[str, Any]
-
-
-class CheckpointError(Exception):
-    """A checkpoint is missing, broken or another run's."""
 
 
 def latest(directory: Path) -> Path | None:
@@ -74,7 +74,7 @@ def save(
         _sync_folder(partial)
         partial.rename(partial.with_suffix(""))
         _sync_folder(directory)
-        for old in _whole(directory)[:-KEPT]:
+        for old in _whole(directory)[:-CHECKPOINTS_TO_KEEP]:
             # under its own name, a half-removed checkpoint would pass for a whole one
             doomed = old.with_suffix(".tmp")
             old.rename(doomed)
@@ -113,6 +113,60 @@ def check_files(
 def load(checkpoint: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (shared, own) as `save` was given them on `rank`; raises CheckpointError."""
     return _read(checkpoint, _SHARED), _read(checkpoint, _rank_file(rank))
+
+
+def run_config(training: Training, mode: Mode, ranks: int, model: nn.Module) -> dict[str, Any]:
+    """Return what two runs must share for one to go on from the other's"""
+    config = {
+        "data": training.data,
+        "mode": mode,
+        "ranks": ranks,
+        "q": training.q,
+        "inner optimizer": training.inner_opt,
+        "learning rate": training.lr,
+        "batch size": training.batch_size,
+        "seed": training.seed,
+        "model": {name: list(value.shape) for name, value in model.state_dict().items()},
+    }
+    if training.lr_schedule == "linear":
+        # another number of steps is another learning rate in each
+        config |= {"learning rate schedule": "linear", "steps": training.steps}
+    if mode == "dense":
+        del config["q"]
+    return config
+
+
+def checkpoint_folder(folder: Path, mode: Mode, worker: str | None = None) -> Path:
+    """Return where `mode` keeps its checkpoints in `folder`: on a server, each worker its own."""
+    return folder / mode if worker is None else folder / mode / "workers" / worker
+
+
+def server_folder(folder: Path) -> Path:
+    """Return where the parameter server of a comparison keeps its state in `folder`."""
+    return folder / "ps" / "server"
+
+
+def checkpoint_to_resume(training: Training, folder: Path, config: Config) -> Path | None:
+    """Return the checkpoint in `folder` to go on from, or None for a run from the beginning.
+
+    Raises CheckpointError where the newest one is another run's, where --resume finds none, and
+    where there is one without --resume.
+    """
+    newest = latest(folder)
+    if newest is None:
+        if training.resume:
+            raise CheckpointError(f"--resume: expected a checkpoint in {folder}")
+        return None
+    if not training.resume:
+        raise CheckpointError(
+            f"{newest} is there already: expected --resume to go on from it, or another folder"
+        )
+    check(newest, config)
+    if step_of(newest) > training.steps:
+        raise CheckpointError(
+            f"{newest} is past --steps {training.steps}: expected at least {step_of(newest)}"
+        )
+    return newest
 
 
 def _differences(written: Config, expected: Config) -> list[tuple[str, Any, Any]]:

@@ -1,23 +1,31 @@
-"""The data sets, each as four tensors; nothing here is downloaded and nothing is stored."""
+"""The data sets, each as four tensors; nothing here is downloaded and nothing is stored.
+
+The reader of IDX files (the format of MNIST) is safe on broken and hostile ones.
+"""
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.idx import IdxError, read_idx
+from training.errors import DataError
 
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
 CONTEXT = 128
 HELD_OUT_TEXT = 0.02
+# far above any IDX file of unsigned bytes that a training example reads
+MAX_IDX_BYTES = 1 << 30
+_UNSIGNED_BYTE = 0x08
 
-
-class DataError(Exception):
-    """A data set is missing or broken; the message says what to do."""
+Uint8Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +126,56 @@ def _fashion_mnist(data_dir: Path | None) -> Data:
     )
 
 
-def _idx(folder: Path, name: str, *, ndim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _idx(folder: Path, name: str, *, ndim: int) -> Uint8Array:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
-            try:
-                return read_idx(path, ndim=ndim)
-            except IdxError as error:
-                raise DataError(str(error)) from error
+            return read_idx(path, ndim=ndim)
     raise DataError(
         f"{folder / name}[.gz] not found: Fashion-MNIST is the Debian package "
         "dataset-fashion-mnist (sudo apt install dataset-fashion-mnist), "
         "or give the folder of its IDX files with --data-dir"
     )
+
+
+def read_idx(path: Path, *, ndim: int) -> Uint8Array:
+    """Return the unsigned bytes of an IDX file as an array of `ndim` dimensions.
+
+    A name that ends in .gz is decompressed, never beyond what the header declares.
+    Raises DataError, naming the file, on another type, rank or length, and on bytes past the end.
+    """
+    try:
+        with _open_idx(path) as file:
+            return _idx_array(file, path, ndim)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _open_idx(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast("BinaryIO", gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _idx_array(file: BinaryIO, path: Path, ndim: int) -> Uint8Array:
+    header = file.read(4 + 4 * ndim)
+    expected = bytes([0, 0, _UNSIGNED_BYTE, ndim])
+    if header[:4] != expected:
+        raise DataError(
+            f"{path}: starts with {header[:4].hex() or 'nothing'}: expected {expected.hex()}, "
+            f"an IDX file of unsigned bytes in {ndim} dimensions"
+        )
+    if len(header) < 4 + 4 * ndim:
+        raise DataError(f"{path}: ends within its header of {4 + 4 * ndim} bytes")
+    shape = tuple(int(size) for size in np.frombuffer(header, dtype=">u4", offset=4))
+    size_bytes = math.prod(shape)
+    if size_bytes > MAX_IDX_BYTES:
+        raise DataError(f"{path}: declares shape {shape}: expected at most {MAX_IDX_BYTES} bytes")
+    body = file.read(size_bytes + 1)
+    if len(body) != size_bytes:
+        held = "more" if len(body) > size_bytes else f"only {len(body)}"
+        raise DataError(f"{path}: shape {shape} takes {size_bytes} bytes: the file holds {held}")
+    # a copy, since torch wants memory that it may write to
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape).copy()
 
 
 def _shakespeare(data_dir: Path | None) -> Data:

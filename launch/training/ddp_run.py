@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import Stats, TopQState
 from training import checkpoint
+from training.checkpoint import checkpoint_folder, run_config
 from training.data import Data
 from training.models import cross_entropy
-from training.options import Rank
-from training.result import Result
-from training.resume import checkpoint_folder, run_config
+from training.report import Result
 from training.run import HISTORY_KEYS, Run
+from training.settings import Rank
 
 # what _save writes and _resume reads
 SHARED_KEYS = HISTORY_KEYS | {"model", "optimizer"}
@@ -104,4 +104,4 @@ class DdpRun(Run):
         if self._state:
             self._state.load_state_dict(own["topq"])
         torch.set_rng_state(own["generator"])
-        self._take_up(shared)
+        self._go_on_from(shared)

@@ -1,7 +1,12 @@
-"""The models: an MLP for digits, a small CNN for Fashion-MNIST, a small GPT for text."""
+"""The models, and the optimizers of torch.optim that a plain training loop can use.
+
+An MLP for digits, a small CNN for Fashion-MNIST, a small GPT for text.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,8 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.data import CONTEXT, Data
+from training.settings import Training
 
 EVALUATION_BATCH = 64
+# a closure, sparse gradients, matrices only: not what a plain loop over any model has to offer
+_UNFIT = {"LBFGS", "SparseAdam", "Muon"}
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name.lower(): candidate
+    for name, candidate in sorted(vars(torch.optim).items(), key=lambda item: item[0].lower())
+    if isinstance(candidate, type)
+    and issubclass(candidate, torch.optim.Optimizer)
+    and candidate is not torch.optim.Optimizer
+    and name not in _UNFIT
+}
 
 
 def build_model(data: Data) -> nn.Module:
@@ -39,6 +56,18 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, 
         loss_sum += float(cross_entropy(logits, answers)) * answers.numel()
     model.train()
     return correct / targets.numel(), loss_sum / targets.numel()
+
+
+def default_lr(name: str) -> float:
+    """Return torch's own default learning rate of OPTIMIZERS[name]."""
+    return float(inspect.signature(OPTIMIZERS[name]).parameters["lr"].default)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
+    """Give all parameter groups the learning rate of `step`, where the schedule changes it."""
+    if training.lr_schedule != "constant":
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr_at(step)
 
 
 class Mlp(nn.Sequential):

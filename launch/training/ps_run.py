@@ -1,7 +1,13 @@
-"""The run of one worker of a parameter server."""
+"""The run of one worker of a parameter server: how it shows itself, trains, and ends."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,18 +15,33 @@ from torch import nn
 
 from topq_dist import Stats
 from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.asking import NoAnswerError, ask_status
+from topq_dist.ps.connection import ServerLostError
+from topq_dist.ps.protocol import RefusedError, check_worker_name
+from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
 from training import checkpoint
-from training.connection import WORKER_PLACE, ServerUnfitError
+from training.checkpoint import checkpoint_folder, run_config
 from training.data import Data
-from training.result import Result
-from training.resume import checkpoint_folder, run_config
+from training.errors import ServerUnfitError, one_line_errors
+from training.processes import end_with_parent
+from training.report import Result
 from training.run import HISTORY_KEYS, Run
-from training.running_server import check_servers
-from training.worker_options import Worker
+from training.settings import WORKER_PLACE, Connection, Training, Worker
 
+ASK_S = 10.0
 # what _save writes and _resume reads
 SHARED_KEYS = HISTORY_KEYS | {"model"}
 OWN_KEYS = frozenset({"optimizer", "generator"})
+# where an error names a field, the user knows it as:
+_SPELLINGS = {
+    "address": "--server",
+    "ca": "--tls-ca",
+    "certificate": "--tls-cert",
+    "key": "--tls-key",
+    "token_file": "--token-file",
+    "worker": "--worker",
+}
+_FIELD = re.compile(rf"\b({'|'.join(_SPELLINGS)})=")
 
 
 class PsRun(Run):
@@ -97,4 +118,65 @@ class PsRun(Run):
         self._module.load_state_dict(shared["model"])
         self._optimizer.load_state_dict(own["optimizer"])
         torch.set_rng_state(own["generator"])
-        self._take_up(shared)
+        self._go_on_from(shared)
+
+
+def client_security(connection: Connection, worker: str) -> ClientSecurity:
+    """Return how `worker` shows itself to the servers.
+
+    Raises ServerUnfitError for a worker's name, an address or files that cannot be.
+    """
+    ca, token = connection.file("tls_ca", worker), connection.file("token_file", worker)
+    try:
+        tls = None
+        if ca is not None:
+            tls = ClientTls(
+                ca=ca,
+                certificate=connection.file("tls_cert", worker),
+                key=connection.file("tls_key", worker),
+            )
+            tls.credentials()
+        security = ClientSecurity(tls=tls, token=None if token is None else read_token(token))
+        check_worker_name(worker)
+        for server in connection.servers:
+            security.check(server)
+    except (RefusedError, ValueError) as error:
+        text = _FIELD.sub(lambda match: f"{_SPELLINGS[match[1]]}=", str(error))
+        raise ServerUnfitError(text) from error
+    return security
+
+
+def check_servers(connection: Connection, worker: str, training: Training) -> None:
+    """Raise ServerUnfitError unless all servers answer `worker` and train by --inner-opt."""
+    security = client_security(connection, worker)
+    for server in connection.servers:
+        try:
+            status = ask_status(server, security, timeout_s=ASK_S)
+        except NoAnswerError as error:
+            raise ServerUnfitError(f"--server {server}: {error}") from error
+        if status.inner_opt.lower() != training.inner_opt:
+            raise ServerUnfitError(
+                f"--inner-opt {training.inner_opt}: the server at {server} trains with "
+                f"{status.inner_opt.lower()}: expected the same"
+            )
+
+
+@contextlib.contextmanager
+def one_line_worker_errors(program: str, worker: str) -> Iterator[None]:
+    """Turn bad input into exit code 2, a lost server or its refusal into 1, without a traceback."""
+    with one_line_errors(program):
+        try:
+            yield
+        except (ServerUnfitError, ServerLostError, RefusedError) as error:
+            # unlike bad input, this may be one worker's alone: each speaks for itself
+            sys.stderr.write(f"{program}: {worker}: {error}\n")
+            sys.exit(2 if isinstance(error, ServerUnfitError) else 1)
+
+
+def end_when_told() -> None:
+    """Have this process end on SIGTERM, and with the torchrun that started it, where one has."""
+    if os.getpid() == 1:
+        # in a container: the kernel keeps a signal from process 1 that it has no handler for
+        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()

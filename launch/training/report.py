@@ -1,17 +1,17 @@
-"""The table and the picture that a comparison ends with."""
+"""The result of a training run: its JSON file, and the table and the picture of several."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from training.settings import MODE_NAMES, Mode
 
-from training.options import Mode
-from training.result import MODE_NAMES, Result
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # top-Q is drawn over dense, which stays to be seen where the two agree
 STYLES: dict[Mode, dict[str, Any]] = {
@@ -19,6 +19,47 @@ STYLES: dict[Mode, dict[str, Any]] = {
     "topq": {"color": "#b3263e", "linewidth": 1.3},
     "ps": {"color": "#b3263e", "linewidth": 1.3},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished training run, as one rank saw it: rank 0, or any worker of a server.
+
+    losses: that rank's training loss in nats, one a step. sent_bytes: handed to collectives, or
+    pushed, by a rank up to and including each step. received_bytes: what an all-reduce returned,
+    or a server sent; None where nobody counts it. select_s and wait_s: None for dense.
+    """
+
+    mode: Mode
+    data: str
+    ranks: int
+    q: float | None
+    inner_opt: str
+    lr: float
+    batch_size: int
+    seed: int
+    steps: int
+    parameters: int
+    parameters_sha256: str
+    test_accuracy: float
+    test_loss: float
+    dense_bytes: int
+    select_s: float | None
+    wait_s: float | None
+    train_s: float
+    losses: list[float]
+    sent_bytes: list[int]
+    received_bytes: list[int] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_bytes()))
+
+    def write(self, path: Path) -> None:
+        """Write to a JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def human_bytes(count: float) -> str:
@@ -37,6 +78,9 @@ def ratio(dense_bytes: int, moved_bytes: int) -> float:
 
 def print_table(results: Sequence[Result], console: Console) -> None:
     """Print a row a mode; where a server took part, what came back and what took time as well."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     on_server = [result for result in results if result.mode == "ps"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")

@@ -1,4 +1,4 @@
-"""What surrounds a training loop, whatever carries its gradients: batches, losses, the result."""
+"""The surroundings of a training loop, whatever carries its gradients: batches, losses, result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from topq_dist import Stats
-from training.checkpoint import Config
+from training.checkpoint import Config, checkpoint_to_resume
 from training.data import Data, batch_indices
 from training.models import evaluate
-from training.options import Rank
-from training.result import MODE_NAMES, Result
-from training.resume import checkpoint_to_resume
+from training.report import Result
+from training.settings import MODE_NAMES, Rank
 
 # of a checkpoint, what _history returns
 HISTORY_KEYS = frozenset({"losses", "sent_bytes", "received_bytes", "train_s"})
@@ -154,7 +153,7 @@ class Run(ABC):
             "train_s": self._elapsed_s(),
         }
 
-    def _take_up(self, history: dict[str, Any]) -> None:
+    def _go_on_from(self, history: dict[str, Any]) -> None:
         """Go on from what `_history` returned."""
         self._losses = history["losses"]
         self._sent_bytes = history["sent_bytes"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("lone_rank")
 
@@ -186,8 +186,8 @@ def test_a_file_without_what_a_rank_needs_is_named(tmp_path: Path) -> None:
     torch.save({"model": 1}, folder / "shared.pt")
     torch.save({"generator": 1}, folder / "rank-0.pt")
     checkpoint.check_files(folder, 1, shared={"model"}, own={"generator"})
-    with pytest.raises(checkpoint.CheckpointError, match=r"rank-0.pt lacks topq"):
+    with pytest.raises(CheckpointError, match=r"rank-0.pt lacks topq"):
         checkpoint.check_files(folder, 1, shared={"model"}, own={"generator", "topq"})
     (folder / "rank-0.pt").write_bytes(b"rubbish")
-    with pytest.raises(checkpoint.CheckpointError, match=r"rank-0.pt"):
+    with pytest.raises(CheckpointError, match=r"rank-0.pt"):
         checkpoint.check_files(folder, 1, shared={"model"}, own={"generator"})

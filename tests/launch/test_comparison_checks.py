@@ -1,24 +1,24 @@
-"""What compare.py checks before any process starts."""
+"""Checks that compare.py makes before any process starts."""
 
 import shlex
 import shutil
 import socket
 from pathlib import Path
 
-import compare
 import pytest
-from training import checkpoint, ps_run, torchrun
+from training import checkpoint, comparison, ps_run
+from training.checkpoint import checkpoint_folder, run_config, server_folder
+from training.comparison import check, check_workers
 from training.data import load_data
 from training.ddp_run import OWN_KEYS, SHARED_KEYS
 from training.models import build_model
-from training.options import Comparison, Mode, parse_comparison
-from training.ps_comparison import check_workers
-from training.resume import checkpoint_folder, run_config, server_folder
+from training.options import parse_comparison
+from training.settings import Comparison, Mode
 
 
 @pytest.fixture(autouse=True)
 def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchrun, "run_ranks", None)
+    monkeypatch.setattr(comparison, "run_ranks", None)
 
 
 def options(tmp_path: Path, line: str = "") -> Comparison:
@@ -26,28 +26,28 @@ def options(tmp_path: Path, line: str = "") -> Comparison:
     return parse_comparison(shlex.split(line + folders))
 
 
-def write_checkpoint(comparison: Comparison, mode: Mode, step: int = 5) -> None:
-    training = comparison.training
+def write_checkpoint(compared: Comparison, mode: Mode, step: int = 5) -> None:
+    training = compared.training
     assert training.checkpoint is not None
     model = build_model(load_data(training.data, training.data_dir))
     folder = checkpoint_folder(training.checkpoint, mode)
     checkpoint.save(
         folder,
         step,
-        config=run_config(training, mode, comparison.ranks, model),
+        config=run_config(training, mode, compared.ranks, model),
         shared=dict.fromkeys(SHARED_KEYS),
         own=dict.fromkeys(OWN_KEYS),
     )
     (saved,) = folder.glob(f"step-*{step}")
-    for rank in range(1, comparison.ranks):
+    for rank in range(1, compared.ranks):
         shutil.copy(saved / "rank-0.pt", saved / f"rank-{rank}.pt")
 
 
-def write_workers(comparison: Comparison, steps: list[int | None], own: set[str]) -> None:
+def write_workers(compared: Comparison, steps: list[int | None], own: set[str]) -> None:
     """Write what workers of a server leave behind, whose newest checkpoints are of these steps."""
-    training = comparison.training
+    training = compared.training
     assert training.checkpoint is not None
-    config = run_config(training, "ps", comparison.ranks, build_model(load_data("digits", None)))
+    config = run_config(training, "ps", compared.ranks, build_model(load_data("digits", None)))
     server_folder(training.checkpoint).mkdir(parents=True)
     for rank, step in enumerate(steps):
         if step is not None:
@@ -56,9 +56,9 @@ def write_workers(comparison: Comparison, steps: list[int | None], own: set[str]
             checkpoint.save(folder, step, config=config, shared=shared, own=dict.fromkeys(own))
 
 
-def refusal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(compared: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        compare.check(comparison)
+        check(compared)
     assert exit_info.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -67,7 +67,7 @@ def refusal(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainings = compare.check(options(tmp_path, "--steps 7"))
+    trainings = check(options(tmp_path, "--steps 7"))
     assert list(trainings) == ["dense", "topq"]
     said = capsys.readouterr().out
     for part in ("digits", "898", "899", "2 ranks", "sgd", "7 steps", "q 0.97"):
@@ -105,7 +105,7 @@ def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("lone_rank")
 def test_resumes_what_there_is(tmp_path: Path) -> None:
     write_checkpoint(options(tmp_path), "dense")
-    trainings = compare.check(options(tmp_path, "--resume"))
+    trainings = check(options(tmp_path, "--resume"))
     assert trainings["dense"].resume
     assert not trainings["topq"].resume
 

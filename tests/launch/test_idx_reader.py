@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training.idx import IdxError, read_idx
+from training.data import read_idx
+from training.errors import DataError
 
 
 def idx_bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
@@ -52,7 +53,7 @@ def test_refuses_broken_files(tmp_path: Path, content: bytes, message: str) -> N
     plain.write_bytes(content)
     packed.write_bytes(gzip.compress(content))
     for path in (plain, packed):
-        with pytest.raises(IdxError, match=message) as error_info:
+        with pytest.raises(DataError, match=message) as error_info:
             read_idx(path, ndim=3)
         assert str(path) in str(error_info.value)
 
@@ -68,7 +69,7 @@ def test_refuses_broken_compression(tmp_path: Path, damage: str) -> None:
         content = GOOD
     path = tmp_path / "a.gz"
     path.write_bytes(content)
-    with pytest.raises(IdxError, match=r"a\.gz"):
+    with pytest.raises(DataError, match=r"a\.gz"):
         read_idx(path, ndim=3)
 
 
@@ -77,7 +78,7 @@ def test_a_compressed_file_is_not_inflated_beyond_its_header(tmp_path: Path) -> 
     path.write_bytes(gzip.compress(GOOD + bytes(1 << 25), compresslevel=1))
     tracemalloc.start()
     try:
-        with pytest.raises(IdxError, match="the file holds more"):
+        with pytest.raises(DataError, match="the file holds more"):
             read_idx(path, ndim=3)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
@@ -86,7 +87,7 @@ def test_a_compressed_file_is_not_inflated_beyond_its_header(tmp_path: Path) -> 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IdxError, match="absent"):
+    with pytest.raises(DataError, match="absent"):
         read_idx(tmp_path / "absent", ndim=1)
 
 
@@ -99,6 +100,6 @@ def test_a_mutated_file_is_refused_or_read_as_it_stands(
     path.write_bytes(content)
     try:
         read = read_idx(path, ndim=3)
-    except IdxError:
+    except DataError:
         return
     assert idx_bytes(read) == content

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training.data import CONTEXT, DataError, batch_indices, load_data
+from training.data import CONTEXT, batch_indices, load_data
+from training.errors import DataError
 
 
 @given(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.optimizers import OPTIMIZERS, set_lr
-from training.options import RECIPES, parse_comparison, parse_rank
-from training.worker_options import parse_worker
+from training.models import OPTIMIZERS, set_lr
+from training.options import parse_comparison, parse_rank, parse_worker
+from training.settings import RECIPES
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from server_process import ServerProcess
 from train_jobs import finish, processes_with, results, start, wait_for
 from training import checkpoint
-from training.connection import ServerUnfitError
-from training.running_server import client_security
-from training.worker_options import parse_worker
+from training.errors import ServerUnfitError
+from training.options import parse_worker
+from training.ps_run import client_security
 
 pytestmark = pytest.mark.gloo
 

@@ -1,4 +1,4 @@
-"""How a rank ends: in one line where the input is bad or a peer has died, else at once."""
+"""The errors of the training scripts, each told in one line and an exit code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from training.checkpoint import CheckpointError
-from training.data import DataError
-from training.options import fail
+
+class DataError(Exception):
+    """A data set is missing or broken; the message says what to do."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, broken or another run's."""
+
+
+class ServerUnfitError(Exception):
+    """A server that cannot be asked, or that trains otherwise than the options say."""
+
+
+def fail(program: str, message: object) -> NoReturn:
+    """Exit with 2 after one line on stderr; of torchrun's ranks, only the first one speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"{program}: {message}\n")
+    sys.exit(2)
 
 
 @contextlib.contextmanager
