@@ -20,9 +20,9 @@ from typing import IO, cast
 
 import grpc
 
-from topq_dist.ps.connection import channel_options
-from topq_dist.ps.protocol import CHUNK_BYTES, SHORT_BYTES
-from topq_dist.ps.server import server_options
+from topq_dist.ps.client.connection import channel_options
+from topq_dist.ps.protocol.types import CHUNK_BYTES, SHORT_BYTES
+from topq_dist.ps.server.process import server_options
 
 HOST = "127.0.0.1"
 METHOD = "/bench.Echo/Step"

@@ -36,12 +36,13 @@ from console import integer_from, say, text_table
 from load_peers import HOST, bare_grpc_round_s, raw_tcp_round_s, run_threads
 
 from topq_dist import Compressor
-from topq_dist.ps.connection import Connection
-from topq_dist.ps.kept import KeptPush
-from topq_dist.ps.model import FlatModel, ModelSpec
-from topq_dist.ps.protocol import START, push_digest
+from topq_dist.ps.client.connection import Connection
+from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.model.flat import FlatModel
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.types import START, push_digest
 from topq_dist.ps.security import ClientSecurity
-from topq_dist.ps.wire import spec_to_wire
+from topq_dist.ps.wire.codec import spec_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 OUT = Path(__file__).resolve().parents[1] / "runs"

@@ -31,8 +31,8 @@ def _crash_in(owner: Any, name: str, *, at_call: int, after: bool = False) -> No
 
 def arm(crash_at: str) -> None:
     """Have this process kill itself at "POINT CALL": the CALL-th time that it comes to POINT."""
-    from topq_dist.ps import snapshot, snapshot_file
-    from topq_dist.ps.run_state import RunState
+    from topq_dist.ps.state import snapshot, snapshot_file
+    from topq_dist.ps.state.run_state import RunState
 
     point, call = crash_at.split()
     at_call = int(call)

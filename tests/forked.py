@@ -13,8 +13,8 @@ FORKED.set_forkserver_preload(
         "pytest",
         "topq_dist.ddp",
         "topq_dist.optim",
-        "topq_dist.ps.run_state",
-        "topq_dist.ps.saver",
+        "topq_dist.ps.state.run_state",
+        "topq_dist.ps.state.snapshotter",
         "torch._dynamo",  # which an optimizer imports when it is made, and DDP as well
         "torch.distributed.nn",
         "torch.nn.parallel",

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from topq_dist.ps import snapshot, snapshot_file
-from topq_dist.ps.config import TrainingConfig
-from topq_dist.ps.model import ModelSpec
-from topq_dist.ps.protocol import START, Point
-from topq_dist.ps.snapshot import Snapshot, StateDir, training_json
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.types import START, Point
+from topq_dist.ps.state import snapshot, snapshot_file
+from topq_dist.ps.state.snapshot import Snapshot, StateDir, training_json
 
 TRAINING = TrainingConfig(inner_opt="sgd", options={"lr": 0.1})
 WRITES = 6  # of a snapshot of `snapshot_of`: header, two of the matrix, scale, metadata, history

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.frame import encode_frame
-from topq_dist.ps import wire
-from topq_dist.ps.downlink import apply_update
-from topq_dist.ps.messages import Calls
-from topq_dist.ps.model import FlatModel, ModelSpec
-from topq_dist.ps.protocol import START, Answer, Point, push_digest
+from topq_dist.ps.model.flat import FlatModel
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.model.update import apply_update
+from topq_dist.ps.protocol.types import START, Answer, Point, push_digest
+from topq_dist.ps.wire import codec, steps
+from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 CALL_S = 30.0
@@ -67,16 +68,16 @@ class RawWorker:
                 instance=self.instance,
                 epoch=self.id.epoch,
                 next_sequence=self.sequence,
-                point=None if self.point is None else wire.point_to_wire(self.point),
+                point=None if self.point is None else codec.point_to_wire(self.point),
                 first_kept=self.kept[0].sequence if self.kept else 0,
-                model=wire.spec_to_wire(self.spec),
+                model=codec.spec_to_wire(self.spec),
             ),
             timeout=CALL_S,
             wait_for_ready=True,
         )
         self.id = joined.id
         if joined.upload:
-            requests = wire.upload_requests(self.id, self.held.raw())
+            requests = codec.upload_requests(self.id, self.held.raw())
             self.stub.Upload(requests, timeout=CALL_S)
         if self.point is None:
             self.fetch()
@@ -87,7 +88,7 @@ class RawWorker:
         """Take the whole model."""
         request = pb.FetchRequest(id=self.id, which=pb.FetchRequest.WHICH_WORKERS)
         responses = self.stub.Fetch(request, timeout=CALL_S)
-        self.point, _, vectors = wire.read_fetch(responses, self.spec)
+        self.point, _, vectors = codec.read_fetch(responses, self.spec)
         self.held.load_raw(vectors)
 
     def push_of(self, gradients: Sequence[Tensor]) -> Kept:
@@ -105,7 +106,7 @@ class RawWorker:
 
     def send(self, push: Kept, timeout_s: float = CALL_S) -> Answer:
         """Send a push and return the answer, without taking it."""
-        requests = wire.step_requests(
+        requests = steps.step_requests(
             self.id,
             sequence=push.sequence,
             base=push.base,
@@ -115,7 +116,7 @@ class RawWorker:
             applied_version=push.applied_version,
             members=push.members,
         )
-        return wire.read_answer(self.stub.Step(requests, timeout=timeout_s), self.spec)
+        return steps.read_answer(self.stub.Step(requests, timeout=timeout_s), self.spec)
 
     def take(self, push: Kept, answer: Answer) -> None:
         """Do what an answer to a new push says."""

@@ -18,7 +18,7 @@ import torch
 from crash_points import arm
 from forked import FORKED
 
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 
 _START_S = 60.0
 _END_S = 30.0
@@ -166,7 +166,7 @@ def _serve(
     serving: ServingConfig,
     crash_at: str,
 ) -> None:
-    from topq_dist.ps.server import serve
+    from topq_dist.ps.server.process import serve
 
     _write_to(streams)
     torch.set_num_threads(1)

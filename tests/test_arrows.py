@@ -1,13 +1,76 @@
-"""Import directions that a layer contract cannot say: submodules of other packages."""
+"""Import directions: that the contracts of pyproject.toml hold, and what they cannot say."""
 
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import topq_dist
 
 PACKAGE = Path(topq_dist.__file__).parent
+# an import that turns an arrow round: the room that must not have it, and what it would import
+TURNED = [
+    ("compress", "topq_dist.ddp"),
+    ("compress", "topq_dist.ps"),
+    ("ddp", "topq_dist.ps"),
+    ("ps/client", "topq_dist.ps.server"),
+    ("ps/server", "topq_dist.ps.client"),
+    ("ps/state", "topq_dist.ps.server"),
+    ("ps/training", "topq_dist.ps.state"),
+    ("ps/wire", "topq_dist.ps.training"),
+    ("ps/model", "topq_dist.ps.wire"),
+    ("ps/security", "topq_dist.ps.model"),
+    ("ps/protocol", "topq_dist.ps.model"),
+    ("ps/training", "grpc"),
+]
+
+
+def broken_contracts(root: Path) -> str:
+    """Return what import-linter says of the package in `root`; empty where all contracts hold."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as run; run()",
+            "--no-cache",
+        ],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, root / "topq_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PACKAGE.parent / "pyproject.toml", root)
+    return root
+
+
+def test_the_contracts_hold(copy: Path) -> None:
+    assert broken_contracts(copy) == ""
+
+
+@pytest.mark.parametrize(("room", "imported"), TURNED)
+def test_an_arrow_that_is_turned_round_is_noticed(copy: Path, room: str, imported: str) -> None:
+    turned = copy / "topq_dist" / room / "turned.py"
+    turned.write_text(f"import {imported}\n")
+    try:
+        said = broken_contracts(copy)
+    finally:
+        turned.unlink()
+    assert f"topq_dist.{room.replace('/', '.')}.turned" in said
+    assert imported in said
 
 
 def imports_of(source: Path) -> set[str]:
@@ -39,6 +102,7 @@ def test_what_top_q_means_imports_nothing_of_ours() -> None:
 
 def test_every_room_has_its_tests() -> None:
     tests = Path(__file__).parent
-    rooms = [folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
+    rooms = {found.parent.relative_to(PACKAGE) for found in PACKAGE.rglob("*/__init__.py")}
+    assert Path("ps/server") in rooms
     for room in rooms:
-        assert list((tests / room).glob("test_*.py")), room
+        assert list((tests / room).rglob("test_*.py")), room

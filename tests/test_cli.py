@@ -20,7 +20,8 @@ from served import START_S, TOPQ, Served, environment, serving
 
 import topq_dist
 from topq_dist.cli import main
-from topq_dist.ps.security import ClientSecurity, ClientTls
+from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.security.tls import ClientTls
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -102,7 +103,7 @@ class TestTorchStaysOut:
         [
             "import topq_dist",
             "import topq_dist.ps",
-            "import topq_dist.ps.asking, topq_dist.ps.status_text",
+            "import topq_dist.ps.client.probe, topq_dist.ps.cli.status_text",
             "from topq_dist.cli import main; main(['--help'])",
             "from topq_dist.cli import main; main(['serve', '--help'])",
             "from topq_dist.cli import main; main(['serve', '--state-dir', 'x'])",
@@ -192,7 +193,7 @@ class TestServe:
             os.kill(os.getpid(), signal.SIGTERM)
 
         before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr("topq_dist.ps.server.serve", interrupted)
+        monkeypatch.setattr("topq_dist.ps.server.process.serve", interrupted)
         with pytest.raises(SystemExit, match="0"):
             run("serve", "--state-dir", str(tmp_path), *SGD)
         assert signal.getsignal(signal.SIGTERM) is before

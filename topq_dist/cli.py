@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import click
 
-        from topq_dist.ps.commands import topq
+        from topq_dist.ps.cli.commands import topq
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("topq_dist"):
             raise

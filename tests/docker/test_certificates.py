@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from docker_engine import ROOT, run
 
-from topq_dist.ps.security import Authenticator, ClientTls, ServerTls, read_token
+from topq_dist.ps.security.tls import ClientTls, ServerTls
+from topq_dist.ps.security.tokens import Authenticator, read_token
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topq_dist.ps.config import TrainingConfig
-from topq_dist.ps.model import FlatModel
-from topq_dist.ps.run_state import RunState
-from topq_dist.ps.snapshot import SNAPSHOT_NAME, StateDir
-from topq_dist.ps.snapshot_file import read_snapshot_file
+from topq_dist.ps.model.flat import FlatModel
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.state.run_state import RunState
+from topq_dist.ps.state.snapshot import SNAPSHOT_NAME, StateDir
+from topq_dist.ps.state.snapshot_file import read_snapshot_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import register_topq_hook
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 
 Options = dict[str, Any]
 STEPS = 50

@@ -31,7 +31,7 @@ from ps.workers import backward, batch, make_model, side_by_side, values
 from server_process import ServerProcess
 
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.config import Mode, ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import Mode, ServingConfig, TrainingConfig
 
 TRAINING = TrainingConfig(
     inner_opt="adamw", options={"lr": 0.01, "weight_decay": 0.1}, downlink="topq", q=0.9

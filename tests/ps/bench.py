@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.frame import Frame
-from topq_dist.ps.calls import Caller, JoinCall
-from topq_dist.ps.config import ServingConfig, TrainingConfig
-from topq_dist.ps.coordinator import Coordinator
-from topq_dist.ps.model import FlatModel, ModelSpec
-from topq_dist.ps.pending import Ticket
-from topq_dist.ps.protocol import (
-    Answer,
-    Point,
-    Push,
-    push_digest,
-)
-from topq_dist.ps.snapshot import StateDir
+from topq_dist.ps.model.flat import FlatModel
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.types import Answer, Point, Push, push_digest
+from topq_dist.ps.server.coordinator import Coordinator
+from topq_dist.ps.server.push_queue import Ticket
+from topq_dist.ps.server.requests import Caller, JoinCall
+from topq_dist.ps.state.snapshot import StateDir
 
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
 
@@ -143,7 +139,7 @@ Make = Callable[..., Bench]
 
 
 def model_of(answer: Answer, held: FlatModel | None = None) -> Tensor:
-    from topq_dist.ps.downlink import apply_update
+    from topq_dist.ps.model.update import apply_update
 
     model = held or FlatModel(SPEC)
     for update in answer.updates:

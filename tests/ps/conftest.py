@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ps.bench import NEVER, Bench, Make
 
-from topq_dist.ps.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 
 
 @pytest.fixture

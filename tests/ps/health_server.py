@@ -12,7 +12,9 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ps.certificates import Pair
 
-from topq_dist.ps.security import Address, ClientSecurity, ClientTls, ServerSecurity, ServerTls
+from topq_dist.ps.security.address import Address
+from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
+from topq_dist.ps.security.tls import ClientTls, ServerTls
 
 
 @contextmanager

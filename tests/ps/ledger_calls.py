@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-from topq_dist.ps.ledger import Ledger, Next, Repeat
-from topq_dist.ps.protocol import (
-    START,
-    Push,
-)
+from topq_dist.ps.protocol.types import START, Push
+from topq_dist.ps.state.ledger import Ledger, Next, Repeat
 
 
 def digest(text: str) -> bytes:

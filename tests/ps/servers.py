@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from topq_dist.ps.config import ServingConfig, TrainingConfig
-from topq_dist.ps.security import ServerSecurity
-from topq_dist.ps.server import ParameterServer
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
+from topq_dist.ps.security.policy import ServerSecurity
+from topq_dist.ps.server.process import ParameterServer
 
 Options = dict[str, Any]
 

@@ -15,9 +15,9 @@ from ps_raw import Kept, RawWorker
 from served import Served, serving
 from torch import Tensor
 
-from topq_dist.ps import wire
-from topq_dist.ps.messages import Calls
-from topq_dist.ps.protocol import push_digest
+from topq_dist.ps.protocol.types import push_digest
+from topq_dist.ps.wire import steps
+from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 CALL_S = 20.0
@@ -57,7 +57,7 @@ class Worker(RawWorker):
 
     def header(self, push: Kept, **changes: object) -> pb.StepHeader:
         """Return the header of `push`, with these fields changed."""
-        header = wire.step_header(self.id, **self._said(push, ()))
+        header = steps.step_header(self.id, **self._said(push, ()))
         for name, value in changes.items():
             header.ClearField(name)  # type: ignore[arg-type]
             if isinstance(value, pb.WorkerId | pb.Point):
@@ -72,7 +72,7 @@ class Worker(RawWorker):
         self, push: Kept, lr: Sequence[float] = ()
     ) -> Iterator[pb.StepRequest | memoryview]:
         """Yield the messages of `push`."""
-        return wire.step_requests(self.id, **self._said(push, lr))
+        return steps.step_requests(self.id, **self._said(push, lr))
 
     def _said(self, push: Kept, lr: Sequence[float]) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from topq_dist.ps.optimizer import ParameterServerOptimizer
+    from topq_dist.ps.client.optimizer import ParameterServerOptimizer
 
 __all__ = ["ParameterServerOptimizer"]
 
@@ -13,7 +13,7 @@ __all__ = ["ParameterServerOptimizer"]
 def __getattr__(name: str) -> Any:
     # on demand: modules of this package that need neither torch nor grpc are imported through here
     if name == "ParameterServerOptimizer":
-        from topq_dist.ps.optimizer import ParameterServerOptimizer
+        from topq_dist.ps.client.optimizer import ParameterServerOptimizer
 
         return ParameterServerOptimizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

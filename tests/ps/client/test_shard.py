@@ -1,0 +1,116 @@
+"""What a worker's parameters are given back, in full and where they have changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.ps.client.shard import Shard
+
+
+def make_shard() -> Shard:
+    torch.manual_seed(0)
+    parameters: dict[str, Tensor] = {
+        "a": nn.Parameter(torch.randn(7, 3)),
+        "empty": nn.Parameter(torch.randn(0, 2)),
+        "half": nn.Parameter(torch.randn(5).bfloat16()),
+        "scalar": nn.Parameter(torch.randn(())),
+        "b": nn.Parameter(torch.randn(30)),
+    }
+    return Shard(parameters, FlatCompressor(value_format=None, error_feedback=True))
+
+
+def change(shard: Shard, generator: torch.Generator) -> list[Tensor]:
+    """Change a few elements of each vector of the model, and return where."""
+    changed = []
+    for flat in shard.model.flats:
+        count = int(torch.randint(flat.numel() + 1, (1,), generator=generator))
+        where = torch.randperm(flat.numel(), generator=generator)[:count].sort().values
+        flat[where] = torch.randn(count, generator=generator).to(flat.dtype)
+        changed.append(where)
+    return changed
+
+
+def check(shard: Shard) -> None:
+    for name, value in shard.model.tensors().items():
+        assert torch.equal(shard.parameters[name], value), name
+
+
+def test_changes_reach_the_parameters_wherever_they_are() -> None:
+    shard, generator = make_shard(), torch.Generator().manual_seed(1)
+    shard.write_back()
+    for step in range(40):
+        changed = [change(shard, generator) for _ in range(step % 3)]
+        shard.write_back(changed)
+        check(shard)
+
+
+def test_only_what_changed_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, generator = make_shard(), torch.Generator().manual_seed(2)
+    shard.write_back()
+    monkeypatch.setattr(shard, "write", lambda _: pytest.fail("all was written"))
+    shard.write_back([change(shard, generator)])
+    check(shard)
+
+
+def test_what_somebody_else_wrote_is_undone() -> None:
+    shard, generator = make_shard(), torch.Generator().manual_seed(3)
+    shard.write_back()
+    with torch.no_grad():
+        shard.parameters["b"].clamp_(-0.1, 0.1)
+    shard.write_back([change(shard, generator)])
+    check(shard)
+    shard.parameters["a"].data = torch.zeros(7, 3)
+    shard.write_back([])
+    check(shard)
+    with torch.no_grad():
+        shard.parameters["a"].data = torch.zeros(3, 7).t()
+    shard.write_back([change(shard, generator)])
+    check(shard)
+
+
+def test_autograd_knows_that_a_parameter_was_written_to() -> None:
+    shard = make_shard()
+    shard.write_back()
+    b = shard.parameters["b"]
+    loss = (b * b).sum()
+    where = torch.tensor([21 + 1 + 4])
+    shard.model.flats[0][where] = 5.0
+    shard.write_back([[where, torch.zeros(0, dtype=torch.int64)]])
+    assert b[4] == 5.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(loss)
+
+
+def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered() -> None:
+    read, gathered, generator = make_shard(), make_shard(), torch.Generator().manual_seed(4)
+    for _ in range(5):
+        for name, parameter in read.parameters.items():
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = gradient
+            # the same numbers, with gaps between them
+            gaps = torch.stack([gradient, gradient], dim=-1)[..., 0]
+            gathered.parameters[name].grad = gaps
+        frames = []
+        for shard in (read, gathered):
+            made = shard.compress(q=0.6, scope="parameter")
+            for part in made:
+                part.commit()
+            frames.append([frame.tolist() for part in made for frame in part.frames])
+        assert frames[0] == frames[1]
+    owed = [shard.compressor.residuals.state_dict() for shard in (read, gathered)]
+    assert all(torch.equal(owed[0][name], owed[1][name]) for name in read.parameters)
+    assert not read._gathered
+    assert gathered._gathered
+
+
+def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:
+    shard = make_shard()
+    shard.parameters["b"].grad = torch.ones(30)
+    (singles, halves) = shard.compress(q=0.0, scope="parameter")
+    assert singles.own is not None
+    assert halves.own is not None
+    assert singles.own.values.sum() == 30
+    assert halves.own.values.sum() == 0

@@ -1,0 +1,121 @@
+"""The coordinator where each push is a version of its own."""
+
+from __future__ import annotations
+
+from ps.bench import Make, model_of, push_of
+
+from topq_dist.ps.protocol.types import START, Point
+
+ASYNC = {"mode": "async", "max_staleness": 2}
+
+
+def test_async_applies_at_once_and_refuses_what_is_too_stale(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    points = [bench.round(number, a)[0].applied or START for number in (1, 2)]
+    late = bench.answer(bench.submit(push_of(b, 1, START)))
+    assert late.applied == bench.point
+    assert late.members == ("b",)
+    assert late.updates[-1].point == bench.point
+    bench.round(3, a)
+    held = model_of(bench.answer(bench.submit(push_of(b, 2, points[1]))))
+    bench.round(4, a)
+    elsewhere = Point(version=bench.point.version, chain=b"?" * 32)
+    assert bench.answer(bench.submit(push_of(b, 3, elsewhere))).applied is None
+    stale = bench.answer(bench.submit(push_of(b, 3, points[1])))
+    assert stale.applied is None
+    assert stale.updates[-1].point == bench.point
+    assert model_of(stale).tolist() < held.tolist()
+    assert bench.server.status().refused == {"stale": 2}
+
+
+def test_async_replays_are_applied_where_they_were(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    (one,) = bench.round(1, a, value=1.0)
+    (two,) = bench.round(1, b, value=2.0)
+    (three,) = bench.round(2, a, value=3.0)
+    sha256, last = bench.sha256(), bench.point
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=last, kept=(1, 3))
+    assert bench.answer(bench.submit(push_of(a, 1, START, 1.0, replay=one))).applied == one.applied
+    waiting = bench.submit(push_of(a, 2, two.applied or START, 3.0, replay=three))
+    assert bench.look(waiting) == ("b",)
+    b = bench.join("b", epoch=b.epoch, held=two.applied, kept=(1, 2))
+    replayed = bench.answer(bench.submit(push_of(b, 1, one.applied or START, 2.0, replay=two)))
+    assert replayed.applied == two.applied
+    assert bench.answer(waiting).applied == last
+    assert bench.sha256() == sha256
+
+
+def test_async_new_pushes_wait_until_the_old_way_is_walked(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    (one,) = bench.round(1, a, value=1.0)
+    bench.crash()
+    b = bench.join("b", epoch=b.epoch, held=START)
+    new = bench.submit(push_of(b, 1, START, 9.0))
+    assert bench.look(new) == ("a",)
+    a = bench.join("a", epoch=a.epoch, held=one.applied, kept=(1, 2))
+    assert bench.answer(bench.submit(push_of(a, 1, START, 1.0, replay=one))).applied == one.applied
+    assert bench.answer(new).members == ("b",)
+    assert bench.point.version == 2
+
+
+def test_async_goes_on_where_a_replay_is_lost_for_good(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    bench.round(1, a, value=1.0)
+    two = bench.answer(bench.submit(push_of(b, 1, START, 2.0)))
+    assert two.applied is not None
+    assert two.applied.version == 2
+    bench.crash()
+    b = bench.join("b", epoch=b.epoch, held=two.applied, kept=(1, 2))
+    ticket = bench.submit(push_of(b, 1, START, 2.0, replay=two))
+    assert bench.look(ticket) == ("a",)
+    bench.clock.pass_s(9)
+    bench.server.renew(b)
+    bench.clock.pass_s(2)
+    moved = bench.answer(ticket)  # a died with the server: version 1 is b's now
+    assert moved.applied is not None
+    assert moved.applied.version == 1
+    new = bench.answer(bench.submit(push_of(b, 2, bench.point)))
+    assert new.applied == bench.point
+
+
+def test_async_does_not_wait_for_ever_for_who_comes_back_and_sends_nothing(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    bench.round(1, a, value=1.0)
+    bench.crash()
+    far = Point(version=2**63, chain=bytes(32))
+    a = bench.join("a", epoch=a.epoch, held=far)
+    b = bench.join("b", epoch=b.epoch, held=START)
+    new = bench.submit(push_of(b, 1, START, 9.0))
+    for _ in range(25):
+        assert bench.look(new) == ("a",)
+        bench.clock.pass_s(4)
+        bench.server.renew(a)
+        bench.server.renew(b)
+    assert bench.answer(new).members == ("b",)
+    assert bench.answer(bench.submit(push_of(b, 2, bench.point))).members == ("b",)
+
+
+def test_async_what_was_never_answered_takes_its_old_place(make: Make) -> None:
+    bench = make(ASYNC)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    bench.round(1, a, value=1.0)  # its answer never arrived
+    two = bench.answer(bench.submit(push_of(b, 1, START, 2.0)))
+    sha256 = bench.sha256()
+    bench.crash()
+    b = bench.join("b", epoch=b.epoch, held=two.applied, kept=(1, 2))
+    replay = bench.submit(push_of(b, 1, START, 2.0, replay=two))
+    a = bench.join("a", epoch=a.epoch, held=START)
+    bench.submit(push_of(a, 1, START, 1.0))
+    assert bench.answer(replay).applied == two.applied
+    assert bench.sha256() == sha256

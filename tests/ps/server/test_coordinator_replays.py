@@ -1,0 +1,150 @@
+"""The coordinator after a crash: workers bring back what it lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from ps.bench import Make, push_of
+
+from topq_dist.ps.protocol.errors import ForgottenError, InvalidError, NotJoinedError
+from topq_dist.ps.protocol.types import START, UpdateKind
+
+
+def test_a_restarted_server_makes_everybody_join_again_and_replays(make: Make) -> None:
+    bench = make()
+    a, b = bench.join("a"), bench.join("b")
+    bench.round(1, a, b, value=0.5)
+    bench.save()
+    (lost, _), base = bench.round(2, a, b, value=0.25), bench.point
+    assert lost.applied == base
+    sha256, before = bench.sha256(), lost.applied
+    bench.crash()
+    restored = bench.point
+    assert restored.version == 1
+    with pytest.raises(NotJoinedError):
+        bench.submit(push_of(a, 3, before))
+    a = bench.join("a", epoch=a.epoch, held=before, kept=(2, 3))
+    first = bench.submit(push_of(a, 2, restored, 0.25, replay=lost))
+    assert bench.look(first) == ("b",)
+    b = bench.join("b", epoch=b.epoch, held=restored, kept=None)
+    # b never saw the answer: it sends the same again, and knows nothing of a replay
+    second = bench.submit(push_of(b, 2, restored, 0.25))
+    assert bench.answer(first).applied == before
+    assert bench.answer(second).members == ("a", "b")
+    assert bench.sha256() == sha256
+
+
+def test_a_replay_is_made_of_the_same_workers_again(make: Make) -> None:
+    bench = make(round_timeout_s=1.0)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    ticket = bench.submit(push_of(a, 1, START))
+    bench.clock.pass_s(2)
+    alone = bench.answer(ticket)
+    assert alone.members == ("a",)
+    sha256 = bench.sha256()
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=alone.applied, kept=(1, 2))
+    b = bench.join("b", epoch=b.epoch, held=START)
+    stranger = bench.submit(push_of(b, 1, START))
+    assert bench.answer(bench.submit(push_of(a, 1, START, replay=alone))).members == ("a",)
+    assert bench.answer(stranger).applied is None
+    assert bench.sha256() == sha256
+
+
+def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) -> None:
+    bench = make(round_timeout_s=1.0)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    lost = bench.round(1, a, b)
+    sha256 = bench.sha256()
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=START)  # the answer never arrived
+    ticket = bench.submit(push_of(a, 1, START))
+    bench.clock.pass_s(2)
+    assert bench.look(ticket) == ("b",)
+    b = bench.join("b", epoch=b.epoch, held=lost[1].applied, kept=(1, 2))
+    bench.submit(push_of(b, 1, START, replay=lost[1]))
+    assert bench.answer(ticket).members == ("a", "b")
+    assert bench.sha256() == sha256
+
+
+def test_a_replay_waits_for_a_worker_that_the_snapshot_does_not_know(make: Make) -> None:
+    bench = make()
+    a = bench.join("a")
+    bench.save()
+    (first,) = bench.round(1, a)
+    b = bench.join("b")
+    middle = bench.point
+    tickets = [bench.submit(push_of(caller, n, middle)) for caller, n in ((a, 2), (b, 1))]
+    both = [bench.answer(ticket) for ticket in tickets]
+    sha256, last = bench.sha256(), bench.point
+    bench.crash()
+    # b comes first, with a push on a version that this server has yet to reach
+    b = bench.join("b", epoch=b.epoch, held=last, kept=(1, 2))
+    ahead = bench.submit(push_of(b, 1, middle, replay=both[1]))
+    assert bench.look(ahead) == ("a",)
+    a = bench.join("a", epoch=a.epoch, held=last, kept=(1, 3))
+    assert bench.answer(bench.submit(push_of(a, 1, START, replay=first))).applied == middle
+    assert bench.answer(bench.submit(push_of(a, 2, middle, replay=both[0]))).applied == last
+    assert bench.answer(ahead).applied == last
+    assert bench.sha256() == sha256
+
+
+def test_a_replay_waits_one_lease_for_its_members_and_no_more(make: Make) -> None:
+    bench = make()
+    a = bench.join("a")
+    bench.save()
+    b = bench.join("b")
+    (lost, _) = bench.round(1, a, b)
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(1, 2))
+    ticket = bench.submit(push_of(a, 1, START, replay=lost))
+    assert bench.look(ticket) == ("b",)
+    bench.clock.pass_s(9)
+    bench.server.renew(a)
+    bench.clock.pass_s(2)
+    alone = bench.answer(ticket)  # b died with the server
+    assert alone.members == ("a",)
+    assert alone.applied is not None
+    assert alone.applied.chain != lost.applied.chain  # type: ignore[union-attr]
+
+
+def test_a_push_ahead_of_all_that_can_come_back_is_stale(make: Make) -> None:
+    bench = make()
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    bench.round(1, a, b)
+    last = bench.point
+    bench.crash()
+    # a has nothing to replay (it was killed too, and resumed), and b has died for good
+    a = bench.join("a", instance=b"another process.", held=last)
+    ticket = bench.submit(push_of(a, 1, last))
+    assert bench.look(ticket) == ("b",)
+    bench.clock.pass_s(9)
+    bench.server.renew(a)
+    bench.clock.pass_s(2)
+    answer = bench.answer(ticket)
+    assert answer.applied is None
+    assert [update.kind for update in answer.updates] == [UpdateKind.FULL]
+    assert answer.updates[0].point == START
+
+
+def test_a_replay_that_names_others_only_is_refused(make: Make) -> None:
+    bench = make()
+    a = bench.join("a")
+    replay = replace(push_of(a, 1, START), applied_version=1, members=("b",))
+    with pytest.raises(InvalidError, match="expected itself"):
+        bench.submit(replay)
+
+
+def test_a_repeat_that_cannot_be_answered_faithfully_is_refused(make: Make) -> None:
+    bench = make(history_bytes=0)
+    a = bench.join("a")
+    answers = [bench.round(number, a)[0] for number in (1, 2, 3)]
+    assert answers[1].applied is not None
+    again = bench.answer(bench.submit(push_of(a, 3, answers[1].applied)))
+    assert again == answers[2]
+    with pytest.raises(ForgottenError):
+        bench.submit(push_of(a, 2, answers[0].applied))  # type: ignore[arg-type]

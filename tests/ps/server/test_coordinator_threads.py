@@ -1,0 +1,82 @@
+"""The coordinator among threads that call it all at once."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ps.bench import NEVER, Bench, Make, push_of
+
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.types import START, Answer, Point
+from topq_dist.ps.server.requests import Caller
+from topq_dist.ps.state.run_state import RunState
+
+
+def test_waiting_threads_see_a_lease_end_by_themselves(tmp_path: Path) -> None:
+    bench = Bench(
+        tmp_path,
+        TrainingConfig(inner_opt="sgd"),
+        ServingConfig(lease_s=0.4, snapshot_every=NEVER),
+        clock=time.monotonic,  # type: ignore[arg-type]
+    )
+    try:
+        a, _ = bench.join("a"), bench.join("b")
+        ticket = bench.submit(push_of(a, 1, START))
+        started_s = time.monotonic()
+        answer = bench.server.wait(ticket, 30.0)
+        assert isinstance(answer, Answer)
+        assert answer.members == ("a",)
+        assert 0.2 < time.monotonic() - started_s < 10
+    finally:
+        bench.server._durable.close()
+        bench.state_dir.close()
+
+
+def test_many_threads_at_once_count_each_push_once(make: Make) -> None:
+    bench = make({"options": {"lr": 1.0}}, start_workers=6, round_timeout_s=None)
+    names = [f"w{number}" for number in range(6)]
+    callers = [bench.join(name) for name in names]
+    rounds = 15
+
+    def work(caller: Caller) -> Point:
+        base = START
+        for sequence in range(1, rounds + 1):
+            for _ in range(2):  # each is sent twice, one after or beside the other
+                ticket = bench.submit(push_of(caller, sequence, base))
+            answer = bench.server.wait(ticket, 30.0)
+            assert isinstance(answer, Answer)
+            assert answer.applied is not None
+            assert answer.members == tuple(names)
+            base = answer.updates[-1].point
+        return base
+
+    with ThreadPoolExecutor(6) as pool:
+        points = list(pool.map(work, callers))
+    assert set(points) == {bench.point}
+    assert bench.point.version == rounds
+    raw = bench.server.fetch(callers[0], central=True)[2][0]
+    values = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+    torch.testing.assert_close(values, torch.full((4,), -float(rounds)))
+
+
+def test_no_lease_ends_while_the_state_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make(start_workers=2, lease_s=10.0)
+    caller = bench.join("a")
+    bench.join("b")
+    for name in ("sha256", "snapshot", "full"):
+        read = getattr(RunState, name)
+
+        def slowly(state: RunState, *args: Any, read: Any = read, **options: Any) -> Any:
+            bench.clock.pass_s(60)
+            return read(state, *args, **options)
+
+        monkeypatch.setattr(RunState, name, slowly)
+    bench.server.status(state_sha256=True)
+    bench.save()
+    bench.server.fetch(caller, central=False)
+    assert all(worker.lease_left_s > 0 for worker in bench.server.status().workers)

@@ -1,0 +1,229 @@
+"""Messages and chunks: what goes in comes out, and nothing else is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import create_autospec
+
+import grpc
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topq_dist.compress.frame import encode_frame, encode_non_finite_frame
+from topq_dist.ps.client.connection import refusal_of
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol import errors
+from topq_dist.ps.protocol.errors import (
+    REASON_KEY,
+    InvalidError,
+    NonFiniteError,
+    RefusedError,
+    TooLargeError,
+)
+from topq_dist.ps.protocol.types import (
+    MAX_CHUNK_BYTES,
+    START,
+    Answer,
+    Point,
+    Update,
+    UpdateKind,
+    push_digest,
+)
+from topq_dist.ps.wire import codec, steps
+from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.v1 import parameter_server_pb2 as pb
+
+SPEC = ModelSpec.of(
+    [("a", torch.zeros(2, 3)), ("b", torch.zeros(5, dtype=torch.bfloat16)), ("c", torch.zeros(()))]
+)
+WORKER = pb.WorkerId(run="r", worker="w", epoch=1)
+SOMEWHERE = Point(version=7, chain=b"c" * 32)
+
+
+def frames() -> list[memoryview]:
+    made = []
+    for vector in SPEC.vectors:
+        values = torch.arange(1.0, 1.0 + vector.numel)
+        made.append(encode_frame(vector.numel, torch.arange(vector.numel), values).frame)
+    return [frame.numpy().data for frame in made]
+
+
+def header_of(parts: list[memoryview], **changes: object) -> pb.StepHeader:
+    options = {"sequence": 1, "base": START, "lr": (0.5,), "digest": push_digest((0.5,), parts)}
+    return steps.step_header(WORKER, frames=parts, **{**options, **changes})  # type: ignore[arg-type]
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 50))
+def test_chunks_are_the_buffers_one_behind_the_other(parts: list[bytes], chunk_bytes: int) -> None:
+    pieces = list(chunks(map(memoryview, parts), chunk_bytes))
+    assert b"".join(pieces) == b"".join(parts)
+    assert all(len(chunk) == chunk_bytes for chunk in pieces[:-1])
+    assert all(0 < len(chunk) <= chunk_bytes for chunk in pieces)
+    receiver = Receiver([len(part) for part in parts], limit_bytes=1000, what="it")
+    for chunk in pieces:
+        assert not receiver.complete
+        receiver.take(chunk)
+    assert [bytes(part) for part in receiver.parts()] == parts
+
+
+def test_a_receiver_takes_what_was_declared_and_no_more() -> None:
+    with pytest.raises(TooLargeError, match="expected at most 9"):
+        Receiver([4, 6], limit_bytes=9, what="it")
+    with pytest.raises(TooLargeError):
+        Receiver([2**64 - 1, 2**64 - 1], limit_bytes=10, what="it")
+    receiver = Receiver([4], limit_bytes=9, what="it")
+    receiver.take(b"abc")
+    with pytest.raises(InvalidError, match="ended after 3 of 4"):
+        receiver.parts()
+    with pytest.raises(InvalidError, match="goes on after"):
+        receiver.take(b"de")
+    large = Receiver([MAX_CHUNK_BYTES + 1], limit_bytes=1 << 30, what="it")
+    with pytest.raises(InvalidError, match="a chunk of"):
+        large.take(bytes(MAX_CHUNK_BYTES + 1))
+
+
+def test_a_push_goes_through() -> None:
+    parts = frames()
+    header = header_of(parts, applied_version=8, members=("v", "w"), base=SOMEWHERE)
+    push = steps.push_from_wire(header, parts, SPEC)
+    assert (push.worker, push.epoch, push.sequence, push.lr) == ("w", 1, 1, (0.5,))
+    assert (push.base, push.applied_version, push.members) == (SOMEWHERE, 8, ("v", "w"))
+    assert [frame.values.tolist() for frame in push.frames] == [
+        [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        [1.0, 2.0, 3.0, 4.0, 5.0],
+    ]
+
+
+def test_a_push_without_a_gradient_has_no_frames() -> None:
+    header = header_of([])
+    assert steps.receiver_of(header, SPEC).parts() == ()
+    assert steps.push_from_wire(header, [], SPEC).frames == ()
+
+
+def test_a_push_that_is_none_is_refused() -> None:
+    parts = frames()
+    nan = [encode_non_finite_frame(7).numpy().data, parts[1]]
+    with pytest.raises(NonFiniteError):
+        steps.push_from_wire(header_of(nan), nan, SPEC)
+    for lr in (float("nan"), float("inf")):
+        header = header_of(parts, lr=(lr,), digest=push_digest((lr,), parts))
+        with pytest.raises(NonFiniteError, match="lr="):
+            steps.push_from_wire(header, parts, SPEC)
+    with pytest.raises(InvalidError, match="another digest"):
+        steps.push_from_wire(header_of(parts), parts[::-1], SPEC)
+    with pytest.raises(InvalidError, match=r"frame 0 .* expected 7"):
+        steps.push_from_wire(header_of(parts[::-1]), parts[::-1], SPEC)
+    header = header_of(parts)
+    header.base.chain = b"short"
+    with pytest.raises(InvalidError, match="5 bytes of chain"):
+        steps.push_from_wire(header, parts, SPEC)
+    for wrong, words in (
+        (header_of(parts[:1]), "1 frames: expected 2, or none"),
+        (header_of(parts, digest=b"x"), "1 bytes of digest"),
+        (header_of(parts, members=("no/name",)), "worker='no/name'"),
+    ):
+        with pytest.raises(InvalidError, match=words):
+            steps.receiver_of(wrong, SPEC)
+    huge = header_of(parts)
+    huge.frame_bytes[0] = 1 << 50
+    with pytest.raises(TooLargeError):
+        steps.receiver_of(huge, SPEC)
+
+
+def answers() -> list[Answer]:
+    def update(kind: UpdateKind, version: int, *parts: bytes) -> Update:
+        point = Point(version=version, chain=bytes([version]) * 32)
+        return Update(kind=kind, point=point, payloads=tuple(map(memoryview, parts)))
+
+    one = update(UpdateKind.SET, 1, b"abc", b"")
+    two = update(UpdateKind.ADD, 2, b"d", b"efg")
+    full = update(UpdateKind.FULL, 3, b"x" * 28, b"y" * 10)
+    return [
+        Answer(applied=two.point, members=("v", "w"), updates=(one, two), durable_version=1),
+        Answer(applied=None, members=(), updates=(full,), durable_version=0),
+        Answer(applied=None, members=(), updates=(), durable_version=9),
+    ]
+
+
+@pytest.mark.parametrize("answer", answers())
+def test_an_answer_goes_through(answer: Answer) -> None:
+    signs: list[tuple[str, ...]] = []
+
+    def messages() -> Iterator[pb.StepResponse | memoryview]:
+        yield pb.StepResponse(waiting=pb.Waiting(workers=["v"]))
+        yield from steps.answer_to_wire(answer)
+
+    assert steps.read_answer(messages(), SPEC, waiting=signs.append) == answer
+    assert signs == [("v",)]
+
+
+def test_an_answer_that_is_none_is_refused() -> None:
+    good = list(steps.answer_to_wire(answers()[0]))
+    for messages, words in (
+        ([], "ended before"),
+        (good[1:], "begins with its payload"),
+        (good[:1], "ended after 0 of"),
+        ([*good, good[-1]], "goes on after"),
+    ):
+        with pytest.raises(InvalidError, match=words):
+            steps.read_answer(iter(messages), SPEC)
+    for change, words in (
+        ({"outcome": 0}, "outcome 0"),
+        ({"updates": [pb.Update(kind=pb.Update.KIND_UNSPECIFIED)]}, "kind 0"),
+        ({"updates": [pb.Update(kind=pb.Update.KIND_SET, payload_bytes=[1])]}, "1 payloads"),
+        ({"updates": [pb.Update(kind=pb.Update.KIND_SET, payload_bytes=[1 << 60, 0])]}, "at most"),
+    ):
+        options: dict[str, object] = {"outcome": pb.StepAnswer.OUTCOME_STALE, **change}
+        message = pb.StepResponse(answer=pb.StepAnswer(**options))  # type: ignore[arg-type]
+        with pytest.raises(InvalidError, match=words):
+            steps.read_answer(iter([message]), SPEC)
+
+
+def test_a_model_goes_through() -> None:
+    vectors = [memoryview(bytes(range(28))), memoryview(bytes(range(10)))]
+    point, durable_version, read = codec.read_fetch(
+        codec.fetch_to_wire(SOMEWHERE, 5, vectors), SPEC
+    )
+    assert (point, durable_version) == (SOMEWHERE, 5)
+    assert [bytes(part) for part in read] == [bytes(vector) for vector in vectors]
+    with pytest.raises(InvalidError, match=r"expected \[28, 10\]"):
+        codec.read_fetch(codec.fetch_to_wire(SOMEWHERE, 5, vectors[::-1]), SPEC)
+    with pytest.raises(InvalidError, match="without its header"):
+        codec.read_fetch(iter([]), SPEC)
+    assert codec.spec_from_wire(codec.spec_to_wire(SPEC)) == SPEC
+    for wrong in (
+        pb.TensorSpec(name="a", shape=[1], dtype="int8"),
+        pb.TensorSpec(name="", shape=[1], dtype="float32"),
+        pb.TensorSpec(name="a", shape=[2**63, 2**63], dtype="float32"),
+    ):
+        with pytest.raises(InvalidError):
+            codec.spec_from_wire([wrong])
+
+
+def kinds() -> list[type[RefusedError]]:
+    found = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    return [k for k in found if issubclass(k, RefusedError) and k is not RefusedError]
+
+
+def sent(*metadata: tuple[str, str]) -> grpc.RpcError:
+    """An error as a client sees it."""
+    error: grpc.RpcError = create_autospec(grpc.Call, instance=True)
+    error.trailing_metadata.return_value = metadata  # type: ignore[attr-defined]
+    error.details.return_value = "why"  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_each_refusal_has_a_status_and_comes_back_as_itself(kind: type[RefusedError]) -> None:
+    assert grpc.StatusCode[kind.status] != grpc.StatusCode.UNKNOWN
+    again = refusal_of(sent((REASON_KEY, kind.reason)))
+    assert type(again) is kind
+    assert str(again) == "why"
+
+
+def test_an_error_that_is_no_refusal_stays_one() -> None:
+    assert refusal_of(sent()) is None
+    assert refusal_of(sent((REASON_KEY, "from another release"))) is None
+    assert refusal_of(grpc.RpcError()) is None

@@ -1,0 +1,1 @@
+"""The worker: a torch optimizer whose inner optimizer runs in parameter servers."""

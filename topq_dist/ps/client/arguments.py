@@ -1,0 +1,55 @@
+"""What a worker is called with: checked, and made plain."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.types import check_worker_name
+
+
+def trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the parameters that need a gradient, by name, without torch.compile's prefix.
+
+    Raises TypeError or ValueError for what is not like model.named_parameters().
+    """
+    named: dict[str, Tensor] = {}
+    for entry in named_parameters:
+        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
+            raise TypeError(
+                f"named_parameters holds a {type(entry).__name__}: expected pairs of a name and a "
+                "tensor, as model.named_parameters() has them"
+            )
+        name = str(entry[0]).replace("_orig_mod.", "")  # of torch.compile
+        if name in named:
+            raise ValueError(f"named_parameters has {name!r} twice: expected distinct names")
+        if entry[1].requires_grad:
+            named[name] = entry[1]
+    if not named:
+        raise ValueError("named_parameters has no trainable parameter: expected one at least")
+    return named
+
+
+def addresses_of(servers: str | Sequence[str]) -> list[str]:
+    """Return the servers' addresses; raises TypeError for what are none."""
+    addresses = [servers] if isinstance(servers, str) else servers
+    if not isinstance(addresses, Sequence) or not all(isinstance(one, str) for one in addresses):
+        raise TypeError(f"servers={servers!r}: expected HOST:PORT, or several of them in a list")
+    return list(addresses)
+
+
+def checked_worker(worker: str | None) -> str:
+    """Return a worker's name, made up for None; raises ValueError where it can name none."""
+    if worker is None:
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
+        rank = os.environ.get("RANK")
+        worker = f"{host}-{os.getpid()}" if rank is None else f"rank-{rank}"
+    try:
+        return check_worker_name(worker)
+    except InvalidError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,285 @@
+"""The calls to one server, what their errors mean, and how long it may be silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from topq_dist.ps.client.probe import why_unreachable
+from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.errors import (
+    REASON_KEY,
+    REFUSALS,
+    NotReadyError,
+    RefusedError,
+    ServerLostError,
+)
+from topq_dist.ps.protocol.types import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, Point
+from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.codec import read_fetch, upload_requests
+from topq_dist.ps.wire.messages import Calls
+from topq_dist.ps.wire.steps import (
+    read_answer,
+    read_short_answer,
+    short_step_request,
+    step_requests,
+)
+from topq_dist.v1 import parameter_server_pb2 as pb
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.5
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    # too many calls at once, and streams that a dying server breaks off
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+}
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """Return the gRPC options of a worker's channel."""
+    return [
+        # above 256 KiB gRPC's own retries stop without a word, and a push that is sent again may
+        # need a Join before it
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # the window of a stream: with gRPC's own, 64 KiB, a distant server sends little at a time
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
+        # workers in one process would share a connection, and its flow control, otherwise
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+class TransientError(Exception):
+    """A call that failed in a way that may pass."""
+
+
+class Connection:
+    """A channel to the server at `address`.
+
+    Every call has a time limit, and raises RefusedError, TransientError or ServerLostError.
+    """
+
+    def __init__(self, address: str, security: ClientSecurity) -> None:
+        self.address = address
+        self._security = security
+        self._metadata = security.metadata()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._buffers = Buffers()
+        # whether an answer is likely to fit into a message, and to be there soon
+        self._short_answers = False
+        self._channel: grpc.Channel | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = self._security.channel(self.address, channel_options())
+        self._stub = Calls(self._channel)
+
+    def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
+        """Take up or renew a worker's place."""
+        with self._errors():
+            return self._calls().Join(request, timeout=timeout_s, metadata=self._metadata)
+
+    def upload(self, worker: pb.WorkerId, vectors: Sequence[memoryview], timeout_s: float) -> None:
+        """Bring the initial values."""
+        requests = upload_requests(worker, vectors)
+        with self._errors():
+            self._calls().Upload(requests, timeout=timeout_s, metadata=self._metadata)
+
+    def fetch(
+        self,
+        worker: pb.WorkerId,
+        which: pb.FetchRequest.Which.ValueType,
+        spec: ModelSpec,
+        timeout_s: float,
+    ) -> tuple[Point, int, tuple[memoryview, ...]]:
+        """Return (point, durable version, raw vectors)."""
+        request = pb.FetchRequest(id=worker, which=which)
+        with self._errors():
+            responses = self._calls().Fetch(request, timeout=timeout_s, metadata=self._metadata)
+            return read_fetch(iter(responses), spec)
+
+    def step(
+        self,
+        worker: pb.WorkerId,
+        push: KeptPush,
+        spec: ModelSpec,
+        timeout_s: float,
+        sign_of_life: Callable[[], None],
+    ) -> Answer:
+        """Push, or replay, a gradient; returns what the server has decided on it."""
+        said: dict[str, Any] = {
+            "sequence": push.sequence,
+            "base": push.base,
+            "frames": push.frames,
+            "lr": push.lr,
+            "momentum": push.momentum,
+            "digest": push.digest,
+            "applied_version": 0 if push.applied is None else push.applied.version,
+            "members": push.members,
+        }
+        short = self._short_answers and push.frame_bytes <= SHORT_BYTES
+        if short:
+            request = short_step_request(worker, **said)
+            with self._errors():
+                stub = self._calls()
+                response = stub.ShortStep(request, timeout=timeout_s, metadata=self._metadata)
+                answer = read_short_answer(response, spec)
+            if answer is not None:
+                return answer
+            sign_of_life()
+        answer, at_once = self._long_step(
+            step_requests(worker, **said), spec, timeout_s, sign_of_life
+        )
+        # the next will be like this one
+        self._short_answers = not short and at_once and answer.payload_bytes <= SHORT_BYTES
+        return answer
+
+    def _long_step(
+        self,
+        requests: Iterator[pb.StepRequest | memoryview],
+        spec: ModelSpec,
+        timeout_s: float,
+        sign_of_life: Callable[[], None],
+    ) -> tuple[Answer, bool]:
+        """Return the answer, and whether it came without a sign of life before."""
+        waited = False
+
+        def waiting(_: tuple[str, ...]) -> None:
+            nonlocal waited
+            waited = True
+            sign_of_life()
+
+        with self._errors():
+            call = self._calls().Step(requests, timeout=timeout_s, metadata=self._metadata)
+            try:
+                answer = read_answer(iter(call), spec, waiting=waiting, buffers=self._buffers)
+                return answer, not waited
+            finally:
+                # or an answer that is no good would leave the call open
+                call.cancel()
+
+    def renew(self, worker: pb.WorkerId, timeout_s: float) -> int:
+        """Keep the lease; returns the durable version."""
+        request = pb.RenewRequest(id=worker)
+        with self._errors():
+            response = self._calls().Renew(request, timeout=timeout_s, metadata=self._metadata)
+        return response.durable_version
+
+    def leave(self, worker: pb.WorkerId, timeout_s: float) -> int:
+        """Give the place up; returns the server's version, which is durable."""
+        request = pb.LeaveRequest(id=worker)
+        with self._errors():
+            response = self._calls().Leave(request, timeout=timeout_s, metadata=self._metadata)
+        return response.point.version
+
+    def refresh(self) -> None:
+        """Make the channel anew, where TLS is used: certificates may have changed since."""
+        if self._security.tls is not None:
+            self.break_off()
+
+    def break_off(self) -> None:
+        """Have the calls under way fail with TransientError; the next makes the channel anew."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def close(self) -> None:
+        """Break off what is under way, and take no more calls."""
+        self._closed = True
+        self.break_off()
+
+    def lost(self, timeout_s: float, last_error: Exception | None) -> ServerLostError:
+        """Return the error that says that the server was silent for `timeout_s`."""
+        where = self._security.check(self.address)
+        why = why_unreachable(where, self._security.tls) or last_error or "it is there, but silent"
+        return ServerLostError(
+            f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
+        )
+
+    def _calls(self) -> Calls:
+        with self._lock:
+            if self._channel is None:
+                if self._closed:
+                    raise TransientError("the connection was closed")
+                try:
+                    self._open()
+                except ValueError as error:
+                    # it worked before: the files may be changing right now
+                    raise TransientError(str(error)) from error
+            return self._stub
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+            if isinstance(refusal, NotReadyError):
+                raise TransientError(str(refusal)) from None
+            if refusal is not None:
+                raise type(refusal)(f"parameter server {self.address}: {refusal}") from None
+            known = isinstance(error, grpc.Call)
+            code = error.code() if known else grpc.StatusCode.UNKNOWN
+            details = error.details() if known else repr(error)
+            if code in _TRANSIENT:
+                raise TransientError(f"{code.name}: {details}") from None
+            raise ServerLostError(
+                f"parameter server {self.address}: {code.name}: {details}"
+            ) from None
+
+
+class Patience:
+    """How long a server may still be silent; a sign of life starts the time anew."""
+
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
+        self._connection = connection
+        self._timeout_s = timeout_s
+        self._pause_s = _FIRST_PAUSE_S
+        self._last_error: Exception | None = None
+        self._last_sign_s = time.monotonic()
+
+    def sign(self) -> None:
+        """Note a sign of life."""
+        self._last_sign_s = time.monotonic()
+        self._pause_s = _FIRST_PAUSE_S
+
+    def left_s(self) -> float:
+        """Return the seconds left; raises ServerLostError when there are none."""
+        left_s = self._last_sign_s + self._timeout_s - time.monotonic()
+        if left_s <= 0:
+            raise self._connection.lost(self._timeout_s, self._last_error) from None
+        return left_s
+
+    def pause(self, error: Exception) -> None:
+        """Wait a little before the call that failed with `error` is tried again."""
+        self._last_error = error
+        time.sleep(min(self._pause_s, self.left_s()))
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+
+def refusal_of(error: grpc.RpcError) -> RefusedError | None:
+    """Return the refusal that a server of this library sent as `error`; None: it was none."""
+    if not isinstance(error, grpc.Call):
+        return None
+    metadata = error.trailing_metadata() or ()
+    reasons = [value for key, value in metadata if key == REASON_KEY]
+    if not reasons or reasons[0] not in REFUSALS:
+        return None
+    return REFUSALS[reasons[0]](error.details() or "")

@@ -1,0 +1,406 @@
+"""The worker's torch optimizer: step() pushes the gradient, and the parameters come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.defaults import (
+    DEFAULT_BOUND,
+    DEFAULT_Q,
+    DEFAULT_VALUE_FORMAT,
+    usual_bound,
+)
+from topq_dist.compress.density import Scope, check_scope
+from topq_dist.ps.client.arguments import addresses_of, checked_worker, trainable
+from topq_dist.ps.client.param_groups import ServerGroups
+from topq_dist.ps.client.server_client import ServerClient
+from topq_dist.ps.client.shard import Shard, frames_of, shard_by_size
+from topq_dist.ps.client.state_dict import SavedShard, model_sha256, read_state, shard_state
+from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
+from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.security.tls import ClientTls
+from topq_dist.telemetry import Meter, Stats
+from topq_dist.topq import check_fraction, check_number
+
+_log = logging.getLogger(__name__)
+# a failed `with` block is left without waiting long for a server that may be why it failed
+_HASTY_CLOSE_S = 5.0
+_LOOK_S = 0.1
+
+
+class ParameterServerOptimizer(torch.optim.Optimizer):
+    """An optimizer whose inner optimizer runs in one or more parameter servers.
+
+    named_parameters: model.named_parameters(). Those that need no gradient stay out, as buffers do.
+    servers: "HOST:PORT" or several of them, over which the parameters are split by size (see
+        shard_by_size): every worker names the same ones in the same words.
+
+    Knobs, in the order in which one tunes them:
+        q: fraction of each gradient that is not sent, in [0, 1]. `optimizer.q = ...` changes it.
+        worker: this worker's name in the run, unique and the same whenever it is started again.
+            None: "rank-" and RANK where torchrun set that, else the host's name and process id.
+        error_feedback: keep what was not sent and add it to the next gradient. Without it, a
+            gradient that comes too late for its version is lost.
+        value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
+            "fp64"; None is the gradient's own dtype, lossless.
+        bound: clip what is sent to so many times the mean magnitude of what is sent of the same
+            parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
+            What is half sent or more is never clipped. Only with error_feedback.
+        scope: keep the top-Q part of each "parameter", or ("bucket") of all of a dtype together.
+        timeout_s: how long a server may be silent before step() raises ServerLostError, which names
+            it, and how long a transfer may take. Waiting for other workers is not silence; a server
+            says every 5 s that it waits.
+        tls, token: how to show oneself to the servers; None: in the clear, without one.
+
+    Joins at once: the first worker's values become the run's, and all others take them. The groups
+    are the servers' (those of one behind those of the other, in the order of addresses), and read
+    only but for lr and for momentum or betas[0]: once a worker has changed an lr, it sends all of
+    them with each step, and likewise momentum.
+
+    A step that raised is not over. The next step() finishes it, with the gradient that it began
+    with; it calls no closure and looks at no newer gradient.
+
+    Raises TypeError or ValueError on bad input, ServerLostError for a server that does not answer,
+    and RefusedError (ModelDiffersError and others) for one that does not take this worker.
+    """
+
+    # GradScaler then calls step() on overflow too, so that the round is not held up
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        servers: str | Sequence[str],
+        *,
+        q: float = DEFAULT_Q,
+        worker: str | None = None,
+        error_feedback: bool = True,
+        value_format: str | None = DEFAULT_VALUE_FORMAT,
+        bound: float | None = DEFAULT_BOUND,
+        scope: Scope = "parameter",
+        timeout_s: float = 120.0,
+        tls: ClientTls | None = None,
+        token: str | None = None,
+    ) -> None:
+        self._q = check_fraction("q", q)
+        self._scope = check_scope(scope)
+        self._worker = checked_worker(worker)
+        if check_number("timeout_s", timeout_s) <= 0:
+            raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
+        named = trainable(named_parameters)
+        self._names = list(named)
+        addresses = addresses_of(servers)
+        sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
+        security = ClientSecurity(tls=tls, token=token)
+        self._shards = [
+            Shard(
+                {name: named[name] for name in names},
+                FlatCompressor(
+                    value_format=value_format,
+                    error_feedback=error_feedback,
+                    bound=usual_bound(bound, error_feedback=error_feedback),
+                ),
+            )
+            for names in shard_by_size(sizes_bytes, addresses).values()
+        ]
+        self._clients = [
+            ServerClient(
+                shard.model,
+                address=address,
+                worker=self._worker,
+                timeout_s=timeout_s,
+                security=security,
+            )
+            for shard, address in zip(self._shards, sorted(addresses), strict=True)
+        ]
+        self._meter = Meter()
+        self._open = False
+        self._closed = False
+        self._resumed: list[SavedShard] = []
+        self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="ps")
+        try:
+            self._at_all(ServerClient.start)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        self._absorb()
+        self._groups = ServerGroups([client.groups for client in self._clients])
+        self._complete = False
+        super().__init__(self._groups.param_groups(named), self._groups.defaults())
+        self._complete = True
+
+    @property
+    def q(self) -> float:
+        """The fraction of each gradient that is not sent."""
+        return self._q
+
+    @q.setter
+    def q(self, value: float) -> None:
+        self._q = check_fraction("q", value)
+
+    @property
+    def worker(self) -> str:
+        """This worker's name."""
+        return self._worker
+
+    def stats(self) -> Stats:
+        """Return this worker's totals so far: payload bytes, without gRPC's own."""
+        return self._meter.stats
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Push the gradients and take the parameters that come back; returns the closure's loss.
+
+        Waits for the other workers where the servers do. Raises NonFiniteError, naming the first
+        parameter, for a gradient with NaN or infinity, before anything is sent; ServerLostError
+        and RefusedError, after which step() finishes what it began, and RuntimeError once closed.
+        """
+        self._check_not_closed()
+        loss = None
+        left_out: list[Compressed] = []
+        if self._open:
+            _log.warning("finishing the step that was broken off, with its own gradient")
+            self._take_up()
+        else:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            left_out = self._begin()
+
+        def owe_the_rest() -> None:
+            while left_out:
+                left_out.pop(0).commit()
+
+        with self._meter.timed("wait_s"):
+            try:
+                # while the frames travel
+                self._at_all(ServerClient.finish, meanwhile=owe_the_rest)
+            finally:
+                owe_the_rest()  # where Ctrl-C was quicker
+                self._absorb()
+        self._open = False
+        self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
+        return loss
+
+    def _begin(self) -> list[Compressed]:
+        """Make the next push for each server; return what is to be committed."""
+        rates = self._groups.rates(self.param_groups)
+        momenta = self._groups.momenta(self.param_groups)
+        elsewhere = self._take_up()
+        found_inf = getattr(self, "found_inf", None)
+        overflow = found_inf is not None and bool(found_inf.item())
+        grad_scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        with self._meter.timed("select_s"):
+            made = [
+                []
+                if overflow or shard in elsewhere
+                else shard.compress(q=self._q, scope=self._scope, scale=scale)
+                for shard in self._shards
+            ]
+        # only now: an error above leaves no server with a push that the others lack
+        pushes = zip(self._clients, made, rates, momenta, strict=True)
+        for client, compressed, lr, momentum in pushes:
+            client.begin(frames_of(compressed), lr, momentum)
+        self._open = True
+        return [part for compressed in made for part in compressed]
+
+    def _at_all(
+        self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """Call at all servers at once; raises the first error once all are done.
+
+        Ctrl-C breaks the calls off: they may wait for other workers without a limit.
+        """
+        if len(self._clients) == 1 and meanwhile is None:
+            return [call(self._clients[0])]
+        calls = [self._threads.submit(call, client) for client in self._clients]
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            wait(calls)
+        except BaseException:
+            self._break_off(calls)
+            raise
+        errors = [error for made in calls if (error := made.exception()) is not None]
+        for other in errors[1:]:
+            errors[0].add_note(f"and {other}")
+        if errors:
+            raise errors[0]
+        return [made.result() for made in calls]
+
+    def _break_off(self, calls: Sequence[Future[Any]]) -> None:
+        """Return once these calls have ended, which may be tried again later."""
+        while wait(calls, _LOOK_S).not_done:
+            for client in self._clients:
+                client.break_off()
+        for client in self._clients:
+            client.go_on()
+
+    def _absorb(self) -> None:
+        """Take in what the clients brought."""
+        for client, shard in zip(self._clients, self._shards, strict=True):
+            outcome = client.collect()
+            if outcome.forked:
+                shard.forgive()
+            for push in outcome.taken_back:
+                shard.owe(push)
+            shard.write_back(outcome.changed)
+            self._meter.add(
+                sent_bytes=outcome.sent_bytes,
+                wire_bytes=outcome.sent_bytes,
+                received_bytes=outcome.received_bytes,
+            )
+
+    def fetch_central(self) -> dict[str, Tensor]:
+        """Return the servers' own parameters by name: new CPU tensors, for evaluation and export.
+
+        With the servers' downlink "topq" they are ahead of what the model here holds. Raises
+        ServerLostError, RefusedError, and RuntimeError once closed.
+        """
+        self._check_not_closed()
+        self._take_up()
+        try:
+            models = self._at_all(ServerClient.fetch_central)
+        finally:
+            self._absorb()
+        found = {name: tensor for model in models for name, tensor in model.tensors().items()}
+        return {name: found[name] for name in self._names}
+
+    @contextmanager
+    def central(self) -> Iterator[None]:
+        """Have the servers' own parameters in the model within the block; see `fetch_central`."""
+        values = self.fetch_central()
+        try:
+            for shard in self._shards:
+                shard.write(values)
+            yield
+        finally:
+            for shard in self._shards:
+                shard.write_back()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise RuntimeError: the servers' groups are made when they start."""
+        if getattr(self, "_complete", False):
+            raise RuntimeError(
+                "add_param_group: the servers hold the groups, so give them theirs when they start "
+                "(topq serve --group), and all parameters to the constructor"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this worker needs to resume, beside the model's own state_dict.
+
+        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
+        """
+        state = super().state_dict()
+        state["topq"] = {
+            "worker": self._worker,
+            "open": self._open,
+            "sends_lr": self._groups.sends_lr,
+            "told_lr": list(self._groups.told_lr),
+            "sends_momentum": self._groups.sends_momentum,
+            "told_momentum": list(self._groups.told_momentum),
+            "stats": vars(self._meter.stats).copy(),
+            "servers": [
+                shard_state(shard, client, held)
+                for shard, client, held in zip(
+                    self._shards, self._clients, self._held_sha256(), strict=True
+                )
+            ],
+        }
+        return state
+
+    def _held_sha256(self) -> list[str]:
+        if self._resumed:
+            return [saved.model_sha256 for saved in self._resumed]
+        return [model_sha256(shard.model) for shard in self._shards]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from what the same worker's `state_dict` returned; load the model as well.
+
+        Either may be loaded first. The next step goes on from there, and through the steps that
+        the worker had taken since, on the same path. Where it cannot (the servers have forgotten
+        them, or this time the gradients differ), a warning says so, and it goes on from where the
+        servers are.
+
+        Raises ValueError or TypeError, and changes nothing, for what is no such state or another
+        worker's or model's; WrongRunError for another run's.
+        """
+        saved = read_state(state_dict, self._worker, self._shards)
+        for client, one in zip(self._clients, saved.shards, strict=True):
+            client.check_run(one.run)
+        groups = self._groups.filled(state_dict["param_groups"])
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
+            client.resume(one.point, one.pushes)
+            shard.compressor.residuals.load_state_dict(one.residuals)
+        self._open = saved.open
+        self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
+        self._groups.sends_momentum = saved.sends_momentum
+        self._groups.told_momentum = list(saved.told_momentum or self._groups.told(groups))
+        self._meter.stats = saved.stats
+        self._resumed = list(saved.shards)
+
+    def _take_up(self) -> list[Shard]:
+        """Read the parameters after a load; return the shards where they are not the saved ones."""
+        elsewhere = []
+        resumed, self._resumed = self._resumed, []
+        for shard, client, saved in zip(self._shards, self._clients, resumed, strict=False):
+            shard.read_parameters()
+            if model_sha256(shard.model) != saved.model_sha256:
+                elsewhere.append(shard)
+                client.start_over("the parameters are not those that were saved with this state")
+        if elsewhere:
+            self._absorb()
+        return elsewhere
+
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Give this worker's places up, once all it pushed is durable at the servers.
+
+        A step that is not over is given up. Raises ServerLostError for a server that is lost after
+        `timeout_s`, None: the constructor's. To close again does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._at_all(lambda client: client.close(timeout_s))
+        finally:
+            self._threads.shutdown()
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this optimizer is closed: its places at the servers are given up")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close(timeout_s=_HASTY_CLOSE_S)
+        except (ServerLostError, RefusedError) as lost:
+            _log.warning("%s", lost)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a ParameterServerOptimizer holds connections and cannot be copied or pickled: save "
+            "state_dict() instead"
+        )

@@ -1,0 +1,135 @@
+"""The servers' parameter groups, as a worker's param_groups show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from topq_dist.ps.protocol.types import GroupView, group_momentum
+
+Group = Mapping[str, Any]
+
+
+class ServerGroups:
+    """What the groups of each server were when this worker joined.
+
+    told_lr, told_momentum: of each group then; None where a group has no momentum that workers may
+    set. sends_lr, sends_momentum: whether this worker has ever changed one, and so sends all.
+    """
+
+    def __init__(self, views: Sequence[Sequence[GroupView]]) -> None:
+        self._views = views
+        self.told_lr = [view.numbers["lr"] for view in self._all()]
+        self.told_momentum = [_momentum(view, _shown(view)) for view in self._all()]
+        self.sends_lr = False
+        self.sends_momentum = False
+
+    def _all(self) -> list[GroupView]:
+        return [view for views in self._views for view in views]
+
+    def param_groups(self, named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Return torch's parameter groups, those of one server behind those of the other."""
+        return [
+            {"params": [named[name] for name in view.names], **_shown(view)} for view in self._all()
+        ]
+
+    def defaults(self) -> dict[str, Any]:
+        """Return torch's defaults: the momentum or betas that all groups have.
+
+        Schedulers look there for which of the two they may cycle.
+        """
+        groups = [_shown(view) for view in self._all()]
+        return {
+            name: groups[0][name]
+            for name in ("momentum", "betas")
+            if groups and all(name in group for group in groups)
+        }
+
+    def filled(self, saved: Sequence[Group]) -> list[dict[str, Any]]:
+        """Return saved groups with what they lack: betas were not shown always."""
+        return [{**_shown(view), **group} for view, group in zip(self._all(), saved, strict=True)]
+
+    def told(self, param_groups: Sequence[Group]) -> list[float | None]:
+        """Return the momentum of each of these groups that a worker may set."""
+        return [
+            _momentum(view, group) for view, group in zip(self._all(), param_groups, strict=True)
+        ]
+
+    def rates(self, param_groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Return the lr of each group to send to each server; nothing while none was changed.
+
+        Raises ValueError for an lr that is no finite number of at least zero, or where a number
+        of a group that no worker may set is not the server's.
+        """
+        rates = []
+        for place, (group, view) in enumerate(zip(param_groups, self._all(), strict=True)):
+            _check_others(place, group, view)
+            lr = float(group["lr"])
+            if not math.isfinite(lr) or lr < 0:
+                raise ValueError(
+                    f"lr={group['lr']!r} in param_groups[{place}]: expected a finite number of at "
+                    "least 0"
+                )
+            self.sends_lr = self.sends_lr or lr != self.told_lr[place]
+            rates.append(lr)
+        return self._of_each_server(rates if self.sends_lr else [])
+
+    def momenta(self, param_groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Return the momentum of each group to send likewise; nothing to servers without any.
+
+        Raises ValueError for one that is no finite number in [0, 1).
+        """
+        momenta = self.told(param_groups)
+        for place, (momentum, told) in enumerate(zip(momenta, self.told_momentum, strict=True)):
+            if momentum is not None and not 0 <= momentum < 1:
+                name = "betas" if "betas" in param_groups[place] else "momentum"
+                raise ValueError(
+                    f"{name}={param_groups[place][name]!r} in param_groups[{place}]: expected a "
+                    f"finite {'first' if name == 'betas' else 'number'} in [0, 1)"
+                )
+            self.sends_momentum = self.sends_momentum or momentum != told
+        return self._of_each_server(momenta if self.sends_momentum else [])
+
+    def _of_each_server(self, numbers: Sequence[float | None]) -> list[tuple[float, ...]]:
+        if not numbers:
+            return [() for _ in self._views]
+        left = iter(numbers)
+        of_servers = [[next(left) for _ in views] for views in self._views]
+        return [tuple(one for one in server if one is not None) for server in of_servers]
+
+
+def _check_others(place: int, group: Group, view: GroupView) -> None:
+    """Raise ValueError where a number that is the server's alone is another one."""
+    remedy = f"give it with the server's options; a worker can change {_changeable(view)}"
+    for name, number in view.numbers.items():
+        mine = name == "lr" or (name == "momentum" and view.takes_momentum and not view.betas)
+        if not mine and float(group[name]) != number:
+            raise ValueError(
+                f"{name}={group[name]!r} in param_groups[{place}]: expected {number}, as the "
+                f"server has it; {remedy}"
+            )
+    if view.betas and tuple(map(float, group["betas"]))[1:] != view.betas[1:]:
+        raise ValueError(
+            f"betas={group['betas']!r} in param_groups[{place}]: expected {view.betas}, as the "
+            f"server has it; {remedy}"
+        )
+
+
+def _changeable(view: GroupView) -> str:
+    if not view.takes_momentum:
+        return "lr alone"
+    return f"lr and {'betas[0]' if view.betas else 'momentum'} alone"
+
+
+def _momentum(view: GroupView, group: Group) -> float | None:
+    return group_momentum(group) if view.takes_momentum else None
+
+
+def _shown(view: GroupView) -> dict[str, Any]:
+    # a map on the wire has no order
+    numbers = {name: view.numbers[name] for name in sorted(view.numbers)}
+    betas = {"betas": view.betas} if view.betas else {}
+    return {"lr": numbers.pop("lr")} | betas | numbers

@@ -1,0 +1,185 @@
+"""A worker's record of its pushes: the one under way, and those that it may have to replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from topq_dist.ps.protocol.types import Point, point_from_state, point_to_state, push_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPush:
+    """A push as its worker keeps it: the bytes that were sent, and what became of them.
+
+    applied: the point of the version that holds it, None until that is known. members: whose
+    pushes that version averages.
+    """
+
+    sequence: int
+    base: Point
+    frames: tuple[memoryview, ...]
+    lr: tuple[float, ...]
+    digest: bytes
+    applied: Point | None = None
+    members: tuple[str, ...] = ()
+    momentum: tuple[float, ...] = ()
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of all frames together."""
+        return sum(frame.nbytes for frame in self.frames)
+
+
+class KeptPushes:
+    """The pushes of one worker to one server, numbered without gaps.
+
+    At most one is under way. Those that were applied stay until they are durable.
+    """
+
+    def __init__(self) -> None:
+        self.pending: KeptPush | None = None
+        self._applied: list[KeptPush] = []
+        self._next_sequence = 1
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the push after the last one that was applied."""
+        return self._next_sequence
+
+    @property
+    def first_kept(self) -> int:
+        """The number of the oldest push that can be sent again; 0: there is none."""
+        oldest = self._applied[0] if self._applied else self.pending
+        return 0 if oldest is None else oldest.sequence
+
+    @property
+    def unsent_sequence(self) -> int:
+        """The number of the next push that was never sent."""
+        return self._next_sequence + (self.pending is not None)
+
+    def begin(
+        self,
+        base: Point,
+        frames: Sequence[memoryview],
+        lr: Sequence[float],
+        momentum: Sequence[float] = (),
+    ) -> KeptPush:
+        """Make the next push, which is then under way."""
+        if self.pending is not None:
+            raise RuntimeError(f"push {self.pending.sequence} is still under way")
+        self.pending = KeptPush(
+            sequence=self._next_sequence,
+            base=base,
+            frames=tuple(frames),
+            lr=tuple(lr),
+            momentum=tuple(momentum),
+            digest=push_digest(lr, frames, momentum),
+        )
+        return self.pending
+
+    def settle(self, push: KeptPush, applied: Point, members: Sequence[str]) -> None:
+        """Record in which version a push, under way or kept, was applied."""
+        done = replace(push, applied=applied, members=tuple(members))
+        if push is self.pending:
+            self.pending = None
+            self._applied.append(done)
+            self._next_sequence = push.sequence + 1
+        else:
+            self._applied = [done if kept is push else kept for kept in self._applied]
+
+    def durable(self, version: int, *, before: int) -> None:
+        """Forget what was applied in `version` or earlier, of the pushes numbered below `before`.
+
+        before: the number that the server expects next. It may have lost what follows, and have
+        made and saved versions of the same numbers without it.
+        """
+        self._applied = [
+            kept
+            for kept in self._applied
+            if kept.sequence >= before or (kept.applied and kept.applied.version > version)
+        ]
+
+    def missing_at(self, server_next: int) -> list[KeptPush] | None:
+        """Return what a server that expects `server_next` has lost; None where not all is kept."""
+        lost = [kept for kept in self._applied if kept.sequence >= server_next]
+        expected = list(range(server_next, self._next_sequence))
+        return lost if [kept.sequence for kept in lost] == expected else None
+
+    def take_back(self, sequence: int) -> list[KeptPush]:
+        """Forget the pushes from `sequence` on, which is then the next number, and return them."""
+        known = [*self._applied, *([self.pending] if self.pending is not None else [])]
+        self._applied = [kept for kept in self._applied if kept.sequence < sequence]
+        self.pending = None
+        self._next_sequence = sequence
+        return [kept for kept in known if kept.sequence >= sequence]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as tensors, numbers and strings."""
+        return {
+            "next_sequence": self._next_sequence,
+            "pending": None if self.pending is None else _to_state(self.pending),
+            "applied": [_to_state(kept) for kept in self._applied],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> KeptPushes:
+        """Return what `state_dict` returned; raises ValueError for what it cannot have."""
+        pushes = cls()
+        try:
+            pushes._next_sequence = _count(state["next_sequence"], 1)
+            pushes._applied = [_from_state(kept) for kept in state["applied"]]
+            if state["pending"] is not None:
+                pushes.pending = replace(_from_state(state["pending"]), applied=None, members=())
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"no pushes of a worker: {error!r}") from error
+        if pushes.pending is not None and pushes.pending.sequence != pushes._next_sequence:
+            raise ValueError(
+                f"push {pushes.pending.sequence} under way: expected {pushes._next_sequence}"
+            )
+        if any(kept.applied is None for kept in pushes._applied):
+            raise ValueError("an applied push without its version")
+        return pushes
+
+
+def _to_state(push: KeptPush) -> dict[str, Any]:
+    return {
+        "sequence": push.sequence,
+        "base": point_to_state(push.base),
+        "frames": [
+            torch.from_numpy(np.frombuffer(frame, dtype=np.uint8).copy()) for frame in push.frames
+        ],
+        "lr": list(push.lr),
+        "momentum": list(push.momentum),
+        "applied": None if push.applied is None else point_to_state(push.applied),
+        "members": list(push.members),
+    }
+
+
+def _from_state(state: Mapping[str, Any]) -> KeptPush:
+    frames = tuple(frame.clone().numpy().data for frame in state["frames"])
+    if any(frame.format != "B" or frame.ndim != 1 for frame in frames):
+        raise ValueError("a frame that is no vector of bytes")
+    lr = tuple(float(value) for value in state["lr"])
+    # states of before workers could set it have none
+    momentum = tuple(float(value) for value in state.get("momentum", ()))
+    return KeptPush(
+        sequence=_count(state["sequence"], 1),
+        base=point_from_state(state["base"]),
+        frames=frames,
+        lr=lr,
+        momentum=momentum,
+        digest=push_digest(lr, frames, momentum),
+        applied=None if state["applied"] is None else point_from_state(state["applied"]),
+        members=tuple(str(member) for member in state["members"]),
+    )
+
+
+def _count(value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{value!r}: expected a whole number of at least {least}")
+    return value

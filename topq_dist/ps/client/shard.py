@@ -1,0 +1,214 @@
+"""The part of a model that one server holds: which it is, its gradients and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.density import Scope, uniform_cuts
+from topq_dist.compress.feedback import Layout
+from topq_dist.compress.frame import decode_frame, peek_header
+from topq_dist.compress.pieces import Pieces
+from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
+from topq_dist.ps.model.spec import ModelSpec, VectorSpec
+from topq_dist.ps.protocol.errors import NonFiniteError
+
+
+def shard_by_size(sizes_bytes: Mapping[str, int], servers: Sequence[str]) -> dict[str, list[str]]:
+    """Return the parameters of each server, by size, as even as whole parameters allow.
+
+    sizes_bytes: bytes of each parameter by name. The result has every server, in the order of
+    their addresses as text, each with its parameters in the order of `sizes_bytes`.
+
+    The largest parameter first, each goes to the server that has the fewest bytes so far (Graham's
+    longest processing time rule: no server holds more than 4/3 of the best split's largest).
+    Equals go by name and address, so that only names, sizes and addresses count: workers that write
+    the addresses alike agree, in whatever order they list servers and parameters.
+
+    Raises ValueError for no server, one that comes twice, or fewer parameters than servers.
+    """
+    if not servers:
+        raise ValueError("servers is empty: expected the address of one server at least")
+    twice = sorted({server for server in servers if servers.count(server) > 1})
+    if twice:
+        raise ValueError(f"servers has {', '.join(twice)} twice: expected distinct servers")
+    if len(sizes_bytes) < len(servers):
+        raise ValueError(
+            f"{len(sizes_bytes)} parameters for {len(servers)} servers: expected one parameter for "
+            "each server at least"
+        )
+    held_bytes = dict.fromkeys(sorted(servers), 0)
+    held: dict[str, set[str]] = {server: set() for server in held_bytes}
+    for name in sorted(sizes_bytes, key=lambda name: (-sizes_bytes[name], name)):
+        # empty ones first: a parameter of zero bytes makes no server less empty
+        least = min(held_bytes, key=lambda server: (held_bytes[server], len(held[server])))
+        held_bytes[least] += sizes_bytes[name]
+        held[least].add(name)
+    return {server: [name for name in sizes_bytes if name in held[server]] for server in held}
+
+
+class Shard:
+    """Named parameters, their gradients as flat vectors, and what is still owed for them.
+
+    model: the values that the worker holds; `write_back` puts them into the parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], compressor: FlatCompressor) -> None:
+        self.parameters = dict(parameters)
+        self.spec = ModelSpec.of(self.parameters.items())
+        self.model = FlatModel(self.spec)
+        self._marks: list[tuple[int, int]] = []
+        self.compressor = compressor
+        self.read_parameters()
+        # gathered gradients, by place of their vector, where they cannot be read where they lie
+        self._gathered: dict[int, Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, in order."""
+        return list(self.parameters)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the parameters' gradients as they are."""
+        return self.spec.raw_bytes
+
+    def _device(self, layout: Layout) -> torch.device:
+        devices = {self.parameters[name].device for name in layout.names}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    def read_parameters(self) -> None:
+        """Take the model's values from the parameters."""
+        self.model.copy_from(self.parameters.items())
+        self._marks = self._marked()
+
+    def write_back(self, changed: Sequence[Sequence[Tensor]] | None = None) -> None:
+        """Put the model's values into the parameters.
+
+        changed: the only places, as Outcome has them, where the model can differ from what the
+        parameters were last given; None: anywhere. Where somebody else has written into a parameter
+        since, all are.
+        """
+        if changed is None or self._marks != self._marked() or not self._takes_scatters():
+            self.write(self.model.tensors())
+        else:
+            for update in changed:
+                self._scatter(update)
+        self._marks = self._marked()
+
+    def _marked(self) -> list[tuple[int, int]]:
+        """Return what changes where a parameter is written to, or moved."""
+        return [(p._version, p.data_ptr()) for p in self.parameters.values()]
+
+    def _takes_scatters(self) -> bool:
+        return all(p.device.type == "cpu" and p.is_contiguous() for p in self.parameters.values())
+
+    def _scatter(self, changed: Sequence[Tensor]) -> None:
+        for vector, flat, indices in zip(self.spec.vectors, self.model.flats, changed, strict=True):
+            stretches = vector.layout.stretches()
+            starts = np.array([stretch.start for stretch in stretches])
+            edges = [*np.searchsorted(indices.numpy(), starts).tolist(), indices.numel()]
+            for name, stretch, (low, high) in zip(
+                vector.layout.names, stretches, pairwise(edges), strict=True
+            ):
+                if low == high:
+                    continue
+                parameter, there = self.parameters[name], indices[low:high]
+                put(parameter.detach().view(-1), there - stretch.start, picked(flat, there))
+                # autograd must know of it, as it does of torch's own writes
+                increment_version(parameter)
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put other values, by name, into the parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def compress(self, *, q: float, scope: Scope, scale: float = 1.0) -> list[Compressed]:
+        """Return the top-Q part of the parameters' gradients / `scale`, plus what is owed.
+
+        A parameter without a gradient counts as zeros. What the frames leave out is owed only once
+        they are committed. Raises NonFiniteError, naming the first parameter, for NaN or infinity.
+        """
+        compressed = []
+        for place, vector in enumerate(self.spec.vectors):
+            cuts = uniform_cuts(vector.numels, q=q, scope=scope)
+            pieces = self._in_place(vector) if scope == "parameter" and scale == 1.0 else None
+            gradient = pieces or self._gather(place, vector, scale)
+            compressed.append(self.compressor.compress(gradient, vector.layout, cuts))
+        for made in compressed:
+            if not peek_header(made.frames[0]).finite:
+                raise NonFiniteError(
+                    f"the gradient of {self._first_non_finite()} holds NaN or infinity: nothing "
+                    "was sent"
+                )
+        return compressed
+
+    def _in_place(self, vector: VectorSpec) -> Pieces | None:
+        """Return the gradients where they lie; None unless they can be read as a flat vector."""
+        gradients = [self.parameters[name].grad for name in vector.layout.names]
+        device = self._device(vector.layout)
+        found = [
+            gradient.detach().view(-1)
+            for gradient in gradients
+            if gradient is not None
+            and gradient.layout == torch.strided
+            and gradient.is_contiguous()
+            and not gradient.is_neg()
+            and (gradient.dtype, gradient.device) == (vector.dtype, device)
+        ]
+        return Pieces(found) if len(found) == len(gradients) else None
+
+    def _gather(self, place: int, vector: VectorSpec, scale: float) -> Tensor:
+        if place not in self._gathered:
+            self._gathered[place] = torch.zeros(
+                vector.numel, dtype=vector.dtype, device=self._device(vector.layout)
+            )
+        flat = self._gathered[place]
+        for name, stretch in zip(vector.layout.names, vector.layout.stretches(), strict=True):
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                flat[stretch].zero_()
+                continue
+            if parameter.grad.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {name!r} has layout {parameter.grad.layout}: expected a "
+                    "dense one, so make the embedding with sparse=False"
+                )
+            flat[stretch].view(parameter.shape).copy_(parameter.grad)
+        return flat if scale == 1.0 else flat.mul_(1.0 / scale)
+
+    def _first_non_finite(self) -> str:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return repr(name)
+        return "a parameter, with what is owed for it,"
+
+    def owe(self, push: KeptPush) -> None:
+        """Owe again what `push` holds, which the server did not take."""
+        if not self.compressor.error_feedback:
+            return
+        for vector, frame in zip(
+            self.spec.vectors if push.frames else (), push.frames, strict=True
+        ):
+            dtype = torch.float64 if vector.dtype == torch.float64 else torch.float32
+            residual = self.compressor.residuals.flat(
+                vector.layout, dtype=dtype, device=self._device(vector.layout)
+            )
+            decode_frame(frame, numel=vector.numel).add_to(residual)
+
+    def forgive(self) -> None:
+        """Owe nothing any more."""
+        self.compressor.residuals.load_state_dict({})
+
+
+def frames_of(compressed: Sequence[Compressed]) -> list[memoryview]:
+    """Return the bytes of a step's frames, one for each vector."""
+    return [raw_view(frame) for made in compressed for frame in made.frames]

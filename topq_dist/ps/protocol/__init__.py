@@ -1,0 +1,41 @@
+"""What server and worker agree on: types, errors and configuration, without torch or gRPC."""
+
+from topq_dist.ps.protocol.errors import (
+    BusyError,
+    DigestDiffersError,
+    ForgottenError,
+    InvalidError,
+    ModelDiffersError,
+    NonFiniteError,
+    NotJoinedError,
+    NotReadyError,
+    OldEpochError,
+    RefusedError,
+    SequenceGapError,
+    ServerLostError,
+    TooLargeError,
+    TooManyWorkersError,
+    UnauthenticatedError,
+    WrongRunError,
+    WrongTokenError,
+)
+
+__all__ = [
+    "BusyError",
+    "DigestDiffersError",
+    "ForgottenError",
+    "InvalidError",
+    "ModelDiffersError",
+    "NonFiniteError",
+    "NotJoinedError",
+    "NotReadyError",
+    "OldEpochError",
+    "RefusedError",
+    "SequenceGapError",
+    "ServerLostError",
+    "TooLargeError",
+    "TooManyWorkersError",
+    "UnauthenticatedError",
+    "WrongRunError",
+    "WrongTokenError",
+]

@@ -1,0 +1,177 @@
+"""The words that server and worker share: points, pushes, answers and updates.
+
+protos/topq_dist/v1/parameter_server.proto says what they mean on the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from topq_dist.ps.protocol.errors import InvalidError
+
+if TYPE_CHECKING:  # status and health import this file, and are to be free of torch
+    from topq_dist.compress.frame import Frame
+
+CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 2 << 20
+# frames, and an answer, that cost less in one message each way than as streams
+SHORT_BYTES = 1 << 20
+# what may be on its way unread: a frame of a gradient goes out at once, however long the round trip
+STREAM_WINDOW_BYTES = 2 << 20
+CHAIN_BYTES = 32
+DIGEST_BYTES = 32
+INSTANCE_BYTES = 16
+FIRST_CHAIN = bytes(CHAIN_BYTES)
+_WORKER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A state of the model: its version, and the hash of all that led to it."""
+
+    version: int
+    chain: bytes
+
+
+START = Point(version=0, chain=FIRST_CHAIN)
+
+
+def point_to_state(point: Point) -> dict[str, Any]:
+    """Return `point` as numbers and strings, for a saved state."""
+    return {"version": point.version, "chain": point.chain.hex()}
+
+
+def point_from_state(state: Mapping[str, Any]) -> Point:
+    """Return what `point_to_state` returned; raises KeyError, TypeError or ValueError."""
+    version, chain = state["version"], bytes.fromhex(state["chain"])
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ValueError(f"version {version!r}: expected a whole number of at least 0")
+    if len(chain) != CHAIN_BYTES:
+        raise ValueError(f"a chain of {len(chain)} bytes: expected {CHAIN_BYTES}")
+    return Point(version=version, chain=chain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """A worker's gradient for one step, decoded and checked.
+
+    frames: one for each vector of the model; none where the worker has no gradient in this step.
+    lr, momentum: of each parameter group; empty: the server's own.
+    applied_version, members: in a replay, where the push was applied before and beside whom.
+    """
+
+    worker: str
+    epoch: int
+    sequence: int
+    base: Point
+    frames: tuple[Frame, ...]
+    lr: tuple[float, ...]
+    digest: bytes
+    applied_version: int = 0
+    members: tuple[str, ...] = ()
+    momentum: tuple[float, ...] = ()
+
+
+class UpdateKind(Enum):
+    """How the payloads of an update change what a worker holds."""
+
+    SET = 1
+    ADD = 2
+    FULL = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What brings a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector."""
+
+    kind: UpdateKind
+    point: Point
+    payloads: tuple[memoryview, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads together."""
+        return sum(payload.nbytes for payload in self.payloads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a push.
+
+    applied: the point of the version that holds it, or None where it was refused as stale.
+    members: whose pushes that version averages. updates: from the push's base on, oldest first.
+    """
+
+    applied: Point | None
+    members: tuple[str, ...]
+    updates: tuple[Update, ...]
+    durable_version: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payloads of all updates together."""
+        return sum(update.payload_bytes for update in self.updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupView:
+    """A parameter group of the inner optimizer as workers see it.
+
+    takes_momentum: whether a push may set its momentum, which is betas[0] where there are betas.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[str, float]
+    betas: tuple[float, ...] = ()
+    takes_momentum: bool = False
+
+
+def check_worker_name(worker: str) -> str:
+    """Return `worker` where it can name one; raises InvalidError."""
+    if not isinstance(worker, str) or not _WORKER_NAME.fullmatch(worker):
+        raise InvalidError(
+            f"worker={worker!r}: expected 1 to 64 letters, digits, dots, hyphens or underscores"
+        )
+    return worker
+
+
+def group_momentum(group: Mapping[str, Any]) -> float | None:
+    """Return betas[0] or momentum of a torch parameter group; None where it has neither."""
+    betas = group.get("betas")
+    momentum = group.get("momentum") if betas is None else betas[0]
+    return None if momentum is None else float(momentum)
+
+
+def set_group_momentum(group: MutableMapping[str, Any], momentum: float) -> None:
+    """Make this what `group_momentum` returns of a group."""
+    if "betas" in group:
+        group["betas"] = (momentum, *group["betas"][1:])
+    else:
+        group["momentum"] = momentum
+
+
+def push_digest(
+    lr: Sequence[float], frames: Iterable[memoryview], momentum: Sequence[float] = ()
+) -> bytes:
+    """Return the SHA-256 by which a push is known: rates, momentum, then the frames' bytes."""
+    digest = hashlib.sha256(struct.pack(f"<{len(lr)}d", *lr))
+    if momentum:  # marked, or it could be taken for learning rates
+        digest.update(b"momentum" + struct.pack(f"<{len(momentum)}d", *momentum))
+    for frame in frames:
+        digest.update(frame)
+    return digest.digest()
+
+
+def next_chain(chain: bytes, pushes: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """Return the chain after a version that applied these (worker, sequence, digest), sorted."""
+    digest = hashlib.sha256(chain)
+    for worker, sequence, push in sorted(pushes):
+        name = worker.encode()
+        digest.update(struct.pack("<QQ", len(name), sequence) + name + push)
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""The server process: gRPC in front, the coordinator behind it."""

@@ -1,0 +1,500 @@
+"""The coordinator: takes pushes from many threads and turns them into versions, one at a time.
+
+One lock guards everything. The thread whose push completes a version makes it; the others wait
+and, when a lease or a time runs out, look again. Nothing depends on a thread staying: a push whose
+sender is gone stays pending, and whoever comes next decides on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, check_together
+from topq_dist.ps.protocol.errors import (
+    InvalidError,
+    NotJoinedError,
+    NotReadyError,
+    OldEpochError,
+    RefusedError,
+)
+from topq_dist.ps.protocol.types import START, Answer, Point, Push, check_worker_name
+from topq_dist.ps.server.membership import Admission, Members
+from topq_dist.ps.server.push_queue import FAILED, PendingPushes, Ticket
+from topq_dist.ps.server.requests import Caller, JoinCall, Joined, Status, WorkerView
+from topq_dist.ps.state.ledger import Ledger, Repeat
+from topq_dist.ps.state.run_state import RunState, new_run
+from topq_dist.ps.state.snapshot import Snapshot, StateDir
+from topq_dist.ps.state.snapshotter import Durability
+from topq_dist.ps.training.downlink import check_downlink
+from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
+from topq_dist.ps.training.momentum import describe_momentum
+
+_log = logging.getLogger(__name__)
+_PAUSE_PER_HASH = 4.0
+_DRAINING = "the server is shutting down: try again later"
+_NO_MODEL = "the run has no model yet: join again"
+
+
+class Coordinator:
+    """Runs one training on one state directory, for callers in any number of threads.
+
+    clock: seconds, from anywhere on; leases and time-outs go by it.
+
+    Raises ValueError for a configuration that no optimizer takes, or a snapshot of another one.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        serving: ServingConfig,
+        state_dir: StateDir,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_together(training, serving)
+        self.serving = serving
+        self._clock = clock
+        self._started_s = clock()
+        self._lock = threading.RLock()
+        # who waits for a push to be decided waits for its ticket, and all others for this
+        self._changed = threading.Condition(self._lock)
+        self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
+        self._refused: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._hashing = threading.Lock()
+        self._next_hash_s = 0.0
+        self._bytes: Counter[str] = Counter()
+        self._draining = False
+        self._state: RunState | None = None
+        self._pushes: PendingPushes | None = None
+        self._durable = Durability(
+            state_dir,
+            self._changed,
+            every=serving.snapshot_every,
+            snapshot=self._snapshot,
+            check_alive=self._check_alive,
+        )
+        loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
+        self._restored = loaded is not None
+        self.training = training.begun() if loaded is None else loaded[0].training
+        if loaded is None:
+            check_inner_optimizer(training)
+            check_downlink(training)
+            run, ledger, spec = new_run(), Ledger(), None
+        else:
+            state, workers = loaded
+            run, ledger, spec = state.run, state.ledger, state.spec
+            self._members.add(workers, clock())
+            self._begin(state, recover_to=state.point.version)
+        self.momentum_text, warned = describe_momentum(self.training)
+        self.run = run
+        self._ledger = ledger
+        self._door = Admission(
+            serving, run=run, ledger=ledger, members=self._members, spec=spec, clock=clock
+        )
+        level = logging.INFO
+        if warned and training.momentum != "optimizer":  # who asked for that knows it
+            level = logging.WARNING
+        _log.log(level, "momentum: %s", self.momentum_text)
+        self._durable.start(None if loaded is None else loaded[0].point.version)
+
+    def _begin(self, state: RunState, *, recover_to: int | None) -> None:
+        self._state = state
+        self._pushes = PendingPushes(
+            self.training,
+            self.serving,
+            state,
+            self._members,
+            recover_to=recover_to,
+            clock=self._clock,
+            made=lambda: self._durable.made(state.point.version),
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Whether a version could not be made, after which nothing is answered or saved."""
+        return self._pushes is not None and self._pushes.failed
+
+    # joining
+
+    def join(self, call: JoinCall, *, wait_s: float = 5.0) -> Joined:
+        """Give the worker a place in the run, or renew it.
+
+        Waits at most `wait_s` while another worker brings the model. Raises RefusedError.
+        """
+        check_worker_name(call.worker)
+        with self._changed:
+            self._check_serving()
+            self._make_room()
+            entry = self._door.enter(call, has_model=self._state is not None)
+            held = call.held or START
+            if self._pushes is not None:
+                self._pushes.note_return(call.worker, held.version)
+                ticket = self._pushes.get(call.worker)
+                if ticket is not None and ticket.push.epoch != entry.epoch:
+                    # not applied: the new process sends it again where it goes on from there
+                    self._pushes.settle(call.worker, OldEpochError(_fenced(ticket.push)))
+            self._members.join(call.worker, held_version=held.version, now_s=self._clock())
+            upload = self._model_or_upload(call, wait_s)
+            self._advance()
+            state = self._state
+            return Joined(
+                caller=Caller(run=self.run, worker=call.worker, epoch=entry.epoch),
+                next_sequence=self._ledger.next_sequence(call.worker),
+                point=START if state is None else state.point,
+                durable_version=self._durable.told,
+                upload=upload,
+                groups=() if state is None else state.central.groups(),
+            )
+
+    def _model_or_upload(self, call: JoinCall, wait_s: float) -> bool:
+        end_s = time.monotonic() + wait_s
+        # a model that is not durable yet may have been another one after a restart
+        while self._durable.version < 0:
+            self._check_serving()
+            if self._state is None and self._door.is_to_upload(call):
+                return True
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                raise NotReadyError("another worker is still bringing the model: join again")
+            self._changed.wait(min(left_s, 1.0))
+            self._members.touch(call.worker, self._clock())
+        return False
+
+    def upload_spec(self, caller: Caller) -> ModelSpec | None:
+        """Return what `caller` is to upload, or None where the model is there already."""
+        with self._changed:
+            self._check_serving()
+            self._door.check_caller(caller)
+            if self._state is not None:
+                return None
+            self._door.check_uploader(caller.worker)
+            return self._door.spec
+
+    def upload(self, caller: Caller, vectors: Sequence[memoryview]) -> None:
+        """Start the run with these raw vectors; once the model is there, nothing happens.
+
+        Returns when the initial model is durable. Raises RefusedError.
+        """
+        spec = self.upload_spec(caller)
+        if spec is not None:
+            # built outside the lock: the model may be large, and leases are renewed meanwhile
+            state = RunState.start(
+                self.run,
+                self.training,
+                spec,
+                vectors,
+                ledger=self._ledger,
+                history_bytes=self.serving.history_bytes,
+            )
+            with self._changed:
+                if self._state is None and self._door.spec == spec:
+                    self._begin(state, recover_to=None)
+                    self._durable.request()
+                    self._changed.notify_all()
+        with self._changed:
+            self._durable.wait(0)
+
+    # pushes
+
+    def push_spec(self, caller: Caller, sequence: int, digest: bytes) -> ModelSpec:
+        """Return the model that a push is checked against, before its bytes are taken in.
+
+        Raises RefusedError for a push that `submit` would refuse for its number.
+        """
+        with self._changed:
+            self._check_serving()
+            self._door.check_caller(caller)
+            state = self._started()
+            self._ledger.check(caller.worker, caller.epoch, sequence, digest)
+            return state.spec
+
+    def submit(self, run: str, push: Push) -> Ticket:
+        """Take a push in; `wait` says what became of it. Raises RefusedError."""
+        with self._changed:
+            self._check_serving()
+            self._door.check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
+            self._check_push(push)
+            verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
+            if isinstance(verdict, Repeat):
+                ticket = Ticket(push=push, arrived_s=self._clock())
+                ticket.settle(self._started().repeat(push, verdict.version))
+                return ticket
+            if self._pushes is None:
+                raise NotReadyError(_NO_MODEL)
+            if not self._restored:
+                self._check_not_ahead(push)
+            ticket = self._pushes.add(push)
+            self._advance()
+            return ticket
+
+    def wait(
+        self, ticket: Ticket, timeout_s: float, *, is_active: Callable[[], bool] = lambda: True
+    ) -> Answer | tuple[str, ...]:
+        """Return the push's answer, or whom it waits for after `timeout_s` without one.
+
+        To call it says that the sender is there, which keeps its lease; once `is_active` says that
+        it is not, it returns early. Raises RefusedError.
+        """
+        end_s = time.monotonic() + timeout_s
+        self.hear(ticket.push.worker)
+        while ticket.outcome is None:
+            with self._lock:
+                ticket.look.clear()
+                self._check_alive()
+                self._advance()
+                if ticket.outcome is not None:
+                    break
+                if self._draining:
+                    raise NotReadyError(_DRAINING)
+                left_s = end_s - time.monotonic()
+                pushes = self._pushes
+                if left_s <= 0 or pushes is None or not is_active():
+                    return () if pushes is None else pushes.waiting_for
+                left_s = max(0.0, min(left_s, pushes.next_event_s()))
+            # without the lock: a round wakes all its workers at once
+            ticket.look.wait(left_s)
+        if isinstance(ticket.outcome, RefusedError):
+            raise ticket.outcome
+        if not self._may_answer(ticket.outcome, end_s, is_active):
+            return ()
+        return self._hand_out(ticket.push.worker, ticket.outcome)
+
+    def wake(self, ticket: Ticket) -> None:
+        """Have those who wait for this push look at whether they are active; never blocks."""
+        ticket.look.set()
+
+    def count_received(self, worker: str, received_bytes: int) -> None:
+        """Count bytes of a push's frames."""
+        with self._counting:
+            self._bytes["received"] += received_bytes
+            member = self._members.get(worker)
+            if member is not None:
+                member.received_bytes += received_bytes
+
+    def count_refused(self, reason: str) -> None:
+        """Count a refused call; never waits for a version in the making."""
+        with self._counting:
+            self._refused[reason] += 1
+
+    # everything else that workers ask for
+
+    def hear(self, worker: str) -> None:
+        """Renew the lease of a worker whose bytes come in; takes no lock."""
+        self._members.touch(worker, self._clock())
+
+    def fetch(self, caller: Caller, *, central: bool) -> tuple[Point, int, tuple[memoryview, ...]]:
+        """Return (point, durable version, raw vectors): what workers hold, or `central`'s own.
+
+        Raises RefusedError.
+        """
+        with self._changed:
+            self._check_serving()
+            self._door.check_caller(caller)
+            state = self._started()
+            point = state.point
+            with self._unheard():
+                full = state.full(central=central)
+            if self.serving.snapshot_every == 1:
+                self._durable.wait(point.version)
+            member = self._members.get(caller.worker)
+            if member is not None and not central:
+                member.held_version = point.version
+            return point, self._durable.told, full.payloads
+
+    def renew(self, caller: Caller) -> int:
+        """Renew the lease and return the durable version; raises RefusedError."""
+        with self._changed:
+            self._door.check_caller(caller)
+            return self._durable.told
+
+    def leave(self, caller: Caller) -> Point:
+        """Give the worker's place up and return the present point, once that is durable."""
+        with self._changed:
+            self._door.leave(caller)
+            if self._pushes is not None and caller.worker in self._pushes:
+                left = NotJoinedError(f"worker {caller.worker!r} has left the run")
+                self._pushes.settle(caller.worker, left)
+            self._advance()
+            # somebody else may be the one to bring the model now
+            self._changed.notify_all()
+            if self._state is None:
+                return START
+            point = self._state.point
+            if self._durable.version < point.version:
+                self._durable.request()
+                self._durable.wait(point.version)
+            return point
+
+    def status(self, *, state_sha256: bool = False) -> Status:
+        """Return how the run is doing; with `state_sha256` the whole state is read."""
+        if not state_sha256:
+            return self._status(state_sha256=False)
+        with self._hashing:
+            # everybody waits meanwhile, so that those who ask get a part of the time at most
+            time.sleep(max(0.0, self._next_hash_s - time.monotonic()))
+            started_s = time.monotonic()
+            status = self._status(state_sha256=True)
+            ended_s = time.monotonic()
+            self._next_hash_s = ended_s + _PAUSE_PER_HASH * (ended_s - started_s)
+            return status
+
+    def _status(self, *, state_sha256: bool) -> Status:
+        with self._changed:
+            state = self._state
+            hashed = ""
+            if state is not None and state_sha256:
+                with self._unheard():
+                    hashed = state.sha256()
+            now_s = self._clock()
+            point = START if state is None else state.point
+            known = frozenset(self._ledger.workers)
+            with self._counting:
+                refused = dict(self._refused)
+            if self._pushes is not None and self._pushes.stale_count:
+                refused["stale"] = self._pushes.stale_count
+            return Status(
+                run=self.run,
+                point=point,
+                durable_version=self._durable.told,
+                numel=0 if state is None else state.spec.numel,
+                workers=tuple(
+                    WorkerView(
+                        worker=member.worker,
+                        epoch=self._ledger.entry(member.worker).epoch,
+                        sequence=self._ledger.next_sequence(member.worker) - 1,
+                        version=member.held_version,
+                        lag=max(0, point.version - member.held_version),
+                        lease_left_s=max(0.0, member.lease_end_s - now_s),
+                        waiting=self._pushes is not None and member.worker in self._pushes,
+                        received_bytes=member.received_bytes,
+                        sent_bytes=member.sent_bytes,
+                    )
+                    for member in self._members.all()
+                    if member.worker in known
+                ),
+                refused=refused,
+                received_bytes=self._bytes["received"],
+                sent_bytes=self._bytes["sent"],
+                uptime_s=now_s - self._started_s,
+                state_sha256=hashed,
+                round_workers=self._round_workers(),
+            )
+
+    def drain(self) -> None:
+        """Take in nothing more, send those who wait away, and make what there is durable."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            if self._pushes is not None:
+                self._pushes.wake_all()
+        self._durable.close()
+        with self._changed:
+            unsaved = self._state is not None and self._durable.version < self._state.point.version
+            if unsaved and not self.failed:
+                self._durable.save()
+
+    # under the lock
+
+    def _round_workers(self) -> int:
+        """Return how many pushes the next version is to be made of; 0 in async mode."""
+        if self.training.mode != "sync":
+            return 0
+        if self._pushes is None:
+            return max(self.serving.start_workers, self.serving.min_workers)
+        return self._pushes.round_workers()
+
+    def _check_not_ahead(self, push: Push) -> None:
+        """Raise InvalidError for what only a worker that knows more than this server can send."""
+        version = self._started().point.version
+        if push.base.version > version:
+            raise InvalidError(
+                f"push {push.sequence} of {push.worker!r} is based on version {push.base.version}: "
+                f"expected at most {version}, this server has lost nothing"
+            )
+        if push.applied_version:
+            # it would choose its own company, and leave all others out of the version
+            raise InvalidError(
+                f"push {push.sequence} of {push.worker!r} says that it was applied in version "
+                f"{push.applied_version}: expected none, this server has lost nothing"
+            )
+
+    @contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """Lengthen all leases by the time that the block takes: meanwhile nobody is heard."""
+        started_s = self._clock()
+        try:
+            yield
+        finally:
+            self._members.extend(self._clock() - started_s)
+
+    def _make_room(self) -> None:
+        present = {member.worker for member in self._members.all()}
+        if self._pushes is not None:
+            present.update(self._pushes.workers)
+        self._ledger.make_room(present)
+
+    def _check_serving(self) -> None:
+        self._check_alive()
+        if self._draining:
+            raise NotReadyError(_DRAINING)
+
+    def _check_alive(self) -> None:
+        if self.failed:
+            raise NotReadyError(FAILED)
+
+    def _started(self) -> RunState:
+        if self._state is None or self._durable.version < 0:
+            raise NotReadyError(_NO_MODEL)
+        return self._state
+
+    def _check_push(self, push: Push) -> None:
+        self._started().central.check_push(push)
+        if push.applied_version and push.worker not in push.members:
+            raise InvalidError(
+                f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
+            )
+
+    def _advance(self) -> None:
+        if self._pushes is not None and not self._draining:
+            self._pushes.advance()
+
+    def _may_answer(self, answer: Answer, end_s: float, is_active: Callable[[], bool]) -> bool:
+        """Wait until `answer` may be given, and return whether it may."""
+        self._check_alive()
+        if self.serving.snapshot_every > 1:
+            return True
+        version = max((update.point.version for update in answer.updates), default=0)
+        with self._lock:
+            return self._durable.reached(version, end_s, is_active)
+
+    def _hand_out(self, worker: str, answer: Answer) -> Answer:
+        with self._counting:
+            self._bytes["sent"] += answer.payload_bytes
+            member = self._members.get(worker)
+            if member is not None:
+                member.sent_bytes += answer.payload_bytes
+                if answer.updates:
+                    member.held_version = answer.updates[-1].point.version
+        return replace(answer, durable_version=self._durable.told)
+
+    def _snapshot(self) -> Snapshot | None:
+        if self._state is None or self.failed:
+            return None
+        live = self._members.live(self._clock())
+        with self._unheard():
+            return self._state.snapshot(live, every=self.serving.snapshot_every)
+
+
+def _fenced(push: Push) -> str:
+    return (
+        f"worker {push.worker!r} in epoch {push.epoch}: a newer process has taken this name while "
+        f"push {push.sequence} was waiting"
+    )

@@ -1,0 +1,270 @@
+"""What each call passes before it reaches a service: whose it is, and how long it may take.
+
+gRPC lends a call one of its few threads before anything is known of it, and waits there without a
+limit: here a stranger's is sent away before it has said a word, and nobody's may stay silent.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from topq_dist.ps.protocol.errors import (
+    REASON_KEY,
+    BusyError,
+    InvalidError,
+    RefusedError,
+)
+from topq_dist.ps.wire.messages import READERS, WRITERS
+
+_log = logging.getLogger(__name__)
+
+PATIENCE_S = 30.0
+LEAST_RATE = 128 << 10  # bytes a second; about 1 Mbit/s
+# a step, a renewal and what repeats them on a new connection, beside the operator's questions
+CALLS_OF_A_HOLDER = 8
+# gRPC's class takes parameters in its stubs alone
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+# gRPC's clients take no more than 8 KiB of status, in which a character may count 12
+_MESSAGE_START, _MESSAGE_END = 400, 200
+_LOOK_S = 0.5
+
+
+@dataclass(eq=False, kw_only=True)
+class _Watch:
+    context: grpc.ServicerContext
+    end_s: float
+    late: bool = False
+
+
+class Patrol:
+    """Cancels calls from a thread of its own: gRPC waits for messages without a limit.
+
+    on_late: called after each.
+    """
+
+    def __init__(self, on_late: Callable[[], None]) -> None:
+        self._on_late = on_late
+        self._lock = threading.Lock()
+        self._watches: set[_Watch] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._walk, name="patrol", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel nothing more."""
+        self._closed.set()
+        self._thread.join()
+
+    def _walk(self) -> None:
+        while not self._closed.wait(_LOOK_S):
+            now_s = time.monotonic()
+            with self._lock:
+                late = [watch for watch in self._watches if watch.end_s <= now_s]
+                self._watches.difference_update(late)
+            for watch in late:
+                watch.late = True
+                watch.context.cancel()
+                self._on_late()
+
+    @contextmanager
+    def watch(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[_Watch]:
+        """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did."""
+        watch = _Watch(context=context, end_s=time.monotonic() + limit_s)
+        with self._lock:
+            self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            with self._lock:
+                self._watches.discard(watch)
+
+
+class Pace:
+    """How long the messages of one direction of a call may be waited for, all of them together.
+
+    patience_s: to begin with. least_rate: bytes that buy another second.
+    """
+
+    def __init__(
+        self,
+        patrol: Patrol,
+        context: grpc.ServicerContext,
+        *,
+        patience_s: float,
+        least_rate: float,
+    ) -> None:
+        self._patrol = patrol
+        self._context = context
+        self._left_s = patience_s
+        self._least_rate = least_rate
+        self.late = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that the block takes."""
+        started_s = time.monotonic()
+        with self._patrol.watch(self._context, self._left_s) as watch:
+            yield
+        self.late = watch.late
+        self._left_s -= time.monotonic() - started_s
+
+    def moved(self, count_bytes: int) -> None:
+        """Note that so many bytes have gone through."""
+        self._left_s += count_bytes / self._least_rate
+
+
+class Authenticates(Protocol):
+    """Says whether a call may speak in a worker's name."""
+
+    def check(self, metadata: Iterable[tuple[str, str | bytes]], worker: str | None) -> str:
+        """Return whose token it is; raises RefusedError unless it may. None: anybody's will do."""
+
+
+class Gate(grpc.ServerInterceptor):
+    """Stands before all services. authenticator: None lets everybody in.
+
+    count_refused: called with the reason of each refusal, whether it is made here or behind.
+    """
+
+    def __init__(
+        self, *, authenticator: Authenticates | None, count_refused: Callable[[str], None]
+    ) -> None:
+        self._authenticator = authenticator
+        self._count_refused = count_refused
+        self._patrol = Patrol(self._note_late)
+        self._lock = threading.Lock()
+        self._calls_of: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """End the thread that looks after calls."""
+        self._patrol.close()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Return a handler that lets what is behind it see a call only once it may pass."""
+        behind = continuation(handler_call_details)
+        if behind is None:
+            return None
+        # all as streams: the one message of the others would be waited for out of our reach
+        answer = _Answerer(self, behind, handler_call_details.method)
+        if behind.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(answer.many)
+        return grpc.stream_unary_rpc_method_handler(
+            answer.one, response_serializer=behind.response_serializer
+        )
+
+    def _note_late(self) -> None:
+        # the client sees CANCELLED: there is no other way to end a call from outside
+        self._count_refused("too_slow")
+        _log.info("ended a call that moved less than %d bytes a second", LEAST_RATE)
+
+    def pace(self, context: grpc.ServicerContext) -> Pace:
+        """Return the pace of one direction of a call."""
+        return Pace(self._patrol, context, patience_s=PATIENCE_S, least_rate=LEAST_RATE)
+
+    @contextmanager
+    def admitted(self, context: grpc.ServicerContext, method: str) -> Iterator[None]:
+        """Let a call in, and turn what is refused, here or in the block, into its status."""
+        try:
+            with self._counted(context, method):
+                yield
+        except RefusedError as error:
+            self._count_refused(error.reason)
+            _log.debug("%s refused: %s", method, error)
+            context.set_trailing_metadata(((REASON_KEY, error.reason),))
+            context.abort(grpc.StatusCode[error.status], _short(str(error)))
+
+    @contextmanager
+    def _counted(self, context: grpc.ServicerContext, method: str) -> Iterator[None]:
+        if self._authenticator is None or method.startswith(_OPEN_TO_ALL):
+            yield
+            return
+        holder = self._authenticator.check(context.invocation_metadata(), None)
+        with self._lock:
+            if self._calls_of[holder] >= CALLS_OF_A_HOLDER:
+                raise BusyError(
+                    f"{holder!r} has {CALLS_OF_A_HOLDER} calls under way: expected no more at a "
+                    "time, try again when one has ended"
+                )
+            self._calls_of[holder] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls_of[holder] -= 1
+                if not self._calls_of[holder]:
+                    del self._calls_of[holder]
+
+
+class _Answerer:
+    """Serves calls of one method: with one response, or with many."""
+
+    def __init__(self, gate: Gate, behind: _Handler, method: str) -> None:
+        self._gate = gate
+        self._behind: Any = behind  # which of its behaviors is there, its flags say
+        self._method = method
+        self._read: Any = READERS.get(method) or behind.request_deserializer
+        self._write: Any = WRITERS.get(method) or behind.response_serializer
+
+    def one(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        """Return the response."""
+        with self._gate.admitted(context, self._method):
+            behavior = self._behind.stream_unary or self._behind.unary_unary
+            return behavior(self._argument(requests, context), context)
+
+    def many(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Yield the responses, as they go over the wire."""
+        with self._gate.admitted(context, self._method):
+            behavior = self._behind.stream_stream or self._behind.unary_stream
+            pace = self._gate.pace(context)
+            for response in behavior(self._argument(requests, context), context):
+                raw = self._write(response)
+                pace.moved(len(raw))
+                with pace.waiting():
+                    yield raw
+
+    def _argument(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        messages = self._messages(requests, context)
+        if self._behind.request_streaming:
+            return messages
+        message = next(messages, None)
+        if message is None:
+            raise InvalidError(f"{self._method} without a request: expected one")
+        return message
+
+    def _messages(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+        pace = self._gate.pace(context)
+        while True:
+            with pace.waiting():
+                raw = next(requests, None)
+            if pace.late:  # a call that is cancelled may look like one that has said all
+                context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
+            if raw is None:
+                return
+            pace.moved(len(raw))
+            try:
+                message = self._read(raw)
+            except Exception as error:
+                raise InvalidError(
+                    f"{len(raw)} bytes sent to {self._method} are no message of its: {error}"
+                ) from error
+            yield message
+
+
+def _short(text: str) -> str:
+    if len(text) <= _MESSAGE_START + _MESSAGE_END:
+        return text
+    return f"{text[:_MESSAGE_START]} ... {text[-_MESSAGE_END:]}"

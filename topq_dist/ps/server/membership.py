@@ -1,0 +1,229 @@
+"""The workers of a run: their leases, whether one may speak, and whose model it is.
+
+Not for several threads at once: the coordinator's lock guards it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import ServingConfig
+from topq_dist.ps.protocol.errors import (
+    NotJoinedError,
+    NotReadyError,
+    OldEpochError,
+    TooLargeError,
+    TooManyWorkersError,
+    WrongRunError,
+)
+from topq_dist.ps.server.requests import Caller, JoinCall
+from topq_dist.ps.state.ledger import Entry, Ledger
+
+_log = logging.getLogger(__name__)
+# how long the others wait for the model, if they are not told that its bringer is gone
+_LEASES_TO_UPLOAD = 10
+_LEAST_RATE = 1 << 20  # bytes a second
+
+
+@dataclass(kw_only=True)
+class Member:
+    """A worker with a place in the run.
+
+    lease_end_s: on the caller's clock. joined: to this server, and not only known to it from the
+    snapshot. held_version: what the worker was last known to hold.
+    """
+
+    worker: str
+    lease_end_s: float
+    joined: bool = False
+    held_version: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+
+class Members:
+    """The members by name. Times are seconds on one clock, the caller's."""
+
+    def __init__(self, *, lease_s: float, max_workers: int) -> None:
+        self._lease_s = lease_s
+        self._max_workers = max_workers
+        self._by_name: dict[str, Member] = {}
+        self._expected: set[str] = set()
+
+    def all(self) -> tuple[Member, ...]:
+        """Return all members in the order of names, those whose lease has ended too."""
+        return tuple(self._by_name[worker] for worker in sorted(self._by_name))
+
+    def get(self, worker: str) -> Member | None:
+        """Return the worker's place, or None."""
+        return self._by_name.get(worker)
+
+    def live(self, now_s: float) -> frozenset[str]:
+        """Return the names of those whose lease has not ended."""
+        return frozenset(
+            worker for worker, member in self._by_name.items() if member.lease_end_s > now_s
+        )
+
+    def any_live_but(self, workers: Container[str], now_s: float) -> bool:
+        """Return whether the lease of any other than `workers` has not ended."""
+        for worker, member in self._by_name.items():
+            if member.lease_end_s > now_s and worker not in workers:
+                return True
+        return False
+
+    def has_room(self, worker: str, now_s: float) -> bool:
+        """Return whether `worker` may be live beside those who are."""
+        return len(self.live(now_s) - {worker}) < self._max_workers
+
+    def add(self, workers: Iterable[str], now_s: float) -> None:
+        """Give workers that this server only knows of a place and a lease."""
+        for worker in workers:
+            self._by_name[worker] = Member(worker=worker, lease_end_s=now_s + self._lease_s)
+
+    def expect(self, workers: Iterable[str], now_s: float) -> None:
+        """Give workers of whom others speak a lease to come back in, once in a server's life."""
+        fresh = [worker for worker in workers if worker not in self._by_name]
+        fresh = [worker for worker in fresh if worker not in self._expected]
+        fresh = fresh[: self._max_workers - len(self._expected)]
+        self._expected.update(fresh)
+        self.add(fresh, now_s)
+
+    def join(self, worker: str, *, held_version: int, now_s: float) -> None:
+        """Take a worker in, or back; a crowd of members that are gone makes room."""
+        if worker not in self._by_name:
+            gone = [member for member in self.all() if member.lease_end_s <= now_s]
+            gone.sort(key=lambda member: member.lease_end_s)
+            for member in gone[: max(0, len(self._by_name) + 1 - self._max_workers)]:
+                del self._by_name[member.worker]
+            self.add([worker], now_s)
+        member = self._by_name[worker]
+        member.joined = True
+        member.held_version = held_version
+        self.touch(worker, now_s)
+
+    def touch(self, worker: str, now_s: float) -> None:
+        """Renew the lease of a worker that was heard of; nothing where it has no place."""
+        member = self._by_name.get(worker)
+        if member is not None:
+            member.lease_end_s = max(member.lease_end_s, now_s + self._lease_s)
+
+    def extend(self, seconds: float) -> None:
+        """Lengthen every lease, for the time in which the server itself heard nobody."""
+        for member in self._by_name.values():
+            member.lease_end_s += seconds
+
+    def remove(self, worker: str) -> None:
+        """Give the worker's place up."""
+        self._by_name.pop(worker, None)
+
+    def next_end_s(self, now_s: float) -> float:
+        """Return when the next lease ends; infinity where none runs."""
+        ends = (member.lease_end_s for member in self._by_name.values())
+        return min((end for end in ends if end > now_s), default=float("inf"))
+
+
+class Admission:
+    """The door of run `run`. spec: of its model, once somebody was told to bring one."""
+
+    def __init__(
+        self,
+        serving: ServingConfig,
+        *,
+        run: str,
+        ledger: Ledger,
+        members: Members,
+        spec: ModelSpec | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.run = run
+        self.ledger = ledger
+        self.spec = spec
+        self._serving = serving
+        self._members = members
+        self._clock = clock
+        self._uploader: str | None = None
+        self._upload_end_s = 0.0
+
+    def enter(self, call: JoinCall, *, has_model: bool) -> Entry:
+        """Enter a worker into the ledger; raises RefusedError where it may not join."""
+        if call.run != self.run and call.held is not None:
+            raise WrongRunError(
+                f"worker {call.worker!r} belongs to run {call.run!r} and this server's is "
+                f"{self.run!r}: point it to its own server, or start it anew"
+            )
+        if not self._members.has_room(call.worker, self._clock()):
+            raise TooManyWorkersError(
+                f"worker {call.worker!r} would be one too many: expected at most "
+                f"max_workers={self._serving.max_workers} at a time"
+            )
+        if self.spec is not None and (has_model or self._another_uploads(call.worker)):
+            call.spec.check_same(self.spec)
+        elif call.spec.raw_bytes > self._serving.max_model_bytes:
+            raise TooLargeError(
+                f"a model of {call.spec.raw_bytes} bytes: expected at most "
+                f"max_model_bytes={self._serving.max_model_bytes}"
+            )
+        entry = self.ledger.join(
+            call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
+        )
+        member = self._members.get(call.worker)
+        if member is None or not member.joined or entry.epoch != call.epoch:
+            _log.info("worker %s joined, epoch %d", call.worker, entry.epoch)
+        return entry
+
+    def is_to_upload(self, call: JoinCall) -> bool:
+        """Return whether this worker brings the model: the first, or the next if it does not."""
+        if self._another_uploads(call.worker):
+            return False
+        if self._uploader != call.worker:
+            patience_s = _LEASES_TO_UPLOAD * self._serving.lease_s
+            patience_s += call.spec.raw_bytes / _LEAST_RATE
+            self._upload_end_s = self._clock() + patience_s
+        self._uploader, self.spec = call.worker, call.spec
+        return True
+
+    def _another_uploads(self, worker: str) -> bool:
+        now_s = self._clock()
+        if self._uploader in (None, worker) or now_s >= self._upload_end_s:
+            return False
+        return self._uploader in self._members.live(now_s)
+
+    def check_uploader(self, worker: str) -> None:
+        """Raise NotReadyError unless this worker was told to bring the model."""
+        if self._uploader != worker:
+            raise NotReadyError(f"worker {self._uploader!r} brings the model: join again")
+
+    def check_caller(self, caller: Caller) -> None:
+        """Renew the caller's lease; raises RefusedError unless it has a place in the run."""
+        if caller.run != self.run:
+            raise WrongRunError(
+                f"worker {caller.worker!r} speaks of run {caller.run!r}: this server's is "
+                f"{self.run!r}"
+            )
+        member = self._members.get(caller.worker)
+        if member is None or not member.joined:
+            # after a restart too: the worker has to learn how far back the server is
+            raise NotJoinedError(f"worker {caller.worker!r} has not joined this server: join first")
+        entry = self.ledger.entry(caller.worker)
+        if caller.epoch < entry.epoch:
+            raise OldEpochError(
+                f"worker {caller.worker!r} in epoch {caller.epoch}: a newer process has taken this "
+                f"name, in epoch {entry.epoch}"
+            )
+        if caller.epoch > entry.epoch:
+            raise NotJoinedError(f"worker {caller.worker!r} is not known in its epoch: join again")
+        self._members.touch(caller.worker, self._clock())
+
+    def leave(self, caller: Caller) -> None:
+        """Give the caller's place up, or nothing where it has left; raises RefusedError."""
+        if self._members.get(caller.worker) is not None:
+            self.check_caller(caller)
+            _log.info("worker %s left", caller.worker)
+        elif caller.run != self.run or self.ledger.entry(caller.worker).epoch != caller.epoch:
+            raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
+        self._members.remove(caller.worker)
+        if self._uploader == caller.worker:
+            self._uploader = None

@@ -1,0 +1,305 @@
+"""The gRPC side of the coordinator: messages in, calls to it, messages and statuses out."""
+
+# ruff: noqa: N802 - gRPC names its methods
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import grpc
+
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
+from topq_dist.ps.server.coordinator import Coordinator
+from topq_dist.ps.server.interceptor import Authenticates
+from topq_dist.ps.server.push_queue import Ticket
+from topq_dist.ps.server.requests import Caller, JoinCall
+from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.ps.wire.codec import (
+    fetch_to_wire,
+    groups_to_wire,
+    point_from_wire,
+    point_to_wire,
+    spec_from_wire,
+)
+from topq_dist.ps.wire.messages import STEP_RESPONSES
+from topq_dist.ps.wire.steps import (
+    answer_message,
+    answer_to_wire,
+    push_from_wire,
+    receiver_of,
+    short_answer_to_wire,
+)
+from topq_dist.v1 import parameter_server_pb2 as pb
+from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_SIGN_OF_LIFE_S = 5.0
+# one, and one that repeats it on a new connection before the old one is missed
+_CALLS_OF_A_WORKER = 2
+
+
+class ParameterServerService(pb_grpc.ParameterServerServicer):
+    """Serves one coordinator, behind a Gate.
+
+    The gate reports RefusedError, and reads and writes chunks as wire/messages.py has them.
+
+    authenticator: None lets everybody speak in every worker's name.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, *, authenticator: Authenticates | None = None
+    ) -> None:
+        self._coordinator = coordinator
+        self._authenticator = authenticator
+        self._steps = _FewCalls()
+        self._models = _FewCalls()
+        self._buffers = Buffers()
+        # the workers of a round are sent the same
+        self._shared = SharedUpdates() if coordinator.training.mode == "sync" else None
+        self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
+
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
+        """Take a worker in."""
+        self._authenticate(context, request.worker)
+        call = JoinCall(
+            run=request.run,
+            worker=request.worker,
+            instance=request.instance,
+            epoch=request.epoch,
+            next_sequence=request.next_sequence,
+            held=point_from_wire(request.point) if request.HasField("point") else None,
+            first_kept=request.first_kept,
+            spec=spec_from_wire(request.model),
+        )
+        joined = self._coordinator.join(call)
+        training = self._coordinator.training
+        caller = joined.caller
+        return pb.JoinResponse(
+            id=pb.WorkerId(run=caller.run, worker=caller.worker, epoch=caller.epoch),
+            next_sequence=joined.next_sequence,
+            point=point_to_wire(joined.point),
+            durable_version=joined.durable_version,
+            upload=joined.upload,
+            groups=groups_to_wire(joined.groups),
+            mode=training.mode,
+            downlink=training.downlink,
+            lease_s=self._coordinator.serving.lease_s,
+            max_push_bytes=call.spec.max_frame_bytes,
+        )
+
+    def Upload(
+        self,
+        request_iterator: Iterator[pb.UploadRequest | memoryview],
+        context: grpc.ServicerContext,
+    ) -> pb.UploadResponse:
+        """Take the initial model in."""
+        first = next(request_iterator, None)
+        if not isinstance(first, pb.UploadRequest) or not first.HasField("id"):
+            raise InvalidError("an upload begins without saying who sends it")
+        caller = self._caller(context, first.id)
+        spec = self._coordinator.upload_spec(caller)
+        if spec is not None:
+            receiver = Receiver(
+                [vector.raw_bytes for vector in spec.vectors],
+                limit_bytes=self._coordinator.serving.max_model_bytes,
+                what=f"the model that {caller.worker!r} uploads",
+            )
+            with self._models.of(caller.worker, context):
+                for request in request_iterator:
+                    self._coordinator.hear(caller.worker)
+                    receiver.take(_chunk(request, "an upload says twice who sends it"))
+                self._coordinator.upload(caller, receiver.parts())
+        return pb.UploadResponse()
+
+    def Step(  # type: ignore[override] # the gate writes chunks
+        self, request_iterator: Iterator[pb.StepRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.StepResponse | memoryview | bytes]:
+        """Take a push in, wait until it is decided, and answer."""
+        first = next(request_iterator, None)
+        if not isinstance(first, pb.StepRequest) or not first.HasField("header"):
+            raise InvalidError("a step begins without its header")
+        header = first.header
+        caller = self._caller(context, header.id)
+        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        with self._steps.of(caller.worker, context):
+            receiver = receiver_of(header, spec, self._buffers)
+            for request in request_iterator:
+                self._coordinator.hear(caller.worker)
+                receiver.take(_chunk(request, "a step has two headers"))
+            ticket = self._submit(header, receiver, spec, context)
+            while context.is_active():
+                answer = self._decided(ticket, context)
+                if isinstance(answer, Answer):
+                    yield from self._messages_of(answer)
+                    return
+                yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
+
+    def ShortStep(
+        self, request: pb.ShortStepRequest, context: grpc.ServicerContext
+    ) -> pb.ShortStepResponse:
+        """Do the same with a push in one message, where the answer is there soon."""
+        header = request.header
+        caller = self._caller(context, header.id)
+        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        with self._steps.of(caller.worker, context):
+            receiver = receiver_of(header, spec, self._buffers)
+            if request.frames:
+                receiver.take(request.frames)
+            answer = self._decided(self._submit(header, receiver, spec, context), context)
+            if isinstance(answer, Answer):
+                return short_answer_to_wire(answer)
+            return pb.ShortStepResponse()
+
+    def Fetch(  # type: ignore[override] # the gate writes chunks
+        self, request: pb.FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.FetchResponse | memoryview]:
+        """Bring the whole model."""
+        caller = self._caller(context, request.id)
+        if request.which not in (
+            pb.FetchRequest.WHICH_WORKERS,
+            pb.FetchRequest.WHICH_CENTRAL,
+        ):
+            raise InvalidError(f"which={request.which}: expected WORKERS or CENTRAL")
+        central = request.which == pb.FetchRequest.WHICH_CENTRAL
+        with self._models.of(caller.worker, context):
+            yield from fetch_to_wire(*self._coordinator.fetch(caller, central=central))
+
+    def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.RenewResponse:
+        """Keep the lease."""
+        caller = self._caller(context, request.id)
+        return pb.RenewResponse(durable_version=self._coordinator.renew(caller))
+
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
+        """Give the worker's place up."""
+        caller = self._caller(context, request.id)
+        return pb.LeaveResponse(point=point_to_wire(self._coordinator.leave(caller)))
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        """Say how the run is doing."""
+        self._authenticate(context, None)
+        status = self._coordinator.status(state_sha256=request.state_sha256)
+        training = self._coordinator.training
+        return pb.StatusResponse(
+            run=status.run,
+            point=point_to_wire(status.point),
+            durable_version=status.durable_version,
+            mode=training.mode,
+            downlink=training.downlink,
+            inner_opt=training.inner_opt,
+            momentum=training.momentum or "",
+            momentum_text=self._coordinator.momentum_text,
+            numel=status.numel,
+            workers=[pb.WorkerStatus(**asdict(worker)) for worker in status.workers],
+            refused=status.refused,
+            received_bytes=status.received_bytes,
+            sent_bytes=status.sent_bytes,
+            uptime_s=status.uptime_s,
+            state_sha256=status.state_sha256,
+            round_workers=status.round_workers,
+        )
+
+    def _submit(
+        self,
+        header: pb.StepHeader,
+        receiver: Receiver,
+        spec: ModelSpec,
+        context: grpc.ServicerContext,
+    ) -> Ticket:
+        frames = receiver.parts()
+        self._coordinator.count_received(header.id.worker, sum(frame.nbytes for frame in frames))
+        ticket = self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
+        context.add_callback(lambda: self._coordinator.wake(ticket))
+        return ticket
+
+    def _decided(self, ticket: Ticket, context: grpc.ServicerContext) -> Answer | tuple[str, ...]:
+        """Return the answer, or whom the push waits for after a time or once nobody listens."""
+        silent_s = 0.0
+        while True:
+            answer = self._coordinator.wait(ticket, self._look_s, is_active=context.is_active)
+            silent_s += self._look_s
+            gone = silent_s >= _SIGN_OF_LIFE_S or not context.is_active()
+            if isinstance(answer, Answer) or gone:
+                return answer
+
+    def _messages_of(self, answer: Answer) -> Iterator[pb.StepResponse | memoryview | bytes]:
+        if self._shared is None or answer.payload_bytes <= CHUNK_BYTES:
+            yield from answer_to_wire(answer)
+            return
+        yield pb.StepResponse(answer=answer_message(answer))
+        yield from self._shared.messages_of(answer.updates)
+
+    def _caller(self, context: grpc.ServicerContext, message: pb.WorkerId) -> Caller:
+        self._authenticate(context, message.worker)
+        return Caller(run=message.run, worker=message.worker, epoch=message.epoch)
+
+    def _authenticate(self, context: grpc.ServicerContext, worker: str | None) -> None:
+        if worker is not None:
+            check_worker_name(worker)
+        if self._authenticator is not None:
+            self._authenticator.check(context.invocation_metadata(), worker)
+
+
+def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: str) -> memoryview:
+    if isinstance(message, memoryview):
+        return message
+    if message.WhichOneof("part") != "chunk":
+        raise InvalidError(f"{otherwise}: expected chunks after the first message")
+    return memoryview(message.chunk)
+
+
+class SharedUpdates:
+    """The chunks of the updates that were last asked for, as they go over the wire."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._updates: tuple[Update, ...] = ()
+        self._messages: list[bytes] = []
+
+    def messages_of(self, updates: tuple[Update, ...]) -> list[bytes]:
+        """Return the messages that bring the payloads of `updates`; not to be changed."""
+        with self._lock:
+            if list(map(id, updates)) != list(map(id, self._updates)):
+                payloads = (payload for update in updates for payload in update.payloads)
+                self._messages = [STEP_RESPONSES.to_bytes(chunk) for chunk in chunks(payloads)]
+                self._updates = updates
+            return self._messages
+
+
+class _FewCalls:
+    """The large calls under way, by worker: what one worker can make the server hold is bounded.
+
+    A worker has one, and a second where it repeats the first before the server has noticed that
+    the connection was lost. Beyond that the oldest is cancelled; a push that it brought stays.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: defaultdict[str, deque[grpc.ServicerContext]] = defaultdict(deque)
+
+    @contextmanager
+    def of(self, worker: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """Count `context` as one of the worker's while the block runs."""
+        with self._lock:
+            under_way = self._of[worker]
+            under_way.append(context)
+            surplus = under_way.popleft() if len(under_way) > _CALLS_OF_A_WORKER else None
+        if surplus is not None:
+            surplus.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if context in under_way:
+                    under_way.remove(context)
+                if not under_way and self._of.get(worker) is under_way:
+                    del self._of[worker]

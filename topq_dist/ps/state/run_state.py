@@ -1,0 +1,242 @@
+"""The state of a run: model, ledger and history, which change together and are saved together.
+
+Not for several threads at once: the coordinator's lock guards it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from topq_dist.ps.model.flat import FlatModel, copy_of
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.errors import ForgottenError, InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import START, Answer, Point, Push, Update, UpdateKind, next_chain
+from topq_dist.ps.state.ledger import Ledger
+from topq_dist.ps.state.snapshot import (
+    Snapshot,
+    StateDir,
+    StateError,
+    check_same_training,
+    training_json,
+)
+from topq_dist.ps.state.update_log import History
+from topq_dist.ps.training.central import CentralModel
+
+_HISTORY_BYTES = 4 << 20
+# of one answer: each adds to its header, and gRPC's clients take 4 MiB a message
+_MOST_UPDATES = 10_000
+
+
+def new_run() -> str:
+    """Return a name for a new run."""
+    return secrets.token_hex(8)
+
+
+class RunState:
+    """One run at its present point."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        training: TrainingConfig,
+        point: Point,
+        central: CentralModel,
+        ledger: Ledger,
+        history: History,
+    ) -> None:
+        self.run = run
+        self.training = training
+        self.point = point
+        self.central = central
+        self.ledger = ledger
+        self.history = history
+        self._full: Update | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    @classmethod
+    def start(
+        cls,
+        run: str,
+        training: TrainingConfig,
+        spec: ModelSpec,
+        vectors: Sequence[memoryview],
+        *,
+        ledger: Ledger,
+        history_bytes: int,
+    ) -> RunState:
+        """Return a run that starts at these raw vectors.
+
+        Raises NonFiniteError or InvalidError for values that no training can start from, and
+        InvalidError for a model that the configuration does not go with.
+        """
+        training = training.begun()
+        values = FlatModel(spec)
+        values.load_raw(vectors)
+        if not all(bool(torch.isfinite(flat).all()) for flat in values.flats):
+            raise NonFiniteError("the model holds NaN or infinity: expected finite values")
+        try:
+            central = CentralModel(training, spec, values)
+        except ValueError as error:
+            raise InvalidError(f"the server cannot train this model: {error}") from error
+        return cls(
+            run=run,
+            training=training,
+            point=START,
+            central=central,
+            ledger=ledger,
+            history=History(history_bytes),
+        )
+
+    @classmethod
+    def load(
+        cls, state_dir: StateDir, training: TrainingConfig, *, history_bytes: int
+    ) -> tuple[RunState, tuple[str, ...]] | None:
+        """Return the run of the latest snapshot and whose leases ran then; None without one.
+
+        Raises StateError for a snapshot that is damaged or of another configuration.
+        """
+        snapshot = state_dir.load()
+        if snapshot is None:
+            return None
+        try:
+            check_same_training(snapshot.training, training)
+            training = training.begun(snapshot.training)
+            central = CentralModel(training, snapshot.spec, FlatModel(snapshot.spec))
+            central.load_state(snapshot.tensors, snapshot.central)
+            history = History(history_bytes)
+            history.load_state(_joined(snapshot.history_payloads), snapshot.history)
+            state = cls(
+                run=snapshot.run,
+                training=training,
+                point=snapshot.point,
+                central=central,
+                ledger=Ledger.from_json(snapshot.ledger),
+                history=history,
+            )
+            if history.newest != snapshot.point:
+                raise ValueError(f"a history up to {history.newest} beside {snapshot.point}")
+        except ValueError as error:
+            raise StateError(f"{state_dir.snapshot_path} is no snapshot: {error}") from error
+        return state, tuple(snapshot.workers)
+
+    def snapshot(self, workers: Iterable[str], *, every: int = 1) -> Snapshot:
+        """Return all of it, copied where it changes, with whose leases run.
+
+        every: versions between two snapshots. The history goes along as far as that costs each
+        version no more than a model's bytes, or 4 MiB, to write.
+        The copies are valid until the next call: they are made in memory that is kept, because
+        fresh memory costs several times what the copying does.
+        """
+        tensors, central = self.central.state(copied=False)
+        self._copies = {key: _copied(t, self._copies.get(key)) for key, t in tensors.items()}
+        payloads, history = self.history.state(every * max(self.spec.raw_bytes, _HISTORY_BYTES))
+        return Snapshot(
+            run=self.run,
+            point=self.point,
+            training=training_json(self.training),
+            spec=self.spec,
+            ledger=self.ledger.to_json(),
+            history=history,
+            history_payloads=payloads,
+            central=central,
+            tensors=self._copies,
+            workers=sorted(workers),
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The tensors of the model."""
+        return self.central.spec
+
+    def apply(self, pushes: Sequence[Push]) -> None:
+        """Make the next version of these pushes, each of which the ledger called next.
+
+        What raises in here leaves the state between two versions, of no use any more.
+        """
+        kind, payloads = self.central.apply(pushes)
+        chained = [(push.worker, push.sequence, push.digest) for push in pushes]
+        point = Point(version=self.point.version + 1, chain=next_chain(self.point.chain, chained))
+        self.ledger.record(point.version, pushes)
+        members = tuple(push.worker for push in pushes)
+        self.history.add(Update(kind=kind, point=point, payloads=payloads), members)
+        self.ledger.forget_before(self.history.oldest_version)
+        self.point = point
+        self._full = None
+
+    def on_chain(self, point: Point) -> bool:
+        """Return whether `point` is known to lie on the way to the present one."""
+        return point == self.point or self.history.updates(point, point.version) is not None
+
+    def fresh(self, push: Push) -> Answer:
+        """Return the answer to a push of the version that was just made."""
+        return self._answer(push.base, self.point, self._members(self.point.version))
+
+    def repeat(self, push: Push, version: int) -> Answer:
+        """Return the answer to a push that was applied in `version`: the same as then.
+
+        Its updates go no further than then, so that a worker that goes back in time walks the same
+        way again. Raises ForgottenError where they are not kept any more.
+        """
+        made = self.history.at(version)
+        if made is not None:
+            if version == self.point.version:
+                return self._answer(push.base, *made)
+            updates = self.history.updates(push.base, version)
+            if updates is not None:
+                return Answer(applied=made[0], members=made[1], updates=updates, durable_version=0)
+        raise ForgottenError(
+            f"push {push.sequence} of {push.worker!r} was applied in version {version}, and the "
+            f"updates from version {push.base.version} on are not kept any more"
+        )
+
+    def stale(self, push: Push) -> Answer:
+        """Return the answer to a push that is refused for its base."""
+        return self._answer(push.base, None, ())
+
+    def full(self, *, central: bool = False) -> Update:
+        """Return the whole model, copied: what workers hold at this point, or `central`'s own."""
+        if central:
+            payloads = tuple(self.central.central_raw())
+            return Update(kind=UpdateKind.FULL, point=self.point, payloads=payloads)
+        if self._full is None:
+            payloads = tuple(self.central.workers_raw())
+            self._full = Update(kind=UpdateKind.FULL, point=self.point, payloads=payloads)
+        return self._full
+
+    def sha256(self) -> str:
+        """Return the SHA-256, in hexadecimal, of the model, its optimizer and its chain."""
+        digest = hashlib.sha256(self.central.sha256().encode())
+        digest.update(f" {self.point.version} {self.point.chain.hex()}".encode())
+        return digest.hexdigest()
+
+    def _members(self, version: int) -> tuple[str, ...]:
+        made = self.history.at(version)
+        return () if made is None else made[1]
+
+    def _answer(self, base: Point, applied: Point | None, members: tuple[str, ...]) -> Answer:
+        """Return an answer that ends at the present point."""
+        updates = self.history.updates(base, self.point.version)
+        if (
+            updates is None
+            or len(updates) > _MOST_UPDATES
+            or sum(update.payload_bytes for update in updates) > self.spec.raw_bytes
+        ):
+            updates = (self.full(),)
+        return Answer(applied=applied, members=members, updates=updates, durable_version=0)
+
+
+def _copied(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None or kept.dtype != tensor.dtype or kept.shape != tensor.shape:
+        return copy_of(tensor)
+    return kept.copy_(tensor)
+
+
+def _joined(parts: Sequence[memoryview]) -> memoryview:
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))

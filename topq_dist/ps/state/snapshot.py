@@ -1,0 +1,294 @@
+"""The state directory: one server at a time, and its latest snapshot, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.types import Point, check_worker_name, point_from_state, point_to_state
+from topq_dist.ps.state.snapshot_file import (
+    Contents,
+    StateError,
+    read_snapshot_file,
+    write_snapshot_file,
+)
+
+__all__ = ["Snapshot", "StateDir", "StateError", "check_same_training", "training_json"]
+
+SNAPSHOT_NAME = "snapshot.safetensors"
+_PARTIAL_NAME = SNAPSHOT_NAME + ".partial"
+_LOCK_NAME = "lock"
+_METADATA = "metadata"
+_HISTORY = "history"
+_CENTRAL = "central/"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All that a server goes on from: what it is at `point`, in parts that cannot disagree.
+
+    run: its id. training: as `training_json` returns it. spec: the run's model.
+    ledger: as Ledger.to_json returns it. history, history_payloads: as History.state does; the
+    payloads of a loaded snapshot are in one piece. central, tensors: as CentralModel.state does.
+    workers: whose leases ran.
+    """
+
+    run: str
+    point: Point
+    training: Mapping[str, Any]
+    spec: ModelSpec
+    ledger: Mapping[str, Any]
+    history: Mapping[str, Any]
+    history_payloads: Sequence[memoryview]
+    central: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    workers: Sequence[str] = ()
+
+
+class StateDir:
+    """A directory that one server holds its state in, locked until it is closed.
+
+    Makes it where it is missing, and removes what a killed server had not finished writing.
+    Raises StateError where it cannot, or where another server has it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._saving = threading.Lock()
+        self._saved_version = -1
+        try:
+            if not self.path.exists():
+                self.path.mkdir(mode=0o700, parents=True)
+                _sync_directory(self.path.parent)
+            self._lock = _lock(self.path)
+            self._remove_partial()
+        except OSError as error:
+            raise StateError(f"state directory {self.path}: {error}") from error
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Where the latest snapshot lies, if there is one."""
+        return self.path / SNAPSHOT_NAME
+
+    def load(self) -> Snapshot | None:
+        """Return the latest snapshot, or None where none was ever saved.
+
+        Its tensors may be backed by the file: copy what is to be kept. Raises StateError, naming
+        the file, where it is damaged in any bit, of another format, or cannot be read.
+        """
+        try:
+            contents = read_snapshot_file(self.snapshot_path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError(f"{self.snapshot_path} cannot be read: {error}") from error
+        try:
+            snapshot = _unpacked(contents)
+        except (InvalidError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{self.snapshot_path} is no snapshot: {error!r}") from error
+        self._saved_version = snapshot.point.version
+        return snapshot
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Put `snapshot` in place of the latest; durable once this returns.
+
+        Nothing of it may change meanwhile; nothing is copied. Whatever happens, and whenever the
+        process or the machine dies, the latest snapshot is wholly the old or wholly the new one.
+        Raises StateError where it could not be written, and ValueError for one that is older than
+        the latest or holds what cannot be saved.
+        """
+        with self._saving:
+            if self._lock < 0:
+                raise ValueError(f"state directory {self.path} is closed: expected an open one")
+            version = snapshot.point.version
+            if version < self._saved_version:
+                raise ValueError(f"version={version}: expected {self._saved_version} or later")
+            contents = _packed(snapshot)
+            partial = self.path / _PARTIAL_NAME
+            try:
+                # a new file each time: after a failed fsync the old one's pages are not to trust
+                self._remove_partial()
+                _write_durably(partial, contents)
+                _rename(partial, self.snapshot_path)
+                _sync_directory(self.path)
+            except OSError as error:
+                raise StateError(f"{self.snapshot_path} was not saved: {error}") from error
+            finally:
+                with contextlib.suppress(OSError):  # its space may be what is missing
+                    partial.unlink(missing_ok=True)
+            self._saved_version = version
+
+    def close(self) -> None:
+        """Let another server have the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _remove_partial(self) -> None:
+        partial = self.path / _PARTIAL_NAME
+        if partial.exists():
+            _log.info("removing %s, which was not finished", partial)
+            partial.unlink()
+
+
+def training_json(training: TrainingConfig) -> dict[str, Any]:
+    """Return the configuration as JSON holds it; raises ValueError for an option that it cannot."""
+    tree = dataclasses.asdict(training.begun())
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(tree))
+    except TypeError as error:
+        raise ValueError(f"options: expected numbers, texts and lists of them: {error}") from error
+    return plain
+
+
+def check_same_training(saved: Mapping[str, Any], training: TrainingConfig) -> None:
+    """Raise StateError, naming the first difference, unless `saved` is training_json's of it."""
+    # before it could be said, momentum was the optimizer's
+    saved = {"momentum": "optimizer", **saved}
+    difference = _first_difference("", training_json(training.begun(saved)), saved)
+    if difference is not None:
+        raise StateError(
+            f"{difference} in the snapshot: expected the same as when the run began, or another "
+            "state directory for another run"
+        )
+
+
+def _first_difference(name: str, given: object, saved: object) -> str | None:
+    if isinstance(given, Mapping) and isinstance(saved, Mapping):
+        for key in sorted(given.keys() | saved.keys()):
+            part = f"{name}.{key}" if name else key
+            if key not in saved:
+                return f"{part} is {given[key]!r}, and not given"
+            if key not in given:
+                return f"{part} is not given, and {saved[key]!r}"
+            found = _first_difference(part, given[key], saved[key])
+            if found is not None:
+                return found
+        return None
+    return None if given == saved else f"{name} is {given!r}, and {saved!r}"
+
+
+def _packed(snapshot: Snapshot) -> dict[str, Contents]:
+    metadata = {
+        "run": snapshot.run,
+        "workers": list(snapshot.workers),
+        "point": point_to_state(snapshot.point),
+        "training": snapshot.training,
+        "spec": [
+            [tensor.name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+            for tensor in snapshot.spec.tensors
+        ],
+        "ledger": snapshot.ledger,
+        "history": snapshot.history,
+        "central": snapshot.central,
+    }
+    contents: dict[str, Contents] = {
+        # as a tensor, because readers bound the header's length
+        _METADATA: [memoryview(json.dumps(metadata).encode())],
+        _HISTORY: snapshot.history_payloads,
+    }
+    return contents | {_CENTRAL + name: tensor for name, tensor in snapshot.tensors.items()}
+
+
+def _unpacked(contents: Mapping[str, Tensor]) -> Snapshot:
+    metadata = json.loads(bytes(_view(contents[_METADATA])))
+    point = point_from_state(metadata["point"])
+    if metadata["ledger"]["version"] != point.version:
+        raise ValueError(f"{point} beside a ledger of version {metadata['ledger']['version']}")
+    return Snapshot(
+        run=metadata["run"],
+        workers=tuple(check_worker_name(worker) for worker in metadata["workers"]),
+        point=point,
+        training=metadata["training"],
+        spec=ModelSpec(
+            tensors=tuple(
+                TensorSpec(name=name, shape=tuple(shape), dtype=DTYPES[dtype])
+                for name, shape, dtype in metadata["spec"]
+            )
+        ),
+        ledger=metadata["ledger"],
+        history=metadata["history"],
+        history_payloads=[_view(contents[_HISTORY])],
+        central=metadata["central"],
+        tensors={
+            name.removeprefix(_CENTRAL): tensor
+            for name, tensor in contents.items()
+            if name.startswith(_CENTRAL)
+        },
+    )
+
+
+def _view(tensor: Tensor) -> memoryview:
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"bytes stored as {tensor.dtype}")
+    return tensor.numpy().data
+
+
+def _lock(directory: Path) -> int:
+    path = directory / _LOCK_NAME
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
+        os.close(lock)
+        raise StateError(
+            f"state directory {directory} is in use by {holder}: stop it, or give this server "
+            "another one"
+        ) from error
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _write_durably(path: Path, contents: Mapping[str, Contents]) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_snapshot_file(file, contents)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    partial.replace(path)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,139 @@
+"""Snapshots behind the training's back, and which version is durable."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from topq_dist.ps.protocol.errors import NotReadyError
+from topq_dist.ps.state.snapshot import Snapshot, StateDir
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_DURABLE_WITHIN_S = 60.0
+
+
+class Saver(threading.Thread):
+    """Calls `save` once or more after each `request`, never twice at once, until it works.
+
+    save: takes a snapshot of what is there now and makes it durable.
+    """
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        super().__init__(name="snapshots", daemon=True)
+        self._save = save
+        self._wanted = threading.Event()
+        self._closing = threading.Event()
+
+    def request(self) -> None:
+        """Ask for a snapshot of what is there now, or later."""
+        self._wanted.set()
+
+    def run(self) -> None:
+        """Save whenever asked to."""
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._closing.is_set():
+                return
+            try:
+                self._save()
+            except Exception:  # noqa: BLE001 - logged, and tried again
+                # a full disk may be emptied: until then nothing becomes durable, which workers see
+                _log.exception("a snapshot could not be written; it is tried again")
+                self._wanted.set()
+                self._closing.wait(_RETRY_S)
+
+    def close(self) -> None:
+        """End the thread, once the snapshot that it writes now is done."""
+        self._closing.set()
+        self._wanted.set()
+        if self.ident is not None:
+            self.join()
+
+
+class Durability:
+    """The snapshots of one run, written by a thread of their own.
+
+    changed: notified when a version has become durable; its lock guards the run. every: versions
+    between two snapshots. snapshot: returns what is there now, None where there is nothing to save;
+    called under the lock. check_alive: raises where nothing will be saved any more.
+    """
+
+    def __init__(
+        self,
+        state_dir: StateDir,
+        changed: threading.Condition,
+        *,
+        every: int,
+        snapshot: Callable[[], Snapshot | None],
+        check_alive: Callable[[], None],
+    ) -> None:
+        # -1: not even the initial model
+        self.version = -1
+        self._asked = 0
+        self._state_dir = state_dir
+        self._changed = changed
+        self._every = every
+        self._snapshot = snapshot
+        self._check_alive = check_alive
+        self._saver = Saver(self.save)
+
+    @property
+    def told(self) -> int:
+        """The durable version, as workers are told."""
+        return max(self.version, 0)
+
+    def start(self, version: int | None) -> None:
+        """Begin to save; `version` is that of the snapshot that the run goes on from."""
+        if version is not None:
+            self.version = self._asked = version
+        self._saver.start()
+
+    def made(self, version: int) -> None:
+        """Note that `version` was made: where it is time, have it saved."""
+        if version - self._asked >= self._every:
+            self._asked = version
+            self._saver.request()
+
+    def request(self) -> None:
+        """Have what is there saved soon."""
+        self._saver.request()
+
+    def save(self) -> None:
+        """Save what is there."""
+        with self._changed:
+            snapshot = self._snapshot()
+        if snapshot is None:
+            return
+        self._state_dir.save(snapshot)
+        with self._changed:
+            self.version = max(self.version, snapshot.point.version)
+            self._changed.notify_all()
+
+    def wait(self, version: int) -> None:
+        """Return once `version` is durable, or raise NotReadyError; under the lock."""
+        end_s = time.monotonic() + _DURABLE_WITHIN_S
+        if not self.reached(version, end_s):
+            raise NotReadyError(f"version {version} could not be made durable: try again")
+
+    def reached(
+        self, version: int, end_s: float, is_active: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Wait for `version`, and return whether it is durable; under the lock.
+
+        end_s: until when at most, on time.monotonic(). is_active: whether somebody still waits.
+        """
+        while self.version < version:
+            self._check_alive()
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or not is_active():
+                return False
+            self._changed.wait(min(left_s, 1.0))
+        return True
+
+    def close(self) -> None:
+        """End the thread, once the snapshot that it writes now is done."""
+        self._saver.close()

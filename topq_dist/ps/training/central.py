@@ -1,0 +1,212 @@
+"""The central model: pushes in, one step of the inner optimizer, an update for the workers out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import (
+    GroupView,
+    Push,
+    UpdateKind,
+    group_momentum,
+    set_group_momentum,
+)
+from topq_dist.ps.training.aggregate import GradientSum
+from topq_dist.ps.training.downlink import make_downlink
+from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
+from topq_dist.ps.training.inner_state import check_inner_state, inner_state, load_inner_state
+from topq_dist.ps.training.momentum import MomentumOut
+from topq_dist.ps.training.sparse_step import SparseStep
+
+
+class CentralModel:
+    """The parameters, their inner optimizer, and what workers hold of them.
+
+    values: taken over, not copied. Not for several threads at once.
+
+    Raises ValueError, naming the option, where torch.optim does not take the configuration for this
+    model.
+    """
+
+    def __init__(self, config: TrainingConfig, spec: ModelSpec, values: FlatModel) -> None:
+        if values.spec != spec:
+            raise ValueError("values is of another model than spec: expected the same")
+        self.spec = spec
+        self._params = values
+        self._gradient = GradientSum(spec)
+        self._named = values.tensors()
+        self._inner, self._group_names = make_inner_optimizer(config, self._named)
+        for name, gradient in self._gradient.model.tensors().items():
+            self._named[name].grad = gradient
+        self._sparse_step = SparseStep(self._inner, self._group_names, spec)
+        self._momentum = MomentumOut(self._inner, enabled=config.begun().momentum == "feedback")
+        self._downlink = make_downlink(config, values)
+
+    def check_push(self, push: Push) -> None:
+        """Raise InvalidError or NonFiniteError unless `apply` can take the push.
+
+        Its frames must be none or one for each vector, of as many elements, and finite; its
+        learning rates none or one for each group, finite and not negative; its momentum none or
+        one for each group, where the optimizer has one, in [0, 1).
+        """
+        vectors = self.spec.vectors
+        if push.frames and len(push.frames) != len(vectors):
+            raise InvalidError(f"{len(push.frames)} frames: expected {len(vectors)}, or none")
+        for place, (frame, vector) in enumerate(zip(push.frames, vectors, strict=False)):
+            if frame.numel != vector.numel:
+                raise InvalidError(
+                    f"frame {place} is of {frame.numel} elements: expected {vector.numel}"
+                )
+            if not frame.finite:
+                raise NonFiniteError(f"frame {place} says that its gradient is NaN or infinite")
+        if push.lr and len(push.lr) != len(self._group_names):
+            raise InvalidError(
+                f"{len(push.lr)} learning rates: expected one for each of "
+                f"{len(self._group_names)} groups, or none"
+            )
+        for lr in push.lr:
+            if not math.isfinite(lr):
+                raise NonFiniteError(f"lr={lr!r}: expected a finite number")
+            if lr < 0:
+                raise InvalidError(f"lr={lr!r}: expected 0 or more")
+        self._check_momentum(push.momentum)
+
+    def _check_momentum(self, given: Sequence[float]) -> None:
+        if not given:
+            return
+        if any(group_momentum(group) is None for group in self._inner.param_groups):
+            raise InvalidError(
+                f"{len(given)} momenta: expected none, {type(self._inner).__name__} has no momentum"
+            )
+        if len(given) != len(self._group_names):
+            raise InvalidError(
+                f"{len(given)} momenta: expected one for each of {len(self._group_names)} groups, "
+                "or none"
+            )
+        for momentum in given:
+            if not math.isfinite(momentum):
+                raise NonFiniteError(f"momentum={momentum!r}: expected a finite number")
+            if not 0 <= momentum < 1:
+                raise InvalidError(f"momentum={momentum!r}: expected a number in [0, 1)")
+
+    def apply(self, pushes: Sequence[Push]) -> tuple[UpdateKind, tuple[memoryview, ...]]:
+        """Take one step on the mean gradient of the pushes; return the update for the workers.
+
+        The terms are divided first and added in the order given, as the DDP hook does. A push
+        without frames does not count in the mean; where none has any there is no step. The first
+        push that has learning rates sets them, and the first that has momenta those. The pushes
+        must have passed check_push, and stay as they are.
+        """
+        rates = next((push.lr for push in pushes if push.lr), None)
+        if rates is not None:
+            for group, lr in zip(self._inner.param_groups, rates, strict=True):
+                group["lr"] = lr
+        momenta = next((push.momentum for push in pushes if push.momentum), None)
+        if momenta is not None:
+            for group, momentum in zip(self._inner.param_groups, momenta, strict=True):
+                set_group_momentum(group, momentum)
+        counted = [push.frames for push in pushes if push.frames]
+        if not counted:
+            return self._downlink.nothing()
+        self._gradient.add(counted)
+        with self._momentum.stepping(counted):
+            touched = self._sparse_step.take(self._params, self._gradient)
+            if touched is None:
+                self._downlink.before_step(self._params)
+                self._inner.step()
+        self._gradient.clear()
+        return self._downlink.after_step(self._params, touched)
+
+    def groups(self) -> tuple[GroupView, ...]:
+        """Return the parameter groups: betas, and lr first, every hyperparameter that is a number.
+
+        All as the user has them, whatever the last step did without.
+        """
+        return tuple(
+            GroupView(
+                names=names,
+                numbers=_numbers(group),
+                betas=tuple(map(float, group.get("betas", ()))),
+                takes_momentum=group_momentum(group) is not None,
+            )
+            for names, group in zip(self._group_names, self._inner.param_groups, strict=True)
+        )
+
+    def workers_raw(self) -> list[memoryview]:
+        """Return the bytes of what workers hold, copied, for each vector."""
+        return self._downlink.held(self._params).raw()
+
+    def central_raw(self) -> list[memoryview]:
+        """Return the bytes of the server's own parameters, copied, for each vector."""
+        return self._params.clone().raw()
+
+    def state(self, *, copied: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that the next steps depend on: tensors by key, and the rest fit for JSON.
+
+        copied: False returns views, which the next `apply` changes: for a snapshot that is written
+            before it.
+        """
+        tensors = {f"model.{place}": flat for place, flat in enumerate(self._params.flats)}
+        tensors |= {f"held.{place}": flat for place, flat in enumerate(self._downlink.state())}
+        inner_tensors, metadata = inner_state(self._inner, self._named)
+        tensors |= inner_tensors
+        if copied:
+            tensors = {key: copy_of(tensor) for key, tensor in tensors.items()}
+        return tensors, {"inner": metadata, **self._momentum.state()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned, bit for bit.
+
+        Raises ValueError, leaving everything as it was, for what no `state` of this model and
+        configuration can have returned.
+        """
+        own = {f"model.{place}": flat for place, flat in enumerate(self._params.flats)}
+        held = {f"held.{place}": flat for place, flat in enumerate(self._downlink.state())}
+        for key, flat in (own | held).items():
+            saved = tensors.get(key)
+            if saved is None or saved.dtype != flat.dtype or saved.shape != flat.shape:
+                raise ValueError(
+                    f"state has {_described(saved)} as {key!r}: expected {_described(flat)}"
+                )
+        inner_tensors = {key: t for key, t in tensors.items() if key not in own | held}
+        inner_metadata = metadata.get("inner")
+        state = check_inner_state(self._inner, self._named, inner_tensors, inner_metadata)
+        momentum_state = self._momentum.check_state(metadata)
+        for key, flat in own.items():
+            flat.copy_(tensors[key])
+        self._downlink.load_state([tensors[key] for key in held], self._params)
+        load_inner_state(self._inner, self._named, state)
+        self._momentum.load_state(momentum_state)
+
+    def sha256(self) -> str:
+        """Return the SHA-256, in hexadecimal, of all that `state` returns."""
+        tensors, metadata = self.state(copied=False)
+        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+        for key in sorted(tensors):
+            tensor = tensors[key]
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(raw_view(tensor.contiguous().view(-1)))
+        return digest.hexdigest()
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {
+        name: float(value)
+        for name, value in group.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return {"lr": numbers.pop("lr"), **numbers}
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"

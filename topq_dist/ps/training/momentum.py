@@ -1,0 +1,164 @@
+"""The inner optimizer's momentum, taken out of the steps whose pushes are sparse.
+
+What a worker leaves out of a push stays in its residual and comes later, which acts as a momentum;
+a second one behind it breaks training (docs/parameter_server.md). Where pushes are dense there are
+no residuals, and the optimizer's own momentum is as good as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from topq_dist.compress.frame import Frame
+from topq_dist.optim.momentum import SPARSE_BELOW, momentum_rule, takes_momentum_out
+from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.types import group_momentum
+from topq_dist.ps.training.inner_optimizer import example_optimizers
+
+
+class MomentumOut:
+    """Runs sparse steps of an inner optimizer without its momentum, and dense ones with it.
+
+    The groups hold the user's values but for the time of a sparse step. What is sparse follows from
+    the pushes alone, and what is kept between steps is in `state`: a replay ends in the same bits.
+
+    enabled: False leaves every step as it is.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, *, enabled: bool) -> None:
+        self._inner = inner
+        self._rule = momentum_rule(inner) if enabled else None
+        # whether the last step ran without a momentum that the user wants
+        self._is_out = False
+
+    @contextmanager
+    def stepping(self, pushes: Sequence[Sequence[Frame]]) -> Iterator[None]:
+        """Have the block's step run as these pushes ask, each of one frame for each vector."""
+        overrides: list[Mapping[str, Any]] = []
+        if self._rule is not None and takes_momentum_out(density(pushes)):
+            overrides = [self._without(group) for group in self._inner.param_groups]
+        if not any(overrides):
+            self._put_back()
+            yield
+            return
+        self._take_out()
+        theirs = [
+            {name: group[name] for name in changed}
+            for group, changed in zip(self._inner.param_groups, overrides, strict=True)
+        ]
+        try:
+            for group, changed in zip(self._inner.param_groups, overrides, strict=True):
+                group.update(changed)
+            yield
+        finally:
+            for group, values in zip(self._inner.param_groups, theirs, strict=True):
+                group.update(values)
+
+    def _without(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return {} if self._rule is None else self._rule(group)
+        except ValueError:
+            # a worker's lr that overflows where it is scaled is not to end the server, and ruins
+            # the model in either case
+            return {}
+
+    def _take_out(self) -> None:
+        """Forget buffers that a later dense step would apply, though feedback brought all of it."""
+        self._is_out = True
+        for state in self._inner.state.values():
+            state.pop("momentum_buffer", None)
+
+    def _put_back(self) -> None:
+        """Give the optimizer what its momentum begins from."""
+        if self._is_out:
+            self._is_out = False
+            for state in self._inner.state.values():
+                # the last sparse gradient, whole: with beta1 it would be applied 1 / (1 - beta1)
+                # times, and Muon keeps it likewise
+                if "exp_avg" in state:
+                    state["exp_avg"].zero_()
+                state.pop("momentum_buffer", None)
+        if isinstance(self._inner, torch.optim.RMSprop):
+            self._give_buffers()
+
+    def _give_buffers(self) -> None:
+        # RMSprop makes them in its first step only, and may have had no momentum then
+        for group in self._inner.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                state = self._inner.state.get(parameter)
+                if state and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next steps depend on, fit for JSON; empty where momentum is in."""
+        return {"momentum_out": True} if self._is_out else {}
+
+    @staticmethod
+    def check_state(metadata: Mapping[str, Any]) -> bool:
+        """Return what `load_state` takes of the metadata with `state` in it; raises ValueError."""
+        is_out = metadata.get("momentum_out", False)
+        if not isinstance(is_out, bool):
+            raise ValueError(f"state has momentum_out={is_out!r}: expected true or nothing")
+        return is_out
+
+    def load_state(self, is_out: bool) -> None:
+        """Go on from what `check_state` returned."""
+        self._is_out = is_out
+
+
+def density(pushes: Sequence[Sequence[Frame]]) -> float:
+    """Return which share of the model's elements a push sends, on average over these."""
+    shares = [
+        sum(frame.indices.numel() for frame in frames)
+        / max(1, sum(frame.numel for frame in frames))
+        for frames in pushes
+    ]
+    return sum(shares) / len(shares)
+
+
+def describe_momentum(config: TrainingConfig) -> tuple[str, bool]:
+    """Return what is done to the momentum of which numbers, and whether that calls for a warning.
+
+    The numbers are those of the configuration; workers may set others. Raises ValueError, naming
+    the option, for a momentum that cannot be taken out.
+    """
+    momentum, examples = config.begun().momentum, example_optimizers(config)
+    name = type(examples[""]).__name__
+    groups = {pattern: example.param_groups[0] for pattern, example in examples.items()}
+    if all(group_momentum(group) is None for group in groups.values()):
+        return f"{momentum}: {name} has none", False
+    if momentum == "optimizer":
+        stays = any(group_momentum(group) for group in groups.values())
+        return f"optimizer: {name} keeps its own, however sparse pushes are", stays
+    rule = momentum_rule(examples[""])
+    if rule is None:
+        return f"feedback: how {name} steps without is not known, so it keeps its own", True
+    changes = []
+    for pattern, group in groups.items():
+        try:
+            changed = _changed(group, rule(group))
+        except ValueError as error:
+            raise ValueError(f"inner_opt={config.inner_opt!r} with {error}") from error
+        if changed:
+            changes.append(f"{pattern!r}: {changed}" if pattern else changed)
+    what = "; ".join(changes) or "momentum from workers taken out"
+    share = f"less than {SPARSE_BELOW:.0%} of the elements"
+    return f"feedback: while pushes hold {share}, {name} steps with {what}", False
+
+
+def _changed(group: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={_plain(value)} for {_plain(group[name])}"
+        for name, value in overrides.items()
+        if value != group[name]
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_plain, value))})"
+    return repr(value) if isinstance(value, bool) else f"{value:g}"

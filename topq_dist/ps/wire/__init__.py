@@ -1,0 +1,1 @@
+"""Protocol types to and from gRPC's messages, in memory that is used again."""

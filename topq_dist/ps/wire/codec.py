@@ -1,0 +1,133 @@
+"""Protobuf messages <-> the protocol's objects; for both sides.
+
+Everything that comes in is checked here: what protocol/types.py has no meaning for raises
+InvalidError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
+from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.types import (
+    CHAIN_BYTES,
+    GroupView,
+    Point,
+)
+from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.v1 import parameter_server_pb2 as pb
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def point_to_wire(point: Point) -> pb.Point:
+    """Return `point` as a message."""
+    return pb.Point(version=point.version, chain=point.chain)
+
+
+def point_from_wire(message: pb.Point) -> Point:
+    """Return the point in `message`; raises InvalidError where its chain is no chain."""
+    if len(message.chain) != CHAIN_BYTES:
+        raise InvalidError(
+            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
+        )
+    return Point(version=message.version, chain=message.chain)
+
+
+def spec_to_wire(spec: ModelSpec) -> list[pb.TensorSpec]:
+    """Return the tensors of `spec` as messages, in its order."""
+    return [
+        pb.TensorSpec(name=tensor.name, shape=tensor.shape, dtype=_DTYPE_NAMES[tensor.dtype])
+        for tensor in spec.tensors
+    ]
+
+
+def spec_from_wire(messages: Iterable[pb.TensorSpec]) -> ModelSpec:
+    """Return the model in `messages`; raises InvalidError for what can be none."""
+    tensors = []
+    for message in messages:
+        if message.dtype not in DTYPES:
+            raise InvalidError(
+                f"tensor {message.name!r} has dtype {message.dtype!r}: expected one of "
+                f"{', '.join(DTYPES)}"
+            )
+        tensors.append(
+            TensorSpec(name=message.name, shape=tuple(message.shape), dtype=DTYPES[message.dtype])
+        )
+    return ModelSpec(tensors=tuple(tensors))
+
+
+def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
+    """Return parameter groups as messages."""
+    return [
+        pb.Group(
+            names=group.names,
+            numbers=group.numbers,
+            betas=group.betas,
+            takes_momentum=group.takes_momentum,
+        )
+        for group in groups
+    ]
+
+
+def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
+    """Return the parameter groups in `messages`."""
+    return tuple(
+        GroupView(
+            names=tuple(message.names),
+            numbers=dict(message.numbers),
+            betas=tuple(message.betas),
+            takes_momentum=message.takes_momentum,
+        )
+        for message in messages
+    )
+
+
+def fetch_to_wire(
+    point: Point, durable_version: int, vectors: Sequence[memoryview]
+) -> Iterator[pb.FetchResponse | memoryview]:
+    """Yield the header and the chunks that bring a whole model, as raw vectors."""
+    header = pb.FetchHeader(
+        point=point_to_wire(point),
+        durable_version=durable_version,
+        vector_bytes=[vector.nbytes for vector in vectors],
+    )
+    yield pb.FetchResponse(header=header)
+    yield from chunks(vectors)
+
+
+def read_fetch(
+    responses: Iterator[pb.FetchResponse | memoryview], spec: ModelSpec
+) -> tuple[Point, int, tuple[memoryview, ...]]:
+    """Read a whole model: its point, the durable version, and the raw vectors.
+
+    Raises InvalidError where it is not a model of `spec`.
+    """
+    first = next(responses, None)
+    if not isinstance(first, pb.FetchResponse) or not first.HasField("header"):
+        raise InvalidError("a fetched model begins without its header")
+    expected = [vector.raw_bytes for vector in spec.vectors]
+    if list(first.header.vector_bytes) != expected:
+        raise InvalidError(
+            f"a fetched model has vectors of {list(first.header.vector_bytes)} bytes: "
+            f"expected {expected}"
+        )
+    receiver = Receiver(expected, limit_bytes=sum(expected), what="a fetched model")
+    for response in responses:
+        receiver.take(chunk_of(response))
+    return point_from_wire(first.header.point), first.header.durable_version, receiver.parts()
+
+
+def upload_requests(
+    worker: pb.WorkerId, vectors: Sequence[memoryview]
+) -> Iterator[pb.UploadRequest | memoryview]:
+    """Yield the header and the chunks that bring a worker's raw vectors to the server."""
+    yield pb.UploadRequest(id=worker)
+    yield from chunks(vectors)
+
+
+def chunk_of(message: pb.StepResponse | pb.FetchResponse | memoryview) -> memoryview | bytes:
+    """Return the chunk in `message`; empty where it is a message of another kind."""
+    # a message of another kind, in the place of a chunk, has an empty one
+    return message if isinstance(message, memoryview) else message.chunk

@@ -1,0 +1,263 @@
+"""A push and its answer as messages: streams of chunks, or one short message each way.
+
+What comes in is checked here: what no peer of this library would send raises InvalidError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from topq_dist.compress.frame import FrameError, decode_frame
+from topq_dist.ps.model.spec import ModelSpec
+from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import (
+    DIGEST_BYTES,
+    MAX_CHUNK_BYTES,
+    Answer,
+    Point,
+    Push,
+    Update,
+    UpdateKind,
+    check_worker_name,
+    push_digest,
+)
+from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.ps.wire.codec import chunk_of, point_from_wire, point_to_wire
+from topq_dist.v1 import parameter_server_pb2 as pb
+
+
+def step_header(
+    worker: pb.WorkerId,
+    *,
+    sequence: int,
+    base: Point,
+    frames: Sequence[memoryview],
+    lr: Sequence[float],
+    digest: bytes,
+    applied_version: int = 0,
+    members: Sequence[str] = (),
+    momentum: Sequence[float] = (),
+) -> pb.StepHeader:
+    """Return what a push says before its frames; the parameters are those of protocol.Push."""
+    return pb.StepHeader(
+        id=worker,
+        sequence=sequence,
+        base=point_to_wire(base),
+        frame_bytes=[frame.nbytes for frame in frames],
+        lr=lr,
+        digest=digest,
+        applied_version=applied_version,
+        members=members,
+        momentum=momentum,
+    )
+
+
+def step_requests(
+    worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
+) -> Iterator[pb.StepRequest | memoryview]:
+    """Yield the header of a push and its chunks; the parameters are those of `step_header`."""
+    yield pb.StepRequest(header=step_header(worker, frames=frames, **push))
+    yield from chunks(frames)
+
+
+def receiver_of(header: pb.StepHeader, spec: ModelSpec, buffers: Buffers | None = None) -> Receiver:
+    """Return what takes the chunks of a push on a model of `spec`, into memory of `buffers`.
+
+    Raises InvalidError or TooLargeError for a header that no push can have.
+    """
+    vectors = len(spec.vectors)
+    if len(header.frame_bytes) not in (0, vectors):
+        raise InvalidError(f"{len(header.frame_bytes)} frames: expected {vectors}, or none")
+    if len(header.digest) != DIGEST_BYTES:
+        raise InvalidError(f"{len(header.digest)} bytes of digest: expected {DIGEST_BYTES}")
+    for worker in header.members:
+        check_worker_name(worker)
+    return Receiver(
+        header.frame_bytes,
+        limit_bytes=spec.max_frame_bytes,
+        what=f"push {header.sequence} of {header.id.worker!r}",
+        buffers=buffers,
+    )
+
+
+def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: ModelSpec) -> Push:
+    """Return the push of `header`, its frames (as many as the header says) decoded and checked.
+
+    The push may keep views of `frames`, which nobody is to write into then.
+
+    Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
+    that are no frames of `spec`.
+    """
+    lr, momentum = tuple(header.lr), tuple(header.momentum)
+    what = f"push {header.sequence} of {header.id.worker!r}"
+    if push_digest(lr, frames, momentum) != header.digest:
+        raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
+    for value in lr:
+        if not np.isfinite(value):
+            raise NonFiniteError(f"{what} has lr={value!r}: expected finite numbers")
+        if value < 0:
+            raise InvalidError(f"{what} has lr={value!r}: expected numbers of at least 0")
+    decoded = []
+    for number, (frame, vector) in enumerate(
+        zip(frames, spec.vectors if frames else (), strict=True)
+    ):
+        try:
+            decoded.append(decode_frame(frame, numel=vector.numel, in_place=True))
+        except FrameError as error:
+            raise InvalidError(f"frame {number} of {what}: {error}") from error
+    if not all(frame.finite for frame in decoded):
+        raise NonFiniteError(f"{what} holds NaN or infinity: skip the step, and send no gradient")
+    return Push(
+        worker=header.id.worker,
+        epoch=header.id.epoch,
+        sequence=header.sequence,
+        base=point_from_wire(header.base),
+        frames=tuple(decoded),
+        lr=lr,
+        digest=header.digest,
+        applied_version=header.applied_version,
+        members=tuple(header.members),
+        momentum=momentum,
+    )
+
+
+def answer_message(answer: Answer) -> pb.StepAnswer:
+    """Return what an answer says before its payloads."""
+    message = pb.StepAnswer(
+        outcome=pb.StepAnswer.OUTCOME_STALE,
+        members=answer.members,
+        durable_version=answer.durable_version,
+        updates=[
+            pb.Update(
+                kind=pb.Update.Kind.ValueType(update.kind.value),
+                point=point_to_wire(update.point),
+                payload_bytes=[payload.nbytes for payload in update.payloads],
+            )
+            for update in answer.updates
+        ],
+    )
+    if answer.applied is not None:
+        message.outcome = pb.StepAnswer.OUTCOME_APPLIED
+        message.applied_version = answer.applied.version
+        message.applied_point.CopyFrom(point_to_wire(answer.applied))
+    return message
+
+
+def payloads_of(answer: Answer) -> list[memoryview]:
+    """Return what follows an answer's message: the payloads of all its updates."""
+    return [payload for update in answer.updates for payload in update.payloads]
+
+
+def answer_to_wire(answer: Answer) -> Iterator[pb.StepResponse | memoryview]:
+    """Yield the header of `answer` and its chunks."""
+    yield pb.StepResponse(answer=answer_message(answer))
+    yield from chunks(payloads_of(answer))
+
+
+def read_answer(
+    responses: Iterator[pb.StepResponse | memoryview],
+    spec: ModelSpec,
+    *,
+    waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
+    buffers: Buffers | None = None,
+) -> Answer:
+    """Read the messages of an answer to its end, calling `waiting` with each sign of life.
+
+    buffers: where the memory for the payloads comes from.
+
+    Raises InvalidError for what no server of this library would send.
+    """
+    message = None
+    for response in responses:
+        part = None if isinstance(response, memoryview) else response
+        if part is None or not (part.HasField("waiting") or part.HasField("answer")):
+            raise InvalidError("a step's answer begins with its payload: expected its header")
+        if part.HasField("answer"):
+            message = part.answer
+            break
+        waiting(tuple(part.waiting.workers))
+    if message is None:
+        raise InvalidError("the stream ended before the step's answer")
+    receiver = receiver_of_answer(message, spec, buffers)
+    for response in responses:
+        receiver.take(chunk_of(response))
+    return answer_from_wire(message, receiver.parts(), spec)
+
+
+def receiver_of_answer(
+    message: pb.StepAnswer, spec: ModelSpec, buffers: Buffers | None = None
+) -> Receiver:
+    """Return what takes the payloads of an answer; raises InvalidError where it is none."""
+    known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
+    if message.outcome not in known:
+        raise InvalidError(
+            f"a step's answer has outcome {message.outcome}: expected one of {known}"
+        )
+    sizes = [size for update in message.updates for size in _payload_bytes(update, spec)]
+    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer", buffers=buffers)
+
+
+def answer_from_wire(
+    message: pb.StepAnswer, payloads: Iterable[memoryview], spec: ModelSpec
+) -> Answer:
+    """Return the answer of a message that has passed `receiver_of_answer`, and its payloads."""
+    left = iter(payloads)
+    applied = message.outcome == pb.StepAnswer.OUTCOME_APPLIED
+    return Answer(
+        applied=point_from_wire(message.applied_point) if applied else None,
+        members=tuple(message.members),
+        updates=tuple(
+            Update(
+                kind=UpdateKind(update.kind),
+                point=point_from_wire(update.point),
+                payloads=tuple(next(left) for _ in spec.vectors),
+            )
+            for update in message.updates
+        ),
+        durable_version=message.durable_version,
+    )
+
+
+def short_step_request(
+    worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
+) -> pb.ShortStepRequest:
+    """Return a push as one message; the parameters are those of `step_header`."""
+    header = step_header(worker, frames=frames, **push)
+    return pb.ShortStepRequest(header=header, frames=b"".join(frames))
+
+
+def short_answer_to_wire(answer: Answer) -> pb.ShortStepResponse:
+    """Return `answer` as one message, which is empty where that would be too long."""
+    if answer.payload_bytes > MAX_CHUNK_BYTES:
+        return pb.ShortStepResponse()
+    payloads = b"".join(payloads_of(answer))
+    return pb.ShortStepResponse(answer=answer_message(answer), payloads=payloads)
+
+
+def read_short_answer(response: pb.ShortStepResponse, spec: ModelSpec) -> Answer | None:
+    """Return the answer, or None where the server asks for Step.
+
+    Raises InvalidError for what no server of this library would send.
+    """
+    if not response.HasField("answer"):
+        return None
+    receiver = receiver_of_answer(response.answer, spec)
+    if response.payloads:
+        receiver.take(response.payloads)
+    return answer_from_wire(response.answer, receiver.parts(), spec)
+
+
+def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
+    if update.kind not in (kind.value for kind in UpdateKind):
+        raise InvalidError(f"an update of kind {update.kind}: expected SET, ADD or FULL")
+    sizes = list(update.payload_bytes)
+    if len(sizes) != len(spec.vectors):
+        raise InvalidError(f"an update of {len(sizes)} payloads: expected {len(spec.vectors)}")
+    largest = max(spec.raw_bytes, spec.max_frame_bytes)
+    if sum(sizes) > largest:
+        raise InvalidError(f"an update of {sum(sizes)} bytes: expected at most {largest}")
+    return sizes
