@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from topq_dist.compress.averaging import average
+from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_Q, DEFAULT_VALUE_FORMAT
 from topq_dist.compress.density import uniform_cuts
@@ -36,7 +37,7 @@ Kind = Literal["dense", "topq", "powersgd", "fp16"]
 class Method:
     """A way to exchange gradients.
 
-    q, value_format, momentum, bound: of the hook. rank: of PowerSGD.
+    q, value_format, momentum, bound, adapt_rate: of the hook. rank: of PowerSGD.
     lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate goes with it,
     so that rate / (1 - momentum) stays what it is at 0.9.
     warm: (part of the steps, q in them).
@@ -48,6 +49,7 @@ class Method:
     value_format: str | None = DEFAULT_VALUE_FORMAT
     momentum: MomentumName = "feedback"
     bound: float | None = DEFAULT_BOUND
+    adapt_rate: bool = True
     rank: int = 1
     beta: float = _MOMENTUM
     lr: float = 1.0
@@ -151,6 +153,7 @@ class Ranks:
                     names,
                     compressor.residuals,
                     mask_velocity=True,
+                    adapt_rate=method.adapt_rate,
                     skip_unused=False,
                     summed_ranks=1,
                 )
@@ -212,6 +215,8 @@ class Ranks:
             self.sent_bytes += done.frames[0].numel()
         self.sent_bytes -= sum(c.frames[0].numel() for c in compressed[1:])
         average([done.frames[0] for done in compressed], out=self._average)
+        # of which the first alone acts on the optimizer
+        self._momenta[0].end_step(total(done.coherence for done in compressed))
         for done in compressed:
             done.commit()
 

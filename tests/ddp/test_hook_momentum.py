@@ -33,6 +33,7 @@ PLAINLY: dict[str, Any] = {
     "exchange": "allgather",
     "value_format": None,
     "bound": None,
+    "adapt_rate": False,
 }
 Make = Callable[[Any], Optimizer]
 
@@ -233,12 +234,12 @@ def through_a_file(state: Any) -> Any:
 def resumed(rank: int) -> bool:
     for method in METHODS:
         for make in (adamw,) if method == "adam" else (sgd, adamw):
-            model, optimizer, state = hooked(make, momentum=method)
+            model, optimizer, state = hooked(make, momentum=method, adapt_rate=True)
             train(model, optimizer, rank, *range(4))
             saved = through_a_file(
                 {"hook": state.state_dict(), "optimizer": optimizer.state_dict()}
             )
-            other, reference, resuming = hooked(make, momentum=method)
+            other, reference, resuming = hooked(make, momentum=method, adapt_rate=True)
             other.load_state_dict(model.state_dict())
             reference.load_state_dict(saved["optimizer"])
             resuming.load_state_dict(saved["hook"])
@@ -276,6 +277,9 @@ def refused_states(rank: int) -> bool:
         (own_adam, states["corrected"]),
         (feedback, states["feedback"] | {"momentum": 3}),
     ]
+    for wrong_sums in (None, [1.0], [1.0, -1.0], [float("nan"), 1.0], ["much", "little"]):
+        momentum = states["feedback"]["momentum"] | {"coherence": wrong_sums}
+        bad.append((feedback, states["feedback"] | {"momentum": momentum}))
     for state, key in (("corrected", "velocity"), ("adam", "first"), ("adam", "steps")):
         kind = corrected if state == "corrected" else own_adam
         for wrong in (None, {name: torch.zeros(1)}, {"nowhere": torch.zeros(1)}, {name: "much"}):

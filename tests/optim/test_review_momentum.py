@@ -38,7 +38,7 @@ class Counting(Optimizer):
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(momentum, "_rules", dict(momentum._rules))
+    monkeypatch.setattr(momentum, "_known", dict(momentum._known))
     register_momentum_rule(Counting, lambda group: {"beta": 0.0} if group["beta"] else {})
 
 

@@ -16,6 +16,7 @@ from topq_dist.compress.averaging import average, sparse_mean, terms_of, write_s
 from topq_dist.compress.blocks import sum_dtype
 from topq_dist.compress.bounding import bounded, check_bound
 from topq_dist.compress.by_layout import ByLayout
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.cuts import Cut, CutSelector, count_between
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.compress.frame import (
@@ -43,12 +44,14 @@ class Compressed:
 
     own: what decoding the only frame returns, where there is one and it holds values.
     vector: what was compressed, where it is finite and lies in one piece.
+    coherence: of the vector with its residual, where it has been measured.
     settle_with: does the keeping; with terms the vector becomes their sum.
     """
 
     frames: list[Tensor]
     own: Frame | None = None
     vector: Tensor | None = None
+    coherence: Coherence = NO_COHERENCE
     settle_with: Callable[[Terms | None], None] = lambda _: None
 
     def commit(self) -> None:

@@ -2,8 +2,7 @@
 
 Innermost loops begin at zero, in slices: only then is it known that no index counts from the end.
 
-A block is up to `block_numel` values of one segment; what a block of fewer lacks counts, where it
-counts at all, as repetitions of its last value.
+A block is up to `block_numel` values of one segment.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ def two_means(magnitudes: Any, ks: Any, block: Any, below: Any, above: Any) -> N
             stop = min(start + block.size, end)
             filled = stop - start
             block[:filled] = magnitudes[start:stop]
-            block[filled:] = magnitudes[stop - 1]
+            block[filled:] = 0.0
             total = _sum(block, lanes)
-            mean = total / np.float64(block.size)
+            mean = total / np.float64(filled)
             count_above = 0
             for at in range(block.size):
                 is_above = block[at] > mean
@@ -66,7 +65,7 @@ def two_means(magnitudes: Any, ks: Any, block: Any, below: Any, above: Any) -> N
                 block[at] = block[at] if is_above else 0.0
             sum_above = _sum(block, lanes)
             # never all of them: a mean of fp32 numbers in fp64 is not below the smallest
-            below[number] = (total - sum_above) / np.float64(block.size - count_above)
+            below[number] = (total - sum_above) / np.float64(filled - count_above)
             above[number] = below[number]
             if count_above:
                 above[number] = sum_above / np.float64(count_above)

@@ -14,7 +14,8 @@ from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout, Residuals
 from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
 from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
-from topq_dist.optim.direction_step import DirectionSwitch, check_adam, decays_decoupled
+from topq_dist.optim.direction_step import DirectionSwitch, check_adam
+from topq_dist.optim.groups import decays_decoupled
 from topq_dist.optim.step_switch import StepSwitch
 
 

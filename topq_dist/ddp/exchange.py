@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.by_layout import ByLayout
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.feedback import Layout
 from topq_dist.compress.frame import Frame, decode_frame
@@ -59,6 +60,10 @@ class Job:
 
 class Pending(Protocol):
     """A bucket on its way; every method is called once, on every rank in the same order."""
+
+    @property
+    def coherence(self) -> Coherence:
+        """The sum over all ranks, once received; nothing where none was measured."""
 
     def advance(self) -> None:
         """Launch what had to wait for a first collective; never raises ExchangeError."""
@@ -122,6 +127,7 @@ class AllGather(Exchange):
             group=self._link.group,
             device=self._link.device,
             meter=self._link.meter,
+            coherence=NO_COHERENCE if compressed is None else compressed.coherence,
         )
         return Gathering(job.bucket, compressed, gather, self._link.rank)
 
@@ -138,12 +144,14 @@ class Gathering:
         self._gather = gather
         self._decoded: list[Frame] = []
         self.frames: list[Tensor] = []
+        self.coherence = NO_COHERENCE
 
     def advance(self) -> None:
         pass
 
     def receive(self) -> bool:
         self.frames = self._gather.frames()
+        self.coherence = self._gather.coherence
         numel = self._bucket.numel()
         own = None if self._compressed is None else self._compressed.own
         self._decoded = [
@@ -191,6 +199,8 @@ class Dense(Exchange):
 
 
 class _Reducing:
+    coherence = NO_COHERENCE
+
     def __init__(self, job: Job, link: Link, compressor: FlatCompressor, share: float) -> None:
         self._job = job
         self._link = link

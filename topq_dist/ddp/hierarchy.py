@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.averaging import write_sum
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.frame import Frame, FrameError, decode_frame
 from topq_dist.ddp.exchange import AllGather, Exchange, Gathering, Job, Link, Pending
 from topq_dist.ddp.messages import ExchangeError
@@ -62,6 +63,7 @@ class _Handing:
         self._nodes = nodes
         self._per_node = per_node
         self._frames: list[Frame] = []
+        self.coherence = NO_COHERENCE
 
     def advance(self) -> None:
         pass
@@ -82,8 +84,11 @@ class _Handing:
         if int(lengths[0]) == _FAILED:
             raise ExchangeError(f"the exchange failed on rank {self._leader}, which says why")
         if self._gathering is not None:
+            self.coherence = self._gathering.coherence
+            self._hand_down(torch.tensor(self.coherence, dtype=torch.float64))
             self._hand_down(torch.cat(self._gathering.frames))
             return finite
+        self.coherence = Coherence(*self._hand_down(torch.empty(2, dtype=torch.float64)).tolist())
         payload = self._hand_down(torch.empty(int(lengths.sum()), dtype=torch.uint8))
         numel = self._job.bucket.numel()
         frames = torch.split(payload, lengths.tolist())

@@ -79,6 +79,10 @@ class TopQState:
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.
+        adapt_rate: for momentum="feedback" with Adam, AdamW, NAdam, RAdam or RMSprop: multiply the
+            rate (not the decoupled weight decay) of sparse steps by sqrt(1 + 2 c), where c is the
+            coherence of gradients and residuals, a mean over recent steps, layers and ranks: 1 for
+            gradients that are mostly noise, at most sqrt(1 / (1 - q)) where they agree for long.
 
     A collective: every rank of the model's process group makes its state at the same point.
     Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
@@ -101,6 +105,7 @@ class TopQState:
         grad_scaler: GradScaler | None = None,
         ranks_per_node: int | None = None,
         mask_velocity: bool = True,
+        adapt_rate: bool = True,
     ) -> None:
         check_takes_hook(ddp_model)
         self._names = trainable_names(ddp_model)
@@ -126,6 +131,7 @@ class TopQState:
                 self._names,
                 error_feedback=error_feedback,
                 mask_velocity=mask_velocity,
+                adapt_rate=adapt_rate,
             )
             may_be_unused = check_unused(ddp_model, scope)
             self._momentum = make_momentum(
@@ -134,6 +140,7 @@ class TopQState:
                 self._names,
                 self._compressor.residuals,
                 mask_velocity=mask_velocity,
+                adapt_rate=adapt_rate,
                 skip_unused=may_be_unused,
                 summed_ranks=self._per_node,
             )
@@ -312,6 +319,7 @@ def register_topq_hook(
     grad_scaler: GradScaler | None = None,
     ranks_per_node: int | None = None,
     mask_velocity: bool = True,
+    adapt_rate: bool = True,
 ) -> TopQState:
     """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
 
@@ -336,6 +344,7 @@ def register_topq_hook(
         grad_scaler=grad_scaler,
         ranks_per_node=ranks_per_node,
         mask_velocity=mask_velocity,
+        adapt_rate=adapt_rate,
     )
     ddp_model.register_comm_hook(state, topq_hook)
     return state

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
 from topq_dist.telemetry import Meter
 
 # frame length, digest of the settings it was made with, whether the rank has failed, whether a
-# frame of its has no room in its slot
-_HEAD = struct.Struct("<QIHH")
+# frame of its has no room in its slot, the two sums of its coherence
+_HEAD = struct.Struct("<QIHHdd")
 _SLOT_ALIGN_BYTES = 64
 _CPU = torch.device("cpu")
 _FAILED = "could not make its hook:"
@@ -48,6 +49,7 @@ class Head(NamedTuple):
     settings_digest: int
     failed: bool
     tailed: bool
+    coherence: Coherence = NO_COHERENCE
 
 
 class KeptBuffer:
@@ -108,14 +110,21 @@ class GatherLane:
     received: KeptBuffer = field(default_factory=KeptBuffer)
 
 
-def pack(row: Tensor, frame: Tensor | None, settings_digest: int, *, tailed: bool = False) -> None:
+def pack(
+    row: Tensor,
+    frame: Tensor | None,
+    settings_digest: int,
+    *,
+    coherence: Coherence,
+    tailed: bool = False,
+) -> None:
     """Write a slot, its head and what it holds of the frame; None says that this rank has failed.
 
     tailed: whether a frame of this rank, this one or another, does not fit its slot.
     """
     length = 0 if frame is None else frame.numel()
-    head = Head(length, settings_digest, failed=frame is None, tailed=tailed)
-    row[: _HEAD.size] = torch.frombuffer(bytearray(_HEAD.pack(*head)), dtype=torch.uint8)
+    fields = _HEAD.pack(length, settings_digest, frame is None, tailed, *coherence)
+    row[: _HEAD.size] = torch.frombuffer(bytearray(fields), dtype=torch.uint8)
     if frame is not None:
         held = frame[: row.numel() - _HEAD.size]
         row[_HEAD.size : _HEAD.size + held.numel()] = held
@@ -123,8 +132,10 @@ def pack(row: Tensor, frame: Tensor | None, settings_digest: int, *, tailed: boo
 
 def unpack(row: Tensor) -> Head:
     """Read a slot's head."""
-    length, settings_digest, failed, tailed = _HEAD.unpack(row[: _HEAD.size].numpy().tobytes())
-    return Head(length, settings_digest, bool(failed), bool(tailed))
+    length, settings_digest, failed, tailed, *sums = _HEAD.unpack(
+        row[: _HEAD.size].numpy().tobytes()
+    )
+    return Head(length, settings_digest, bool(failed), bool(tailed), Coherence(*sums))
 
 
 def frame_in(row: Tensor, head: Head) -> Tensor:
@@ -161,6 +172,8 @@ class FrameGather:
 
     Starts an asynchronous all-gather at once; `frames` waits for it. A frame of None says that
     this rank has failed, and lets the others know instead of leaving them to wait.
+
+    coherence: this rank's; once received, the sum of all ranks'.
     """
 
     def __init__(
@@ -172,7 +185,9 @@ class FrameGather:
         group: dist.ProcessGroup,
         device: torch.device,
         meter: Meter,
+        coherence: Coherence = NO_COHERENCE,
     ) -> None:
+        self.coherence = coherence
         self._group = group
         self._lane = lane
         self._device = device
@@ -184,7 +199,7 @@ class FrameGather:
     def _gather(self) -> tuple[Tensor, dist.Work]:
         lane = self._lane
         sent = lane.sent.take(lane.slot.bytes, _CPU)
-        pack(sent, self._frame, self._settings_digest)
+        pack(sent, self._frame, self._settings_digest, coherence=self.coherence)
         peers = self._group.size()
         received = lane.received.take(peers * sent.numel(), self._device).view(peers, -1)
         work = dist.all_gather(
@@ -208,6 +223,7 @@ class FrameGather:
             if not fits:
                 self._received, self._work = self._gather()
                 slots, heads = self._wait()
+        self.coherence = total(head.coherence for head in heads)
         return [frame_in(row, head) for row, head in zip(slots, heads, strict=True)]
 
     def _wait(self) -> tuple[Tensor, list[Head]]:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from topq_dist.compress.coherence import Coherence
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout, Residuals
-from topq_dist.optim.momentum import MomentumSwitch, takes_momentum_out
+from topq_dist.optim.momentum import takes_momentum_out
 from topq_dist.optim.step_switch import StepSwitch
 
 MomentumName = Literal["feedback", "corrected", "adam", "optimizer"]
@@ -59,6 +60,9 @@ class Momentum:
         """Return the frames of a bucket; `flat` stays what is compressed until they are kept."""
         return compressor.compress(flat, layout, cuts, parts=parts)
 
+    def end_step(self, coherence: Coherence) -> None:
+        """Take note of a step that counts on every rank, with the sum of what they measured."""
+
     def detach(self) -> None:
         """Hand the optimizer back for good."""
 
@@ -89,10 +93,8 @@ class Momentum:
         """Take up states that `check_state` has let pass: those dealt to this rank, and all."""
 
 
-class FeedbackMomentum(Momentum):
-    """Error feedback in the place of the optimizer's momentum, while the exchange is sparse."""
-
-    name: ClassVar[MomentumName] = "feedback"
+class SwitchedMomentum(Momentum):
+    """What the other methods share: sparse steps that see another momentum."""
 
     def __init__(
         self, names: Mapping[Tensor, str], residuals: Residuals, optimizer: Optimizer
@@ -120,7 +122,8 @@ class FeedbackMomentum(Momentum):
             self._switch.detach()
 
     def _make_switch(self, optimizer: Optimizer) -> StepSwitch:
-        return MomentumSwitch(optimizer, self._names)
+        """Return what shows the optimizer's steps this method's options."""
+        raise NotImplementedError
 
 
 def unit_of(state: Mapping[str, Any]) -> Unit:

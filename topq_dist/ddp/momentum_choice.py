@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from topq_dist.compress.feedback import Residuals
 from topq_dist.ddp.adam_momentum import AdamMomentum
 from topq_dist.ddp.corrected_momentum import CorrectedMomentum
-from topq_dist.ddp.momentum import FeedbackMomentum, Momentum, MomentumName
+from topq_dist.ddp.feedback_momentum import FeedbackMomentum
+from topq_dist.ddp.momentum import Momentum, MomentumName
 from topq_dist.optim.momentum import has_momentum, momentum_rule, stepping
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def check_momentum(
     *,
     error_feedback: bool,
     mask_velocity: bool,
+    adapt_rate: bool,
 ) -> MomentumName:
     """Return the method meant; raises TypeError or ValueError where the knobs do not fit."""
     if momentum is not None and momentum not in get_args(MomentumName):
@@ -33,6 +35,8 @@ def check_momentum(
         raise ValueError(f"momentum={momentum!r}: expected one of {known}, or None")
     if not isinstance(mask_velocity, bool):
         raise TypeError(f"mask_velocity={mask_velocity!r}: expected True or False")
+    if not isinstance(adapt_rate, bool):
+        raise TypeError(f"adapt_rate={adapt_rate!r}: expected True or False")
     if not mask_velocity and momentum != "corrected":
         raise ValueError(
             f"mask_velocity=False with momentum={momentum!r}: expected 'corrected', which alone "
@@ -62,6 +66,7 @@ def make_momentum(
     residuals: Residuals,
     *,
     mask_velocity: bool,
+    adapt_rate: bool,
     skip_unused: bool,
     summed_ranks: int,
 ) -> Momentum:
@@ -95,7 +100,7 @@ def make_momentum(
         return CorrectedMomentum(
             names, residuals, optimizer, skip_unused=skip_unused, mask_velocity=mask_velocity
         )
-    return FeedbackMomentum(names, residuals, optimizer)
+    return FeedbackMomentum(names, residuals, optimizer, adapt_rate=adapt_rate)
 
 
 def advise(optimizer: Optimizer | None, names: Mapping[Tensor, str], *, rank: int) -> None:

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.feedback import Residuals, check_residual
 from topq_dist.compress.settling import Terms
-from topq_dist.ddp.momentum import FeedbackMomentum, Unit
+from topq_dist.ddp.momentum import SwitchedMomentum, Unit
 from topq_dist.optim.groups import ParamGroup
 
 
-class OwnMomentum(FeedbackMomentum):
+class OwnMomentum(SwitchedMomentum):
     """What these methods share: a residual in a unit of their own while the exchange is sparse.
 
     skip_unused: a gradient that is all zero is that of a parameter out of use.

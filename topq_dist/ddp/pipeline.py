@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
+from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.cuts import Cut
 from topq_dist.compress.feedback import Layout
@@ -179,6 +180,8 @@ class Pipeline:
             raise
         except ExchangeError as error:
             raise self._failure or error from None
+        if all(finite):
+            self._stages.momentum.end_step(total([pending.coherence for _, pending in in_flight]))
         for bucket, pending in in_flight:
             if not all(finite):
                 bucket.flat.fill_(torch.nan)

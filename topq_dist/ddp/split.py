@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topq_dist.compress.averaging import decode_parts
 from topq_dist.compress.by_layout import ByLayout
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import FlatCompressor, Reduced
 from topq_dist.compress.frame import Frame, FrameError
 from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
@@ -50,13 +51,18 @@ class _Splitting:
         self._failure: FrameError | None = None
         self._reduced: list[Frame] = []
         self._gather: FrameSwap | None = None
-        self._scatter = self._swap(
-            None if self._compressed is None else self._compressed.frames, lanes
-        )
+        self.coherence = NO_COHERENCE
+        if self._compressed is None:
+            self._scatter = self._swap(None, lanes)
+        else:
+            self._scatter = self._swap(self._compressed.frames, lanes, self._compressed.coherence)
 
-    def _swap(self, frames: Sequence[Tensor] | None, lanes: Lanes) -> FrameSwap:
+    def _swap(
+        self, frames: Sequence[Tensor] | None, lanes: Lanes, coherence: Coherence = NO_COHERENCE
+    ) -> FrameSwap:
         return FrameSwap(
             frames,
+            coherence=coherence,
             settings_digest=self._job.settings_digest,
             lanes=lanes,
             group=self._link.group,
@@ -70,6 +76,8 @@ class _Splitting:
         except ExchangeError as error:
             self._error = error
             return
+        # of the second swap, the owners of the parts have nothing to add
+        self.coherence = self._scatter.coherence
         reduced = self._reduce(frames)
         # an all-gather would pad all of them to the longest
         self._gather = self._swap(

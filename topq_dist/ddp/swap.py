@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
 from topq_dist.ddp.messages import (
     Head,
     KeptBuffer,
@@ -54,6 +55,8 @@ class FrameSwap:
 
     Starts an asynchronous all-to-all at once; `frames` waits for it. What a rank has for itself
     stays where it is.
+
+    coherence: this rank's; once received, the sum of all ranks'.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class FrameSwap:
         group: dist.ProcessGroup,
         device: torch.device,
         meter: Meter,
+        coherence: Coherence = NO_COHERENCE,
     ) -> None:
+        self.coherence = coherence
         self._mine = frames
         self._lanes = lanes
         self._group = group
@@ -76,12 +81,18 @@ class FrameSwap:
             not lanes.outgoing[peer].holds(frames[peer].numel()) for peer in self._others
         )
         # of which only what it says of this rank counts
-        self._head = Head(0, settings_digest, failed=frames is None, tailed=tailed)
+        self._head = Head(0, settings_digest, frames is None, tailed, coherence)
         self._sizes = {peer: lanes.incoming[peer].bytes for peer in self._others}
         sizes = {peer: lanes.outgoing[peer].bytes for peer in self._others}
         sent = lanes.sent.take(sum(sizes.values()), _CPU)
         for peer, row in _split(sent, sizes).items():
-            pack(row, None if frames is None else frames[peer], settings_digest, tailed=tailed)
+            pack(
+                row,
+                None if frames is None else frames[peer],
+                settings_digest,
+                coherence=coherence,
+                tailed=tailed,
+            )
         self._received = lanes.received.take(sum(self._sizes.values()), device)
         self._work = self._swap(sent, sizes, self._received, self._sizes)
 
@@ -116,7 +127,9 @@ class FrameSwap:
             rows = _split(self._received.cpu(), self._sizes)
             heads = {peer: unpack(row) for peer, row in rows.items()}
             # every rank has written to every rank, so all of them raise here or none
-            check_heads([heads.get(peer, self._head) for peer in range(self._group.size())])
+            every = [heads.get(peer, self._head) for peer in range(self._group.size())]
+            check_heads(every)
+            self.coherence = total(head.coherence for head in every)
             if self._mine is None:
                 raise RuntimeError("a rank that has failed heard of it from no one")
             frames = {peer: frame_in(row, heads[peer]) for peer, row in rows.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from topq_dist.optim.groups import ParamGroup
+from topq_dist.optim.groups import ParamGroup, decays_decoupled
 from topq_dist.optim.momentum import stepping
 from topq_dist.optim.step_switch import StepSwitch
 
@@ -37,11 +37,6 @@ class DirectionSwitch(StepSwitch):
                     if param in self._parameters and param.grad is not None:
                         direction = param.grad if scale is None else param.grad / scale
                         _move(param, direction, group, optimizer)
-
-
-def decays_decoupled(group: ParamGroup, optimizer: Optimizer) -> bool:
-    """Return whether a group's weight decay is AdamW's, apart from the gradient."""
-    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
 
 
 def check_adam(optimizer: Optimizer) -> Optimizer:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 ParamGroup: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[ParamGroup]
@@ -66,3 +67,8 @@ def fitted(state_dict: Mapping[str, Any], groups: list[ParamGroup]) -> list[Para
         {**ours, "params": group["params"]}
         for ours, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
+
+
+def decays_decoupled(group: ParamGroup, optimizer: Optimizer | None) -> bool:
+    """Return whether a group's weight decay is AdamW's, apart from the gradient."""
+    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))

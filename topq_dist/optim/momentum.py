@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topq_dist.optim.groups import ParamGroup
+from topq_dist.optim.groups import ParamGroup, decays_decoupled
 from topq_dist.optim.step_switch import StepSwitch
 
 _MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
@@ -30,7 +30,9 @@ SPARSE_BELOW = 0.5
 MomentumRule: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule) -> None:
+def register_momentum_rule(
+    optimizer_class: type[Optimizer], rule: MomentumRule, *, divides_by_mean_square: bool = False
+) -> None:
     """Say how the momentum of an optimizer class, and of classes derived from it, is taken out.
 
     Args:
@@ -39,6 +41,9 @@ def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule)
             instead: those of the same optimizer without momentum, {} where the group has none.
             Called at every step, so that schedules of rate and momentum are followed. For one like
             Lion: `lambda group: {"betas": (0.0, group["betas"][1])}`.
+        divides_by_mean_square: whether its steps divide by the root of a moving mean of squared
+            gradients, as Adam's do; while gradients agree over steps, its rate is then raised by
+            what such a division takes off sums of them.
 
     Raises TypeError for anything else.
     """
@@ -48,7 +53,11 @@ def register_momentum_rule(optimizer_class: type[Optimizer], rule: MomentumRule)
         )
     if not callable(rule):
         raise TypeError(f"rule={rule!r}: expected a function of a parameter group")
-    _rules[optimizer_class] = rule
+    if not isinstance(divides_by_mean_square, bool):
+        raise TypeError(
+            f"divides_by_mean_square={divides_by_mean_square!r}: expected True or False"
+        )
+    _known[optimizer_class] = _Known(rule, divides_by_mean_square)
 
 
 def takes_momentum_out(sent_fraction: float) -> bool:
@@ -62,7 +71,7 @@ def stepping(optimizer: Optimizer) -> Optimizer:
     TopQGradientOptimizer and its bases, ZeroRedundancyOptimizer, Accelerate's, SAM and others of
     the kind hold it under one of four names. A class with a rule of its own is itself.
     """
-    while _rule_of_class(type(optimizer)) is None:
+    while _known_of(type(optimizer)) is None:
         held = (getattr(optimizer, name, None) for name in _INNER_NAMES)
         inner = next((one for one in held if isinstance(one, Optimizer)), None)
         if inner is None:
@@ -73,7 +82,14 @@ def stepping(optimizer: Optimizer) -> Optimizer:
 
 def momentum_rule(optimizer: Optimizer) -> MomentumRule | None:
     """Return the rule for the class of `stepping(optimizer)`, None where none is known."""
-    return _rule_of_class(type(stepping(optimizer)))
+    known = _known_of(type(stepping(optimizer)))
+    return None if known is None else known.rule
+
+
+def divides_by_mean_square(optimizer: Optimizer) -> bool:
+    """Return whether `stepping(optimizer)` is known to divide by the root of a mean of squares."""
+    known = _known_of(type(stepping(optimizer)))
+    return known is not None and known.divides_by_mean_square
 
 
 def has_momentum(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
@@ -102,6 +118,8 @@ class MomentumSwitch(StepSwitch):
             gradients that carry a momentum already, it scales SGD's weight decay alone.
 
     A step raises ValueError for a momentum that does not add up, one of 1 or more.
+
+    rate_factor: by what a step multiplies the rate beside that; decoupled weight decay stays.
     """
 
     def __init__(
@@ -109,6 +127,7 @@ class MomentumSwitch(StepSwitch):
     ) -> None:
         self._rule = momentum_rule(optimizer)
         self._scale_rate = scale_rate
+        self.rate_factor = 1.0
         super().__init__(stepping(optimizer), parameters)
 
     def _values(self, group: ParamGroup) -> Mapping[str, Any]:
@@ -119,9 +138,14 @@ class MomentumSwitch(StepSwitch):
                 # it has gone through the momentum as well, which no gradient brings along
                 times = self._rule({**group, "lr": 1.0})["lr"]
                 values["weight_decay"] = times * group["weight_decay"]
+        if self.rate_factor != 1.0 and "lr" in group:
+            values["lr"] = self.rate_factor * {**group, **values}["lr"]
+            if group.get("weight_decay") and decays_decoupled(group, self._optimizer()):
+                values["weight_decay"] = group["weight_decay"] / self.rate_factor
         return values
 
     def _changed_over(self) -> None:
+        self.rate_factor = 1.0
         optimizer = self._optimizer()
         if optimizer is None or self._rule is None:
             return
@@ -183,20 +207,27 @@ def _averaged(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"betas": (0.0, beta2)} if beta1 else {}
 
 
-_RULES_OF_TORCH: dict[MomentumRule, str] = {
-    _summed: "SGD RMSprop",
-    _averaged: "Adam AdamW NAdam RAdam Adamax SparseAdam",
-    _normalised: "Muon",
-    _nothing: "Adagrad Adadelta Adafactor ASGD LBFGS Rprop",
+class _Known(NamedTuple):
+    rule: MomentumRule
+    divides_by_mean_square: bool = False
+
+
+_KNOWN_OF_TORCH = {
+    "SGD": _Known(_summed),
+    "RMSprop": _Known(_summed, divides_by_mean_square=True),
+    "Adam AdamW NAdam RAdam": _Known(_averaged, divides_by_mean_square=True),
+    "Adamax SparseAdam": _Known(_averaged),
+    "Muon": _Known(_normalised),
+    "Adagrad Adadelta Adafactor ASGD LBFGS Rprop": _Known(_nothing),
 }
 # older torch lacks some of them
-_rules: dict[type[Optimizer], MomentumRule] = {
-    getattr(torch.optim, name): rule
-    for rule, names in _RULES_OF_TORCH.items()
+_known: dict[type[Optimizer], _Known] = {
+    getattr(torch.optim, name): known
+    for names, known in _KNOWN_OF_TORCH.items()
     for name in names.split()
     if hasattr(torch.optim, name)
 }
 
 
-def _rule_of_class(kind: type) -> MomentumRule | None:
-    return next((_rules[base] for base in kind.__mro__ if base in _rules), None)
+def _known_of(kind: type) -> _Known | None:
+    return next((_known[base] for base in kind.__mro__ if base in _known), None)

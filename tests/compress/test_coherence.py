@@ -1,0 +1,96 @@
+"""What coherence says of gradients that agree, and of such that do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topq_dist.compress.coherence import (
+    NO_COHERENCE,
+    Coherence,
+    CoherenceMean,
+    measure_coherence,
+    total,
+)
+
+NUMEL, WAIT = 2_000, 20
+
+
+def steps_of(gradients: list[torch.Tensor]) -> CoherenceMean:
+    """Return the mean after steps in which each coordinate waits for WAIT of them, in turn."""
+    residual, mean = torch.zeros(NUMEL), CoherenceMean()
+    for step, gradient in enumerate(gradients):
+        mean.add(measure_coherence(gradient, residual))
+        residual += gradient
+        residual[step % WAIT :: WAIT] = 0.0
+    return mean
+
+
+def test_gradients_that_agree_are_short_of_what_a_division_takes_off() -> None:
+    factor = steps_of([torch.ones(NUMEL)] * 10 * WAIT).rate_factor(1 / WAIT)
+    # residuals of 0 to WAIT - 1 gradients, WAIT / 2 of them on average
+    assert factor == pytest.approx(math.sqrt(WAIT), rel=0.01)
+
+
+def test_independent_gradients_want_no_factor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(NUMEL, generator=generator) for _ in range(10 * WAIT)]
+    assert steps_of(noise).rate_factor(1 / WAIT) == pytest.approx(1.0, abs=0.1)
+
+
+def test_gradients_that_turn_round_do_not_lower_the_rate() -> None:
+    turning = [torch.full((NUMEL,), (-1.0) ** step) for step in range(10 * WAIT)]
+    assert steps_of(turning).rate_factor(1 / WAIT) == 1.0
+
+
+@given(
+    st.floats(-1e30, 1e30),
+    st.floats(0.0, 1e30),
+    st.floats(0.0, 1.0),
+)
+def test_the_factor_stays_between_one_and_the_rate_of_gradients_sent_whole(
+    aligned: float, energy: float, sent_fraction: float
+) -> None:
+    mean = CoherenceMean()
+    mean.add(Coherence(aligned, energy))
+    factor = mean.rate_factor(sent_fraction)
+    whole = 1.0 / sent_fraction if sent_fraction > 0.0 else 1.0
+    assert 1.0 <= factor**2 <= max(1.0, whole) * (1.0 + 1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_sums_that_are_not_finite_say_nothing(bad: float) -> None:
+    mean = CoherenceMean()
+    mean.add(Coherence(2.0, 1.0))
+    before = mean.state()
+    mean.add(Coherence(bad, 1.0))
+    mean.add(Coherence(1.0, bad))
+    assert mean.state() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_sample_of_a_long_vector_says_as_much(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(3_000_001, generator=generator).to(dtype)
+    residual = 3.0 * gradient.to(torch.float32) + torch.randn(3_000_001, generator=generator)
+    aligned, energy = measure_coherence(gradient, residual)
+    assert aligned / energy == pytest.approx(3.0, rel=0.01)
+
+
+def test_sums_add_up() -> None:
+    assert total([]) == NO_COHERENCE
+    assert total([Coherence(1.0, 2.0), Coherence(-3.0, 4.0)]) == Coherence(-2.0, 6.0)
+
+
+def test_a_mean_goes_on_where_it_was() -> None:
+    mean, other = CoherenceMean(), CoherenceMean()
+    mean.add(Coherence(2.0, 1.0))
+    other.load_state(other.check_state(mean.state()))
+    for one in (mean, other):
+        one.add(Coherence(0.5, 1.0))
+    assert mean.state() == other.state()
+    assert mean.rate_factor(0.1) == other.rate_factor(0.1) > 1.0

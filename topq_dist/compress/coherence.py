@@ -1,0 +1,117 @@
+"""Coherence: whether a gradient points where the residual does, and the rate that follows from it.
+
+What waits w steps arrives as a sum of w gradients. An optimizer that divides by the root of a
+moving mean of squares, as Adam does, moves by sqrt(w) rates for such a sum, whatever it holds: as
+far as in w steps of their own where the gradients are independent of each other, and sqrt(w) times
+too little where they agree. For gradients that agree the residual is w / 2 of them on average, so
+that sqrt(1 + 2 c) with c = <residual, gradient> / <gradient, gradient> is the missing factor, and 1
+for gradients that do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# of a longer vector a sample says as much
+_SAMPLE_NUMEL = 1 << 18
+_SAMPLE_BLOCK_NUMEL = 1 << 10
+# batches differ, and the rate should not follow each of them
+_MEMORY = 0.9
+
+
+class Coherence(NamedTuple):
+    """The two sums of one vector, of several, or of several ranks.
+
+    aligned: <residual, gradient>. energy: <gradient, gradient>.
+    """
+
+    aligned: float = 0.0
+    energy: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are finite."""
+        return math.isfinite(self.aligned) and math.isfinite(self.energy)
+
+
+NO_COHERENCE = Coherence()
+
+
+def total(coherences: Iterable[Coherence]) -> Coherence:
+    """Return the sums over all of these, added up in their order."""
+    aligned = energy = 0.0
+    for one in coherences:
+        aligned += one.aligned
+        energy += one.energy
+    return Coherence(aligned, energy)
+
+
+def measure_coherence(gradient: Tensor, residual: Tensor) -> Coherence:
+    """Return the sums of a flat gradient and its residual, of a sample where they are long.
+
+    Both are 1-D of one length and on one device, of any float dtype; the sums are in that of the
+    residual.
+    """
+    gradient, residual = _sampled(gradient).to(residual.dtype), _sampled(residual)
+    sums = torch.stack([torch.dot(residual, gradient), torch.dot(gradient, gradient)])
+    aligned, energy = sums.tolist()
+    return Coherence(aligned, energy)
+
+
+def _sampled(flat: Tensor) -> Tensor:
+    blocks = flat.numel() // _SAMPLE_BLOCK_NUMEL
+    every = blocks // (_SAMPLE_NUMEL // _SAMPLE_BLOCK_NUMEL)
+    if every < 2:
+        return flat
+    rows = flat[: blocks * _SAMPLE_BLOCK_NUMEL].view(blocks, _SAMPLE_BLOCK_NUMEL)
+    return rows[::every].reshape(-1)
+
+
+class CoherenceMean:
+    """A moving mean of the coherence of a run's steps, the same on ranks that see the same sums."""
+
+    def __init__(self) -> None:
+        self.sums = Coherence()
+
+    def add(self, step: Coherence) -> None:
+        """Take in the sums of one more step; such as are not finite say nothing."""
+        if step.finite:
+            self.sums = Coherence(
+                _MEMORY * self.sums.aligned + (1.0 - _MEMORY) * step.aligned,
+                _MEMORY * self.sums.energy + (1.0 - _MEMORY) * step.energy,
+            )
+
+    def rate_factor(self, sent_fraction: float) -> float:
+        """Return by what to multiply the rate: from 1 to sqrt(1 / sent_fraction).
+
+        That is as fast as gradients go that are sent whole, and all agree.
+        """
+        aligned, energy = self.sums
+        if not (aligned > 0.0 and energy > 0.0 and 0.0 < sent_fraction < 1.0):
+            return 1.0
+        return math.sqrt(min(1.0 + 2.0 * aligned / energy, 1.0 / sent_fraction))
+
+    def state(self) -> list[float]:
+        """Return what `load_state` takes."""
+        return list(self.sums)
+
+    def load_state(self, state: list[float]) -> None:
+        """Go on from what `check_state` has let pass."""
+        self.sums = Coherence(*state)
+
+    @staticmethod
+    def check_state(state: object) -> list[float]:
+        """Return `state`, or raise ValueError unless it is what `state` returns."""
+        if (
+            not isinstance(state, list)
+            or len(state) != 2
+            or not all(isinstance(number, float) and math.isfinite(number) for number in state)
+            or state[1] < 0.0
+        ):
+            raise ValueError(f"state has coherence={state!r}: expected two finite numbers")
+        return state

@@ -1,0 +1,93 @@
+"""Error feedback in the place of the optimizer's momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from topq_dist.compress.coherence import Coherence, CoherenceMean, measure_coherence
+from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.cuts import Cut
+from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.ddp.momentum import MomentumName, SwitchedMomentum
+from topq_dist.optim.momentum import MomentumSwitch, divides_by_mean_square
+
+
+class FeedbackMomentum(SwitchedMomentum):
+    """Error feedback in the place of the optimizer's momentum, while the exchange is sparse.
+
+    adapt_rate: multiply the rate of an optimizer that divides by the root of a mean of squares by
+        what the coherence of gradients and residuals says (see compress/coherence.py).
+    """
+
+    name: ClassVar[MomentumName] = "feedback"
+
+    def __init__(
+        self,
+        names: Mapping[Tensor, str],
+        residuals: Residuals,
+        optimizer: Optimizer,
+        *,
+        adapt_rate: bool,
+    ) -> None:
+        super().__init__(names, residuals, optimizer)
+        self._adapts_rate = adapt_rate and divides_by_mean_square(optimizer)
+        self._mean = CoherenceMean()
+        self._sent_fraction = 1.0
+        self._measures = False
+
+    def settings(self) -> str:
+        return f"{super().settings()} adapt_rate={self._adapts_rate}"
+
+    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
+        self._sent_fraction = sent_fraction
+        takes_over = sparse and self._takes_over(sent_fraction)
+        self._measures = self._adapts_rate and takes_over and self._optimizer is not None
+
+    def compress(
+        self,
+        compressor: FlatCompressor,
+        flat: Tensor,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        cuts: Sequence[Cut],
+        *,
+        parts: int,
+    ) -> Compressed:
+        compressed = compressor.compress(flat, layout, cuts, parts=parts)
+        if not self._measures:
+            return compressed
+        residual = self._residuals.home(layout)
+        return replace(compressed, coherence=measure_coherence(flat, residual))
+
+    def end_step(self, coherence: Coherence) -> None:
+        if not self._measures or not isinstance(self._switch, MomentumSwitch):
+            return
+        self._mean.add(coherence)
+        self._switch.rate_factor = self._mean.rate_factor(self._sent_fraction)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "coherence": self._mean.state()}
+
+    def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().check_state(state, shapes)
+        self._mean.check_state(_coherence_in(state))
+
+    def load_states(
+        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+    ) -> None:
+        # all ranks have had the same
+        self._mean.load_state(_coherence_in(every[0]))
+
+    def _make_switch(self, optimizer: Optimizer) -> MomentumSwitch:
+        return MomentumSwitch(optimizer, self._names)
+
+
+def _coherence_in(state: Mapping[str, Any]) -> Any:
+    # older states and those of other methods have none
+    return state.get("momentum", {}).get("coherence", list(Coherence()))
