@@ -16,15 +16,20 @@ from topq_dist.compress.coherence import (
     measure_coherence,
     total,
 )
+from topq_dist.compress.feedback import Layout
 
 NUMEL, WAIT = 2_000, 20
+
+
+def layout_of(*numels: int) -> Layout:
+    return Layout(names=tuple(map(str, numels)), shapes=tuple((numel,) for numel in numels))
 
 
 def steps_of(gradients: list[torch.Tensor]) -> CoherenceMean:
     """Return the mean after steps in which each coordinate waits for WAIT of them, in turn."""
     residual, mean = torch.zeros(NUMEL), CoherenceMean()
     for step, gradient in enumerate(gradients):
-        mean.add(measure_coherence(gradient, residual))
+        mean.add(measure_coherence(gradient, residual, layout_of(NUMEL)))
         residual += gradient
         residual[step % WAIT :: WAIT] = 0.0
     return mean
@@ -77,8 +82,25 @@ def test_a_sample_of_a_long_vector_says_as_much(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(3_000_001, generator=generator).to(dtype)
     residual = 3.0 * gradient.to(torch.float32) + torch.randn(3_000_001, generator=generator)
-    aligned, energy = measure_coherence(gradient, residual)
+    aligned, energy = measure_coherence(gradient, residual, layout_of(3_000_001))
     assert aligned / energy == pytest.approx(3.0, rel=0.01)
+
+
+def test_bucketing_does_not_show() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numels = (3, 20_011, 100_003)
+    gradients = [torch.randn(numel, generator=generator) for numel in numels]
+    residuals = [torch.randn(numel, generator=generator) for numel in numels]
+    whole = measure_coherence(torch.cat(gradients), torch.cat(residuals), layout_of(*numels))
+    turned = measure_coherence(
+        torch.cat(gradients[::-1]), torch.cat(residuals[::-1]), layout_of(*numels[::-1])
+    )
+    alone = total(
+        measure_coherence(one, other, layout_of(numel))
+        for one, other, numel in zip(gradients, residuals, numels, strict=True)
+    )
+    for other in (turned, alone):
+        assert other == pytest.approx(whole, rel=1e-12)
 
 
 def test_sums_add_up() -> None:

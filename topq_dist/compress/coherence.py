@@ -17,11 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# of a longer vector a sample says as much
-_SAMPLE_NUMEL = 1 << 18
-_SAMPLE_BLOCK_NUMEL = 1 << 10
+from topq_dist.compress.feedback import Layout
+
+# of a longer tensor one block in so many says as much
+_WHOLE_NUMEL = 1 << 14
+_BLOCK_NUMEL = 64
+_EVERY = 32
 # batches differ, and the rate should not follow each of them
 _MEMORY = 0.9
+# in steps of a 64th, in which the order does not show that buckets and ranks are added up in
+_FACTOR_STEPS = 64
 
 
 class Coherence(NamedTuple):
@@ -51,25 +56,26 @@ def total(coherences: Iterable[Coherence]) -> Coherence:
     return Coherence(aligned, energy)
 
 
-def measure_coherence(gradient: Tensor, residual: Tensor) -> Coherence:
-    """Return the sums of a flat gradient and its residual, of a sample where they are long.
+def measure_coherence(gradient: Tensor, residual: Tensor, layout: Layout) -> Coherence:
+    """Return the sums of a flat gradient and its residual, of a sample of each long tensor.
 
-    Both are 1-D of one length and on one device, of any float dtype; the sums are in that of the
-    residual.
+    Both are 1-D of layout.numel elements and on one device, of any float dtype. What is sampled of
+    a tensor, and in fp64 nearly to the bit what it comes to, does not depend on its bucket.
     """
-    gradient, residual = _sampled(gradient).to(residual.dtype), _sampled(residual)
-    sums = torch.stack([torch.dot(residual, gradient), torch.dot(gradient, gradient)])
+    of_gradient, of_residual = (
+        torch.cat([_sampled(flat[where]) for where in layout.stretches()]).double()
+        for flat in (gradient, residual)
+    )
+    sums = torch.stack([torch.dot(of_residual, of_gradient), torch.dot(of_gradient, of_gradient)])
     aligned, energy = sums.tolist()
     return Coherence(aligned, energy)
 
 
 def _sampled(flat: Tensor) -> Tensor:
-    blocks = flat.numel() // _SAMPLE_BLOCK_NUMEL
-    every = blocks // (_SAMPLE_NUMEL // _SAMPLE_BLOCK_NUMEL)
-    if every < 2:
+    if flat.numel() <= _WHOLE_NUMEL:
         return flat
-    rows = flat[: blocks * _SAMPLE_BLOCK_NUMEL].view(blocks, _SAMPLE_BLOCK_NUMEL)
-    return rows[::every].reshape(-1)
+    blocks = flat.numel() // _BLOCK_NUMEL
+    return flat[: blocks * _BLOCK_NUMEL].view(blocks, _BLOCK_NUMEL)[::_EVERY].reshape(-1)
 
 
 class CoherenceMean:
@@ -94,7 +100,8 @@ class CoherenceMean:
         aligned, energy = self.sums
         if not (aligned > 0.0 and energy > 0.0 and 0.0 < sent_fraction < 1.0):
             return 1.0
-        return math.sqrt(min(1.0 + 2.0 * aligned / energy, 1.0 / sent_fraction))
+        factor = math.sqrt(min(1.0 + 2.0 * aligned / energy, 1.0 / sent_fraction))
+        return math.floor(factor * _FACTOR_STEPS) / _FACTOR_STEPS
 
     def state(self) -> list[float]:
         """Return what `load_state` takes."""

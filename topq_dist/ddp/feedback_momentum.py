@@ -63,7 +63,7 @@ class FeedbackMomentum(SwitchedMomentum):
         if not self._measures:
             return compressed
         residual = self._residuals.home(layout)
-        return replace(compressed, coherence=measure_coherence(flat, residual))
+        return replace(compressed, coherence=measure_coherence(flat, residual, layout))
 
     def end_step(self, coherence: Coherence) -> None:
         if not self._measures or not isinstance(self._switch, MomentumSwitch):
