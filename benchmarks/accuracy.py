@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from console import say, text_table
+from harness.console import say, text_table
 
 from topq_dist.compress.defaults import DEFAULT_Q
 

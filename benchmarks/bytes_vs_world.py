@@ -20,10 +20,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from console import integer_from, say, text_table
-from crew import CrewError, crew
-from ddp_worker import MIN_PAIRS, PARAMETERS
-from peers import HOOKS
+from harness.baselines import HOOKS
+from harness.console import integer_from, say, text_table
+from harness.ddp_worker import MIN_PAIRS, PARAMETERS
+from harness.worker_pool import WorkerError, start_workers
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -70,14 +70,14 @@ def measure_world(world_size: int, hooks: Sequence[str]) -> list[Row]:
     left = list(hooks)
     while left:
         # a hook that fails takes its workers with it, and the next ones get new workers
-        with crew(world_size, interface=LOOPBACK, command=lambda _, argv: argv) as workers:
+        with start_workers(world_size, interface=LOOPBACK, command=lambda _, argv: argv) as workers:
             while left:
                 hook = left.pop(0)
                 say(f"{world_size} ranks: {HOOKS[hook].title}")
                 row = Row(world_size=world_size, hook=hook, ring_bytes=ring_bytes(world_size))
                 try:
                     ranks = workers.measure(hook, max_pairs=MIN_PAIRS, budget_s=0.0)
-                except CrewError as error:
+                except WorkerError as error:
                     say(f"failed: {error}")
                     rows.append(replace(row, error=str(error)))
                     break

@@ -42,7 +42,7 @@ class Job:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """What makes a run the same as one that is done."""
+        """The things that make a run the same as one that is done."""
         return (self.task, self.method, self.seed, self.workers, self.steps)
 
 

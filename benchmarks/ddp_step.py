@@ -1,4 +1,4 @@
-"""What the gradient exchange costs one DDP step, under each hook, on links of several speeds.
+"""The cost of the gradient exchange in one DDP step, under each hook, on links of several speeds.
 
     sudo python benchmarks/ddp_step.py
 
@@ -22,17 +22,22 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from console import integer_from, say
-from counters import busy_cores
-from crew import Crew, CrewError, crew
-from ddp_step_report import Row, draw, summarize, table
-from ddp_worker import BATCH, PARAMETERS
-from hosts import DEFAULT_BURST, INTERFACE, HostsError, hosts, missing_requirement
-from peers import DEFAULT_HOOKS, HOOKS
+from harness.baselines import DEFAULT_HOOKS, HOOKS
+from harness.console import integer_from, say
+from harness.counters import busy_cores_before
+from harness.ddp_report import Row, draw, summarize, table
+from harness.ddp_worker import BATCH, PARAMETERS
+from harness.netns import (
+    DEFAULT_BURST,
+    INTERFACE,
+    LINK_RATES,
+    HostsError,
+    hosts,
+    missing_requirement,
+)
+from harness.worker_pool import WorkerError, WorkerPool, start_workers
 
-LINK_RATES = {"loopback": None, "1gbit": "1gbit", "100mbit": "100mbit"}
 OUT = Path(__file__).resolve().parents[1] / "runs"
-BUSY_CORES_LIMIT = 0.2
 
 
 def measure_link(link: str, count: int, options: argparse.Namespace) -> list[Row]:
@@ -43,7 +48,7 @@ def measure_link(link: str, count: int, options: argparse.Namespace) -> list[Row
     with hosts(count, rate=LINK_RATES[link], burst=options.burst) as made:
         while left:
             # a hook that fails takes its workers with it, and the next ones get new workers
-            with crew(count, interface=INTERFACE, command=made.command) as workers:
+            with start_workers(count, interface=INTERFACE, command=made.command) as workers:
                 while left:
                     hook = left.pop(0)
                     say(f"{link}, {count} hosts: {HOOKS[hook].title}")
@@ -58,7 +63,7 @@ def measure_link(link: str, count: int, options: argparse.Namespace) -> list[Row
 
 
 def _measure_hook(
-    workers: Crew,
+    workers: WorkerPool,
     link: str,
     count: int,
     hook: str,
@@ -67,7 +72,7 @@ def _measure_hook(
 ) -> Row:
     try:
         ranks = workers.measure(hook, max_pairs=options.steps, budget_s=options.budget_s)
-    except CrewError as error:
+    except WorkerError as error:
         return Row(link=link, hosts=count, hook=hook, error=str(error))
     return summarize(link, hook, ranks, dense_ms)
 
@@ -103,9 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _leave)
-    busy_before = busy_cores()
-    if busy_before > BUSY_CORES_LIMIT:
-        say(f"other work keeps {busy_before:.1f} of {os.cpu_count()} cores busy: expect noise")
+    busy_before = busy_cores_before()
     start = time.monotonic()
     rows: list[Row] = []
     try:

@@ -1,4 +1,4 @@
-"""What compress() costs on a GPU, beside torch.topk and a copy on the device.
+"""The cost of compress() on a GPU, beside torch.topk and a copy on the device.
 
     python benchmarks/device.py
 
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from console import integer_from, say, text_table
+from harness.console import integer_from, say, text_table
 
 from topq_dist import Compressor
 
@@ -56,10 +56,10 @@ def measure(device: torch.device, numel: int, q: float, warm_up: int, steps: int
     for step in range(warm_up + steps):
         gradient.normal_(generator=generator)
         for name, method in methods.items():
-            settle(device)
+            synchronize(device)
             start_s = time.perf_counter()
             method()
-            settle(device)
+            synchronize(device)
             if step >= warm_up:
                 times_s[name].append(time.perf_counter() - start_s)
     say(f"{numel / 1e6:g} M elements, q = {q}")
@@ -77,7 +77,7 @@ def measure(device: torch.device, numel: int, q: float, warm_up: int, steps: int
     ]
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

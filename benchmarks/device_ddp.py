@@ -1,4 +1,4 @@
-"""What the hook adds to a DDP step on one GPU: a GPT of 124 M parameters, NCCL, one rank.
+"""The time that the hook adds to a DDP step on one GPU: a GPT of 124 M parameters, NCCL, one rank.
 
     python benchmarks/device_ddp.py
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from console import integer_from, say, text_table
+from harness.console import integer_from, say, text_table
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn import functional
@@ -97,7 +97,7 @@ def measure(
     times_s = []
     for step in range(options.warm_up + options.steps):
         ids = torch.randint(VOCABULARY, shape, generator=generator, device=device)
-        settle(device)
+        synchronize(device)
         start_s = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             logits = ddp(ids)
@@ -105,13 +105,13 @@ def measure(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        settle(device)
+        synchronize(device)
         if step >= options.warm_up:
             times_s.append(time.perf_counter() - start_s)
     return times_s, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from console import integer_from, text_table
+from harness.console import integer_from, text_table
 
 from topq_dist.compress.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
 from topq_dist.compress.values import VALUE_FORMATS, payload_bytes

@@ -1,4 +1,4 @@
-"""How much memory the hook takes beyond a dense step: peak resident size of fresh processes.
+"""The memory that the hook takes beyond a dense step: peak resident size of fresh processes.
 
     python benchmarks/memory.py
 
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from console import say, text_table
-from ddp_worker import PARAMETERS, Training
+from harness.console import say, text_table
+from harness.ddp_worker import PARAMETERS, Training
 from torch.multiprocessing.spawn import spawn
 
 import topq_dist

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import rai_toolbox.optim
 import torch
-from console import integer_from, say, text_table
+from harness.console import integer_from, say, text_table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -1,4 +1,4 @@
-"""How many bytes a whole training puts on a worker's link, as its interface counts them.
+"""The bytes that a whole training puts on a worker's link, as its interface counts them.
 
     sudo python benchmarks/ps_bytes.py
 
@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from console import say, text_table
-from hosts import INTERFACE, Hosts, HostsError, hosts, missing_requirement
-from ps_step import ADDRESS, WORKERS, server
+from harness.console import say, text_table
+from harness.netns import INTERFACE, Hosts, HostsError, hosts, missing_requirement
+from harness.ps_server import ADDRESS, WORKERS, server_on_first_host
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 500.0
@@ -68,7 +68,7 @@ def through_server(data: str) -> Row:
     say(f"{data}: parameter server")
     with (
         hosts(1 + WORKERS) as made,
-        server(made, ["--lr", "0.1", "--downlink", "topq", "--downlink-q", "0.99"]),
+        server_on_first_host(made, ["--lr", "0.1", "--downlink", "topq", "--downlink-q", "0.99"]),
     ):
         workers = Hosts(namespaces=made.namespaces[1:])
         commands = [

@@ -1,4 +1,4 @@
-"""What a parameter server carries: rounds a second, GB/s, CPU seconds and memory.
+"""The load that a parameter server carries: rounds a second, GB/s, CPU seconds and memory.
 
     python benchmarks/ps_load.py
 
@@ -18,12 +18,8 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -32,8 +28,10 @@ from pathlib import Path
 
 import grpc
 import torch
-from console import integer_from, say, text_table
-from load_peers import HOST, bare_grpc_round_s, raw_tcp_round_s, run_threads
+from harness.console import integer_from, say, text_table
+from harness.counters import cpu_seconds, resident_bytes
+from harness.load_baselines import HOST, bare_grpc_round_s, raw_tcp_round_s, run_threads
+from harness.ps_server import parameter_server
 
 from topq_dist import Compressor
 from topq_dist.ps.client.connection import Connection
@@ -49,12 +47,11 @@ OUT = Path(__file__).resolve().parents[1] / "runs"
 CALL_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
 WARM_ROUNDS = 3
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the workers of one row send, and what the server may keep of updates."""
+    """The frames that the workers of one row send, and what the server may keep of updates."""
 
     numel: int
     q: float
@@ -121,8 +118,8 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
     rounds = rounds or load.rounds
     say(f"{name}: {workers} workers, {rounds} rounds")
     with server(load, workers) as (address, pid):
-        crew = [Worker(address, number, load) for number in range(workers)]
-        for worker in crew:
+        places = [Worker(address, number, load) for number in range(workers)]
+        for worker in places:
             worker.join()
         ends_s: list[float] = []
         rss_bytes: list[int] = []
@@ -133,15 +130,15 @@ def measure(name: str, workers: int, rounds: int | None) -> Row:
                 rss_bytes.append(resident_bytes(pid))
 
         # what is compiled, loaded and connected once is no part of a round
-        run_threads([worker.step for worker in crew], WARM_ROUNDS, lambda: None)
+        run_threads([worker.step for worker in places], WARM_ROUNDS, lambda: None)
         cpu_s = [cpu_seconds(pid), cpu_seconds(os.getpid())]
-        run_threads([worker.step for worker in crew], rounds, round_done)
+        run_threads([worker.step for worker in places], rounds, round_done)
         cpu_s = [cpu_seconds(pid) - cpu_s[0], cpu_seconds(os.getpid()) - cpu_s[1]]
-        for worker in crew:
+        for worker in places:
             worker.connection.close()
     round_s = statistics.median(b - a for a, b in itertools.pairwise(ends_s))
-    up_bytes = crew[0].frame.nbytes
-    down_bytes = crew[0].received_bytes // (WARM_ROUNDS + rounds)
+    up_bytes = places[0].frame.nbytes
+    down_bytes = places[0].received_bytes // (WARM_ROUNDS + rounds)
     moved_gb = 1e-9 * workers * (up_bytes + down_bytes)
     return Row(
         load=name,
@@ -212,38 +209,16 @@ def server(load: Load, workers: int) -> Iterator[tuple[str, int]]:
     """Run a parameter server on loopback: yield its address and process id, and end it."""
     with closing(socket.create_server((HOST, 0))) as probe:
         address = f"{HOST}:{probe.getsockname()[1]}"
-    with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "topq_dist.cli", "serve", "--address", address),
-                *("--state-dir", folder, "--inner-opt", "sgd", "--lr", "0.001"),
-                *("--workers", str(workers), "--mode", "sync", "--downlink", load.downlink),
-                *("--snapshot-every", "1000000", "--history-bytes", str(load.history_bytes)),
-            ]
-        )
-        try:
-            channel = grpc.insecure_channel(address)
-            grpc.channel_ready_future(channel).result(START_LIMIT_S)
-            channel.close()
-            yield address, process.pid
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(START_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the memory that a process has resident."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds, user's and system's, that a process has used."""
-    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+    options = [
+        *("--lr", "0.001", "--workers", str(workers), "--mode", "sync"),
+        *("--downlink", load.downlink, "--snapshot-every", "1000000"),
+        *("--history-bytes", str(load.history_bytes)),
+    ]
+    with parameter_server(address, options) as process:
+        channel = grpc.insecure_channel(address)
+        grpc.channel_ready_future(channel).result(START_LIMIT_S)
+        channel.close()
+        yield address, process.pid
 
 
 def table(rows: Sequence[Row]) -> str:

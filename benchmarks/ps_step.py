@@ -1,4 +1,4 @@
-"""What one training step costs through the parameter server, dense and top-Q, beside the DDP hook.
+"""The cost of one training step through the parameter server, dense and top-Q, beside the DDP hook.
 
     sudo python benchmarks/ps_step.py
 
@@ -14,34 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from console import integer_from, say, text_table
-from crew import CrewError, crew
-from ddp_step import LINK_RATES
-from ddp_step_report import LINK_TITLES, Row, summarize
-from ddp_worker import LEARNING_RATE
-from hosts import INTERFACE, Hosts, HostsError, hosts, missing_requirement
+from harness.console import integer_from, say, text_table
+from harness.ddp_report import Row, summarize
+from harness.ddp_worker import LEARNING_RATE
+from harness.netns import (
+    INTERFACE,
+    LINK_RATES,
+    LINK_TITLES,
+    Hosts,
+    HostsError,
+    hosts,
+    missing_requirement,
+)
+from harness.ps_server import ADDRESS, WORKERS, server_on_first_host
+from harness.worker_pool import DDP_WORKER, WorkerError, start_workers
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OUT = Path(__file__).resolve().parents[1] / "runs"
-WORKER = Path(__file__).with_name("ps_step_worker.py")
-WORKERS = 2
-ADDRESS = "10.77.0.1:7077"
-START_LIMIT_S = 60.0
-STOP_LIMIT_S = 30.0
+PS_WORKER = "harness.ps_worker"
 NO_SNAPSHOTS = ("--snapshot-every", "1000000")
 
 
@@ -85,69 +85,23 @@ def measure(link: str, name: str, options: argparse.Namespace) -> tuple[Row, flo
     """Return one way's row on one link, and the bytes that came in to a worker a step."""
     way = WAYS[name]
     say(f"{link}: {way.title}")
-    with hosts(1 + WORKERS, rate=LINK_RATES[link]) as made:
-        workers_only = Hosts(namespaces=made.namespaces[1:])
-        if not way.downlink:
-            with crew(WORKERS, interface=INTERFACE, command=workers_only.command) as workers:
-                ranks = workers.measure(
-                    way.hook, max_pairs=options.steps, budget_s=options.budget_s
-                )
-        else:
-            with (
-                server(made, [*way.downlink, *NO_SNAPSHOTS, "--lr", str(LEARNING_RATE)]),
-                crew(
-                    WORKERS,
-                    interface=INTERFACE,
-                    command=workers_only.command,
-                    script=WORKER,
-                    extra_environment={"TOPQ_BENCH_SERVER": ADDRESS},
-                ) as workers,
-            ):
-                ranks = workers.measure(
-                    way.hook, max_pairs=options.steps, budget_s=options.budget_s
-                )
+    with ExitStack() as stack:
+        made = stack.enter_context(hosts(1 + WORKERS, rate=LINK_RATES[link]))
+        options_of_server = [*way.downlink, *NO_SNAPSHOTS, "--lr", str(LEARNING_RATE)]
+        if way.downlink:
+            stack.enter_context(server_on_first_host(made, options_of_server))
+        workers = stack.enter_context(
+            start_workers(
+                WORKERS,
+                interface=INTERFACE,
+                command=Hosts(namespaces=made.namespaces[1:]).command,
+                module=PS_WORKER if way.downlink else DDP_WORKER,
+                extra_environment={"TOPQ_BENCH_SERVER": ADDRESS},
+            )
+        )
+        ranks = workers.measure(way.hook, max_pairs=options.steps, budget_s=options.budget_s)
     received = [rank.received_bytes for rank in ranks if rank.received_bytes is not None]
     return summarize(link, name, ranks, None), max(received, default=None)
-
-
-@contextmanager
-def server(made: Hosts, options: Sequence[str]) -> Iterator[None]:
-    """Run a parameter server on the first host, and end it with the block.
-
-    options: of topq serve, beside where it listens and keeps its state.
-    """
-    with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder:
-        argv = [
-            *(sys.executable, "-m", "topq_dist.cli", "serve", "--address", ADDRESS, "--insecure"),
-            *("--state-dir", folder, "--inner-opt", "sgd", "--workers", str(WORKERS)),
-            *options,
-        ]
-        process = subprocess.Popen(
-            made.command(0, argv), process_group=0, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        try:
-            _wait_for(made, process)
-            yield
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_for(made: Hosts, process: subprocess.Popen[bytes]) -> None:
-    """Return once the server takes connections; raises CrewError where it does not."""
-    host, port = ADDRESS.split(":")
-    probe = f"import socket; socket.create_connection(({host!r}, {port}), 1).close()"
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        argv = made.command(1, [sys.executable, "-c", probe])
-        if subprocess.run(argv, capture_output=True, check=False).returncode == 0:
-            return
-        time.sleep(0.2)
-    raise CrewError(f"the server takes no connections on {ADDRESS}")
 
 
 def table(rows: Sequence[tuple[Row, float | None]]) -> str:
@@ -218,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         rows = [measure(link, way, options) for link in options.links for way in options.ways]
-    except (HostsError, CrewError) as error:
+    except (HostsError, WorkerError) as error:
         say(f"ps_step: {error}")
         return 1
     report = {

@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.netns import LINK_TITLES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 ALLGATHER, SPLIT = "topq_allgather", "topq_split"
-LINKS = {"loopback": "loopback speed", "1gbit": "1 Gbit", "100mbit": "100 Mbit"}
 
 
 def main() -> None:
@@ -130,7 +131,7 @@ def ddp_step() -> str:
     for hook in dict.fromkeys(row["hook"] for row in rows):
         shown = {(row["link"], row["hosts"]): row for row in rows if row["hook"] == hook}
         lines.append([hooks[hook]["title"], *(exchange(shown.get(place)) for place in places)])
-    heads = ["ms a step", *(f"{LINKS[link]}, {hosts} hosts" for link, hosts in places)]
+    heads = ["ms a step", *(f"{LINK_TITLES[link]}, {hosts} hosts" for link, hosts in places)]
     return markdown(heads, lines)
 
 
@@ -287,7 +288,7 @@ def ps_step() -> str:
     for way, title in ways.items():
         shown = {row["link"]: row for row in rows if row["hook"] == way}
         lines.append([title, *(exchange(shown.get(link)) for link in links)])
-    return markdown(["ms a step, 2 workers", *(LINKS[link] for link in links)], lines)
+    return markdown(["ms a step, 2 workers", *(LINK_TITLES[link] for link in links)], lines)
 
 
 def ps_load() -> str:

@@ -1,4 +1,4 @@
-"""What compress() costs on one core or more, beside other ways to select, and beside memcpy.
+"""The cost of compress() on one core or more, beside other ways to select, and beside memcpy.
 
     python benchmarks/selection.py
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from console import integer_from, say, text_table
+from harness.console import integer_from, say, text_table
 from torch import Tensor
 
 from topq_dist.compress.compressor import Compressor
@@ -71,7 +71,7 @@ class Methods:
         self._frame = torch.zeros(0, dtype=torch.uint8)
 
     def wholes(self) -> dict[str, Callable[[Tensor], object]]:
-        """Return memcpy, compress() and its peers."""
+        """Return memcpy, compress() and its baselines."""
         return {
             MEMCPY: lambda g: np.copyto(self._copy, g.numpy()),
             OURS: lambda g: self._compressor.compress("gradient", g),

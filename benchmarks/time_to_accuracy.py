@@ -1,4 +1,4 @@
-"""How long training takes to dense's accuracy between two hosts on a slow link, by method.
+"""The time that training takes to dense's accuracy between two hosts on a slow link, by method.
 
     sudo python benchmarks/time_to_accuracy.py          # minutes a seed, needs root and iproute2
     python benchmarks/time_to_accuracy.py --quick       # half a minute, at loopback speed
@@ -35,12 +35,18 @@ from types import FrameType
 from typing import IO, Any
 
 import torch
-from console import integer_from, say
-from counters import busy_cores
-from crew import ERROR_TAIL_LINES, CrewError
-from ddp_step import BUSY_CORES_LIMIT, LINK_RATES
-from hosts import DEFAULT_BURST, INTERFACE, HostsError, hosts, missing_requirement, uninterrupted
-from time_to_accuracy_report import (
+from harness.console import integer_from, say
+from harness.counters import busy_cores_before
+from harness.netns import (
+    DEFAULT_BURST,
+    INTERFACE,
+    LINK_RATES,
+    HostsError,
+    hosts,
+    missing_requirement,
+    uninterrupted,
+)
+from harness.time_to_accuracy_report import (
     ESTIMATED_NOTE,
     POINTS_BELOW_DENSE,
     Curve,
@@ -54,8 +60,8 @@ from time_to_accuracy_report import (
     target_of,
     with_target,
 )
-from time_to_accuracy_worker import (
-    PEERS,
+from harness.time_to_accuracy_worker import (
+    BASELINES,
     TITLES,
     TOPQ,
     WORLD_SIZE,
@@ -63,12 +69,13 @@ from time_to_accuracy_worker import (
     Outcome,
     Recipe,
 )
+from harness.worker_pool import ERROR_TAIL_LINES, WorkerError, worker_environment
 
 # the worker's import has put benchmarks/experiments on the path
 import datasets  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("time_to_accuracy_worker.py")
+WORKER = "harness.time_to_accuracy_worker"
 RUN_LIMIT_S = 600.0
 LOOPBACK = "loopback"
 LINKS = ("100mbit", "1gbit")
@@ -92,7 +99,7 @@ QUICK = replace(FULL, data="digits", hidden=(64, 32), steps=40, evaluate_every=1
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where ranks run: how a command is run for a rank, and the interface they talk through.
+    """A place for ranks: how a command is run for a rank, and the interface they talk through.
 
     shared: whether that interface is everybody's, so that nobody knows who sent what.
     """
@@ -118,9 +125,9 @@ def place_of(link: str) -> Iterator[Place]:
 def run_ranks(place: Place, job: Job) -> list[Outcome]:
     """Return each rank's outcome of a job, from a fresh process a rank.
 
-    Raises CrewError where one ends with an error or they take too long; no process is left.
+    Raises WorkerError where one ends with an error or they take too long; no process is left.
     """
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": place.interface, "OMP_NUM_THREADS": "1"}
+    environment = worker_environment(place.interface)
     with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder, ExitStack() as stack:
         counted = None if place.shared else place.interface
         jobs = [
@@ -130,7 +137,7 @@ def run_ranks(place: Place, job: Job) -> list[Outcome]:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for one, output in zip(jobs, errors, strict=True):
-                argv = [sys.executable, str(WORKER), json.dumps(asdict(one))]
+                argv = [sys.executable, "-m", WORKER, json.dumps(asdict(one))]
                 workers.append(
                     subprocess.Popen(
                         place.command(one.rank, argv),
@@ -158,9 +165,9 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[str]])
             if status:
                 errors[rank].seek(0)
                 tail = errors[rank].read().splitlines()[-ERROR_TAIL_LINES:]
-                raise CrewError("\n".join((f"rank {rank} ended with status {status}:", *tail)))
+                raise WorkerError("\n".join((f"rank {rank} ended with status {status}:", *tail)))
         if time.monotonic() > deadline:
-            raise CrewError(f"not done within {RUN_LIMIT_S:.0f} s")
+            raise WorkerError(f"not done within {RUN_LIMIT_S:.0f} s")
         time.sleep(0.05)
 
 
@@ -182,7 +189,7 @@ class Benchmark:
                 for method in methods:
                     try:
                         rows.append(self._row(link, place, method))
-                    except CrewError as error:
+                    except WorkerError as error:
                         say(f"failed: {error}")
                         rows.append(failed(link, method, str(error)))
         return rows
@@ -229,7 +236,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--links", nargs="+", choices=LINK_RATES, help="default: both slow ones")
     parser.add_argument(
-        "--methods", nargs="+", choices=TITLES, default=[*PEERS, TOPQ], help="dense is the base"
+        "--methods", nargs="+", choices=TITLES, default=[*BASELINES, TOPQ], help="dense is the base"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one takes minutes")
     parser.add_argument("--steps", type=integer_from(1), help=f"default: {FULL.steps}")
@@ -262,9 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _leave)
-    busy_before = busy_cores()
-    if busy_before > BUSY_CORES_LIMIT:
-        say(f"other work keeps {busy_before:.1f} of {os.cpu_count()} cores busy: expect noise")
+    busy_before = busy_cores_before()
     start_s = time.monotonic()
     benchmark = Benchmark(options.recipe, options.seeds, options.timed_steps)
     try:

@@ -1,4 +1,4 @@
-"""What the defaults were promised to do, beside what was measured."""
+"""The promises of the defaults, beside what was measured."""
 
 from __future__ import annotations
 

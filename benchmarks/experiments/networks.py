@@ -1,4 +1,8 @@
-"""The models of the convergence report, with torch's default initial values throughout."""
+"""The models of the convergence report, with torch's default initial values throughout.
+
+Block is launch/training/models.py's, copied: that one is for a user to change, and the figures of
+the report must not change with it.
+"""
 
 from __future__ import annotations
 

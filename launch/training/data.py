@@ -199,9 +199,9 @@ def _shakespeare(data_dir: Path | None) -> Data:
     train, test = [], []
     for text in texts:
         # the end of each work is held out, so that both parts hold every genre
-        cut = len(text) - round(HELD_OUT_TEXT * len(text))
-        train.append(text[:cut])
-        test.append(text[cut:])
+        end = len(text) - round(HELD_OUT_TEXT * len(text))
+        train.append(text[:end])
+        test.append(text[end:])
     train_inputs, train_targets = _windows(np.concatenate(train), alphabet, data_dir)
     test_inputs, test_targets = _windows(np.concatenate(test), alphabet, data_dir)
     return Data(

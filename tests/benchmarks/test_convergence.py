@@ -39,7 +39,7 @@ SEED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained twice: on real ranks, and on emulated ones."""
+    """A training that is done twice: on real ranks, and on emulated ones."""
 
     model: str
     optimizer: OptimizerName

@@ -5,7 +5,7 @@ import socket
 import time
 from pathlib import Path
 
-from counters import busy_cores, interface_sent_bytes, tcp_sent_bytes
+from harness.counters import busy_cores, interface_sent_bytes, tcp_sent_bytes
 
 PAYLOAD_BYTES = 3_000_017
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import ddp_step
 import pytest
-from crew import CrewError, crew
-from ddp_step_report import Row, draw, summarize, table
-from ddp_worker import MIN_PAIRS, PARAMETERS, Measurement
-from hosts import missing_requirement
+from harness.ddp_report import Row, draw, summarize, table
+from harness.ddp_worker import MIN_PAIRS, PARAMETERS, Measurement
+from harness.netns import missing_requirement
+from harness.worker_pool import WorkerError, start_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "ddp_step.py"
@@ -90,13 +90,13 @@ def _as_it_is(rank: int, argv: Sequence[str]) -> Sequence[str]:
 
 
 @pytest.mark.gloo
-def test_a_crew_measures_a_hook_and_survives_none_that_fails() -> None:
-    with crew(2, interface="lo", command=_as_it_is) as workers:
+def test_workers_measure_a_hook_and_survives_none_that_fails() -> None:
+    with start_workers(2, interface="lo", command=_as_it_is) as workers:
         ranks = workers.measure("dense", max_pairs=9, budget_s=0.0)
         for measured in ranks:
             assert len(measured.step_s) == len(measured.compute_s) == MIN_PAIRS
             assert measured.tcp_bytes == pytest.approx(DENSE_BYTES, rel=0.01)
-        with pytest.raises(CrewError, match="KeyError: 'no such hook'"):
+        with pytest.raises(WorkerError, match="KeyError: 'no such hook'"):
             workers.measure("no such hook", max_pairs=9, budget_s=0.0)
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import time_to_accuracy
-from crew import CrewError
-from hosts import missing_requirement
-from time_to_accuracy_report import (
+from harness.netns import missing_requirement
+from harness.time_to_accuracy_report import (
     Curve,
     curve_of,
     draw,
@@ -22,7 +21,8 @@ from time_to_accuracy_report import (
     target_of,
     with_target,
 )
-from time_to_accuracy_worker import Job, Outcome
+from harness.time_to_accuracy_worker import Job, Outcome
+from harness.worker_pool import WorkerError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "time_to_accuracy.py"
@@ -141,7 +141,7 @@ def test_without_root_it_says_so(
 @pytest.mark.gloo
 def test_a_method_that_fails_leaves_its_error() -> None:
     job = Job(recipe=RECIPE, method="no such method", seed=0, run_steps=1)
-    with pytest.raises(CrewError, match="KeyError: 'no such method'"):
+    with pytest.raises(WorkerError, match="KeyError: 'no such method'"):
         time_to_accuracy.run_ranks(time_to_accuracy.HERE, job)
 
 

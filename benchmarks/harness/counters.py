@@ -1,4 +1,4 @@
-"""What the kernel counts: bytes that left an interface or this process's sockets, busy cores."""
+"""Counters of the kernel: bytes over an interface or by sockets, memory, CPU time, busy cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import socket
 import struct
 import time
 from pathlib import Path
+
+from harness.console import say
+
+BUSY_CORES_LIMIT = 0.2
 
 # tcpi_bytes_acked of struct tcp_info in linux/tcp.h, there since Linux 4.1
 _BYTES_ACKED_OFFSET = 120
@@ -51,12 +55,31 @@ def _acked_bytes(descriptor: int) -> int:
     return int(struct.unpack_from("=Q", info, _BYTES_ACKED_OFFSET)[0])
 
 
+def resident_bytes(pid: int) -> int:
+    """Return the memory that a process has resident."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds, user's and system's, that a process has used."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def busy_cores(sample_s: float = 0.5) -> float:
     """Return how many cores were busy on average over the next `sample_s` seconds."""
     before, start = _idle_s(), time.monotonic()
     time.sleep(sample_s)
     idle_cores = (_idle_s() - before) / (time.monotonic() - start)
     return max(0.0, (os.cpu_count() or 1) - idle_cores)
+
+
+def busy_cores_before() -> float:
+    """Return how many cores other work keeps busy, and say so where it will be heard."""
+    busy = busy_cores()
+    if busy > BUSY_CORES_LIMIT:
+        say(f"other work keeps {busy:.1f} of {os.cpu_count()} cores busy: expect noise")
+    return busy
 
 
 def _idle_s() -> float:

@@ -12,8 +12,10 @@ import time
 
 import torch
 import torch.distributed as dist
-from counters import interface_received_bytes, interface_sent_bytes, tcp_sent_bytes
-from ddp_worker import (
+from torch import nn
+
+from harness.counters import interface_received_bytes, interface_sent_bytes, tcp_sent_bytes
+from harness.ddp_worker import (
     BATCH,
     COLLECTIVE_TIMEOUT_S,
     WIDTH,
@@ -23,8 +25,6 @@ from ddp_worker import (
     answer_jobs,
     build_model,
 )
-from torch import nn
-
 from topq_dist.ps import ParameterServerOptimizer
 
 WARM_UP_STEPS = 6

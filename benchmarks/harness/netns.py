@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERFACE = "eth0"
+# tbf's words for the links that are measured, and what a reader knows them as
+LINK_RATES = {"loopback": None, "1gbit": "1gbit", "100mbit": "100mbit"}
+LINK_TITLES = {"loopback": "loopback speed", "1gbit": "1 Gbit", "100mbit": "100 Mbit"}
 DEFAULT_BURST = "256kb"
 QUEUE_LATENCY = "200ms"
 _PREFIX = "topq-bench"

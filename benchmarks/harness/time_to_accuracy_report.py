@@ -9,8 +9,10 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import matplotlib as mpl
-from ddp_step_report import COLORS, LINK_TITLES
-from time_to_accuracy_worker import TITLES, Outcome
+
+from harness.ddp_report import COLORS
+from harness.netns import LINK_TITLES
+from harness.time_to_accuracy_worker import TITLES, Outcome
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,7 +54,7 @@ class Curve:
         )
 
     def step_bytes(self) -> float | None:
-        """Return what a step of the last stretch sent, which is far behind every warm-up."""
+        """Return what a step of the last interval sent, which is far behind every warm-up."""
         if not self.sent_bytes:
             return None
         return _differences(self.sent_bytes)[-1] / _differences(self.steps)[-1]
@@ -91,15 +93,15 @@ def slowest_ms(ranks: Sequence[Outcome], skip: int = 0) -> float:
 
 
 def curve_of(ranks: Sequence[Outcome]) -> Curve:
-    """Return the curve of a run from what each rank saw; a stretch is as long as its slowest."""
-    stretches = [
-        max(stretch)
-        for stretch in zip(*(_differences(rank.training_s) for rank in ranks), strict=True)
+    """Return the curve of a run from what each rank saw; an interval is as long as its slowest."""
+    intervals = [
+        max(interval)
+        for interval in zip(*(_differences(rank.training_s) for rank in ranks), strict=True)
     ]
     return Curve(
         steps=ranks[0].steps,
         accuracy=_means([rank.accuracy for rank in ranks]),
-        training_s=list(accumulate(stretches)),
+        training_s=list(accumulate(intervals)),
         sent_bytes=[max(sent) for sent in zip(*(rank.sent_bytes for rank in ranks), strict=True)],
         step_ms=slowest_ms(ranks),
         chosen_exchange=ranks[0].chosen_exchange,

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from console import text_table
-from ddp_worker import Measurement
-from peers import HOOKS
+
+from harness.baselines import HOOKS
+from harness.console import text_table
+from harness.ddp_worker import Measurement
+from harness.netns import LINK_TITLES
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-LINK_TITLES = {"loopback": "loopback speed", "1gbit": "1 Gbit", "100mbit": "100 Mbit"}
 COLORS = {
     "dense": "#4d4d4d",
     "fp16": "#a6a6a6",

@@ -1,4 +1,4 @@
-"""What the DDP benchmarks share on the console: options, progress, and a table in plain text."""
+"""The console of the benchmarks: options, progress, and a table in plain text."""
 
 from __future__ import annotations
 

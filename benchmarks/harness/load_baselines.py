@@ -1,4 +1,4 @@
-"""What ps_load.py compares a parameter server with: the same bytes over sockets and bare gRPC.
+"""The baselines of ps_load.py: the bytes of a parameter server over sockets and bare gRPC.
 
 Each is a server process with as many clients, as threads of this one, as the parameter server has
 workers. All send their bytes up, the server waits for the last of them, and all get bytes down.
@@ -32,7 +32,7 @@ END_LIMIT_S = 20.0
 
 def raw_tcp_round_s(clients: int, up_bytes: int, down_bytes: int) -> float:
     """Return the median seconds of a round over plain sockets."""
-    with peer("sockets", clients, up_bytes, down_bytes) as address:
+    with baseline("sockets", clients, up_bytes, down_bytes) as address:
         return rounds_of(clients, lambda: socket_client(address, up_bytes, down_bytes))
 
 
@@ -41,26 +41,26 @@ def bare_grpc_round_s(clients: int, up_bytes: int, down_bytes: int) -> float:
 
     Channels, options, and when a message is enough instead of a stream, are the library's.
     """
-    with peer("grpc", clients, up_bytes, down_bytes) as address:
+    with baseline("grpc", clients, up_bytes, down_bytes) as address:
         return rounds_of(clients, lambda: grpc_client(address, up_bytes, down_bytes))
 
 
 def rounds_of(clients: int, make: Callable[[], Callable[[], None]], rounds: int = ROUNDS) -> float:
     """Let clients that `make` returns act at once, and return the median seconds of a round."""
     ends_s: list[float] = []
-    crew = [make() for _ in range(clients)]
-    run_threads(crew, rounds, lambda: ends_s.append(time.perf_counter()))
+    acts = [make() for _ in range(clients)]
+    run_threads(acts, rounds, lambda: ends_s.append(time.perf_counter()))
     return statistics.median(b - a for a, b in itertools.pairwise(ends_s))
 
 
 def run_threads(
-    crew: Sequence[Callable[[], None]], rounds: int, round_done: Callable[[], None]
+    acts: Sequence[Callable[[], None]], rounds: int, round_done: Callable[[], None]
 ) -> None:
     """Let all act in threads, once a round; raises what one of them raised.
 
     round_done: called before the first round and after each.
     """
-    barrier = threading.Barrier(len(crew), action=round_done)
+    barrier = threading.Barrier(len(acts), action=round_done)
     failures: list[BaseException] = []
 
     def work(act: Callable[[], None]) -> None:
@@ -75,7 +75,7 @@ def run_threads(
             failures.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(act,)) for act in crew]
+    threads = [threading.Thread(target=work, args=(act,)) for act in acts]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,7 +106,7 @@ def grpc_client(address: str, up_bytes: int, down_bytes: int) -> Callable[[], No
     stream: Callable[..., Iterator[bytes]] = channel.stream_stream(METHOD)
 
     def act() -> None:
-        taken = sum(map(len, stream(pieces(pushed), wait_for_ready=True)))
+        taken = sum(map(len, stream(chunks(pushed), wait_for_ready=True)))
         check_length(taken, down_bytes)
 
     return act
@@ -142,7 +142,7 @@ def serve(kind: str, clients: int, up_bytes: int, down_bytes: int) -> None:
     def long(messages: Iterator[bytes], _: grpc.ServicerContext) -> Iterator[bytes]:
         check_length(sum(map(len, messages)), up_bytes)
         together.wait()
-        yield from pieces(answer)
+        yield from chunks(answer)
 
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(long)
     if is_short(up_bytes, down_bytes):
@@ -160,7 +160,7 @@ def serve(kind: str, clients: int, up_bytes: int, down_bytes: int) -> None:
 
 
 @contextmanager
-def peer(kind: str, clients: int, up_bytes: int, down_bytes: int) -> Iterator[str]:
+def baseline(kind: str, clients: int, up_bytes: int, down_bytes: int) -> Iterator[str]:
     """Run `serve` in a process of its own, and yield its address."""
     argv = [sys.executable, __file__, kind, str(clients), str(up_bytes), str(down_bytes)]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -178,7 +178,7 @@ def is_short(up_bytes: int, down_bytes: int) -> bool:
     return max(up_bytes, down_bytes) <= SHORT_BYTES
 
 
-def pieces(message: bytes) -> Iterator[bytes]:
+def chunks(message: bytes) -> Iterator[bytes]:
     """Yield the message in chunks, each a copy, as gRPC is given nothing but bytes."""
     for start in range(0, len(message), CHUNK_BYTES):
         yield message[start : start + CHUNK_BYTES]

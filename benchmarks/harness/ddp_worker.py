@@ -1,6 +1,6 @@
 """One rank of the DDP-step benchmark: reads jobs from stdin, answers measurements on stdout.
 
-Both are one JSON object a line. Started by crew.py on each host; ends when its stdin does.
+Both are one JSON object a line. Started by worker_pool on each host; ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
-from counters import interface_sent_bytes, tcp_sent_bytes
-from peers import HOOKS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from harness.baselines import HOOKS
+from harness.counters import interface_sent_bytes, tcp_sent_bytes
 
 WIDTH = 1024
 LAYERS = 10
@@ -33,7 +34,7 @@ MIN_PAIRS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one rank measures: `hook` over up to `max_pairs` pairs of steps.
+    """A measurement to make on one rank: `hook` over up to `max_pairs` pairs of steps.
 
     A pair is a step that exchanges and the same step under no_sync. Pairs stop being added once
     they would take longer than `budget_s`, but there are never fewer than `MIN_PAIRS`.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import INTERFACE, HostsError, hosts, missing_requirement
+from harness.netns import INTERFACE, HostsError, hosts, missing_requirement
 
 NETNS = Path("/run/netns")
 

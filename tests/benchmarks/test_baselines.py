@@ -1,4 +1,4 @@
-"""The peer that topq_dist is measured against must itself be right."""
+"""The plain top-k hook that topq_dist is measured against must itself be right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import PlainTopKState, plain_topk_hook
+from harness.baselines import PlainTopKState, plain_topk_hook
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,13 +38,13 @@ def _gradients(rank: int) -> torch.Tensor:
 def test_average_of_the_top_parts_with_error_feedback(tmp_path: Path) -> None:
     answers = run_ranks(WORLD_SIZE, _averages, tmp_path)
     residuals = torch.zeros(WORLD_SIZE, NUMEL)
-    kept = int(NUMEL * DENSITY)
+    k = int(NUMEL * DENSITY)
     for step in range(STEPS):
         whole = residuals + torch.stack([_gradients(rank)[step] for rank in range(WORLD_SIZE)])
         top = torch.zeros_like(whole)
-        indices = whole.abs().topk(kept).indices
+        indices = whole.abs().topk(k).indices
         top.scatter_(1, indices, whole.gather(1, indices))
         residuals = whole - top
         for answer in answers:
             torch.testing.assert_close(answer[step], top.mean(0))
-    assert residuals.count_nonzero() == WORLD_SIZE * (NUMEL - kept)
+    assert residuals.count_nonzero() == WORLD_SIZE * (NUMEL - k)

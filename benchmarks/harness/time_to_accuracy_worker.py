@@ -16,27 +16,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).with_name("experiments")))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import torch
 import torch.distributed as dist
-from counters import interface_sent_bytes
 from datasets import Images
 from networks import Flat
-from peers import HOOKS
 from tasks import Batches, Task, evaluate, load_data, loss_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import topq_dist
+from harness.baselines import HOOKS
+from harness.counters import interface_sent_bytes
 
 WORLD_SIZE = 2
 COLLECTIVE_TIMEOUT_S = 120
 WARM_UP_FRACTION, LAST_RATE = 0.05, 0.05
 TOPQ, TOPQ_ALLGATHER = "topq", "topq_allgather"
-PEERS = ("dense", "fp16", "powersgd1", "powersgd4")
-TITLES = {name: HOOKS[name].title for name in PEERS} | {
+BASELINES = ("dense", "fp16", "powersgd1", "powersgd4")
+TITLES = {name: HOOKS[name].title for name in BASELINES} | {
     TOPQ: "topq_dist, defaults",
     TOPQ_ALLGATHER: "topq_dist, allgather",
 }
@@ -44,7 +44,7 @@ TITLES = {name: HOOKS[name].title for name in PEERS} | {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained and how, the same for every method.
+    """The training, the same for every method.
 
     data: its name in experiments/datasets.py. batch: images of a rank in a step. hidden: widths
     between the pixels and the ten classes. lr: SGD's peak rate, with 5 % of warm-up before it and
@@ -72,7 +72,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one rank does: the first `run_steps` steps of a recipe, with a method and a seed.
+    """The part of one rank: the first `run_steps` steps of a recipe, with a method and a seed.
 
     interface: what this rank alone sends by, None where it is not alone.
     """
@@ -98,7 +98,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one rank saw: seconds of each step, then lists with an entry an evaluation.
+    """The account of one rank: seconds of each step, then lists with an entry an evaluation.
 
     accuracy: per cent right of this rank's share of the test images; shares are equally large.
     training_s and sent_bytes count from the start; the latter is what left the interface, TCP's

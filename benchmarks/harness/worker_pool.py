@@ -16,19 +16,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from ddp_worker import Job, Measurement
-from hosts import uninterrupted
+from harness.ddp_worker import Job, Measurement
+from harness.netns import uninterrupted
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+BENCHMARKS = Path(__file__).resolve().parents[1]
+DDP_WORKER = "harness.ddp_worker"
 START_AND_MEASURE_LIMIT_S = 240.0
 ERROR_TAIL_LINES = 12
 
 
-class CrewError(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker ended or did not answer in time; the message carries the end of its stderr."""
 
 
-class Crew:
+class WorkerPool:
     """Workers that run the same job at once, one a rank."""
 
     def __init__(
@@ -44,7 +45,7 @@ class Crew:
     def measure(self, hook: str, *, max_pairs: int, budget_s: float) -> list[Measurement]:
         """Return every rank's measurement of `hook`, in rank order.
 
-        Raises CrewError when a worker ends or the answers take too long; the crew is then spent.
+        Raises WorkerError when a worker ends or the answers take too long; the pool is then spent.
         """
         with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder:
             for rank in range(len(self._workers)):
@@ -67,7 +68,7 @@ class Crew:
         try:
             print(json.dumps(asdict(job)), file=stdin, flush=True)
         except BrokenPipeError:
-            raise CrewError(self._end_of(rank)) from None
+            raise WorkerError(self._end_of(rank)) from None
 
     def _answers(self) -> dict[int, str]:
         answers: dict[int, str] = {}
@@ -79,11 +80,11 @@ class Crew:
             while len(answers) < len(self._workers):
                 ready = waiting.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise CrewError(f"no answer within {START_AND_MEASURE_LIMIT_S:.0f} s")
+                    raise WorkerError(f"no answer within {START_AND_MEASURE_LIMIT_S:.0f} s")
                 for key, _ in ready:
                     line = self._workers[key.data].stdout.readline()
                     if not line:
-                        raise CrewError(self._end_of(key.data))
+                        raise WorkerError(self._end_of(key.data))
                     answers[key.data] = line
                     waiting.unregister(key.fileobj)
         return answers
@@ -97,32 +98,38 @@ class Crew:
         return "\n".join((f"rank {rank} ended with status {status}:", *tail))
 
 
+def worker_environment(interface: str) -> dict[str, str]:
+    """Return the environment of a worker: one thread, what it talks through, and this package."""
+    path = os.pathsep.join(filter(None, (str(BENCHMARKS), os.environ.get("PYTHONPATH"))))
+    return os.environ | {
+        "GLOO_SOCKET_IFNAME": interface,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
+
+
 @contextmanager
-def crew(
+def start_workers(
     size: int,
     *,
     interface: str,
     command: Callable[[int, Sequence[str]], Sequence[str]],
-    script: Path = WORKER,
+    module: str = DDP_WORKER,
     extra_environment: Mapping[str, str] | None = None,
-) -> Iterator[Crew]:
+) -> Iterator[WorkerPool]:
     """Start `size` workers that talk through `interface`, and end them with the block.
 
     `command(rank, argv)` returns how `argv` is run for that rank, on its own host for instance;
-    `script` reads Jobs and answers Measurements as ddp_worker.py does.
+    `module` reads Jobs and answers Measurements as ddp_worker does.
     """
-    environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": interface,
-        "OMP_NUM_THREADS": "1",
-        **(extra_environment or {}),
-    }
+    environment = worker_environment(interface) | dict(extra_environment or {})
     workers: list[subprocess.Popen[str]] = []
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(size)]
         try:
             for rank in range(size):
                 worker = subprocess.Popen(
-                    command(rank, [sys.executable, str(script)]),
+                    command(rank, [sys.executable, "-m", module]),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors[rank],
@@ -131,7 +138,7 @@ def crew(
                     process_group=0,  # Ctrl-C is for the one who cleans up
                 )
                 workers.append(worker)
-            yield Crew(workers, errors, interface)
+            yield WorkerPool(workers, errors, interface)
         finally:
             with uninterrupted():
                 for worker in workers:

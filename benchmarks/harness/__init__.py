@@ -1,0 +1,1 @@
+"""The parts that the benchmarks share, and the worker processes that they start."""
