@@ -1,0 +1,54 @@
+"""Words that only this project used, and the field's own that took their place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("topq_dist", "launch", "benchmarks", "tests", "docs", "docker", "protos")
+SUFFIXES = {".py", ".md", ".sh", ".proto", ".yaml"}
+
+# old names, of classes, functions and modules, and what stands in their place
+GONE = {
+    "crew Crew CrewError": "worker_pool",
+    "load_peers": "load_baselines",
+    "ps_endings": "errors",
+    "ps.asking ps.reach": "probe",
+}
+
+
+def texts() -> dict[Path, str]:
+    """Return every page and source file but this one and the history of changes."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    files += [page for page in ROOT.glob("*.md") if page.name != "CHANGELOG.md"]
+    return {
+        path: path.read_text()
+        for path in files
+        if path.suffix in SUFFIXES and path.is_file() and path != Path(__file__).resolve()
+    }
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[Path, str]:
+    return texts()
+
+
+@pytest.mark.parametrize(("old", "new"), GONE.items())
+def test_the_word_is_gone(old: str, new: str, sources: dict[Path, str]) -> None:
+    word = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, old.split()))})(?![A-Za-z0-9])")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path, text in sources.items()
+        if word.search(text)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if word.search(line)
+    ]
+    assert found == [], f"{old} is now {new}"
+
+
+def test_something_is_read(sources: dict[Path, str]) -> None:
+    names = {path.name for path in sources}
+    assert {"README.md", "compressor.py", "train.sh", "parameter_server.proto"} <= names
