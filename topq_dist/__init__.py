@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
     from topq_dist.ddp.messages import ExchangeError
     from topq_dist.optim import (
+        ChainedParamTransformingOptimizer,
         GradientTransformerOptimizer,
         ParamTransformingOptimizer,
         TopQGradientOptimizer,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from topq_dist.telemetry import Stats
 
 __all__ = [
+    "ChainedParamTransformingOptimizer",
     "Compressor",
     "ExchangeError",
     "FrameError",
@@ -36,6 +38,7 @@ __all__ = [
 # Where each name lives. They come when first asked for (PEP 562): torch takes seconds to import,
 # and `topq status` and `topq health` do without it.
 _HOMES = {
+    "ChainedParamTransformingOptimizer": "optim",
     "Compressor": "compress.compressor",
     "ExchangeError": "ddp.messages",
     "FrameError": "compress.frame",

@@ -1,4 +1,4 @@
-"""Optimizers that transform gradients only: the scaling base, and top-Q sparsification."""
+"""Optimizers that transform gradients only: top-Q sparsification, and its base."""
 
 from __future__ import annotations
 
@@ -13,60 +13,13 @@ from torch.optim.optimizer import required
 from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
 from topq_dist.top_k import keep_top_
-from topq_dist.topq import check_fraction, check_number, draw_q, kept_count
+from topq_dist.topq import check_fraction, draw_q, kept_count
 
 _REQUIRED: Any = required  # shown as <required parameter> in the signature
 
 
 class GradientTransformerOptimizer(ParamTransformingOptimizer):
-    """Transform each gradient in place, then scale and shift it, before `InnerOpt.step()`.
-
-    Its part over `ParamTransformingOptimizer`, to which all else belongs: after
-    `_pre_step_transform_`, each gradient is multiplied by grad_scale unless that is 1, then
-    grad_bias is added unless that is 0, to zeroed elements too.
-
-    Args:
-        grad_scale, grad_bias: finite numbers; each group may have its own.
-        params, InnerOpt, param_ndim, defaults, inner_opt_kwargs: as in the base class.
-
-    Raises TypeError or ValueError for one that is not a finite number, and as the base class.
-
-    Departures from rai_toolbox: there the scale and the bias belong to ParamTransformingOptimizer,
-    and an infinite one, or NaN, is accepted. An optimizer of this kind as InnerOpt of another
-    reads the same group options, so that both scale.
-    """
-
-    def __init__(
-        self,
-        params: Params | None = None,
-        InnerOpt: InnerOptimizer = SGD,
-        *,
-        param_ndim: int | None = -1,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        defaults: Mapping[str, Any] | None = None,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            InnerOpt,
-            param_ndim=param_ndim,
-            defaults=with_defaults(defaults, grad_scale=grad_scale, grad_bias=grad_bias),
-            **inner_opt_kwargs,
-        )
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        super().check_group(group)
-        for name in ("grad_scale", "grad_bias"):
-            check_number(name, option(group, name))
-
-    def _transform_gradient_(self, param: Tensor, group: ParamGroup) -> None:
-        super()._transform_gradient_(param, group)
-        scale, bias = float(group["grad_scale"]), float(group["grad_bias"])
-        if param.grad is not None and scale != 1.0:
-            param.grad.mul_(scale)
-        if param.grad is not None and bias != 0.0:
-            param.grad.add_(bias)
+    """ParamTransformingOptimizer by the name that subclasses with grad_scale and grad_bias used."""
 
 
 class TopQGradientOptimizer(GradientTransformerOptimizer):
@@ -117,14 +70,13 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
             raise TypeError(f"generator={generator!r}: expected a torch.Generator")
         self.generator = generator
         self._sparsified_elsewhere: set[Tensor] = set()
-        options = {"dq": dq} if q is _REQUIRED else {"q": q, "dq": dq}
         super().__init__(
             params,
             InnerOpt,
             param_ndim=param_ndim,
             grad_scale=grad_scale,
             grad_bias=grad_bias,
-            defaults=with_defaults(defaults, **options),
+            defaults=with_defaults(defaults, q=q, dq=dq),
             **inner_opt_kwargs,
         )
 
@@ -164,5 +116,6 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._sparsified_elsewhere = set()
-        super().__setstate__({"generator": torch.default_generator, **state})
+        super().__setstate__(state)
+        vars(self).setdefault("_sparsified_elsewhere", set())
+        vars(self).setdefault("generator", torch.default_generator)

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import required
 
 ParamGroup: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[ParamGroup]
@@ -21,9 +22,16 @@ def with_defaults(defaults: Mapping[str, Any] | None, **options: Any) -> dict[st
 
 def option(group: Mapping[str, Any], name: str) -> Any:
     """Return an option of a group that must have it."""
-    if name not in group:
+    # by its type, since a copy of `required` is another object
+    if isinstance(group.get(name, required), type(required)):
         raise TypeError(f"{name} is required: give it by keyword, in defaults or in each group")
     return group[name]
+
+
+def check_complete(group: Mapping[str, Any]) -> None:
+    """Raise TypeError where torch's `required` still stands for an option."""
+    for name in group:
+        option(group, name)
 
 
 def own_groups(params: Params | None) -> list[ParamGroup]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -15,12 +13,14 @@ from torch.optim import SGD, Optimizer
 from topq_dist.optim.groups import (
     ParamGroup,
     Params,
+    check_complete,
     fitted,
     option,
     own_groups,
     with_defaults,
 )
-from topq_dist.topq import batch_shape, check_param_ndim
+from topq_dist.optim.reshaping import as_batch, check_dense
+from topq_dist.topq import batch_shape, check_number, check_param_ndim
 
 InnerOptimizer: TypeAlias = type[Optimizer] | functools.partial[Optimizer] | Optimizer
 
@@ -39,33 +39,40 @@ class ParamTransformingOptimizer(Optimizer):
     Both get a parameter of shape (N, d0, ...) with its gradient, in the shape that `param_ndim`
     makes of it (see `topq.batch_shape`), and work on each of the N sub-tensors by itself. What
     they write in place reaches the real parameter and gradient, contiguous or not, and
-    `flatten(1)` never copies.
+    `flatten(1)` never copies. After the first of them each gradient is multiplied by grad_scale
+    unless that is 1, then grad_bias is added unless that is 0, to zeroed elements too.
 
     `param_groups`, `state` and `defaults` are the inner optimizer's own objects, and the state
-    dict is the inner one, its groups carrying the options of the outer. With a closure the
-    gradients are transformed after each evaluation. To give its groups an option of its own, a
-    subclass passes it on in `defaults` and checks it in `check_group`.
+    dict is the inner one, its groups carrying the options of the outer; several around one inner
+    instance share them. With a closure the gradients are transformed after each evaluation. To
+    give its groups an option of its own, a subclass passes it on in `defaults` and checks it in
+    `check_group`; one that torch's `required` stands for must then come with every group.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
             Not used when InnerOpt is an instance, which has its own.
         InnerOpt: a torch.optim.Optimizer class, a functools.partial of one, or an instance.
         param_ndim: integer or None; each group may have its own.
+        grad_scale, grad_bias: finite numbers; each group may have its own.
         defaults: options for all groups. They win over keyword values; a group's own win over both.
         **inner_opt_kwargs: passed to InnerOpt; none may be given with an instance.
 
     Raises:
-        TypeError: for a param_ndim that is no integer, an InnerOpt or defaults of another kind,
-            missing params, or keyword values that an InnerOpt instance cannot take.
-        ValueError: for a param_ndim greater in magnitude than a parameter's number of dimensions.
+        TypeError: for a param_ndim that is no integer, a scale or bias that is no number, an
+            InnerOpt or defaults of another kind, missing params or options, or keyword values that
+            an InnerOpt instance cannot take.
+        ValueError: for a param_ndim greater in magnitude than a parameter's number of dimensions,
+            and a scale or bias that is not finite.
             `step` raises either one too, naming the group, before it touches a gradient.
 
-    Departures from rai_toolbox: options are checked in `add_param_group`, in `load_state_dict`
-    (a bad state leaves the optimizer as it was) and at each step; pickle, copy.deepcopy, empty
-    tensors and non-contiguous parameters and gradients work; a sparse gradient is an error that
-    names the parameter; `add_param_group`, `state_dict` and `load_state_dict` go through the
-    inner optimizer's own; group dicts and `defaults` given are copied, never written to; keyword
-    values beside an InnerOpt instance are an error.
+    Departures from rai_toolbox, whose subclasses work here as they are: options are checked in
+    `add_param_group`, in `load_state_dict` (a bad state leaves the optimizer as it was) and at each
+    step, an infinite scale or bias among them; pickle, copy.deepcopy, empty tensors and
+    non-contiguous parameters and gradients work; a sparse gradient is an error that names the
+    parameter; transforms get a tensor that shares the parameter's memory, never the parameter
+    itself; `add_param_group`, `state_dict` and `load_state_dict` go through the inner optimizer's
+    own; group dicts and `defaults` given are copied, never written to; keyword values beside an
+    InnerOpt instance are an error.
     """
 
     def __init__(
@@ -74,10 +81,14 @@ class ParamTransformingOptimizer(Optimizer):
         InnerOpt: InnerOptimizer = SGD,
         *,
         param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        options = with_defaults(defaults, param_ndim=param_ndim)
+        options = with_defaults(
+            defaults, param_ndim=param_ndim, grad_scale=grad_scale, grad_bias=grad_bias
+        )
         if isinstance(InnerOpt, Optimizer):
             if inner_opt_kwargs:
                 raise TypeError(
@@ -120,7 +131,10 @@ class ParamTransformingOptimizer(Optimizer):
 
         A subclass with options of its own calls super().check_group(group), then checks them.
         """
+        check_complete(group)
         param_ndim = check_param_ndim(option(group, "param_ndim"))
+        for name, value in _scale_and_bias(group).items():
+            check_number(name, value)
         for entry in group.get("params", ()):
             param = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(param, Tensor):
@@ -168,15 +182,11 @@ class ParamTransformingOptimizer(Optimizer):
         self._check_groups(self.param_groups)
         loss: float | None
         if closure is None:
-            self._transform_gradients_()
+            self._apply_pre_step_transform_()
             loss = self.inner_opt.step()
         else:
             loss = self.inner_opt.step(self._then_transform(closure))
-        if type(self)._post_step_transform_ is not ParamTransformingOptimizer._post_step_transform_:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    with self._as_batch(param, group) as batch:
-                        self._post_step_transform_(batch, group)
+        self._apply_post_step_transform_()
         return loss
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -209,6 +219,8 @@ class ParamTransformingOptimizer(Optimizer):
         before = self.state, self.param_groups
         try:
             self.inner_opt.load_state_dict(state_dict)
+            # as torch's does, so that a subclass can complete older groups there
+            self.__setstate__({"state": self.state, "param_groups": self.param_groups})
         except BaseException:
             self.state, self.param_groups = before
             raise
@@ -234,46 +246,42 @@ class ParamTransformingOptimizer(Optimizer):
         def transforming() -> _Loss:
             with torch.enable_grad():
                 loss = closure()
-            self._transform_gradients_()
+            self._apply_pre_step_transform_()
             return loss
 
         return transforming
 
     @torch.no_grad()
-    def _transform_gradients_(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                _check_dense(param, number, index, group)
+    def _apply_pre_step_transform_(self) -> None:
+        check_dense(self.param_groups)
+        name = type(self).__name__
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    self._transform_gradient_(param, group)
+                if param.grad is None:
+                    continue
+                if self._is_transformed_here(param):
+                    with as_batch(param, group, of=name) as batch:
+                        self._pre_step_transform_(batch, optim_group=group)
+                # read anew, as the transform may have changed them
+                scale, bias = map(float, _scale_and_bias(group).values())
+                if scale != 1.0:
+                    param.grad.mul_(scale)
+                if bias != 0.0:
+                    param.grad.add_(bias)
 
-    def _transform_gradient_(self, param: Tensor, group: ParamGroup) -> None:
-        if self._is_transformed_here(param):
-            with self._as_batch(param, group) as batch:
-                self._pre_step_transform_(batch, group)
+    @torch.no_grad()
+    def _apply_post_step_transform_(self) -> None:
+        transform = self._post_step_transform_
+        unchanged = ParamTransformingOptimizer._post_step_transform_
+        if getattr(transform, "__func__", None) is unchanged:
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                with as_batch(param, group, of=type(self).__name__) as batch:
+                    transform(batch, optim_group=group)
 
     def _is_transformed_here(self, param: Tensor) -> bool:
         return True
-
-    @contextmanager
-    def _as_batch(self, param: Tensor, group: ParamGroup) -> Iterator[Tensor]:
-        """Yield the parameter and its gradient as (N, d0, ...) for work in place."""
-        shape = batch_shape(param.shape, group["param_ndim"])
-        batch = _reshaped(param, shape)
-        gradient = None
-        if param.grad is not None:
-            gradient = batch.grad = _reshaped(param.grad, shape)
-        yield batch
-        if not _share_memory(batch.grad, gradient):
-            raise ValueError(
-                f"a transform of {type(self).__name__} replaced param.grad: "
-                "expected the gradient to be changed in place"
-            )
-        _write_back(batch, param)
-        if gradient is not None and param.grad is not None:
-            _write_back(gradient, param.grad)
 
     def _check_groups(self, groups: Iterable[Mapping[str, Any]], first: int = 0) -> None:
         for number, group in enumerate(groups, first):
@@ -282,6 +290,11 @@ class ParamTransformingOptimizer(Optimizer):
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"parameter group {number}: {error}") from error
+
+
+def _scale_and_bias(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both of a group's; 1 and 0 where it was saved before every group had them."""
+    return {"grad_scale": group.get("grad_scale", 1.0), "grad_bias": group.get("grad_bias", 0.0)}
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -296,29 +309,3 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
         for name, value in vars(optimizer).items()
         if name not in left and not name.startswith("_optimizer_")
     }
-
-
-def _check_dense(param: Tensor, number: int, index: int, group: ParamGroup) -> None:
-    if param.grad is not None and param.grad.layout is not torch.strided:
-        name = f" ({group['param_names'][index]})" if "param_names" in group else ""
-        raise TypeError(
-            f"parameter {index} of group {number}{name} has a gradient of layout "
-            f"{param.grad.layout}: expected a dense gradient"
-        )
-
-
-def _reshaped(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
-    """Return a view of this shape where the strides allow, else a contiguous copy."""
-    rows = tensor.detach().reshape(batch[0], math.prod(batch[1:]))
-    return rows.view(batch)
-
-
-def _share_memory(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _write_back(batch: Tensor, whole: Tensor) -> None:
-    if not _share_memory(batch, whole):
-        whole.copy_(batch.view(whole.shape))
