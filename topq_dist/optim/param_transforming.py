@@ -69,8 +69,8 @@ class ParamTransformingOptimizer(Optimizer):
     `add_param_group`, in `load_state_dict` (a bad state leaves the optimizer as it was) and at each
     step, an infinite scale or bias among them; pickle, copy.deepcopy, empty tensors and
     non-contiguous parameters and gradients work; a sparse gradient is an error that names the
-    parameter; transforms get a tensor that shares the parameter's memory, never the parameter
-    itself; `add_param_group`, `state_dict` and `load_state_dict` go through the inner optimizer's
+    parameter; transforms get a view of the parameter, or a copy that is written back, never the
+    parameter itself; `add_param_group`, `state_dict` and `load_state_dict` go through the inner optimizer's
     own; group dicts and `defaults` given are copied, never written to; keyword values beside an
     InnerOpt instance are an error.
     """
