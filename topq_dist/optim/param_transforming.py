@@ -70,9 +70,9 @@ class ParamTransformingOptimizer(Optimizer):
     step, an infinite scale or bias among them; pickle, copy.deepcopy, empty tensors and
     non-contiguous parameters and gradients work; a sparse gradient is an error that names the
     parameter; transforms get a view of the parameter, or a copy that is written back, never the
-    parameter itself; `add_param_group`, `state_dict` and `load_state_dict` go through the inner optimizer's
-    own; group dicts and `defaults` given are copied, never written to; keyword values beside an
-    InnerOpt instance are an error.
+    parameter itself; `add_param_group`, `state_dict` and `load_state_dict` go through the inner
+    optimizer's own; group dicts and `defaults` given are copied, never written to; keyword values
+    beside an InnerOpt instance are an error.
     """
 
     def __init__(
