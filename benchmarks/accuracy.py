@@ -10,7 +10,6 @@ Fashion-MNIST needs the Debian package dataset-fashion-mnist.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.console import say, text_table
+from harness.console import option_parser, say, text_table, write_report
 
 from topq_dist.compress.defaults import DEFAULT_Q
 
@@ -28,12 +27,11 @@ LEFT_OUT = {"losses", "sent_bytes", "received_bytes"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy and bytes, dense and top-Q.")
+    parser = option_parser(__doc__)
     parser.add_argument("--mode", choices=("ddp", "ps"), default="ddp")
     parser.add_argument("--data", nargs="+", default=["digits", "fashion-mnist"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--q", type=float, default=DEFAULT_Q)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
     rows = [
         row
@@ -41,9 +39,8 @@ def main() -> None:
         for seed in options.seeds
         for row in compared(options.mode, data, seed, options.q, options.out)
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = "accuracy.json" if options.mode == "ddp" else "accuracy_ps.json"
-    (options.out / name).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    name = "accuracy" if options.mode == "ddp" else "accuracy_ps"
+    write_report(options.out, name, {"rows": rows})
     print(table(rows))
 
 

@@ -10,8 +10,6 @@ Prints a table, writes runs/bytes_vs_world.json and runs/bytes_vs_world.png.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,14 +19,13 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from harness.baselines import HOOKS
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 from harness.ddp_worker import MIN_PAIRS, PARAMETERS
 from harness.worker_pool import WorkerError, start_workers
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 LOOPBACK = "lo"
 COLORS = {
     "dense": "#4d4d4d",
@@ -180,12 +177,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what was asked; return 0, or 1 where a hook failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--worlds", nargs="+", type=integer_from(2), default=[2, 4, 8, 16])
     parser.add_argument("--hooks", nargs="+", choices=HOOKS, default=list(COLORS))
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
     options = parser.parse_args(argv)
     rows = [row for world in options.worlds for row in measure_world(world, options.hooks)]
     report = {
@@ -195,8 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         "hooks": {hook: {"title": HOOKS[hook].title} for hook in options.hooks},
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bytes_vs_world.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.out, "bytes_vs_world", report)
     draw(rows, options.out / "bytes_vs_world.png")
     print(table(rows))
     return 1 if any(row.error for row in rows) else 0

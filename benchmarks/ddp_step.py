@@ -11,19 +11,17 @@ turn. Prints a table, writes runs/ddp_step.json and runs/ddp_step.png. Needs roo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 
 import torch
 from harness.baselines import DEFAULT_HOOKS, HOOKS
-from harness.console import integer_from, say
+from harness.console import integer_from, option_parser, say, write_report
 from harness.counters import busy_cores_before
 from harness.ddp_report import Row, draw, summarize, table
 from harness.ddp_worker import BATCH, PARAMETERS
@@ -36,8 +34,6 @@ from harness.netns import (
     missing_requirement,
 )
 from harness.worker_pool import WorkerError, WorkerPool, start_workers
-
-OUT = Path(__file__).resolve().parents[1] / "runs"
 
 
 def measure_link(link: str, count: int, options: argparse.Namespace) -> list[Row]:
@@ -79,9 +75,7 @@ def _measure_hook(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--links", nargs="+", choices=LINK_RATES, default=list(LINK_RATES))
     parser.add_argument("--hosts", nargs="+", type=integer_from(2), default=[2, 4], metavar="N")
     parser.add_argument(
@@ -95,7 +89,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="past this, no more than 3 pairs",
     )
     parser.add_argument("--burst", default=DEFAULT_BURST, help="tbf's burst, in tc's words")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
     return parser.parse_args(argv)
 
 
@@ -141,8 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ddp_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.out, "ddp_step", report)
     draw(rows, options.out / "ddp_step.png")
     print(table(rows))
     return 1 if any(row.error for row in rows) else 0

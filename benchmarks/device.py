@@ -11,21 +11,17 @@ it all the same.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 
 from topq_dist import Compressor
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 COPY, OURS, TOPK = "copy on the device", "compress()", "torch.topk"
 
 
@@ -102,9 +98,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument(
         "--numel", nargs="+", type=integer_from(1000), default=[25_000_000, 100_000_000]
@@ -112,7 +106,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--q", nargs="+", type=float, default=[0.99, 0.999])
     parser.add_argument("--warm-up", type=integer_from(1), default=30, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=15, help="steps measured")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON")
     options = parser.parse_args(argv)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("device.py: no CUDA device here: expected one, or --device cpu\n")
@@ -130,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {"warm_up": options.warm_up, "steps": options.steps},
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "device.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "device", report)
     print(table(rows))
 
 

@@ -12,17 +12,15 @@ runs/device_ddp.json. Without a GPU it says so and exits with 2; with `--device 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn import functional
@@ -30,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import register_topq_hook
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 VOCABULARY, HEAD_WIDTH = 50_304, 64
 
 
@@ -118,9 +115,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--layers", type=integer_from(1), default=12)
     parser.add_argument("--width", type=integer_from(64), default=768)
@@ -128,7 +123,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=integer_from(1), default=8)
     parser.add_argument("--warm-up", type=integer_from(1), default=6, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=10, help="steps measured")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON")
     options = parser.parse_args(argv)
     on_gpu = options.device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -152,8 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {k: str(v) for k, v in vars(options).items() if k != "out"},
         "rows": {n: {"times_s": t, "peak_bytes": p} for n, (t, p) in rows.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "device_ddp.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "device_ddp", report)
     median_ms = {name: 1e3 * statistics.median(times_s) for name, (times_s, _) in rows.items()}
     cells = {
         name: [

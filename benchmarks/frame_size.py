@@ -9,8 +9,6 @@ Prints a table, writes runs/frame_size.json and runs/frame_size.png.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from harness.console import integer_from, text_table
+from harness.console import integer_from, option_parser, text_table, write_report
 
 from topq_dist.compress.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
 from topq_dist.compress.values import VALUE_FORMATS, payload_bytes
@@ -27,7 +25,6 @@ from topq_dist.compress.values import VALUE_FORMATS, payload_bytes
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 NOMINAL_BITS = {"fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
@@ -150,15 +147,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--numel", type=integer_from(1000), default=25_560_000)
     parser.add_argument(
         "--densities", nargs="+", type=float, default=[0.2, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
     options = parser.parse_args(argv)
     rows = [
         measure(options.numel, density, value_format, options.seed)
@@ -170,8 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {"numel": options.numel, "seed": options.seed},
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "frame_size.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "frame_size", report)
     draw(rows, options.out / "frame_size.png")
     print(table(rows))
 

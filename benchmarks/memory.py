@@ -12,7 +12,6 @@ Prints a table and writes runs/memory.json. Needs Linux.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from harness.console import say, text_table
+from harness.console import option_parser, say, text_table, write_report
 from harness.ddp_worker import PARAMETERS, Training
 from torch.multiprocessing.spawn import spawn
 
 import topq_dist
 
-ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 STEPS = 8
 MODES = ("dense", "loaded", "allgather", "split")
@@ -36,9 +34,8 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory beyond a dense step.")
+    parser = option_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
     peaks: dict[str, list[Peak]] = {mode: [] for mode in MODES}
     for _ in range(options.repeats):
@@ -57,8 +54,7 @@ def main() -> None:
         for mode, peak in medians.items()
     ]
     found = {"gradient_bytes": GRADIENT_BYTES, "bucket_bytes": BUCKET_BYTES, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_report(options.out, "memory", found)
     lines = {
         row["mode"]: [
             f"{row['peak_bytes'] / 1e6:.0f} MB",

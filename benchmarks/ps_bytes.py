@@ -10,7 +10,6 @@ and writes runs/ps_bytes.json. Needs root and iproute2.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.console import say, text_table
+from harness.console import option_parser, say, text_table, write_report
 from harness.netns import INTERFACE, Hosts, HostsError, hosts, missing_requirement
 from harness.ps_server import ADDRESS, WORKERS, server_on_first_host
+from harness.worker_pool import killed_at_the_end
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 500.0
@@ -88,22 +88,20 @@ def _trained(
     before = [_interface_bytes(made, host) for host in range(len(made))]
     with tempfile.TemporaryDirectory(prefix="topq-bench-") as folder:
         result = Path(folder) / "result.json"
-        processes = []
-        try:
+        with killed_at_the_end() as processes:
             for host, (environment, (script, *arguments)) in enumerate(commands):
                 argv = [sys.executable, str(ROOT / "launch" / script), *arguments]
                 argv += ["--result", str(result if host == 0 else Path(folder) / f"{host}.json")]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
                 processes.append(
                     subprocess.Popen(
-                        made.command(host, argv), env=environment, stdout=subprocess.DEVNULL
+                        made.command(host, argv),
+                        env=environment,
+                        stdout=subprocess.DEVNULL,
+                        text=True,
                     )
                 )
             statuses = [process.wait(LIMIT_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
         if any(statuses):
             raise HostsError(f"the training ended with {statuses}")
         found = json.loads(result.read_text())
@@ -158,11 +156,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--data", nargs="+", default=["digits", "fashion-mnist"])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="folder for the JSON")
     options = parser.parse_args(argv)
     reason = missing_requirement()
     if reason is not None:
@@ -173,9 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     except HostsError as error:
         say(f"ps_bytes: {error}")
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
     report = {"benchmark": "ps_bytes", "rows": [asdict(row) for row in rows]}
-    (options.out / "ps_bytes.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "ps_bytes", report)
     print(table(rows))
     return 0
 

@@ -14,7 +14,6 @@ that were not run stay. Needs Linux.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -24,11 +23,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import grpc
 import torch
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 from harness.counters import cpu_seconds, resident_bytes
 from harness.load_baselines import HOST, bare_grpc_round_s, raw_tcp_round_s, run_threads
 from harness.ps_server import parameter_server
@@ -43,7 +41,6 @@ from topq_dist.ps.security import ClientSecurity
 from topq_dist.ps.wire.codec import spec_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 CALL_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
 WARM_ROUNDS = 3
@@ -240,13 +237,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--workers", type=integer_from(2), default=32)
     parser.add_argument("--rounds", type=integer_from(10), help="of each load, instead of its own")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = [measure(name, options.workers, options.rounds) for name in options.loads]
@@ -260,8 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             [*map(asdict, rows), *others], key=lambda row: list(LOADS).index(row["load"])
         ),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    found.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "ps_load", report)
     print(table(rows))
 
 

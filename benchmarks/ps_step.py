@@ -12,7 +12,6 @@ turn. Prints a table, writes runs/ps_step.json and runs/ps_step.png. Needs root 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 from harness.ddp_report import Row, summarize
 from harness.ddp_worker import LEARNING_RATE
 from harness.netns import (
@@ -40,7 +39,6 @@ from harness.worker_pool import DDP_WORKER, WorkerError, start_workers
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 PS_WORKER = "harness.ps_worker"
 NO_SNAPSHOTS = ("--snapshot-every", "1000000")
 
@@ -155,16 +153,13 @@ def draw(rows: Sequence[tuple[Row, float | None]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--links", nargs="+", choices=LINK_RATES, default=["loopback", "1gbit", "100mbit"]
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", type=integer_from(3), default=15, help="pairs of steps at most")
     parser.add_argument("--budget-s", type=integer_from(0), default=8)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
     options = parser.parse_args(argv)
     reason = missing_requirement()
     if reason is not None:
@@ -181,8 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         "ways": {name: WAYS[name].title for name in options.ways},
         "rows": [{**asdict(row), "received_bytes": received} for row, received in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ps_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.out, "ps_step", report)
     draw(rows, options.out / "ps_step.png")
     print(table(rows))
     return 0

@@ -11,8 +11,6 @@ Prints a table of medians, writes runs/selection.json and runs/selection.png.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from harness.console import integer_from, say, text_table
+from harness.console import integer_from, option_parser, say, text_table, write_report
 from torch import Tensor
 
 from topq_dist.compress.compressor import Compressor
@@ -34,7 +32,6 @@ from topq_dist.compress.settling import settle
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-OUT = Path(__file__).resolve().parents[1] / "runs"
 OURS, MEMCPY, TOPK = "compress()", "memcpy", "torch.topk"
 # DGC's sample of the gradient, and how far over k it lets the count be before it selects again
 DGC_SAMPLE, DGC_SLACK = 0.01, 1.3
@@ -198,15 +195,12 @@ def draw(rows: Sequence[Row], numel: int, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--numel", type=integer_from(1000), default=6_553_600)
     parser.add_argument("--q", nargs="+", type=float, default=[0.99, 0.999])
     parser.add_argument("--threads", nargs="+", type=integer_from(1), default=[1])
     parser.add_argument("--warm-up", type=integer_from(1), default=60, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=15, help="steps measured")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON and the PNG")
     options = parser.parse_args(argv)
     rows = [
         row
@@ -220,8 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {"numel": options.numel, "warm_up": options.warm_up, "steps": options.steps},
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "selection.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.out, "selection", report)
     draw(rows, options.numel, options.out / "selection.png")
     print(table(rows))
 

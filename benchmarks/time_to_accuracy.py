@@ -35,7 +35,7 @@ from types import FrameType
 from typing import IO, Any
 
 import torch
-from harness.console import integer_from, say
+from harness.console import integer_from, option_parser, say, write_report
 from harness.counters import busy_cores_before
 from harness.netns import (
     DEFAULT_BURST,
@@ -44,7 +44,6 @@ from harness.netns import (
     HostsError,
     hosts,
     missing_requirement,
-    uninterrupted,
 )
 from harness.time_to_accuracy_report import (
     ESTIMATED_NOTE,
@@ -69,7 +68,7 @@ from harness.time_to_accuracy_worker import (
     Outcome,
     Recipe,
 )
-from harness.worker_pool import ERROR_TAIL_LINES, WorkerError, worker_environment
+from harness.worker_pool import ERROR_TAIL_LINES, WorkerError, killed_at_the_end, worker_environment
 
 # the worker's import has put benchmarks/experiments on the path
 import datasets  # isort: skip
@@ -134,8 +133,7 @@ def run_ranks(place: Place, job: Job) -> list[Outcome]:
             replace(job, rank=rank, folder=folder, interface=counted) for rank in range(WORLD_SIZE)
         ]
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in jobs]
-        workers: list[subprocess.Popen[bytes]] = []
-        try:
+        with killed_at_the_end() as workers:
             for one, output in zip(jobs, errors, strict=True):
                 argv = [sys.executable, "-m", WORKER, json.dumps(asdict(one))]
                 workers.append(
@@ -144,20 +142,16 @@ def run_ranks(place: Place, job: Job) -> list[Outcome]:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
+                        text=True,
                         env=environment,
                         process_group=0,  # Ctrl-C is for the one who cleans up
                     )
                 )
             _wait(workers, errors)
-        finally:
-            with uninterrupted():
-                for worker in workers:
-                    worker.kill()
-                    worker.wait()
         return [Outcome(**json.loads(one.answer_path().read_text())) for one in jobs]
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[str]]) -> None:
+def _wait(workers: Sequence[subprocess.Popen[str]], errors: Sequence[IO[str]]) -> None:
     deadline = time.monotonic() + RUN_LIMIT_S
     while (ended := [worker.poll() for worker in workers]) != [0] * len(workers):
         for rank, status in enumerate(ended):
@@ -231,9 +225,7 @@ class Benchmark:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--links", nargs="+", choices=LINK_RATES, help="default: both slow ones")
     parser.add_argument(
         "--methods", nargs="+", choices=TITLES, default=[*BASELINES, TOPQ], help="dense is the base"
@@ -241,7 +233,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one takes minutes")
     parser.add_argument("--steps", type=integer_from(1), help=f"default: {FULL.steps}")
     parser.add_argument("--lr", type=float, help=f"default: {FULL.lr}, dense's best")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="folder for the results")
     parser.add_argument("--docs", action="store_true", help="put the picture into docs/")
     parser.add_argument(
         "--quick", action="store_true", help="a small model, few steps, loopback speed, no root"
@@ -291,8 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         "target": target,
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "time_to_accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.out, "time_to_accuracy", report)
     size = f"an MLP of {(benchmark.parameters or 0) / 1e6:.1f} M parameters"
     title = f"{options.recipe.data} between {WORLD_SIZE} hosts, {size}"
     folder = ROOT / "docs" if options.docs else options.out

@@ -123,28 +123,35 @@ def start_workers(
     `module` reads Jobs and answers Measurements as ddp_worker does.
     """
     environment = worker_environment(interface) | dict(extra_environment or {})
-    workers: list[subprocess.Popen[str]] = []
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(size)]
-        try:
-            for rank in range(size):
-                worker = subprocess.Popen(
-                    command(rank, [sys.executable, "-m", module]),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors[rank],
-                    text=True,
-                    env=environment,
-                    process_group=0,  # Ctrl-C is for the one who cleans up
-                )
-                workers.append(worker)
-            yield WorkerPool(workers, errors, interface)
-        finally:
-            with uninterrupted():
-                for worker in workers:
-                    worker.kill()
-                for worker in workers:
-                    worker.wait()
-                    for pipe in (worker.stdin, worker.stdout):
-                        if pipe is not None:
-                            pipe.close()
+        workers = stack.enter_context(killed_at_the_end())
+        for rank in range(size):
+            worker = subprocess.Popen(
+                command(rank, [sys.executable, "-m", module]),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors[rank],
+                text=True,
+                env=environment,
+                process_group=0,  # Ctrl-C is for the one who cleans up
+            )
+            workers.append(worker)
+        yield WorkerPool(workers, errors, interface)
+
+
+@contextmanager
+def killed_at_the_end() -> Iterator[list[subprocess.Popen[str]]]:
+    """Give a list for the block's processes, none of which outlives it."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        yield processes
+    finally:
+        with uninterrupted():
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    if pipe is not None:
+                        pipe.close()
