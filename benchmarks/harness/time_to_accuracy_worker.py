@@ -189,7 +189,12 @@ def share(data: Images, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(job: Job) -> Outcome:
-    """Train in a process group of its own; every rank must be given the same job but its rank."""
+    """Train in a process group of its own; every rank must be given the same job but its rank.
+
+    Raises KeyError for a method that is none.
+    """
+    # not in the group, where the others would take this rank for a lost one
+    HOOKS[job.method]
     dist.init_process_group(
         "gloo",
         init_method=f"file://{job.folder}/store",

@@ -40,16 +40,17 @@ def one_line_errors(program: str) -> Iterator[None]:
         if "gloo" not in str(error):
             raise
         sys.stderr.write(f"{program}: rank {os.environ['RANK']} lost a peer\n")
-        sys.exit(1)
+        leave(1)
 
 
-def leave() -> NoReturn:
-    """End this process, whose work is done, without Python's own shutdown.
+def leave(exit_code: int = 0) -> NoReturn:
+    """End this process, whose work is done or lost, without Python's own shutdown.
 
     With torch 2.13 the threads of a gloo group outlive destroy_process_group once a
     DistributedDataParallel model has used the group; about one shutdown in a hundred then aborts
-    in such a thread, and torchrun takes the finished run for a failed one.
+    in such a thread, and torchrun takes the finished run for a failed one, or a rank that lost a
+    peer for the one that failed first.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_code)
