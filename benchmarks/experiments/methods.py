@@ -39,6 +39,8 @@ METHODS = {
             bound=None,
         ),
         Method(name="top-Q, no bound", bound=None),
+        Method(name="top-Q, rate as it is", adapt_rate=False),
+        Method(name="top-Q, q=0.99, rate as it is", q=0.99, adapt_rate=False),
         Method(name="top-Q, optimizer's momentum", momentum="optimizer"),
         Method(name="top-Q, corrected", momentum="corrected"),
         *(
@@ -55,6 +57,7 @@ _ONE, _RARE = "top-Q, q=0.99", "top-Q, q=0.9985"
 _PEERS = ["dense, no momentum", "fp16 hook", "PowerSGD 1", "PowerSGD 4"]
 _OURS = ["top-Q, optimizer's momentum", "top-Q, corrected", "top-Q, no bound"]
 _FORMATS = [f"top-Q, q=0.99, {name}" for name in FORMATS if name != "int2"]
+_AS_IT_IS = ["top-Q, rate as it is", "top-Q, q=0.99, rate as it is"]
 _OLD = ["top-Q, q=0.99, fp16, optimizer's momentum"]
 
 
@@ -92,8 +95,8 @@ _STUDY = [_studied(q, beta) for q in STUDIED_Q for beta in STUDIED_BETA]
 PLAN: list[dict[str, Any]] = [
     _rows("cifar10-sgd", 1500, [*_MAIN, _RARE]),
     _rows("gpt-moby", 1000, [*_MAIN, _ONE]),
-    _rows("tied-cycles", 200, [*_MAIN, _ONE, "top-Q, adam", "top-Q, q=0.99, adam"]),
-    _rows("tied-onecycle", 200, [*_MAIN, _ONE, "top-Q, adam"]),
+    _rows("tied-cycles", 200, [*_MAIN, _ONE, *_AS_IT_IS, "top-Q, adam", "top-Q, q=0.99, adam"]),
+    _rows("tied-onecycle", 200, [*_MAIN, _ONE, *_AS_IT_IS, "top-Q, adam"]),
     _rows("gpt-moby", 1000, _MAIN, workers=2),
     _rows("gpt-shakespeare", 1000, [*_MAIN, _ONE]),
     _rows("cifar10-adamw", 1500, [*_MAIN, _RARE]),
