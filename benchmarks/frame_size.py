@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from harness.console import integer_from, option_parser, text_table, write_report
 
-from topq_dist.compress.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
-from topq_dist.compress.values import VALUE_FORMATS, payload_bytes
+from topq_dist.compress.codec.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
+from topq_dist.compress.codec.values import VALUE_FORMATS, payload_bytes
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

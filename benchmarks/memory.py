@@ -112,10 +112,10 @@ def rank_main(rank: int, mode: Any, folder: str) -> None:
 def load_loops() -> None:
     """Take a small gradient through what the hook takes a bucket through, cold and warm."""
     # not above: a dense step would take the room of what they load
-    from topq_dist.compress.averaging import decode_parts
+    from topq_dist.compress.aggregate import decode_parts
     from topq_dist.compress.compressor import FlatCompressor
-    from topq_dist.compress.density import uniform_cuts
-    from topq_dist.compress.feedback import Layout
+    from topq_dist.compress.layout import Layout
+    from topq_dist.compress.sparsify.segments import uniform_cuts
 
     compressor = FlatCompressor(value_format="fp16", error_feedback=True)
     numels = (10_000, 100)

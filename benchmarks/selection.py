@@ -24,10 +24,10 @@ import torch
 from harness.console import integer_from, option_parser, say, text_table, write_report
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import decode_frame, encode_frame
 from topq_dist.compress.compressor import Compressor
-from topq_dist.compress.frame import decode_frame, encode_frame
-from topq_dist.compress.selection import Selector
-from topq_dist.compress.settling import settle
+from topq_dist.compress.residual import settle
+from topq_dist.compress.sparsify.topk import Selector
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from topq_dist.compress import rice
-from topq_dist.compress.frame import (
+from topq_dist.compress.codec import rice
+from topq_dist.compress.codec.frame import (
     HEADER_BYTES,
     Frame,
     FrameError,
@@ -32,9 +32,9 @@ from topq_dist.compress.frame import (
     encode_non_finite_frame,
     peek_header,
 )
-from topq_dist.compress.index_coding import IndexCoding, Indices
-from topq_dist.compress.segment_list import decode_ks, encode_ks
-from topq_dist.compress.values import LOW_BITS, VALUE_FORMATS
+from topq_dist.compress.codec.indices import IndexCoding, Indices
+from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
+from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS
 
 # numel, k: every index coding, and the small and odd sizes where edges lie
 SHAPES = [(0, 0), (1, 0), (1, 1), (9, 9), (9, 4), (64, 3), (200, 90), (1000, 10), (5000, 300)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from topq_dist.topq import kept_count, row_shape
+from topq_dist.sparsity import kept_count, row_shape
 
 Choose = Callable[[str, Tensor], tuple[int, int, int]]
 

@@ -11,7 +11,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from topq_dist.compress.frame import encode_frame
+from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import apply_update

@@ -17,8 +17,18 @@ PACKAGE = Path(topq_dist.__file__).parent
 # an import that turns an arrow round: the room that must not have it, and what it would import
 TURNED = [
     ("compress", "topq_dist.ddp"),
+    ("compress", "topq_dist.exchange"),
+    ("compress", "topq_dist.optim"),
+    ("compress/kernels", "topq_dist.compress.codec"),
+    ("compress/sparsify", "topq_dist.compress.codec"),
+    ("compress/codec", "topq_dist.compress.partition"),
+    ("compress/codec", "topq_dist.compress.residual"),
+    ("exchange", "topq_dist.ddp"),
+    ("exchange", "topq_dist.optim"),
+    ("optim", "topq_dist.compress"),
     ("compress", "topq_dist.ps"),
     ("ddp", "topq_dist.ps"),
+    ("ps/client", "topq_dist.exchange"),
     ("ps/client", "topq_dist.ps.server"),
     ("ps/server", "topq_dist.ps.client"),
     ("ps/state", "topq_dist.ps.server"),
@@ -84,7 +94,7 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    transports = {"__init__.py", "ddp"}
+    transports = {"__init__.py", "ddp", "exchange"}
     sources = [
         source
         for source in PACKAGE.rglob("*.py")
@@ -95,8 +105,15 @@ def test_the_engine_knows_no_process_group() -> None:
         assert not {name for name in imports_of(source) if name.startswith("torch.distributed")}
 
 
+def test_an_exchange_knows_no_wrapper_of_models() -> None:
+    sources = list((PACKAGE / "exchange").glob("*.py"))
+    assert PACKAGE / "exchange" / "allgather.py" in sources
+    for source in sources:
+        assert not {name for name in imports_of(source) if name.startswith("torch.nn")}
+
+
 def test_what_top_q_means_imports_nothing_of_ours() -> None:
-    for source in ("topq.py", "top_k.py"):
+    for source in ("sparsity.py", "partition_topk.py"):
         assert not {name for name in imports_of(PACKAGE / source) if name.startswith("topq_dist")}
 
 

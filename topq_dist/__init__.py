@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from topq_dist._version import __version__
 
 if TYPE_CHECKING:
+    from topq_dist.compress.codec.frame import FrameError
     from topq_dist.compress.compressor import Compressor
-    from topq_dist.compress.frame import FrameError
     from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
-    from topq_dist.ddp.messages import ExchangeError
+    from topq_dist.exchange.agreement import ExchangeError
     from topq_dist.optim import (
         ChainedParamTransformingOptimizer,
         GradientTransformerOptimizer,
@@ -40,8 +40,8 @@ __all__ = [
 _HOMES = {
     "ChainedParamTransformingOptimizer": "optim",
     "Compressor": "compress.compressor",
-    "ExchangeError": "ddp.messages",
-    "FrameError": "compress.frame",
+    "ExchangeError": "exchange.agreement",
+    "FrameError": "compress.codec.frame",
     "GradientTransformerOptimizer": "optim",
     "ParamTransformingOptimizer": "optim",
     "Stats": "telemetry",

@@ -18,12 +18,12 @@ from tasks import Batches, Task, evaluate, loss_of
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from topq_dist.compress.averaging import average
+from topq_dist.compress.aggregate import average
 from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_Q, DEFAULT_VALUE_FORMAT
-from topq_dist.compress.density import uniform_cuts
-from topq_dist.compress.feedback import Layout
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import uniform_cuts
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.momentum_choice import make_momentum
 

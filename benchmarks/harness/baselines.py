@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import topq_dist
 
 if TYPE_CHECKING:
-    from topq_dist.ddp.choices import ExchangeName
+    from topq_dist.exchange.registry import ExchangeName
 
 DENSITY = 0.01
 # the first step makes the buckets, PowerSGD refuses to start before its second

@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQState, register_topq_hook
-from topq_dist.compress.feedback import Layout
+from topq_dist.compress.layout import Layout
 from topq_dist.ddp.momentum import MomentumName
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from topq_dist.compress.coherence import (
     measure_coherence,
     total,
 )
-from topq_dist.compress.feedback import Layout
+from topq_dist.compress.layout import Layout
 
 NUMEL, WAIT = 2_000, 20
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topq_dist import Compressor, FrameError
-from topq_dist.compress.averaging import average, decode_parts
+from topq_dist.compress.aggregate import average, decode_parts
 from topq_dist.compress.compressor import FlatCompressor
-from topq_dist.compress.cuts import Cut
-from topq_dist.compress.feedback import Layout
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import Cut
 
 FORMATS = ["fp32", "fp16", "bf16", "int8", "int4", "int2"]
 

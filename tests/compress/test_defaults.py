@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from topq_dist.compress.bounding import check_bound
 from topq_dist.compress.defaults import DEFAULT_BOUND, usual_bound
+from topq_dist.compress.sparsify.bounding import check_bound
 
 
 def test_only_the_default_bound_goes_with_the_error_feedback() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import register_topq_hook
-from topq_dist.ddp.messages import ExchangeError
+from topq_dist.exchange.agreement import ExchangeError
 
 pytestmark = pytest.mark.gloo
 

@@ -17,8 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
-from topq_dist.ddp.choices import ExchangeName
 from topq_dist.ddp.momentum import MomentumName
+from topq_dist.exchange.registry import ExchangeName
 
 pytestmark = pytest.mark.gloo
 EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQState, register_topq_hook
-from topq_dist.ddp.choices import ExchangeName
+from topq_dist.exchange.registry import ExchangeName
 
 pytestmark = pytest.mark.gloo
 STEPS = 6

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-import topq_dist.ddp.auto
+import topq_dist.exchange.auto
 from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook
-from topq_dist.compress.compressor import at_least_one
 from topq_dist.ddp.momentum import MomentumName
+from topq_dist.sparsity import at_least_one
 
 pytestmark = pytest.mark.gloo
 Q = 0.9
@@ -192,7 +192,7 @@ def handed_over(rank: int) -> bool:
 
 
 def auto_chooses_dense(rank: int) -> bool:
-    topq_dist.ddp.auto._cheapest = lambda costs: "dense"
+    topq_dist.exchange.auto._cheapest = lambda costs: "dense"
     for method in METHODS[:3]:
         make = adamw if method == "adam" else sgd
         model, optimizer, state = hooked(make, exchange="auto", momentum=method)

@@ -20,9 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
-from topq_dist.compress.compressor import at_least_one
-from topq_dist.ddp.checks import trainable_names
-from topq_dist.topq import kept_count, row_shape
+from topq_dist.ddp.validation import trainable_names
+from topq_dist.sparsity import at_least_one, kept_count, row_shape
 
 pytestmark = pytest.mark.gloo
 Q = 0.9

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from topq_dist.optim import GradientTransformerOptimizer, ParamTransformingOptimizer
-from topq_dist.topq import check_number
+from topq_dist.validation import check_number
 
 
 class SignedGradient(GradientTransformerOptimizer):

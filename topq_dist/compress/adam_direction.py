@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import sum_dtype
-from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.residual import Residuals
+from topq_dist.dtypes import sum_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

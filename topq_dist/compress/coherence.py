@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topq_dist.compress.feedback import Layout
+from topq_dist.compress.layout import Layout
 
 # of a longer tensor one block in so many says as much
 _WHOLE_NUMEL = 1 << 14

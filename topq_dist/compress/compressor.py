@@ -12,14 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.averaging import average, sparse_mean, terms_of, write_sum
-from topq_dist.compress.blocks import sum_dtype
-from topq_dist.compress.bounding import bounded, check_bound
-from topq_dist.compress.by_layout import ByLayout
-from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.cuts import Cut, CutSelector, count_between
-from topq_dist.compress.feedback import Layout, Residuals
-from topq_dist.compress.frame import (
+from topq_dist.compress.aggregate import average, sparse_mean, terms_of, write_sum
+from topq_dist.compress.codec.frame import (
     Buffer,
     EncodedFrame,
     Frame,
@@ -28,12 +22,17 @@ from topq_dist.compress.frame import (
     encode_non_finite_frame,
     peek_header,
 )
-from topq_dist.compress.parts import Parts
-from topq_dist.compress.pieces import Pieces
-from topq_dist.compress.selection import Selector
-from topq_dist.compress.settling import Terms, add_terms, settle
-from topq_dist.compress.values import WHOLE, check_value_format
-from topq_dist.topq import check_fraction, kept_count
+from topq_dist.compress.codec.values import WHOLE, check_value_format
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
+from topq_dist.compress.layout import ByLayout, Layout, Pieces
+from topq_dist.compress.partition import Parts
+from topq_dist.compress.residual import Residuals, Terms, add_terms, settle
+from topq_dist.compress.sparsify.bounding import bounded, check_bound
+from topq_dist.compress.sparsify.segments import Cut, CutSelector, count_between
+from topq_dist.compress.sparsify.topk import Selector
+from topq_dist.dtypes import sum_dtype
+from topq_dist.sparsity import at_least_one
+from topq_dist.validation import check_fraction
 
 _OWN_FORMAT = {dtype: name for name, dtype in WHOLE.items()}
 
@@ -79,11 +78,6 @@ class Reduced(NamedTuple):
 
     frame: Tensor
     commit: Callable[[], None]
-
-
-def at_least_one(q: float, numel: int) -> int:
-    """Return top-Q's k, but 1 where it is 0 and neither q is 1 nor the vector empty."""
-    return max(kept_count(q, numel), int(q < 1.0 and numel > 0))
 
 
 class FlatCompressor:

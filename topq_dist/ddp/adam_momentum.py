@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.adam_direction import AdamDirections, AdamOptions, averaged_moments
 from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.cuts import Cut
-from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.residual import Residuals
+from topq_dist.compress.sparsify.segments import Cut
 from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
 from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
 from topq_dist.optim.direction_step import DirectionSwitch, check_adam

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from topq_dist.compress.codec.frame import decode_frame
 from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.cuts import Cut
-from topq_dist.compress.feedback import Layout, Residuals
-from topq_dist.compress.frame import decode_frame
-from topq_dist.compress.parts import Parts
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.partition import Parts
+from topq_dist.compress.residual import Residuals
+from topq_dist.compress.sparsify.segments import Cut
 from topq_dist.compress.velocity import Decay, Velocity
 from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
 from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
-from topq_dist.ddp.saved import merged
+from topq_dist.ddp.state_dict import merged
 from topq_dist.optim.momentum import MomentumSwitch, stepping
 from topq_dist.optim.step_switch import StepSwitch
 

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.coherence import Coherence, CoherenceMean, measure_coherence
 from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.cuts import Cut
-from topq_dist.compress.feedback import Layout, Residuals
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.residual import Residuals
+from topq_dist.compress.sparsify.segments import Cut
 from topq_dist.ddp.momentum import MomentumName, SwitchedMomentum
 from topq_dist.optim.momentum import MomentumSwitch, divides_by_mean_square
 

@@ -14,28 +14,27 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_VALUE_FORMAT, usual_bound
-from topq_dist.compress.density import Scope
-from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.checks import (
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import Scope
+from topq_dist.ddp.momentum import MomentumName
+from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
+from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
+from topq_dist.ddp.sparsity_policy import FixedDensity, make_density
+from topq_dist.ddp.state_dict import STATE_VERSION, deal_states, merged
+from topq_dist.ddp.validation import (
     check_grad_scaler,
     check_parameters,
-    check_positive,
     check_takes_hook,
     check_unused,
     exchanged_names,
     trainable_names,
 )
-from topq_dist.ddp.choices import ExchangeName, check_exchange, make_exchange
-from topq_dist.ddp.density import FixedDensity, make_density
-from topq_dist.ddp.exchange import Link
-from topq_dist.ddp.messages import agree, tell_of_failure
-from topq_dist.ddp.momentum import MomentumName
-from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
-from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
-from topq_dist.ddp.saved import STATE_VERSION, deal_states, merged
+from topq_dist.exchange.agreement import agree, tell_of_failure
+from topq_dist.exchange.base import Link
+from topq_dist.exchange.registry import ExchangeName, check_exchange, make_exchange
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
-from topq_dist.topq import check_fraction
+from topq_dist.validation import check_fraction, check_positive
 
 
 class TopQState:

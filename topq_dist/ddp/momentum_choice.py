@@ -10,7 +10,7 @@ from typing import get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topq_dist.compress.feedback import Residuals
+from topq_dist.compress.residual import Residuals
 from topq_dist.ddp.adam_momentum import AdamMomentum
 from topq_dist.ddp.corrected_momentum import CorrectedMomentum
 from topq_dist.ddp.feedback_momentum import FeedbackMomentum

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import Compressed
-from topq_dist.compress.feedback import Residuals, check_residual
-from topq_dist.compress.settling import Terms
+from topq_dist.compress.residual import Residuals, Terms, check_residual
 from topq_dist.ddp.momentum import SwitchedMomentum, Unit
 from topq_dist.optim.groups import ParamGroup
 

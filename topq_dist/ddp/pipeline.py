@@ -18,20 +18,13 @@ from torch.futures import Future
 
 from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.cuts import Cut
-from topq_dist.compress.feedback import Layout
-from topq_dist.ddp.density import Density
-from topq_dist.ddp.exchange import Exchange, Job, Link, Pending
-from topq_dist.ddp.messages import (
-    NO_FRAME,
-    ExchangeError,
-    FrameGather,
-    GatherLane,
-    SettingsDifferError,
-    agree,
-    digest,
-)
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import Cut
 from topq_dist.ddp.momentum import Momentum
+from topq_dist.ddp.sparsity_policy import Density
+from topq_dist.exchange.agreement import ExchangeError, SettingsDifferError, agree, digest
+from topq_dist.exchange.base import Exchange, Job, Link, Pending
+from topq_dist.exchange.collectives import NO_FRAME, FrameGather, GatherLane
 
 
 class Bucket(NamedTuple):

@@ -12,8 +12,9 @@ from torch.optim.optimizer import required
 
 from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
-from topq_dist.top_k import keep_top_
-from topq_dist.topq import check_fraction, draw_q, kept_count
+from topq_dist.partition_topk import keep_top_
+from topq_dist.sparsity import draw_q, kept_count
+from topq_dist.validation import check_fraction
 
 _REQUIRED: Any = required  # shown as <required parameter> in the signature
 

@@ -20,7 +20,8 @@ from topq_dist.optim.groups import (
     with_defaults,
 )
 from topq_dist.optim.reshaping import as_batch, check_dense
-from topq_dist.topq import batch_shape, check_number, check_param_ndim
+from topq_dist.sparsity import batch_shape, check_param_ndim
+from topq_dist.validation import check_number
 
 InnerOptimizer: TypeAlias = type[Optimizer] | functools.partial[Optimizer] | Optimizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.optim.groups import ParamGroup
-from topq_dist.topq import batch_shape
+from topq_dist.sparsity import batch_shape
 
 
 @contextmanager

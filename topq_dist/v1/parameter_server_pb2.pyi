@@ -15,7 +15,7 @@ The life of a worker:
 
 Vectors. The tensors of a model are laid one behind the other, in the order of Join, into one
 flat vector for each dtype that occurs, in the order in which the dtypes first occur. A step
-carries one frame of each of these vectors (topq_dist/compress/frame.py says what is in its
+carries one frame of each of these vectors (topq_dist/compress/codec/frame.py says what is in its
 bytes). Numbers in raw vectors are little-endian.
 
 Exactly once. A push is known by (run, worker, epoch, sequence) and the SHA-256 of what it

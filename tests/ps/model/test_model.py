@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topq_dist.compress.frame import encode_frame
+from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError

@@ -15,8 +15,8 @@ from ps.strangers import CALL_S, TOKENS, Place, Worker, gradients, guarded, mode
 from ps_raw import Kept
 from torch import Tensor
 
-from topq_dist.compress.frame import encode_frame, encode_non_finite_frame
-from topq_dist.compress.frame_header import read_header, write_header
+from topq_dist.compress.codec.frame import encode_frame, encode_non_finite_frame
+from topq_dist.compress.codec.header import read_header, write_header
 from topq_dist.ps.client.probe import NoAnswerError, ask_status
 from topq_dist.ps.protocol.errors import REASON_KEY
 from topq_dist.ps.protocol.types import push_digest

@@ -23,7 +23,7 @@ from ps_raw import RawWorker
 from server_process import ServerProcess
 from torch import Tensor
 
-from topq_dist.compress.frame import encode_non_finite_frame
+from topq_dist.compress.codec.frame import encode_non_finite_frame
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.protocol.types import START, push_digest
 from topq_dist.ps.wire import steps

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import BLOCK_NUMEL
-from topq_dist.compress.frame import Frame, decode_frame, encode_frame
+from topq_dist.compress.codec.frame import Frame, decode_frame, encode_frame
+from topq_dist.compress.kernels.scratch import BLOCK_NUMEL
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.training.aggregate import GradientSum
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from topq_dist.compress.averaging import write_sum
+from topq_dist.compress.aggregate import write_sum
+from topq_dist.compress.codec.frame import Frame, decode_frame
 from topq_dist.compress.compressor import FlatCompressor
-from topq_dist.compress.density import uniform_cuts
-from topq_dist.compress.frame import Frame, decode_frame
+from topq_dist.compress.sparsify.segments import uniform_cuts
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.model.update import apply_update

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from topq_dist.compress import kernels
-from topq_dist.compress.frame import Frame, FrameError, encode_non_finite_frame, peek_header
+from topq_dist.compress.codec.frame import Frame, FrameError, encode_non_finite_frame, peek_header
+from topq_dist.compress.kernels.select import find_differing
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.model.update import apply_update
@@ -136,7 +136,6 @@ def test_exact_after_plain_sgd_looks_only_at_what_was_touched(
     worker = model.clone()
     central = CentralModel(TrainingConfig(inner_opt="sgd"), model.spec, model)
     looked_at: list[int] = []
-    find_differing = kernels.find_differing
 
     def counting(now: Any, before: Any, room: Any) -> Any:
         looked_at.append(now.size)

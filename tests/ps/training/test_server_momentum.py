@@ -33,7 +33,7 @@ from ps.workers import backward, batch, make_model, side_by_side, values
 from server_process import ServerProcess
 from torch import Tensor
 
-from topq_dist.compress.averaging import write_sum
+from topq_dist.compress.aggregate import write_sum
 from topq_dist.optim.momentum import SPARSE_BELOW
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.param_groups import ServerGroups

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topq_dist.compress.frame import encode_frame, encode_non_finite_frame
+from topq_dist.compress.codec.frame import encode_frame, encode_non_finite_frame
 from topq_dist.ps.client.connection import refusal_of
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol import errors

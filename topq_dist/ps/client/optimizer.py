@@ -19,7 +19,7 @@ from topq_dist.compress.defaults import (
     DEFAULT_VALUE_FORMAT,
     usual_bound,
 )
-from topq_dist.compress.density import Scope, check_scope
+from topq_dist.compress.sparsify.segments import Scope, check_scope
 from topq_dist.ps.client.arguments import addresses_of, checked_worker, trainable
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
@@ -29,7 +29,7 @@ from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
 from topq_dist.telemetry import Meter, Stats
-from topq_dist.topq import check_fraction, check_number
+from topq_dist.validation import check_fraction, check_number
 
 _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from topq_dist.compress.codec.frame import decode_frame, peek_header
 from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.density import Scope, uniform_cuts
-from topq_dist.compress.feedback import Layout
-from topq_dist.compress.frame import decode_frame, peek_header
-from topq_dist.compress.pieces import Pieces
+from topq_dist.compress.layout import Layout, Pieces
+from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
 from topq_dist.ps.client.replay_log import KeptPush
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from topq_dist.compress.feedback import check_residual
+from topq_dist.compress.residual import check_residual
 from topq_dist.ps.client.replay_log import KeptPushes
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.protocol.types import Point, point_from_state
 from topq_dist.telemetry import Stats
-from topq_dist.topq import check_number
+from topq_dist.validation import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

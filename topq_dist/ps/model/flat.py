@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import bits_of, tensor_of
+from topq_dist.dtypes import bits_of, tensor_of
 from topq_dist.ps.model.spec import VALUE_FORMATS, ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError
 

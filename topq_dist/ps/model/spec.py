@@ -10,9 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from topq_dist.compress.feedback import Layout
-from topq_dist.compress.frame import max_frame_bytes
-from topq_dist.compress.frame_header import LARGEST_NUMEL
+from topq_dist.compress.codec.frame import max_frame_bytes
+from topq_dist.compress.codec.header import LARGEST_NUMEL
+from topq_dist.compress.layout import Layout
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError
 
 DTYPES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from topq_dist.compress.frame import FrameError, decode_frame
+from topq_dist.compress.codec.frame import FrameError, decode_frame
 from topq_dist.ps.model.flat import FlatModel, picked, put
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import Update, UpdateKind

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from topq_dist.ps.protocol.errors import InvalidError
 
 if TYPE_CHECKING:  # status and health import this file, and are to be free of torch
-    from topq_dist.compress.frame import Frame
+    from topq_dist.compress.codec.frame import Frame
 
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 2 << 20

@@ -18,7 +18,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from topq_dist.compress.frame import decode_frame, encode_frame
+from topq_dist.compress.codec.frame import decode_frame, encode_frame
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.types import STREAM_WINDOW_BYTES
 from topq_dist.ps.security.address import Address

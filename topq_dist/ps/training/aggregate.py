@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import BLOCK_NUMEL, blocks, not_finite_allowed
-from topq_dist.compress.frame import Frame
+from topq_dist.compress.codec.frame import Frame
+from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks
+from topq_dist.compress.sparsify.magnitude import not_finite_allowed
 from topq_dist.ps.model.flat import FlatModel, picked, put, put_zeros, zeros
 from topq_dist.ps.model.spec import ModelSpec
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.blocks import bits_of
-from topq_dist.compress.frame import encode_frame
-from topq_dist.compress.kernels import find_differing
+from topq_dist.compress.codec.frame import encode_frame
+from topq_dist.compress.kernels.select import find_differing
+from topq_dist.dtypes import bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 

@@ -13,12 +13,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from topq_dist.compress.cuts import Cut, count_between
-from topq_dist.compress.density import uniform_cuts
-from topq_dist.compress.frame import encode_frame
-from topq_dist.compress.selection import Selection, Selector
-from topq_dist.compress.values import check_value_format
-from topq_dist.compress.workers import thread_count
+from topq_dist.compress.codec.frame import encode_frame
+from topq_dist.compress.codec.values import check_value_format
+from topq_dist.compress.kernels.threads import thread_count
+from topq_dist.compress.sparsify.segments import Cut, count_between, uniform_cuts
+from topq_dist.compress.sparsify.topk import Selection, Selector
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import added

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from topq_dist.compress.frame import Frame
+from topq_dist.compress.codec.frame import Frame
 from topq_dist.optim.momentum import SPARSE_BELOW, momentum_rule, takes_momentum_out
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import group_momentum

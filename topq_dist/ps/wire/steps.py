@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from topq_dist.compress.frame import FrameError, decode_frame
+from topq_dist.compress.codec.frame import FrameError, decode_frame
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import (

@@ -1,0 +1,158 @@
+"""All cuts of a vector at once, compared with one after the other."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from vectors import DTYPES, drawn
+
+from topq_dist.compress.kernels.select import select_stretches
+from topq_dist.compress.layout import Pieces
+from topq_dist.compress.sparsify import segments, topk
+from topq_dist.compress.sparsify.magnitude import CompensatedGradient
+from topq_dist.compress.sparsify.segments import Cut, CutSelector
+from topq_dist.compress.sparsify.threshold import find_candidates
+from topq_dist.compress.sparsify.topk import Selection, Selector
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def cuts_of(numels: list[int], fractions: list[float]) -> list[Cut]:
+    cuts, start = [], 0
+    for numel, fraction in zip(numels, fractions, strict=True):
+        kept = min(numel, math.ceil(fraction * numel))
+        cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=kept))
+        start += numel
+    return cuts
+
+
+class OneByOne:
+    """What CutSelector does, without any of its ways of doing it."""
+
+    def __init__(self) -> None:
+        self._selectors: dict[int, Selector] = {}
+
+    def select(self, gradient: Tensor, residual: Tensor | None, cuts: list[Cut]) -> Selection:
+        parts = []
+        for at, cut in enumerate(cuts):
+            owed = None if residual is None else residual[cut.stretch]
+            selector = self._selectors.setdefault(at, Selector())
+            parts.append(selector.select(gradient[cut.stretch], cut.kept, residual=owed))
+        return Selection(
+            torch.cat([part.indices + cut.start for part, cut in zip(parts, cuts, strict=True)]),
+            torch.cat([part.values for part in parts]),
+            all(part.finite for part in parts),
+        )
+
+
+def assert_alike(one: Selection, other: Selection) -> None:
+    assert one.finite == other.finite
+    assert torch.equal(one.indices, other.indices)
+    assert one.values.dtype == other.values.dtype
+    assert torch.equal(one.values.nan_to_num(nan=7.0), other.values.nan_to_num(nan=7.0))
+
+
+@given(
+    numels=st.lists(st.sampled_from([1, 7, 64, 200, 4_096, 4_097, 9_000, 20_000]), min_size=1),
+    fraction=st.sampled_from([0.0, 0.001, 0.01, 0.3, 1.0]),
+    # from one step to the next: last step's threshold is far too high, or far too low
+    scales=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 1.0, 1e3]), min_size=2, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    feedback=st.booleans(),
+    threads=st.sampled_from([1, 4, 6]),
+    seed=st.integers(0, 1_000),
+    data=st.data(),
+)
+def test_all_cuts_at_once_are_the_same_as_one_by_one(
+    numels: list[int],
+    fraction: float,
+    scales: list[float],
+    dtype: torch.dtype,
+    feedback: bool,
+    threads: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    torch.set_num_threads(threads)
+    numel = sum(numels)
+    # one keeps what the others do not
+    other = data.draw(st.integers(0, len(numels) - 1))
+    fractions = [fraction] * len(numels)
+    fractions[other] = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
+    cuts = cuts_of(numels, fractions)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    residual = drawn(seed + 100, numel, wide) if feedback else None
+    ours, theirs = CutSelector(), OneByOne()
+    for step, scale in enumerate(scales):
+        gradient = drawn(seed + step, numel, dtype) * scale
+        if step == 2:
+            gradient[data.draw(st.integers(0, numel - 1))] = math.inf
+        before = gradient.clone()
+        picked = ours.select(Pieces([gradient]), residual, cuts)
+        assert_alike(picked, theirs.select(gradient, residual, cuts))
+        assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_warm_step_is_one_call_a_thread_and_a_miss_one_pass_more(threads: int) -> None:
+    torch.set_num_threads(threads)
+    cuts = cuts_of([30_000, 1_000, 30_000, 500], [0.01] * 4)
+    selector, residual = CutSelector(), torch.zeros(61_500)
+    gradient = drawn(2, 61_500, torch.float32)
+    calls: list[int] = []
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(vector: Any, *args: Any) -> Any:
+            calls.append(vector.numel if isinstance(vector, CompensatedGradient) else vector.size)
+            return call(vector, *args)
+
+        return counting
+
+    def passes(gradient: Tensor) -> list[int]:
+        calls.clear()
+        selector.select(Pieces([gradient]), residual, cuts)
+        return sorted(calls)
+
+    with (
+        mock.patch.object(topk, "find_candidates", counted(find_candidates)),
+        mock.patch.object(segments, "select_stretches", counted(select_stretches)),
+    ):
+        assert passes(gradient) == [30_000, 30_000]
+        warm = [61_500] if threads == 1 else [30_000, 31_500]
+        assert passes(gradient) == warm
+        gradient[cuts[2].stretch] /= 1e3
+        assert passes(gradient) == sorted([*warm, 30_000])
+        assert passes(gradient) == warm
+
+
+def test_taking_up_with_a_threshold_that_misses_takes_one_pass_more() -> None:
+    selector, residual = Selector(), torch.zeros(50_000)
+    passes = mock.Mock(side_effect=find_candidates)
+    with mock.patch.object(topk, "find_candidates", passes):
+        for scale, count in ((1.0, 1), (1.0, 1), (1e-3, 2), (1e6, 2)):
+            residual.zero_()
+            passes.reset_mock()
+            with selector.taking_up(residual, drawn(2, 50_000, torch.float32) * scale, 50):
+                pass
+            assert passes.call_count == count
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    cuts = cuts_of([10, 10], [0.1, 0.1])
+    for gradient, residual in (
+        (torch.ones(20), torch.ones(19)),
+        (torch.ones(20), torch.ones(20, dtype=torch.float64)),
+        (torch.ones(40)[::2], None),
+        (torch.ones(20, dtype=torch.int32), None),
+    ):
+        with pytest.raises(ValueError, match=r"expected"):
+            CutSelector().select(Pieces([gradient]), residual, cuts)
+    for kept in (-1, 21):
+        with pytest.raises(ValueError, match=rf"kept={kept}: expected a number in \[0, 20\]"):
+            Cut(start=0, rows=1, row_numel=20, kept=kept)

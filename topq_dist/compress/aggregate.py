@@ -1,0 +1,130 @@
+"""From frames to the mean of their dense vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.codec.frame import Buffer, Frame, decode_frame
+from topq_dist.compress.kernels.accumulate import sum_terms
+from topq_dist.compress.kernels.jit import LANES
+from topq_dist.compress.kernels.scratch import scratch
+from topq_dist.compress.partition import Parts
+from topq_dist.compress.residual import Terms
+from topq_dist.dtypes import KEY_DTYPES, sum_dtype
+
+# elements added up in one go: they stay in a core's second cache
+_WINDOW_NUMEL = 16_384
+
+
+def average(frames: Sequence[Buffer], *, out: Tensor) -> Tensor:
+    """Write the mean of the frames' dense vectors into `out`, and return it.
+
+    `out` is contiguous, of any shape and float dtype. The terms are divided first and added in
+    the order of the frames, as DistributedDataParallel does with dense gradients. Raises
+    FrameError, leaving `out` as it was, for bytes that are no frame of out.numel() elements.
+    """
+    check_out(out)
+    frames_read = [decode_frame(frame, numel=out.numel()) for frame in frames]
+    return write_sum(frames_read, divisor=len(frames), out=out)
+
+
+def sparse_mean(frames: Sequence[Frame]) -> Frame:
+    """Return the mean of the finite frames' vectors: an element wherever it is not zero.
+
+    The terms are divided and added as in `average`, in fp32, or fp64 where a frame has that. The
+    frames are used up. An element may be infinite, where frames hold numbers close to the largest.
+    Raises IndexError for an index that is out of range.
+    """
+    numel, count = frames[0].numel, len(frames)
+    if sum(frame.values.numel() for frame in frames) > numel:
+        # a dense sum takes less room
+        dtype = max((frame.values.dtype for frame in frames), key=lambda dtype: dtype.itemsize)
+        dense = write_sum(frames, divisor=count, out=torch.empty(numel, dtype=dtype))
+        where = dense.nonzero().flatten()
+        return Frame(numel=numel, indices=where, values=dense[where], finite=True)
+    terms = terms_of(frames, divisor=count)
+    window = scratch.block(torch.from_numpy(terms.values).dtype)[:_WINDOW_NUMEL]
+    # a sum that is not zero is one whose bits are not: there are no negative zeros among them
+    bits = window.view(f"i{window.itemsize}")
+    indices = np.empty(terms.indices.size + LANES, dtype=np.int64)
+    sums = np.empty(indices.size, dtype=terms.values.dtype)
+    found = sum_terms(
+        terms.indices,
+        terms.values,
+        # it moves on as terms are added
+        terms.edges[:-1].copy(),
+        terms.edges[1:],
+        numel,
+        window.view(sums.dtype),
+        bits,
+        bits.dtype.type(1),
+        indices,
+        sums.view(bits.dtype),
+    )
+    if found < 0:
+        raise IndexError(f"an index of a frame is out of order, or not in [0, {numel})")
+    return Frame(
+        numel=numel,
+        indices=torch.from_numpy(indices[:found]),
+        values=torch.from_numpy(sums[:found]),
+        finite=True,
+    )
+
+
+def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
+    """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
+
+    Raises FrameError.
+    """
+    dealt = Parts(numel=numel, count=len(frames))
+    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
+    return [
+        replace(frame, numel=numel, indices=dealt.gather(part, frame.indices))
+        for part, frame in enumerate(decoded)
+    ]
+
+
+def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
+    """Write the sum of the frames' dense vectors, each divided by `divisor`, into `out`.
+
+    `out` is as in `average`. The frames are used up: their values are divided in place.
+    """
+    flat = out.view(-1)
+    # half precision would round once a frame
+    whole = flat.dtype == sum_dtype(flat.dtype) or len(frames) == 1
+    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=sum_dtype(flat.dtype))
+    for frame in frames:
+        frame.values.div_(divisor)
+        frame.add_to(total)
+    if total is not flat:
+        flat.copy_(total)
+    return out
+
+
+def terms_of(frames: Sequence[Frame], *, divisor: int) -> Terms:
+    """Return what adds up to the sum of the frames' vectors, each divided by `divisor`."""
+    values = np.concatenate([frame.values.numpy() for frame in frames])
+    values /= values.dtype.type(divisor)
+    edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
+    return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
+
+
+def check_out(out: Tensor) -> None:
+    """Raise ValueError, or TypeError for no tensor, unless `out` can take a dense gradient."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
+    if out.dtype not in KEY_DTYPES or out.layout != torch.strided or out.is_meta:
+        raise ValueError(
+            f"out has dtype {out.dtype} and layout {out.layout} on {out.device}: expected a dense "
+            f"tensor of one of {', '.join(str(dtype) for dtype in KEY_DTYPES)}"
+        )
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError(
+            f"out has dtype {out.dtype}, strides {out.stride()} and requires_grad="
+            f"{out.requires_grad}: expected a contiguous float tensor that needs no gradient"
+        )

@@ -1,0 +1,180 @@
+"""Value formats: fp64 and fp32 as they are, fp16 and bf16 rounded, 8, 4 and 2 bits with scales.
+
+Every encoder also returns the decoded values, so that the caller can keep the rounding error.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from topq_dist.compress.codec.bits import Bytes
+from topq_dist.compress.codec.lowbit import (
+    BLOCK_NUMEL,
+    Counts,
+    decode_blocks,
+    encode_blocks,
+    lowbit_bytes,
+)
+from topq_dist.compress.kernels.codec import round_to_half, widen_half
+from topq_dist.dtypes import cast
+
+VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")
+WHOLE = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+LOW_BITS = {"int8": 8, "int4": 4, "int2": 2}
+# scaled magnitudes are at most 2**15, clear of fp16's 65504; 2**126 is still normal in fp32, and so
+# is its inverse
+_FP16_TOP_EXPONENT = 15
+_LOWEST_EXPONENT = -126
+_HIGHEST_EXPONENT = 128 - _FP16_TOP_EXPONENT
+# above these rounding would end at infinity; the others go through fp32
+_LARGEST_FP32 = float(np.finfo(np.float32).max)
+_LARGEST = {
+    "fp16": 32752.0 * 2.0**_HIGHEST_EXPONENT,
+    "bf16": torch.finfo(torch.bfloat16).max,
+}
+
+
+class EncodedValues(NamedTuple):
+    """A payload, the power of two that it is scaled by, and the values a receiver will see."""
+
+    payload: Bytes
+    exponent: int
+    decoded: Tensor
+
+
+def check_value_format(value_format: str) -> str:
+    """Return `value_format`, or raise ValueError naming it unless it is one of VALUE_FORMATS."""
+    if value_format not in VALUE_FORMATS:
+        raise ValueError(f"value_format={value_format!r}: expected one of {VALUE_FORMATS}")
+    return value_format
+
+
+def decoded_dtype(value_format: str) -> torch.dtype:
+    """Return the dtype of decoded values: fp64 for "fp64", else fp32."""
+    return torch.float64 if value_format == "fp64" else torch.float32
+
+
+def payload_bytes(count: int, value_format: str, *, blocks: int | None = None) -> int:
+    """Return the bytes that `count` values take in this format, block scales included.
+
+    blocks: how many there are of those; None: as few as can be, for the values of one segment.
+    """
+    if value_format in LOW_BITS:
+        fewest = -(-count // BLOCK_NUMEL)
+        return lowbit_bytes(count, LOW_BITS[value_format], fewest if blocks is None else blocks)
+    return count * WHOLE[value_format].itemsize
+
+
+def encode_values(
+    values: Tensor, value_format: str, *, segment_ks: Counts | None = None
+) -> EncodedValues:
+    """Encode `values`, a 1-D CPU tensor of any float dtype.
+
+    segment_ks: how many of them each segment has, which adds up to all; None: there is one. Only
+        formats of 8 bits and fewer ask.
+
+    A finite value that the format cannot hold becomes the largest that it can. "fp16" is scaled by
+    one power of two, chosen from the largest magnitude, so that neither large nor tiny gradients
+    leave its range. Raises ValueError where a value is NaN or infinite.
+    """
+    wide = _as_floats(values, torch.float64 if values.dtype == torch.float64 else torch.float32)
+    # NaN is the maximum of what holds one, and no absolute values need room
+    peak = max(float(wide.max()), -float(wide.min())) if wide.size else 0.0
+    if not np.isfinite(peak):
+        raise ValueError("values holds NaN or infinity: expected finite numbers")
+    if value_format == "fp64":
+        exact = wide.astype(np.float64)
+        return EncodedValues(exact.view(np.uint8), 0, torch.from_numpy(exact))
+    largest = _LARGEST.get(value_format, _LARGEST_FP32)
+    if peak > largest:
+        wide, peak = np.clip(wide, -largest, largest), largest
+    if value_format == "fp16":
+        return _encode_half(wide.astype(np.float32, copy=False), _fp16_exponent(peak))
+    # a copy even where nothing is rounded: what is decoded must not change with `values`
+    single = wide.astype(np.float32)
+    if value_format == "fp32":
+        return EncodedValues(single.view(np.uint8), 0, torch.from_numpy(single))
+    if value_format in LOW_BITS:
+        ks = _one_segment(single.size) if segment_ks is None else segment_ks
+        payload, levels = encode_blocks(single, LOW_BITS[value_format], ks)
+        return EncodedValues(payload, 0, torch.from_numpy(levels))
+    stored = cast(torch.from_numpy(single), torch.bfloat16)
+    payload = stored.view(torch.int16).numpy().view(np.uint8)
+    return EncodedValues(payload, 0, cast(stored, torch.float32))
+
+
+def decode_values(
+    payload: Bytes,
+    count: int,
+    value_format: str,
+    exponent: int,
+    *,
+    segment_ks: Counts | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """Return the `count` values of `payload`, fp32 (fp64 for "fp64"), in memory of their own.
+
+    segment_ks: as it was encoded with.
+    in_place: the caller leaves `payload` to the values, which are then a view of it where that can
+        be. Raises ValueError where one is NaN or infinite, or padding bits are not zero.
+    """
+    if value_format in LOW_BITS:
+        ks = _one_segment(count) if segment_ks is None else segment_ks
+        decoded = torch.from_numpy(decode_blocks(payload, count, LOW_BITS[value_format], ks))
+    elif value_format in ("fp64", "fp32"):
+        number = np.dtype(np.float64 if value_format == "fp64" else np.float32)
+        aligned = payload.ctypes.data % number.alignment == 0
+        own = payload if in_place and aligned and payload.flags.writeable else payload.copy()
+        decoded = torch.from_numpy(own.view(number))
+    elif value_format == "fp16":
+        halves = payload.copy().view(np.uint16)
+        widened = np.empty(count, np.float32)
+        if not widen_half(halves, np.float32(2.0**exponent), widened, widened.view(np.int32)):
+            raise ValueError("a value is not finite")
+        return torch.from_numpy(widened)
+    else:
+        stored = torch.from_numpy(payload.copy().view(np.int16)).view(torch.bfloat16)
+        decoded = cast(stored, torch.float32)
+    if count and not (np.isfinite(decoded.numpy().max()) and np.isfinite(decoded.numpy().min())):
+        raise ValueError("a value is not finite")
+    return decoded
+
+
+def exponent_is_valid(value_format: str, exponent: int) -> bool:
+    """Return whether encode_values could have chosen this exponent."""
+    if value_format == "fp16":
+        return _LOWEST_EXPONENT <= exponent <= _HIGHEST_EXPONENT
+    return exponent == 0
+
+
+def _one_segment(count: int) -> Counts:
+    return np.array([count], np.int64)
+
+
+def _as_floats(values: Tensor, dtype: torch.dtype) -> npt.NDArray[np.floating]:
+    values = values.detach().contiguous()
+    return (values if values.dtype == dtype else cast(values, dtype)).numpy()
+
+
+def _encode_half(values: npt.NDArray[np.float32], exponent: int) -> EncodedValues:
+    scratch, halves = np.empty_like(values), np.empty(values.size, np.uint16)
+    bits = scratch.view(np.int32)
+    round_to_half(values, np.float32(2.0**-exponent), scratch, bits, halves)
+    widen_half(halves, np.float32(2.0**exponent), scratch, bits)
+    return EncodedValues(halves.view(np.uint8), exponent, torch.from_numpy(scratch))
+
+
+def _fp16_exponent(peak: float) -> int:
+    if peak == 0.0:
+        return 0
+    return max(int(np.frexp(peak)[1]) - _FP16_TOP_EXPONENT, _LOWEST_EXPONENT)

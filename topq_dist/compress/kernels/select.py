@@ -1,0 +1,233 @@
+"""The loops over whole gradients, at the speed of memory, compiled by numba on first use.
+
+Whole-array operations pass over a vector once for every thing they do to it; these pass once for
+all. They run without Python's lock. Nothing here checks its arguments: callers do, and where what
+came over a wire decides where to read or write, the loop itself looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from topq_dist.compress.kernels.jit import (
+    LANES,
+    compiled,
+    count_bits,
+    differing_64,
+    differing_one,
+    lowest_bit,
+    reached_by_64,
+    reached_by_one,
+)
+
+
+@njit
+def _number(vector: Any, owed: Any, before: Any, at: Any) -> Any:
+    if owed is None:
+        return vector[at]
+    # with `before` it has been added already
+    return vector[at] + owed[at] if before is None else owed[at]
+
+
+@compiled
+def find_reaching(
+    vector: Any,
+    owed: Any,
+    low: Any,
+    begin: Any,
+    indices: Any,
+    numbers: Any,
+    found: Any,
+    before: Any,
+    added: Any,
+) -> Any:
+    """List where the keys of vector + owed (floats), or of vector (integers), reach `low`.
+
+    Goes on behind the `found` entries that `indices` and `numbers` hold, counting from `begin`, and
+    returns how many they hold then; lists no more where fewer than LANES entries are free. With
+    `before`, of owed's kind and STREAM_ALIGNMENT, owed += vector in any case, `before` is what owed
+    was, and `added` is grown by vector.size.
+    """
+    room = indices.size - LANES
+    whole = vector.size // LANES * LANES
+    for block in range(0, whole, LANES):
+        mask = reached_by_64(vector, owed, before, block, low)
+        if found > room:
+            if before is None:
+                return found
+            continue
+        count = np.int64(count_bits(mask))
+        # two are written whether they count or not: where one in a hundred does, a loop that ends
+        # after none, one or two costs more than they do
+        for entry in range(2):
+            at = block + lowest_bit(mask)
+            indices[found + entry] = begin + at
+            numbers[found + entry] = _number(vector, owed, before, at)
+            mask &= mask - np.uint64(1)
+        entry = found + 2
+        found += count
+        while entry < found:
+            at = block + lowest_bit(mask)
+            indices[entry] = begin + at
+            numbers[entry] = _number(vector, owed, before, at)
+            mask &= mask - np.uint64(1)
+            entry += 1
+    for at in range(whole, vector.size):
+        if reached_by_one(vector, owed, before, at, low) != 0:
+            if found > room:
+                if before is None:
+                    return found
+                continue
+            indices[found] = begin + at
+            numbers[found] = _number(vector, owed, before, at)
+            found += 1
+    if before is not None:
+        # here, since what interrupts Python does so only once this has returned
+        added[0] += vector.size
+    return found
+
+
+@compiled
+def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
+    """List where two vectors of integers differ; return how many, or -1 where `indices` is full."""
+    found = 0
+    whole = ours.size // LANES * LANES
+    for block in range(0, whole, LANES):
+        mask = differing_64(ours, theirs, block)
+        if found + np.int64(count_bits(mask)) > indices.size:
+            return -1
+        while mask != 0:
+            indices[found] = block + lowest_bit(mask)
+            found += 1
+            mask &= mask - np.uint64(1)
+    for at in range(whole, ours.size):
+        if differing_one(ours, theirs, at) != 0:
+            if found == indices.size:
+                return -1
+            indices[found] = at
+            found += 1
+    return found
+
+
+@compiled
+def keep_largest(
+    indices: Any,
+    bits: Any,
+    magnitude: Any,
+    k: Any,
+    counts: Any,
+    near: Any,
+    kept: Any,
+    kept_bits: Any,
+) -> Any:
+    """Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
+
+    Writes them to `kept` and `kept_bits`, which have room for one more; returns the k-th and the
+    highest magnitude. `near` has room for all bits; `counts` is scratch of any size.
+    """
+    # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
+    lowest = highest = np.int64(bits[0] & magnitude)
+    for at in range(bits.size):
+        key = np.int64(bits[at] & magnitude)
+        lowest, highest = min(lowest, key), max(highest, key)
+    # the k-th lies in one of as many narrow ranges as there are counts
+    shift = 0
+    while (highest - lowest) >> shift >= counts.size:
+        shift += 1
+    counts[:] = 0
+    for at in range(bits.size):
+        counts[(np.int64(bits[at] & magnitude) - lowest) >> shift] += 1
+    bucket, above = counts.size - 1, 0
+    while above + counts[bucket] < k:
+        above += counts[bucket]
+        bucket -= 1
+    found = 0
+    for at in range(bits.size):
+        key = bits[at] & magnitude
+        near[found] = key
+        found += ((np.int64(key) - lowest) >> shift) == bucket
+    place = found - (k - above)
+    kth = np.partition(near[:found], place)[place]
+    ties_left = k - above
+    for at in range(found):
+        ties_left -= near[at] > kth
+    count = 0
+    for at in range(bits.size):
+        pattern = bits[at]
+        key = pattern & magnitude
+        # written whether it counts or not: a branch that is taken now and then costs more
+        kept[count] = indices[at]
+        kept_bits[count] = pattern
+        tied = (key == kth) & (ties_left > 0)
+        ties_left -= tied
+        count += (key > kth) | tied
+    return np.int64(kth), highest
+
+
+def _stretch_of(owed: Any, start: Any, stop: Any) -> Any:
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(_stretch_of, strict=False)
+def _typed_stretch_of(owed: Any, start: Any, stop: Any) -> Any:
+    # a branch within one function would make it an optional array
+    if owed is types.none:
+        return lambda owed, start, stop: None
+    return lambda owed, start, stop: owed[start:stop]
+
+
+@compiled
+def select_stretches(
+    vector: Any,
+    owed: Any,
+    begin: Any,
+    plan: Any,
+    lows: Any,
+    magnitude: Any,
+    scratch: Any,
+    kept: Any,
+    kept_bits: Any,
+    outcomes: Any,
+) -> None:
+    """Keep the largest of each stretch of vector + owed, or of vector, as keep_largest does.
+
+    A row of `plan` is a stretch's start, its end, k, and how many candidates are worth having, one
+    of `lows` the key that they reach; the indices kept count from `begin`. A row of `outcomes`
+    becomes how many reach it, the k-th key and the highest: where they are fewer than k, or too
+    many, the stretch's k places are left as they are. `scratch` is what find_reaching and
+    keep_largest need: indices, numbers, the same memory as bits, near and counts.
+    """
+    indices, numbers, bits, near, counts = scratch
+    start_of_kept = 0
+    for at in range(plan.shape[0]):
+        start, stop, k, limit = plan[at]
+        room = min(limit, stop - start) + 1 + LANES
+        found = find_reaching(
+            vector[start:stop],
+            _stretch_of(owed, start, stop),
+            lows[at],
+            begin + start,
+            indices[:room],
+            numbers,
+            0,
+            None,
+            None,
+        )
+        outcomes[at, 0] = found
+        if 0 < k <= found <= limit:
+            kth, highest = keep_largest(
+                indices[:found],
+                bits[:found],
+                magnitude,
+                k,
+                counts,
+                near,
+                kept[start_of_kept:],
+                kept_bits[start_of_kept:],
+            )
+            outcomes[at, 1], outcomes[at, 2] = kth, highest
+        start_of_kept += k

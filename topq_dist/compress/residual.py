@@ -1,0 +1,227 @@
+"""Error feedback: what a step does not send is kept and added to the next gradient.
+
+Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.kernels.accumulate import scatter_add, settle_span
+from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, as_summand, blocks, spans
+from topq_dist.compress.kernels.threads import run_all
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.magnitude import check_vectors
+from topq_dist.dtypes import Floats, Indices, bits_of, zeros
+
+# one for all, which can be pickled; names may come from several threads at once
+_MAKING = threading.Lock()
+
+
+class Residuals:
+    """The unsent part of each named gradient, held as one contiguous vector per layout.
+
+    Keyed by NAME, because DDP rebuilds its buckets after the first backward: a new layout gathers
+    its vector from wherever the same names lie, and the old vector is freed with its last name.
+    """
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Tensor] = {}
+        self._flat: dict[Layout, Tensor] = {}
+
+    def flat(self, layout: Layout, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the residual of `layout` as a 1-D tensor that stays its home until it changes.
+
+        Names not seen before start at zero. Raises ValueError where a name is held in another
+        shape.
+        """
+        flat = self._flat.get(layout)
+        if flat is not None and flat.dtype == dtype and flat.device == device:
+            return flat
+        with _MAKING:
+            self._check_shapes(layout)
+            flat = zeros(layout.numel, dtype, device)
+            homes: dict[str, Tensor] = {}
+            start = 0
+            for name, shape in zip(layout.names, layout.shapes, strict=True):
+                home = flat[start : start + prod(shape)].view(shape)
+                if name in self._by_name:
+                    home.copy_(self._by_name[name])
+                homes[name] = home
+                start += prod(shape)
+            self._dissolve(set(layout.names))
+            self._by_name.update(homes)
+            self._flat[layout] = flat
+            return flat
+
+    def home(self, layout: Layout) -> Tensor:
+        """Return what `flat` last returned for `layout`."""
+        return self._flat[layout]
+
+    def holds(self, layout: Layout) -> bool:
+        """Return whether anything is kept for a name of `layout`."""
+        return any(name in self._by_name for name in layout.names)
+
+    def drop(self, layout: Layout) -> None:
+        """Forget what is kept for the names of `layout`, and free it."""
+        with _MAKING:
+            self._dissolve(set(layout.names))
+            for name in layout.names:
+                self._by_name.pop(name, None)
+
+    def _dissolve(self, moved: set[str]) -> None:
+        for old in [known for known in self._flat if not moved.isdisjoint(known.names)]:
+            del self._flat[old]
+            for name in set(old.names) - moved:
+                # a view would keep the whole old vector alive until this name has moved too
+                self._by_name[name] = self._by_name[name].clone()
+
+    def _check_shapes(self, layout: Layout) -> None:
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            held = self._by_name.get(name)
+            if held is not None and tuple(held.shape) != tuple(shape):
+                raise ValueError(
+                    f"residual of {name!r} has shape {tuple(held.shape)}: "
+                    f"expected {tuple(shape)}, the shape of its gradient"
+                )
+
+    def __getstate__(self) -> dict[str, dict[str, Tensor]]:
+        # pickle would part the views from their vectors; loading makes new ones
+        return {"_by_name": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self._by_name, self._flat = state["_by_name"], {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of each residual by name, shaped as its gradient."""
+        with _MAKING:
+            return {name: residual.clone() for name, residual in self._by_name.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace every residual by those of `state`; names it lacks start at zero again.
+
+        Raises TypeError or ValueError, and changes nothing, for what `check_residual` refuses.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}: expected residuals by name")
+        for name, residual in state.items():
+            check_residual(name, residual)
+        # cloned, or two owners (and every slice of one saved storage) would share memory
+        self._by_name = {name: residual.detach().clone() for name, residual in state.items()}
+        self._flat = {}
+
+
+def check_residual(name: str, residual: Tensor) -> None:
+    """Raise TypeError or ValueError, naming it, for what can be no residual."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual of {name!r} is a {type(residual).__name__}: expected a tensor")
+    dtypes = (torch.float32, torch.float64)
+    if residual.dtype not in dtypes or residual.layout != torch.strided or residual.is_meta:
+        raise TypeError(
+            f"residual of {name!r} has dtype {residual.dtype}, layout {residual.layout} and device "
+            f"{residual.device}: expected a dense fp32 or fp64 tensor with data"
+        )
+    if not bool(torch.isfinite(residual).all()):
+        raise ValueError(f"residual of {name!r} holds NaN or infinity: expected finite numbers")
+
+
+class Terms(NamedTuple):
+    """Sparse vectors to be added up: `indices` and `values` of one after the other.
+
+    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
+    """
+
+    indices: Indices
+    values: Floats
+    edges: Indices
+
+
+_NO_TERMS = Terms(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(1, np.int64))
+
+
+def settle(
+    residual: Tensor,
+    gradient: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    *,
+    replace_by: Terms | None = None,
+) -> None:
+    """residual += gradient, then residual[indices] = rest: what the receivers did not get.
+
+    `residual` and `gradient` are those of the selection, `indices` (ascending) and `rest` on any
+    device; `rest` is of the residual's dtype, the selected values less what they decode to. With
+    `replace_by` the gradient becomes the sum of those terms: on the CPU only, and all of one dtype.
+    Raises ValueError, having changed nothing, for anything else, and where the first or the last
+    index of any of them is out of range.
+    """
+    check_vectors(gradient, residual)
+    if residual.device.type != "cpu":
+        if replace_by is not None:
+            raise ValueError(f"replace_by with a gradient on {gradient.device}: expected the CPU")
+        residual += gradient
+        residual.index_copy_(0, indices.to(residual.device), rest.to(residual.device))
+        return
+    _check_range(indices.numpy(), residual.numel())
+    if replace_by is not None:
+        kinds = {gradient.numpy().dtype, residual.numpy().dtype, replace_by.values.dtype}
+        if len(kinds) > 1:
+            raise ValueError(f"replace_by with {kinds}: expected one dtype")
+        for low, high in pairwise(replace_by.edges.tolist()):
+            _check_range(replace_by.indices[low:high], residual.numel())
+    vectors = residual.detach(), gradient.detach(), indices.numpy(), rest.numpy(), replace_by
+    run_all([partial(_settle, *vectors, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
+
+
+def add_terms(out: Tensor, terms: Terms) -> None:
+    """Add up sparse vectors in `out`; raises ValueError where an index is out of range."""
+    if terms.indices.size and not scatter_add(out.numpy(), terms.indices, terms.values):
+        raise ValueError(f"an index is not in [0, {out.numel()})")
+
+
+def _check_range(indices: Indices, numel: int) -> None:
+    if indices.size and (indices[0] < 0 or indices[-1] >= numel):
+        raise ValueError(f"indices from {indices[0]} to {indices[-1]}: expected [0, {numel})")
+
+
+def _settle(
+    residual: Tensor,
+    gradient: Tensor,
+    indices: Indices,
+    rest: Floats,
+    replace_by: Terms | None,
+    start: int,
+    stop: int,
+) -> None:
+    owed, bits = residual.numpy(), bits_of(gradient)
+    same = gradient.dtype == residual.dtype
+    terms = _NO_TERMS if replace_by is None else replace_by
+    for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
+        mine = slice(*np.searchsorted(indices, (at, end)))
+        places = [
+            low + np.searchsorted(terms.indices[low:high], (at, end))
+            for low, high in pairwise(terms.edges.tolist())
+        ]
+        next_term, ends = np.array(places, np.int64).reshape(-1, 2).T.copy()
+        if not settle_span(
+            owed[at:end],
+            as_summand(bits[at:end], gradient.dtype, residual.dtype),
+            at,
+            indices[mine],
+            rest[mine],
+            replace_by is not None,
+            terms.indices,
+            terms.values,
+            next_term,
+            ends,
+        ):
+            raise ValueError("indices do not ascend: some of what is owed has not been kept")

@@ -1,0 +1,66 @@
+"""Bounded values: no magnitude is sent that is many times the mean of those sent beside it.
+
+What error feedback brings late arrives at once, as large as all the steps that it waited for; the
+part above the bound waits on, in the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.validation import check_number
+
+
+def check_bound(bound: float | None, *, error_feedback: bool) -> float | None:
+    """Return `bound`, or raise naming it unless it is None or a finite number above zero.
+
+    Raises ValueError as well without error feedback, where what is clipped would be lost.
+    """
+    if bound is None:
+        return None
+    number = check_number("bound", bound)
+    if number <= 0.0:
+        raise ValueError(f"bound={bound!r}: expected None or a number above zero")
+    if not error_feedback:
+        raise ValueError(
+            f"bound={bound!r} with error_feedback=False: expected None, since what is clipped "
+            "would be lost"
+        )
+    return number
+
+
+def bounded(values: Tensor, cuts: Sequence[Cut], bound: float) -> Tensor:
+    """Return the selected values, each row's clipped to `bound` times their mean magnitude.
+
+    `values`, (k,) of fp32 or fp64, finite, on the CPU, are those of the rows of `cuts` in order. A
+    row of which half or more is selected stays as it is: nothing in it waits for long. The
+    difference to `values` is exact: where a value is clipped, the limit is rounded to whatever
+    makes it so.
+    """
+    k, row_numel, rows = (
+        np.array(
+            [(cut.kept, cut.row_numel, cut.rows) for cut in cuts if cut.kept and cut.rows], np.int64
+        )
+        .reshape(-1, 3)
+        .T
+    )
+    k, row_numel = np.repeat(k, rows), np.repeat(row_numel, rows)
+    if not k.size:
+        return values
+    wide = values.numpy()
+    # in one piece and in double precision, or the sum would depend on what lies beside a row
+    magnitudes, starts = np.abs(wide).astype(np.float64), np.cumsum(k) - k
+    with np.errstate(over="ignore"):
+        limits = np.add.reduceat(magnitudes, starts) * (bound / k)
+        limits[2 * k >= row_numel] = np.inf
+        limit = np.repeat(limits.astype(wide.dtype), k)
+    clipped = np.minimum(wide, limit)
+    np.maximum(clipped, np.negative(limit, out=limit), out=clipped)
+    # one of sent and excess must give way for their sum to be the value: the limit, not the excess
+    excess = np.subtract(wide, clipped, out=clipped)
+    return torch.from_numpy(np.subtract(wide, excess, out=excess))

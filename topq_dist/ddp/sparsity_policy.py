@@ -1,0 +1,193 @@
+"""How much of each parameter's gradient a step keeps: one q for all, or the optimizer's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from topq_dist.compress.defaults import DEFAULT_Q
+from topq_dist.compress.sparsify.segments import Cut, Scope, check_scope, uniform_cuts
+from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.sparsity import draw_q, kept_count, row_shape
+from topq_dist.validation import check_fraction
+
+
+class Density(Protocol):
+    """What the hook asks before it selects."""
+
+    def begin_step(self) -> None:
+        """Read the settings of the step that starts; raises where they are not valid."""
+
+    def settings(self) -> str:
+        """Return this step's settings, which must be the same text on every rank."""
+
+    def sent_fraction(self) -> float:
+        """Return about which fraction of all gradients this step sends, the same on every rank."""
+
+    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
+        """Return the cuts of a flat vector that holds the gradients of `parameters` in order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+
+
+def make_density(
+    names: Mapping[Tensor, str],
+    optimizer: Optimizer | None,
+    *,
+    q: float | None,
+    scope: Scope,
+) -> Density:
+    """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
+    if not isinstance(optimizer, TopQGradientOptimizer):
+        return FixedDensity(DEFAULT_Q if q is None else q, scope)
+    kind = type(optimizer).__name__
+    if q is not None:
+        raise ValueError(f"q={q!r} with a {kind}: expected None, since its groups hold q")
+    if scope != "parameter":
+        raise ValueError(f"scope={scope!r} with a {kind}: expected 'parameter'")
+    return PairedDensity(optimizer, names)
+
+
+class FixedDensity:
+    """One q for every parameter; `q` may be set anew between steps.
+
+    At least one element of each parameter (scope "parameter") or bucket (scope "bucket") is kept
+    unless q is 1, so that no bias is left behind for good.
+    """
+
+    def __init__(self, q: float, scope: Scope) -> None:
+        self.scope = check_scope(scope)
+        self.q = check_fraction("q", q)
+
+    def begin_step(self) -> None:
+        self.q = check_fraction("q", self.q)
+
+    def settings(self) -> str:
+        return f"q={self.q} scope={self.scope}"
+
+    def sent_fraction(self) -> float:
+        return 1.0 - self.q
+
+    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
+        numels = [parameter.numel() for parameter in parameters]
+        return uniform_cuts(numels, q=self.q, scope=self.scope)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"q": self.q}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "q" not in state:
+            raise ValueError("state has no q: expected that of a hook without an optimizer")
+        self.q = check_fraction("q", state["q"])
+
+
+class PairedDensity:
+    """q, dq, param_ndim and generator of a TopQGradientOptimizer, read live from its groups.
+
+    With dq > 0 one q is drawn a parameter a step, in group then parameter order, as the optimizer
+    itself would; a parameter that no rank used in the step is drawn for all the same.
+    """
+
+    def __init__(self, optimizer: TopQGradientOptimizer, names: Mapping[Tensor, str]) -> None:
+        self._optimizer = optimizer
+        self._names = names
+        self._step_q: dict[Tensor, float] = {}
+        self._param_ndim: dict[Tensor, int | None] = {}
+        grouped = {p for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for parameter, name in names.items() if parameter not in grouped]
+        if missing:
+            raise ValueError(
+                f"optimizer holds no group with {', '.join(missing)}: "
+                "expected every trainable parameter of the model"
+            )
+        self._warn_of_the_unmoving()
+
+    def begin_step(self) -> None:
+        self._step_q.clear()
+        self._param_ndim.clear()
+        for group in self._optimizer.param_groups:
+            self._optimizer.check_group(group)
+            for parameter in group["params"]:
+                if parameter in self._names:
+                    self._step_q[parameter] = draw_q(
+                        group["q"], group["dq"], self._optimizer.generator
+                    )
+                    self._param_ndim[parameter] = group["param_ndim"]
+
+    def settings(self) -> str:
+        return "\n".join(
+            f"group {number}: q={group['q']} dq={group['dq']} param_ndim={group['param_ndim']}"
+            for number, group in enumerate(self._optimizer.param_groups)
+        )
+
+    def sent_fraction(self) -> float:
+        # by q, not by what dq has drawn, or an optimizer would lose and regain its momentum by lot
+        sent = numel = 0.0
+        for group in self._optimizer.param_groups:
+            held = sum(param.numel() for param in group["params"] if param in self._names)
+            sent, numel = sent + (1.0 - group["q"]) * held, numel + held
+        return sent / numel if numel else 0.0
+
+    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
+        cuts, start = [], 0
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                # frozen since DDP was made, which still exchanges the zeros in its place
+                numel = parameter.numel()
+                cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=0))
+                start += numel
+                continue
+            if parameter not in self._step_q:
+                raise ValueError(
+                    f"optimizer holds no group with {self._names.get(parameter, 'a parameter')} "
+                    "any more: expected every trainable parameter of the model"
+                )
+            rows, row_numel = row_shape(parameter.shape, self._param_ndim[parameter])
+            kept = kept_count(self._step_q[parameter], row_numel)
+            cuts.append(Cut(start=start, rows=rows, row_numel=row_numel, kept=kept))
+            start += parameter.numel()
+        return cuts
+
+    def state_dict(self) -> dict[str, Any]:
+        if not any(group["dq"] for group in self._optimizer.param_groups):
+            return {}
+        return {"generator": self._optimizer.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "q" in state:
+            raise ValueError("state has a q: expected that of a hook paired with an optimizer")
+        if "generator" in state:
+            saved = state["generator"]
+            try:
+                self._optimizer.generator.set_state(saved)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    "state has a generator state that this generator cannot take: expected what "
+                    f"get_state() of one on {self._optimizer.generator.device} returned"
+                ) from error
+
+    def _warn_of_the_unmoving(self) -> None:
+        unmoving = []
+        for group in self._optimizer.param_groups:
+            lowest_q = max(0.0, group["q"] - group["dq"])
+            for parameter in group["params"]:
+                if parameter not in self._names or parameter.numel() == 0:
+                    continue
+                _, row_numel = row_shape(parameter.shape, group["param_ndim"])
+                if kept_count(lowest_q, row_numel) == 0:
+                    unmoving.append(self._names[parameter])
+        if unmoving:
+            warnings.warn(
+                f"these parameters can never move, since q and param_ndim keep 0 elements of each "
+                f"of their sub-tensors: {', '.join(unmoving)}; give them a group with a smaller q "
+                "or another param_ndim",
+                stacklevel=6,
+            )

@@ -1,0 +1,90 @@
+"""Float dtypes: one table of what is known of each, and the bits, sums and casts that follow.
+
+A number's magnitude is its bit pattern with the sign cleared: as integers these keys order as the
+magnitudes do, exactly, with infinity above every number, NaN above infinity and denormals whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Keys = npt.NDArray[np.unsignedinteger[Any]]
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating[Any]]
+
+KEY_DTYPES: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
+    torch.float16: np.uint16,
+    torch.bfloat16: np.uint16,
+    torch.float32: np.uint32,
+    torch.float64: np.uint64,
+}
+SIGNED_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# numpy has no bf16 and converts fp16 one number at a time, so torch does it; but a torch operation
+# on more elements wakes torch's threads, and to wait for those costs more than the work
+_SERIAL_NUMEL = 32_768
+
+
+def bits_of(vector: Tensor) -> Keys:
+    """Return the bit patterns of a contiguous CPU float tensor, sharing its memory."""
+    signed = vector.detach().view(SIGNED_DTYPES[vector.dtype.itemsize])
+    return signed.numpy().view(KEY_DTYPES[vector.dtype])
+
+
+def tensor_of(bits: Keys, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of these bit patterns, sharing their memory."""
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what gradients of this dtype are added up in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sign_cleared(dtype: torch.dtype) -> np.unsignedinteger[Any]:
+    """Return the mask that clears the sign bit of a bit pattern."""
+    return KEY_DTYPES[dtype]((1 << (dtype.itemsize * 8 - 1)) - 1)
+
+
+def number_of(key: int, dtype: torch.dtype) -> float:
+    """Return the magnitude that a key stands for."""
+    bits = np.uint64(key) if dtype == torch.float64 else np.uint32(key)
+    if dtype == torch.float16:
+        return float(np.uint16(key).view(np.float16))
+    if dtype == torch.bfloat16:
+        bits <<= np.uint32(16)
+    return float(bits.view(f"f{bits.itemsize}"))
+
+
+def key_of(magnitude: float, dtype: torch.dtype) -> int:
+    """Return the key of a magnitude in this dtype; between two of bf16, the lower."""
+    with np.errstate(over="ignore"):
+        if dtype == torch.float64:
+            return int(np.float64(magnitude).view(np.uint64))
+        if dtype == torch.float16:
+            return int(np.float16(magnitude).view(np.uint16))
+        key = int(np.float32(magnitude).view(np.uint32))
+    return key >> 16 if dtype == torch.bfloat16 else key
+
+
+def cast(source: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """Return 1-D `source` rounded to `dtype`, in `out` where that, of the same length, is given."""
+    result = torch.empty(source.shape, dtype=dtype) if out is None else out
+    if torch.get_num_threads() == 1:
+        return result.copy_(source)
+    for at in range(0, source.numel(), _SERIAL_NUMEL):
+        result[at : at + _SERIAL_NUMEL].copy_(source[at : at + _SERIAL_NUMEL])
+    return result
+
+
+def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    # numpy asks the system for huge pages, which torch does not
+    return torch.from_numpy(np.zeros(numel, np.float64 if dtype == torch.float64 else np.float32))

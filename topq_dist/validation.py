@@ -1,0 +1,49 @@
+"""Checks of numbers that users give, whose errors name what was given."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise naming `name` unless it is a number in [0, 1].
+
+    Raises TypeError for what is no real number, ValueError for NaN or a number out of range.
+    """
+    number = check_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}={value!r}: expected a number in [0, 1]")
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise naming `name` unless it is a finite real number."""
+    # bool is a Real; q=True is a slip of the pen, not a fraction
+    if isinstance(value, bool) or not isinstance(value, float | Real):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+    return number
+
+
+def check_positive(name: str, value: float | None) -> float | None:
+    """Return `value`, or raise naming `name` unless it is None or a finite number above zero."""
+    if value is not None and check_number(name, value) <= 0.0:
+        raise ValueError(f"{name}={value!r}: expected a number above zero, or None")
+    return value
+
+
+def check_whole(name: str, value: Any, *, least: int) -> int:
+    """Return `value` as an int, or raise naming `name` unless it is a whole number from `least`.
+
+    Raises TypeError for what is no integer, ValueError for one that is too small.
+    """
+    # bool is an Integral
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: expected at least {least}")
+    return int(value)
