@@ -6,7 +6,7 @@ magnitudes do, exactly, with infinity above every number, NaN above infinity and
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +17,33 @@ Keys = npt.NDArray[np.unsignedinteger[Any]]
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
 
-KEY_DTYPES: dict[torch.dtype, type[np.unsignedinteger[Any]]] = {
-    torch.float16: np.uint16,
-    torch.bfloat16: np.uint16,
-    torch.float32: np.uint32,
-    torch.float64: np.uint64,
+
+class FloatKind(NamedTuple):
+    """What is known of one float dtype.
+
+    value_format: the format of a frame that holds its values whole. key: its bit patterns, as
+    numpy's unsigned integers. signed: the same as torch's integers, which are signed. accumulate:
+    what its gradients are added up in, and its residual.
+    """
+
+    value_format: str
+    key: type[np.unsignedinteger[Any]]
+    signed: torch.dtype
+    accumulate: torch.dtype
+
+
+FLOATS: dict[torch.dtype, FloatKind] = {
+    torch.float16: FloatKind("fp16", np.uint16, torch.int16, torch.float32),
+    torch.bfloat16: FloatKind("bf16", np.uint16, torch.int16, torch.float32),
+    torch.float32: FloatKind("fp32", np.uint32, torch.int32, torch.float32),
+    torch.float64: FloatKind("fp64", np.uint64, torch.int64, torch.float64),
 }
-SIGNED_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-# numpy has no bf16 and converts fp16 one number at a time, so torch does it; but a torch operation
-# on more elements wakes torch's threads, and to wait for those costs more than the work
-_SERIAL_NUMEL = 32_768
 
 
 def bits_of(vector: Tensor) -> Keys:
     """Return the bit patterns of a contiguous CPU float tensor, sharing its memory."""
-    signed = vector.detach().view(SIGNED_DTYPES[vector.dtype.itemsize])
-    return signed.numpy().view(KEY_DTYPES[vector.dtype])
+    kind = FLOATS[vector.dtype]
+    return vector.detach().view(kind.signed).numpy().view(kind.key)
 
 
 def tensor_of(bits: Keys, dtype: torch.dtype) -> Tensor:
@@ -42,14 +51,14 @@ def tensor_of(bits: Keys, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what gradients of this dtype are added up in: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sign_cleared(dtype: torch.dtype) -> np.unsignedinteger[Any]:
     """Return the mask that clears the sign bit of a bit pattern."""
-    return KEY_DTYPES[dtype]((1 << (dtype.itemsize * 8 - 1)) - 1)
+    return FLOATS[dtype].key((1 << (dtype.itemsize * 8 - 1)) - 1)
 
 
 def number_of(key: int, dtype: torch.dtype) -> float:
@@ -73,6 +82,11 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
     return key >> 16 if dtype == torch.bfloat16 else key
 
 
+# numpy has no bf16 and converts fp16 one number at a time, so torch does it; but a torch operation
+# on more elements wakes torch's threads, and to wait for those costs more than the work
+_SERIAL_NUMEL = 32_768
+
+
 def cast(source: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """Return 1-D `source` rounded to `dtype`, in `out` where that, of the same length, is given."""
     result = torch.empty(source.shape, dtype=dtype) if out is None else out
@@ -84,6 +98,7 @@ def cast(source: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Te
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `numel` zeros of fp32 or fp64, in huge pages where the system has them."""
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     # numpy asks the system for huge pages, which torch does not

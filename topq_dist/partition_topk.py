@@ -1,6 +1,6 @@
 """The k largest magnitudes of each row of a matrix, exactly k of them, found by numpy's partition.
 
-Torch and numpy only; imports nothing of ours.
+Torch and numpy only, and the table of dtypes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from topq_dist.dtypes import FLOATS
+
 # elements looked at in one go: their keys stay in a core's L2 cache
 _BLOCK = 1 << 17
 # numpy's cost for each row outweighs its speed in rows shorter than the first of these, and the
 # work for each segment in rows shorter than the second
 _SHORT_ROW, _SHORT_CUT_ROW = 32, 256
-# read as integers with the sign cleared, IEEE floats sort by magnitude, and NaN above infinity
-_SAME_BITS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
 Integers: TypeAlias = npt.NDArray[np.signedinteger]
 
 
@@ -46,7 +41,7 @@ def keep_top_(rows: Tensor, k: int) -> None:
         return
     if k == 0:
         rows.zero_()
-    elif rows.device.type == "cpu" and rows.dtype in _SAME_BITS and n >= _SHORT_ROW:
+    elif rows.device.type == "cpu" and rows.dtype in FLOATS and n >= _SHORT_ROW:
         _keep_top_on_cpu_(rows, k)
     else:
         columns = torch.topk(rows.abs(), k, dim=1, sorted=False).indices
@@ -58,7 +53,7 @@ def _keep_top_on_cpu_(rows: Tensor, k: int) -> None:
     """Do `keep_top_` by numpy, whose partition is vectorised; see benchmarks/optimizer_step.py."""
     rows[:0].zero_()  # writes made through numpy are not counted: this lets autograd notice them
     dense = rows.detach().contiguous()
-    bits = dense.view(_SAME_BITS[rows.dtype]).numpy()
+    bits = dense.view(FLOATS[rows.dtype].signed).numpy()
     height = max(1, _BLOCK // rows.shape[1])
     for start in range(0, rows.shape[0], height):
         block = bits[start : start + height]

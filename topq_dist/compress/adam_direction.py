@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.dtypes import sum_dtype
+from topq_dist.dtypes import accumulate_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class AdamDirections:
             leaves the gradient alone.
         skip_unused: a gradient that is all zero is that of a parameter out of use, which waits.
         """
-        kind: dict[str, Any] = {"dtype": sum_dtype(flat.dtype), "device": flat.device}
+        kind: dict[str, Any] = {"dtype": accumulate_dtype(flat.dtype), "device": flat.device}
         moments = self._first.flat(layout, **kind), self._second.flat(layout, **kind)
         first, second = (moment.clone() for moment in moments)
         steps: dict[str, int] = {}

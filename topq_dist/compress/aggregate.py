@@ -15,7 +15,7 @@ from topq_dist.compress.kernels.jit import LANES
 from topq_dist.compress.kernels.scratch import scratch
 from topq_dist.compress.partition import Parts
 from topq_dist.compress.residual import Terms
-from topq_dist.dtypes import KEY_DTYPES, sum_dtype
+from topq_dist.dtypes import FLOATS, accumulate_dtype
 
 # elements added up in one go: they stay in a core's second cache
 _WINDOW_NUMEL = 16_384
@@ -96,8 +96,8 @@ def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
     """
     flat = out.view(-1)
     # half precision would round once a frame
-    whole = flat.dtype == sum_dtype(flat.dtype) or len(frames) == 1
-    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=sum_dtype(flat.dtype))
+    whole = flat.dtype == accumulate_dtype(flat.dtype) or len(frames) == 1
+    total = flat.zero_() if whole else torch.zeros_like(flat, dtype=accumulate_dtype(flat.dtype))
     for frame in frames:
         frame.values.div_(divisor)
         frame.add_to(total)
@@ -118,10 +118,10 @@ def check_out(out: Tensor) -> None:
     """Raise ValueError, or TypeError for no tensor, unless `out` can take a dense gradient."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out is a {type(out).__name__}: expected a tensor")
-    if out.dtype not in KEY_DTYPES or out.layout != torch.strided or out.is_meta:
+    if out.dtype not in FLOATS or out.layout != torch.strided or out.is_meta:
         raise ValueError(
             f"out has dtype {out.dtype} and layout {out.layout} on {out.device}: expected a dense "
-            f"tensor of one of {', '.join(str(dtype) for dtype in KEY_DTYPES)}"
+            f"tensor of one of {', '.join(str(dtype) for dtype in FLOATS)}"
         )
     if not out.is_contiguous() or out.requires_grad:
         raise ValueError(

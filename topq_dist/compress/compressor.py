@@ -22,7 +22,7 @@ from topq_dist.compress.codec.frame import (
     encode_non_finite_frame,
     peek_header,
 )
-from topq_dist.compress.codec.values import WHOLE, check_value_format
+from topq_dist.compress.codec.values import check_value_format
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.layout import ByLayout, Layout, Pieces
 from topq_dist.compress.partition import Parts
@@ -30,11 +30,9 @@ from topq_dist.compress.residual import Residuals, Terms, add_terms, settle
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
 from topq_dist.compress.sparsify.segments import Cut, CutSelector, count_between
 from topq_dist.compress.sparsify.topk import Selector
-from topq_dist.dtypes import sum_dtype
+from topq_dist.dtypes import FLOATS, accumulate_dtype
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
-
-_OWN_FORMAT = {dtype: name for name, dtype in WHOLE.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +262,9 @@ class FlatCompressor:
         return torch.finfo(self.residuals.home(layout).dtype).max / ranks
 
     def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
-        return self.residuals.flat(layout, dtype=sum_dtype(gradient.dtype), device=gradient.device)
+        return self.residuals.flat(
+            layout, dtype=accumulate_dtype(gradient.dtype), device=gradient.device
+        )
 
 
 class Compressor:
@@ -360,7 +360,7 @@ def _keep_nothing() -> None:
 
 
 def _own_format(dtype: torch.dtype) -> str:
-    if dtype not in _OWN_FORMAT:
-        known = ", ".join(str(dtype) for dtype in _OWN_FORMAT)
+    if dtype not in FLOATS:
+        known = ", ".join(str(dtype) for dtype in FLOATS)
         raise TypeError(f"gradient has dtype {dtype}: expected one of {known}")
-    return _OWN_FORMAT[dtype]
+    return FLOATS[dtype].value_format

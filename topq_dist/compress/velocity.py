@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.dtypes import sum_dtype
+from topq_dist.dtypes import accumulate_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Velocity:
         skip_unused: a gradient that is all zero is that of a parameter out of use, whose velocity
             waits.
         """
-        dtype = sum_dtype(flat.dtype)
+        dtype = accumulate_dtype(flat.dtype)
         velocity = self._velocities.flat(layout, dtype=dtype, device=flat.device)
         advanced, names = torch.zeros_like(velocity), set(self._begun)
         for name, where, decay in zip(layout.names, layout.stretches(), decays, strict=True):

@@ -15,10 +15,10 @@ from vectors import DTYPES, drawn
 from topq_dist.compress.kernels.select import select_stretches
 from topq_dist.compress.layout import Pieces
 from topq_dist.compress.sparsify import segments, topk
-from topq_dist.compress.sparsify.magnitude import CompensatedGradient
+from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection
 from topq_dist.compress.sparsify.segments import Cut, CutSelector
 from topq_dist.compress.sparsify.threshold import find_candidates
-from topq_dist.compress.sparsify.topk import Selection, Selector
+from topq_dist.compress.sparsify.topk import Selector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topq_dist.compress.residual import Terms, settle
-from topq_dist.compress.sparsify.topk import Selection, Selector, select_rows, select_with_torch
+from topq_dist.compress.sparsify.magnitude import Selection
+from topq_dist.compress.sparsify.topk import Selector, select_rows
+from topq_dist.compress.sparsify.topk_torch import select_with_torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESIDUAL_DTYPE = {

@@ -21,15 +21,10 @@ from topq_dist.compress.codec.lowbit import (
     lowbit_bytes,
 )
 from topq_dist.compress.kernels.codec import round_to_half, widen_half
-from topq_dist.dtypes import cast
+from topq_dist.dtypes import FLOATS, accumulate_dtype, cast
 
 VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")
-WHOLE = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+WHOLE = {kind.value_format: dtype for dtype, kind in reversed(FLOATS.items())}
 LOW_BITS = {"int8": 8, "int4": 4, "int2": 2}
 # scaled magnitudes are at most 2**15, clear of fp16's 65504; 2**126 is still normal in fp32, and so
 # is its inverse
@@ -61,7 +56,7 @@ def check_value_format(value_format: str) -> str:
 
 def decoded_dtype(value_format: str) -> torch.dtype:
     """Return the dtype of decoded values: fp64 for "fp64", else fp32."""
-    return torch.float64 if value_format == "fp64" else torch.float32
+    return accumulate_dtype(WHOLE.get(value_format, torch.float32))
 
 
 def payload_bytes(count: int, value_format: str, *, blocks: int | None = None) -> int:
@@ -87,7 +82,7 @@ def encode_values(
     one power of two, chosen from the largest magnitude, so that neither large nor tiny gradients
     leave its range. Raises ValueError where a value is NaN or infinite.
     """
-    wide = _as_floats(values, torch.float64 if values.dtype == torch.float64 else torch.float32)
+    wide = _as_floats(values, accumulate_dtype(values.dtype))
     # NaN is the maximum of what holds one, and no absolute values need room
     peak = max(float(wide.max()), -float(wide.min())) if wide.size else 0.0
     if not np.isfinite(peak):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topq_dist.compress.kernels.jit import STREAM_ALIGNMENT
 from topq_dist.compress.kernels.threads import thread_count
-from topq_dist.dtypes import KEY_DTYPES, Floats, Indices, Keys, cast, tensor_of
+from topq_dist.dtypes import FLOATS, Floats, Indices, Keys, cast, tensor_of
 
 # a block stays in a core's cache; below 65,536 call overhead shows. What is written past the caches
 # is aligned because whole blocks are many times STREAM_ALIGNMENT long
@@ -49,7 +49,7 @@ class _Scratch(threading.local):
 
     def block(self, dtype: torch.dtype) -> Keys:
         """One block's keys."""
-        return self._block.view(KEY_DTYPES[dtype])[:BLOCK_NUMEL]
+        return self._block.view(FLOATS[dtype].key)[:BLOCK_NUMEL]
 
     def listing(self, room: int, dtype: np.dtype[Any]) -> tuple[Indices, npt.NDArray[Any]]:
         """Room for so many indices, and numbers of a dtype."""

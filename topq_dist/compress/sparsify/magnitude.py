@@ -1,19 +1,26 @@
-"""gradient + residual as bit patterns, what they are added up in, and the scratch for it.
-
-A number's magnitude is its bit pattern with the sign cleared: as integers these keys order as the
-magnitudes do, exactly, with infinity above every number, NaN above infinity and denormals whole.
-"""
+"""gradient + residual as bit patterns, of which those of largest magnitude are selected."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, as_summand, scratch
-from topq_dist.dtypes import KEY_DTYPES, Floats, Indices, Keys, bits_of, sign_cleared, sum_dtype
+from topq_dist.dtypes import FLOATS, Floats, Indices, Keys, accumulate_dtype, bits_of, sign_cleared
+
+
+class Selection(NamedTuple):
+    """The k largest magnitudes: `indices` int64 ascending, `values` of the sum's dtype, both (k,).
+
+    `finite` is False where the vector holds NaN or infinity anywhere.
+    """
+
+    indices: Tensor
+    values: Tensor
+    finite: bool
 
 
 class CompensatedGradient:
@@ -67,7 +74,7 @@ class CompensatedGradient:
             return bits
         return (
             _pick(self._residual, where) + as_summand(bits, self._gradient_dtype, self.dtype)
-        ).view(KEY_DTYPES[self.dtype])
+        ).view(FLOATS[self.dtype].key)
 
 
 class TakenUp:
@@ -103,15 +110,15 @@ def check_vectors(gradient: Tensor, residual: Tensor | None) -> None:
     """Raise ValueError unless these are what Selector.select takes."""
     for name, vector in (("gradient", gradient), ("residual", residual)):
         if vector is not None and (
-            vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in KEY_DTYPES
+            vector.dim() != 1 or not vector.is_contiguous() or vector.dtype not in FLOATS
         ):
             raise ValueError(
                 f"{name} has shape {tuple(vector.shape)} and dtype {vector.dtype}: expected one "
-                f"contiguous dimension of one of {[*KEY_DTYPES]}"
+                f"contiguous dimension of one of {[*FLOATS]}"
             )
     if residual is None:
         return
-    dtype = sum_dtype(gradient.dtype)
+    dtype = accumulate_dtype(gradient.dtype)
     expected = (gradient.shape, dtype, gradient.device)
     if (residual.shape, residual.dtype, residual.device) != expected:
         raise ValueError(

@@ -19,10 +19,10 @@ from topq_dist.compress.kernels.scratch import scratch
 from topq_dist.compress.kernels.select import select_stretches
 from topq_dist.compress.kernels.threads import run_all, thread_count
 from topq_dist.compress.layout import Pieces
-from topq_dist.compress.sparsify.magnitude import CompensatedGradient, check_vectors
+from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection, check_vectors
 from topq_dist.compress.sparsify.threshold import most_candidates
-from topq_dist.compress.sparsify.topk import Selection, Selector, select_rows
-from topq_dist.dtypes import KEY_DTYPES, Indices, Keys, bits_of, sign_cleared, tensor_of
+from topq_dist.compress.sparsify.topk import Selector, select_rows
+from topq_dist.dtypes import FLOATS, Indices, Keys, bits_of, sign_cleared, tensor_of
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
@@ -147,7 +147,7 @@ def _select_group(
     ]
     kept = sum(cut.kept for cut in cuts)
     room = max(min(limit, high - low) for low, high, _, limit in plan) + 1 + LANES
-    key_dtype = np.dtype(KEY_DTYPES[vector.dtype])
+    key_dtype = np.dtype(FLOATS[vector.dtype].key)
     indices, listed = scratch.listing(room, numbers.dtype)
     _, bits = scratch.listing(room, key_dtype)
     kept_indices, kept_bits = np.empty(kept + 1, np.int64), np.empty(kept + 1, key_dtype)

@@ -1,4 +1,9 @@
-"""The few elements of a vector that can be among its k largest, found by a threshold."""
+"""The few elements of a vector that can be among its k largest, found by a threshold.
+
+Sources: last step's threshold, used again, is Ok-Topk's (Li and Hoefler, "Near-Optimal Sparse
+Allreduce", PPoPP 2022); the first one, from a sample, is that of Lin et al., "Deep Gradient
+Compression" (ICLR 2018). Both are only where the search begins here: what is selected is exact.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks, scratch, spa
 from topq_dist.compress.kernels.select import find_reaching
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, TakenUp
-from topq_dist.dtypes import KEY_DTYPES, Indices, Keys, sign_cleared
+from topq_dist.dtypes import FLOATS, Indices, Keys, sign_cleared
 
 _SAMPLE_NUMEL = 32_768
 
@@ -109,7 +114,7 @@ def _find_in_span(
     start: int,
     stop: int,
 ) -> Candidates:
-    key_dtype = np.dtype(KEY_DTYPES[vector.dtype])
+    key_dtype = np.dtype(FLOATS[vector.dtype].key)
     low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
     # LANES more, or the kernel would stop before it has found one too many
     room = min(limit, stop - start) + 1 + LANES

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from topq_dist.compress.kernels.select import keep_largest
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.sparsify.magnitude import (
     CompensatedGradient,
+    Selection,
     TakenUp,
     check_vectors,
     not_finite_allowed,
@@ -38,9 +38,8 @@ from topq_dist.compress.sparsify.threshold import (
     partitioned_candidates,
     sampled_threshold,
 )
-from topq_dist.compress.sparsify.topk_torch import DeviceSelector
+from topq_dist.compress.sparsify.topk_torch import DeviceSelector, select_with_torch
 from topq_dist.dtypes import (
-    SIGNED_DTYPES,
     Indices,
     Keys,
     key_of,
@@ -59,17 +58,6 @@ _SMALLEST_KEY = 1
 _FIRST_SLACK = 0.03
 _LARGEST_SLACK = 0.5
 _SMALLEST_SLACK = 0.002
-
-
-class Selection(NamedTuple):
-    """The k largest magnitudes: `indices` int64 ascending, `values` of the sum's dtype, both (k,).
-
-    `finite` is False where the vector holds NaN or infinity anywhere.
-    """
-
-    indices: Tensor
-    values: Tensor
-    finite: bool
 
 
 class Selector:
@@ -98,7 +86,7 @@ class Selector:
         check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
         if gradient.device.type != "cpu":
-            return Selection(*self._on_device.select(gradient, k, residual))
+            return self._on_device.select(gradient, k, residual)
         vector = CompensatedGradient(gradient, residual)
         with not_finite_allowed():
             if k == 0:
@@ -228,24 +216,6 @@ def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Se
         bits = vector.bits_at(indices)
     finite = bool((bits & sign_cleared(vector.dtype)).max() < key_of(np.inf, vector.dtype))
     return Selection(torch.from_numpy(indices), tensor_of(bits, vector.dtype), finite)
-
-
-def select_with_torch(
-    gradient: Tensor, k: int, *, residual: Tensor | None = None, row_numel: int | None = None
-) -> Selection:
-    """Do what Selector.select, or with `row_numel` select_rows, does, by torch on any device.
-
-    Which of several equal magnitudes at the k-th place is kept is not specified.
-    """
-    vector = gradient.detach() if residual is None else residual.detach() + gradient.detach()
-    signed = SIGNED_DTYPES[vector.dtype.itemsize]
-    rows = vector.view(1, -1) if row_numel is None else vector.view(-1, row_numel)
-    keys = rows.view(signed) & torch.iinfo(signed).max
-    within = keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    starts = torch.arange(0, vector.numel(), max(1, rows.shape[1]), device=vector.device)
-    indices = (within + starts[: rows.shape[0], None]).reshape(-1)
-    finite = bool(torch.isfinite(vector).all())
-    return Selection(indices, vector.index_select(0, indices), finite)
 
 
 def _rows_of_span(

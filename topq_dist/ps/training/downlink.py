@@ -16,8 +16,9 @@ from torch import Tensor
 from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.compress.codec.values import check_value_format
 from topq_dist.compress.kernels.threads import thread_count
+from topq_dist.compress.sparsify.magnitude import Selection
 from topq_dist.compress.sparsify.segments import Cut, count_between, uniform_cuts
-from topq_dist.compress.sparsify.topk import Selection, Selector
+from topq_dist.compress.sparsify.topk import Selector
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import added
