@@ -33,7 +33,7 @@ from harness.ps_server import parameter_server
 
 from topq_dist import Compressor
 from topq_dist.ps.client.connection import Connection
-from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.types import START, push_digest
@@ -186,7 +186,7 @@ class Worker:
 
     def step(self) -> None:
         """Push the frame, and read the answer."""
-        push = KeptPush(
+        push = PushRecord(
             sequence=self.sequence,
             base=self.point,
             frames=(self.frame,),

@@ -19,7 +19,7 @@ import torch
 
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
-from topq_dist.ps.protocol.types import START, Point
+from topq_dist.ps.protocol.types import START, ModelVersion
 from topq_dist.ps.state import snapshot, snapshot_file
 from topq_dist.ps.state.snapshot import Snapshot, StateDir, training_json
 
@@ -42,7 +42,9 @@ def snapshot_of(version: int) -> Snapshot:
     payload = version.to_bytes(4, "little") * 25
     return Snapshot(
         run="run",
-        point=Point(version=version, chain=bytes([version % 256]) * 32) if version else START,
+        point=ModelVersion(version=version, chain=bytes([version % 256]) * 32)
+        if version
+        else START,
         training=training_json(TRAINING),
         spec=ModelSpec.of([("matrix", matrix)]),
         ledger={"version": version},

@@ -15,7 +15,7 @@ from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import apply_update
-from topq_dist.ps.protocol.types import START, Answer, Point, push_digest
+from topq_dist.ps.protocol.types import START, Answer, ModelVersion, push_digest
 from topq_dist.ps.wire import codec, steps
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -30,7 +30,7 @@ class Kept:
     """A push as it was sent, and what became of it."""
 
     sequence: int
-    base: Point
+    base: ModelVersion
     frames: list[memoryview]
     digest: bytes
     applied_version: int = 0
@@ -51,7 +51,7 @@ class RawWorker:
         self.held = FlatModel(self.spec)
         self.held.copy_from(self.model.items())
         self.id = pb.WorkerId(worker=self.name)
-        self.point: Point | None = None
+        self.point: ModelVersion | None = None
         self.sequence = 0
         self.kept: list[Kept] = []
         self.channel = grpc.insecure_channel(

@@ -13,10 +13,10 @@ from topq_dist.compress.codec.frame import Frame
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
-from topq_dist.ps.protocol.types import Answer, Point, Push, push_digest
+from topq_dist.ps.protocol.types import Answer, ModelVersion, Push, push_digest
 from topq_dist.ps.server.coordinator import Coordinator
-from topq_dist.ps.server.push_queue import Ticket
-from topq_dist.ps.server.requests import Caller, JoinCall
+from topq_dist.ps.server.push_queue import PendingPush
+from topq_dist.ps.server.requests import JoinCall, WorkerId
 from topq_dist.ps.state.snapshot import StateDir
 
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
@@ -39,7 +39,12 @@ class Clock:
 
 
 def push_of(
-    caller: Caller, sequence: int, base: Point, value: float = 1.0, *, replay: Answer | None = None
+    caller: WorkerId,
+    sequence: int,
+    base: ModelVersion,
+    value: float = 1.0,
+    *,
+    replay: Answer | None = None,
 ) -> Push:
     values = torch.full((4,), value)
     frame = Frame(numel=4, indices=torch.arange(4), values=values.clone(), finite=True)
@@ -74,12 +79,12 @@ class Bench:
 
     def crash(self) -> None:
         """End without a drain: what is not durable is lost."""
-        self.server._durable.close()
+        self.server._snapshotter.close()
         self.state_dir.close()
         self.restart()
 
     def save(self) -> None:
-        self.server._durable.save()
+        self.server._snapshotter.save()
 
     def join(
         self,
@@ -87,11 +92,11 @@ class Bench:
         *,
         instance: bytes | None = None,
         epoch: int = 0,
-        held: Point | None = None,
+        held: ModelVersion | None = None,
         kept: tuple[int, int] | None = None,
         run: str | None = None,
         spec: ModelSpec = SPEC,
-    ) -> Caller:
+    ) -> WorkerId:
         """Join, and bring a model of zeros where told to; `kept` is (first, next) sequence."""
         joined = self.server.join(
             JoinCall(
@@ -111,25 +116,25 @@ class Bench:
         return joined.caller
 
     @property
-    def point(self) -> Point:
+    def point(self) -> ModelVersion:
         return self.server.status().point
 
-    def submit(self, push: Push) -> Ticket:
+    def submit(self, push: Push) -> PendingPush:
         return self.server.submit(self.server.run, push)
 
-    def look(self, ticket: Ticket) -> Answer | tuple[str, ...]:
-        return self.server.wait(ticket, 0.0)
+    def look(self, pending: PendingPush) -> Answer | tuple[str, ...]:
+        return self.server.wait(pending, 0.0)
 
-    def answer(self, ticket: Ticket) -> Answer:
-        answer = self.look(ticket)
+    def answer(self, pending: PendingPush) -> Answer:
+        answer = self.look(pending)
         assert isinstance(answer, Answer), answer
         return answer
 
-    def round(self, sequence: int, *callers: Caller, value: float = 1.0) -> list[Answer]:
+    def round(self, sequence: int, *callers: WorkerId, value: float = 1.0) -> list[Answer]:
         """Push for each worker on the present point, and return the answers."""
         base = self.point
-        tickets = [self.submit(push_of(c, sequence, base, value)) for c in callers]
-        return [self.answer(ticket) for ticket in tickets]
+        pendings = [self.submit(push_of(c, sequence, base, value)) for c in callers]
+        return [self.answer(pending) for pending in pendings]
 
     def sha256(self) -> str:
         return self.server.status(state_sha256=True).state_sha256

@@ -25,5 +25,5 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     yield make_bench
     for bench in made:
-        bench.server._durable.close()
+        bench.server._snapshotter.close()
         bench.state_dir.close()

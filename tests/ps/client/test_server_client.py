@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from topq_dist.compress.compressor import FlatCompressor
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.connection import Connection, TransientError
-from topq_dist.ps.client.replay_log import KeptPushes
+from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, frames_of
-from topq_dist.ps.protocol.errors import OldEpochError, ServerLostError, WrongRunError
-from topq_dist.ps.protocol.types import START, Point
+from topq_dist.ps.protocol.errors import FencedError, ServerLostError, WrongRunError
+from topq_dist.ps.protocol.types import START, ModelVersion
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.server.process import ParameterServer
 
@@ -105,7 +105,7 @@ def test_what_a_stale_push_held_is_owed_again(tmp_path: Path) -> None:
         (refused,) = second.collect().taken_back
         assert second.pushes.next_sequence == 1
         assert held(second) == held(first) == [0, 0, -3, -4]
-        of_second.owe(refused)
+        of_second.restore_residual(refused)
         owed = of_second.compressor.residuals.state_dict()["weight"].tolist()
         assert owed == [10, 20, 30, 40]
         push(second, of_second, 0, 0, 0, 0)
@@ -163,7 +163,7 @@ def test_a_newer_process_with_the_name_fences_the_older_off(tmp_path: Path) -> N
         with client_of(server) as (newer, _):
             assert newer.pushes.next_sequence == 2
             push(older, shard, 1, 1, 1, 1)
-            with pytest.raises(OldEpochError, match=rf"{server.address}.*newer process"):
+            with pytest.raises(FencedError, match=rf"{server.address}.*newer process"):
                 older.finish()
             assert server.coordinator.status().point.version == 1
         older._closing.set()
@@ -366,12 +366,12 @@ def test_a_late_worker_owes_what_the_run_went_on_without(
 
 
 def test_kept_pushes_survive_saving() -> None:
-    pushes = KeptPushes()
-    point = Point(version=1, chain=bytes(range(32)))
+    pushes = ReplayLog()
+    point = ModelVersion(version=1, chain=bytes(range(32)))
     first = pushes.begin(START, [memoryview(b"abc")], [0.1])
-    pushes.settle(first, point, ["a", "b"])
+    pushes.record_applied(first, point, ["a", "b"])
     pushes.begin(point, [memoryview(b"defg")], [0.1])
-    again = KeptPushes.from_state(pushes.state_dict())
+    again = ReplayLog.from_state(pushes.state_dict())
     assert again.state_dict().keys() == pushes.state_dict().keys()
     assert again.pending is not None
     assert again.pending == pushes.pending
@@ -379,9 +379,9 @@ def test_kept_pushes_survive_saving() -> None:
     assert again.missing_at(2) == []
     assert again.first_kept == 1
     assert again.unsent_sequence == 3
-    again.durable(1, before=1)
+    again.forget_durable(1, before=1)
     assert again.first_kept == 1
-    again.durable(1, before=2)
+    again.forget_durable(1, before=2)
     assert again.missing_at(1) is None
     assert [push.sequence for push in again.take_back(1)] == [2]
     assert again.next_sequence == 1
@@ -397,7 +397,7 @@ def test_many_workers_in_async_mode_lose_nothing(tmp_path: Path) -> None:
                     push(client, shard, 1, 2, 3, 4)
                     client.finish()
                     pushed += 1 - len(client.collect().taken_back)
-                    shard.forgive()
+                    shard.clear_residuals()
 
         side_by_side(4, work)
         with client_of(server, "last") as (client, _):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.param_groups import ServerGroups
-from topq_dist.ps.protocol.errors import OldEpochError, ServerLostError, WrongRunError
+from topq_dist.ps.protocol.errors import FencedError, ServerLostError, WrongRunError
 from topq_dist.ps.protocol.types import GroupView
 from topq_dist.ps.server.process import ParameterServer
 
@@ -80,7 +80,7 @@ def test_resumed_it_walks_the_same_path(tmp_path: Path, model_first: bool) -> No
             scheduler.step()
         assert torch.equal(values(again), expected)
         assert server.coordinator.status().point.version == 8
-        with pytest.raises(OldEpochError, match="newer process"):
+        with pytest.raises(FencedError, match="newer process"):
             optimizer.close()
         resumed.close()
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from ps.health_server import ask, serving
 
-from topq_dist.ps.client.probe import why_unreachable
+from topq_dist.ps.client.probe import diagnose_connection
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
 from topq_dist.ps.security.tls import ClientTls, ServerTls
@@ -23,7 +23,7 @@ class TestWhereAServerListens:
         with serving(ServerSecurity(), address) as where:
             assert where.port > 0
             assert ask(where, ClientSecurity()) is grpc.StatusCode.OK
-            assert why_unreachable(where, None) is None
+            assert diagnose_connection(where, None) is None
 
     def test_on_a_unix_socket(self, tmp_path: Path) -> None:
         with serving(ServerSecurity(), f"unix:{tmp_path}/socket") as where:

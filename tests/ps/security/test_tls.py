@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from ps.certificates import Authority, Pair
 from ps.health_server import ask, client_tls, server_tls, serving, unchecked_call
 
-from topq_dist.ps.client.probe import why_unreachable
+from topq_dist.ps.client.probe import diagnose_connection
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
 from topq_dist.ps.security.tls import ClientTls
 
@@ -41,7 +41,7 @@ class TestTls:
         with serving(ServerSecurity(tls=server_tls(server_pair))) as where:
             tls = client_tls(ours.certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.OK
-            assert why_unreachable(where, tls) is None
+            assert diagnose_connection(where, tls) is None
 
     def test_a_certificate_of_another_ca_is_refused(
         self, ours: Authority, foreign: Authority
@@ -50,7 +50,7 @@ class TestTls:
         with serving(ServerSecurity(tls=server_tls(pair))) as where:
             tls = client_tls(ours.certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            why = why_unreachable(where, tls)
+            why = diagnose_connection(where, tls)
         assert why is not None
         assert "unable to get local issuer certificate" in why
         assert str(ours.certificate) in why
@@ -61,22 +61,22 @@ class TestTls:
         with serving(ServerSecurity(tls=server_tls(server_pair)), "127.0.0.2:0") as where:
             tls = client_tls(ours.certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            why = why_unreachable(where, tls)
+            why = diagnose_connection(where, tls)
             assert why is not None
             assert "127.0.0.2" in why
             named = replace(tls, server_name="localhost")
             assert ask(where, ClientSecurity(tls=named)) is grpc.StatusCode.OK
-            assert why_unreachable(where, named) is None
+            assert diagnose_connection(where, named) is None
 
     def test_one_side_without_tls_is_told_so(self, ours: Authority, server_pair: Pair) -> None:
         tls = client_tls(ours.certificate)
         with serving(ServerSecurity()) as where:
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            assert why_unreachable(where, tls) == "the server does not speak TLS"
+            assert diagnose_connection(where, tls) == "the server does not speak TLS"
         with serving(ServerSecurity(tls=server_tls(server_pair))) as where:
             assert ask(where, ClientSecurity()) is grpc.StatusCode.UNAVAILABLE
-            assert "speaks TLS" in str(why_unreachable(where, None))
-        assert "refused" in str(why_unreachable(where, None))
+            assert "speaks TLS" in str(diagnose_connection(where, None))
+        assert "refused" in str(diagnose_connection(where, None))
 
 
 class TestMutualTls:
@@ -88,15 +88,15 @@ class TestMutualTls:
         with serving(security) as where:
             tls = client_tls(ours.certificate, client_pair)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.OK
-            assert why_unreachable(where, tls) is None
+            assert diagnose_connection(where, tls) is None
 
             tls = client_tls(ours.certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            assert "without certificate" in str(why_unreachable(where, tls))
+            assert "without certificate" in str(diagnose_connection(where, tls))
 
             tls = client_tls(ours.certificate, stranger)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            assert str(stranger.certificate) in str(why_unreachable(where, tls))
+            assert str(stranger.certificate) in str(diagnose_connection(where, tls))
 
     def test_an_expired_certificate_is_refused_at_both_ends(
         self, ours: Authority, server_pair: Pair
@@ -115,7 +115,7 @@ class TestMutualTls:
         with serving(ServerSecurity(tls=server_tls(server_pair, ours.certificate))) as where:
             tls = client_tls(ours.certificate, server_pair)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
-            assert str(server_pair.certificate) in str(why_unreachable(where, tls))
+            assert str(server_pair.certificate) in str(diagnose_connection(where, tls))
         with pytest.raises(ValueError, match=r"^certificate=.*purpose"):
             server_tls(client_pair).credentials()
 
@@ -125,7 +125,7 @@ class TestMutualTls:
         with serving(ServerSecurity(tls=server_tls(server_pair))) as where:
             tls = client_tls(server_pair.certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.OK
-            assert why_unreachable(where, tls) is None
+            assert diagnose_connection(where, tls) is None
             tls = client_tls(foreign.issue("server", server=True).certificate)
             assert ask(where, ClientSecurity(tls=tls)) is grpc.StatusCode.UNAVAILABLE
 

@@ -13,17 +13,17 @@ from ps.bench import Make, model_of, push_of
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
+    FencedError,
     InvalidError,
     ModelDiffersError,
     NotJoinedError,
     NotReadyError,
-    OldEpochError,
     RefusedError,
     TooLargeError,
     TooManyWorkersError,
     WrongRunError,
 )
-from topq_dist.ps.protocol.types import START, Answer, Point
+from topq_dist.ps.protocol.types import START, Answer, ModelVersion
 
 
 def test_a_version_takes_one_push_of_each_live_worker(make: Make) -> None:
@@ -32,8 +32,8 @@ def test_a_version_takes_one_push_of_each_live_worker(make: Make) -> None:
     first = bench.submit(push_of(a, 1, START, 2.0))
     assert bench.look(first) == ("b",)
     second = bench.submit(push_of(b, 1, START, 4.0))
-    for ticket in (first, second):
-        answer = bench.answer(ticket)
+    for pending in (first, second):
+        answer = bench.answer(pending)
         assert answer.applied == bench.point
         assert answer.members == ("a", "b")
         assert model_of(answer).tolist() == [-3.0] * 4
@@ -43,12 +43,12 @@ def test_a_version_takes_one_push_of_each_live_worker(make: Make) -> None:
 def test_the_first_version_waits_for_start_workers_and_none_is_made_of_too_few(make: Make) -> None:
     bench = make(start_workers=2, min_workers=2)
     a = bench.join("a")
-    ticket = bench.submit(push_of(a, 1, START))
-    assert bench.look(ticket) == ()
+    pending = bench.submit(push_of(a, 1, START))
+    assert bench.look(pending) == ()
     b = bench.join("b")
-    assert bench.look(ticket) == ("b",)
+    assert bench.look(pending) == ("b",)
     bench.submit(push_of(b, 1, START))
-    assert bench.answer(ticket).members == ("a", "b")
+    assert bench.answer(pending).members == ("a", "b")
     lonely = bench.submit(push_of(a, 2, bench.point))
     bench.clock.pass_s(9)
     bench.look(lonely)
@@ -59,30 +59,30 @@ def test_the_first_version_waits_for_start_workers_and_none_is_made_of_too_few(m
 def test_a_worker_past_its_lease_holds_nobody_up_and_is_stale_once(make: Make) -> None:
     bench = make()
     a, b = bench.join("a"), bench.join("b")
-    ticket = bench.submit(push_of(a, 1, START, 3.0))
+    pending = bench.submit(push_of(a, 1, START, 3.0))
     bench.clock.pass_s(9)
-    assert bench.look(ticket) == ("b",)
+    assert bench.look(pending) == ("b",)
     bench.clock.pass_s(2)
-    assert bench.answer(ticket).members == ("a",)
+    assert bench.answer(pending).members == ("a",)
     late = bench.answer(bench.submit(push_of(b, 1, START)))
     assert late.applied is None
     assert model_of(late).tolist() == [-3.0] * 4
     assert bench.server.status().refused == {"stale": 1}
     both = [bench.submit(push_of(caller, n, bench.point)) for caller, n in ((a, 2), (b, 1))]
-    assert [bench.answer(ticket).members for ticket in both] == [("a", "b")] * 2
+    assert [bench.answer(pending).members for pending in both] == [("a", "b")] * 2
 
 
 def test_a_round_closes_without_the_rest_after_its_time(make: Make) -> None:
     bench = make(round_timeout_s=2.0)
     a, b = bench.join("a"), bench.join("b")
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     bench.clock.pass_s(1.9)
-    assert bench.look(ticket) == ("b",)
+    assert bench.look(pending) == ("b",)
     bench.clock.pass_s(0.2)
-    assert bench.answer(ticket).members == ("a",)
+    assert bench.answer(pending).members == ("a",)
     assert bench.answer(bench.submit(push_of(b, 1, START))).applied is None
-    ticket = bench.submit(push_of(b, 1, bench.point))
-    assert bench.look(ticket) == ("a",)  # b stayed a member, and so did a
+    pending = bench.submit(push_of(b, 1, bench.point))
+    assert bench.look(pending) == ("a",)  # b stayed a member, and so did a
 
 
 def test_one_push_arriving_twice_at_once_is_applied_once(make: Make) -> None:
@@ -124,7 +124,7 @@ def test_a_waiting_push_cannot_be_swapped_for_another(make: Make) -> None:
     with pytest.raises(DigestDiffersError):
         bench.submit(push_of(a, 1, START, 7.0))
     with pytest.raises(InvalidError, match="another base"):
-        bench.submit(push_of(a, 1, Point(version=0, chain=b"x" * 32)))
+        bench.submit(push_of(a, 1, ModelVersion(version=0, chain=b"x" * 32)))
 
 
 def test_a_push_whose_sender_is_gone_still_counts(make: Make) -> None:
@@ -157,31 +157,31 @@ def test_a_new_process_fences_the_old_one_and_its_waiting_push_off(make: Make) -
     old = bench.submit(push_of(a, 1, START, 100.0))
     newer = bench.join("a", instance=b"another process.")
     assert newer.epoch == a.epoch + 1
-    with pytest.raises(OldEpochError):
+    with pytest.raises(FencedError):
         bench.look(old)
-    with pytest.raises(OldEpochError):
+    with pytest.raises(FencedError):
         bench.submit(push_of(a, 1, START, 100.0))
-    ticket = bench.submit(push_of(b, 1, START, 2.0))
-    assert bench.look(ticket) == ("a",)
+    pending = bench.submit(push_of(b, 1, START, 2.0))
+    assert bench.look(pending) == ("a",)
     bench.submit(push_of(newer, 1, START, 2.0))
-    assert model_of(bench.answer(ticket)).tolist() == [-2.0] * 4
+    assert model_of(bench.answer(pending)).tolist() == [-2.0] * 4
 
 
 def test_a_process_that_joins_again_keeps_its_waiting_push(make: Make) -> None:
     bench = make()
     a, b = bench.join("a"), bench.join("b")
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     assert bench.join("a", epoch=a.epoch, held=START) == a
     bench.submit(push_of(b, 1, START))
-    assert bench.answer(ticket).members == ("a", "b")
+    assert bench.answer(pending).members == ("a", "b")
 
 
 def test_leaving_lets_the_others_go_on(make: Make) -> None:
     bench = make()
     a, b = bench.join("a"), bench.join("b")
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     assert bench.server.leave(b).version == 1
-    assert bench.answer(ticket).members == ("a",)
+    assert bench.answer(pending).members == ("a",)
     assert bench.server.status().durable_version == 1
     assert bench.server.leave(b).version == 1  # its answer was lost
     with pytest.raises(NotJoinedError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ps.bench import Make, model_of, push_of
 
-from topq_dist.ps.protocol.types import START, Point
+from topq_dist.ps.protocol.types import START, ModelVersion
 
 ASYNC = {"mode": "async", "max_staleness": 2}
 
@@ -20,7 +20,7 @@ def test_async_applies_at_once_and_refuses_what_is_too_stale(make: Make) -> None
     bench.round(3, a)
     held = model_of(bench.answer(bench.submit(push_of(b, 2, points[1]))))
     bench.round(4, a)
-    elsewhere = Point(version=bench.point.version, chain=b"?" * 32)
+    elsewhere = ModelVersion(version=bench.point.version, chain=b"?" * 32)
     assert bench.answer(bench.submit(push_of(b, 3, elsewhere))).applied is None
     stale = bench.answer(bench.submit(push_of(b, 3, points[1])))
     assert stale.applied is None
@@ -74,12 +74,12 @@ def test_async_goes_on_where_a_replay_is_lost_for_good(make: Make) -> None:
     assert two.applied.version == 2
     bench.crash()
     b = bench.join("b", epoch=b.epoch, held=two.applied, kept=(1, 2))
-    ticket = bench.submit(push_of(b, 1, START, 2.0, replay=two))
-    assert bench.look(ticket) == ("a",)
+    pending = bench.submit(push_of(b, 1, START, 2.0, replay=two))
+    assert bench.look(pending) == ("a",)
     bench.clock.pass_s(9)
     bench.server.renew(b)
     bench.clock.pass_s(2)
-    moved = bench.answer(ticket)  # a died with the server: version 1 is b's now
+    moved = bench.answer(pending)  # a died with the server: version 1 is b's now
     assert moved.applied is not None
     assert moved.applied.version == 1
     new = bench.answer(bench.submit(push_of(b, 2, bench.point)))
@@ -92,7 +92,7 @@ def test_async_does_not_wait_for_ever_for_who_comes_back_and_sends_nothing(make:
     bench.save()
     bench.round(1, a, value=1.0)
     bench.crash()
-    far = Point(version=2**63, chain=bytes(32))
+    far = ModelVersion(version=2**63, chain=bytes(32))
     a = bench.join("a", epoch=a.epoch, held=far)
     b = bench.join("b", epoch=b.epoch, held=START)
     new = bench.submit(push_of(b, 1, START, 9.0))

@@ -52,12 +52,12 @@ def test_an_optimizer_that_raises_ends_everything(
         raise MemoryError("no memory")
 
     monkeypatch.setattr(bench.server._state.central, "apply", fail)  # type: ignore[union-attr]
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     with pytest.raises(NotReadyError, match="started again"):
         bench.submit(push_of(b, 1, START))
     assert bench.server.failed
     with pytest.raises(NotReadyError):
-        bench.look(ticket)
+        bench.look(pending)
     with pytest.raises(NotReadyError):
         bench.join("a")
     bench.server.drain()
@@ -95,11 +95,11 @@ def test_with_a_snapshot_each_version_no_answer_comes_before_it(
         save(snapshot)
 
     monkeypatch.setattr(bench.state_dir, "save", slow_save)
-    ticket = bench.submit(push_of(a, 1, START))
-    assert bench.server.wait(ticket, 0.1) == ()
+    pending = bench.submit(push_of(a, 1, START))
+    assert bench.server.wait(pending, 0.1) == ()
     assert bench.server.status().durable_version == 0
     gate.set()
-    answer = bench.server.wait(ticket, 10)
+    answer = bench.server.wait(pending, 10)
     assert isinstance(answer, Answer)
     assert answer.durable_version == 1
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from ps.bench import Make, push_of
 
-from topq_dist.ps.protocol.errors import ForgottenError, InvalidError, NotJoinedError
+from topq_dist.ps.protocol.errors import ExpiredError, InvalidError, NotJoinedError
 from topq_dist.ps.protocol.types import START, UpdateKind
 
 
@@ -39,9 +39,9 @@ def test_a_replay_is_made_of_the_same_workers_again(make: Make) -> None:
     bench = make(round_timeout_s=1.0)
     a, b = bench.join("a"), bench.join("b")
     bench.save()
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     bench.clock.pass_s(2)
-    alone = bench.answer(ticket)
+    alone = bench.answer(pending)
     assert alone.members == ("a",)
     sha256 = bench.sha256()
     bench.crash()
@@ -61,12 +61,12 @@ def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) 
     sha256 = bench.sha256()
     bench.crash()
     a = bench.join("a", epoch=a.epoch, held=START)  # the answer never arrived
-    ticket = bench.submit(push_of(a, 1, START))
+    pending = bench.submit(push_of(a, 1, START))
     bench.clock.pass_s(2)
-    assert bench.look(ticket) == ("b",)
+    assert bench.look(pending) == ("b",)
     b = bench.join("b", epoch=b.epoch, held=lost[1].applied, kept=(1, 2))
     bench.submit(push_of(b, 1, START, replay=lost[1]))
-    assert bench.answer(ticket).members == ("a", "b")
+    assert bench.answer(pending).members == ("a", "b")
     assert bench.sha256() == sha256
 
 
@@ -77,8 +77,8 @@ def test_a_replay_waits_for_a_worker_that_the_snapshot_does_not_know(make: Make)
     (first,) = bench.round(1, a)
     b = bench.join("b")
     middle = bench.point
-    tickets = [bench.submit(push_of(caller, n, middle)) for caller, n in ((a, 2), (b, 1))]
-    both = [bench.answer(ticket) for ticket in tickets]
+    pendings = [bench.submit(push_of(caller, n, middle)) for caller, n in ((a, 2), (b, 1))]
+    both = [bench.answer(pending) for pending in pendings]
     sha256, last = bench.sha256(), bench.point
     bench.crash()
     # b comes first, with a push on a version that this server has yet to reach
@@ -100,12 +100,12 @@ def test_a_replay_waits_one_lease_for_its_members_and_no_more(make: Make) -> Non
     (lost, _) = bench.round(1, a, b)
     bench.crash()
     a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(1, 2))
-    ticket = bench.submit(push_of(a, 1, START, replay=lost))
-    assert bench.look(ticket) == ("b",)
+    pending = bench.submit(push_of(a, 1, START, replay=lost))
+    assert bench.look(pending) == ("b",)
     bench.clock.pass_s(9)
     bench.server.renew(a)
     bench.clock.pass_s(2)
-    alone = bench.answer(ticket)  # b died with the server
+    alone = bench.answer(pending)  # b died with the server
     assert alone.members == ("a",)
     assert alone.applied is not None
     assert alone.applied.chain != lost.applied.chain  # type: ignore[union-attr]
@@ -120,12 +120,12 @@ def test_a_push_ahead_of_all_that_can_come_back_is_stale(make: Make) -> None:
     bench.crash()
     # a has nothing to replay (it was killed too, and resumed), and b has died for good
     a = bench.join("a", instance=b"another process.", held=last)
-    ticket = bench.submit(push_of(a, 1, last))
-    assert bench.look(ticket) == ("b",)
+    pending = bench.submit(push_of(a, 1, last))
+    assert bench.look(pending) == ("b",)
     bench.clock.pass_s(9)
     bench.server.renew(a)
     bench.clock.pass_s(2)
-    answer = bench.answer(ticket)
+    answer = bench.answer(pending)
     assert answer.applied is None
     assert [update.kind for update in answer.updates] == [UpdateKind.FULL]
     assert answer.updates[0].point == START
@@ -146,5 +146,5 @@ def test_a_repeat_that_cannot_be_answered_faithfully_is_refused(make: Make) -> N
     assert answers[1].applied is not None
     again = bench.answer(bench.submit(push_of(a, 3, answers[1].applied)))
     assert again == answers[2]
-    with pytest.raises(ForgottenError):
+    with pytest.raises(ExpiredError):
         bench.submit(push_of(a, 2, answers[0].applied))  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ import torch
 from ps.bench import NEVER, Bench, Make, push_of
 
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
-from topq_dist.ps.protocol.types import START, Answer, Point
-from topq_dist.ps.server.requests import Caller
+from topq_dist.ps.protocol.types import START, Answer, ModelVersion
+from topq_dist.ps.server.requests import WorkerId
 from topq_dist.ps.state.run_state import RunState
 
 
@@ -26,14 +26,14 @@ def test_waiting_threads_see_a_lease_end_by_themselves(tmp_path: Path) -> None:
     )
     try:
         a, _ = bench.join("a"), bench.join("b")
-        ticket = bench.submit(push_of(a, 1, START))
+        pending = bench.submit(push_of(a, 1, START))
         started_s = time.monotonic()
-        answer = bench.server.wait(ticket, 30.0)
+        answer = bench.server.wait(pending, 30.0)
         assert isinstance(answer, Answer)
         assert answer.members == ("a",)
         assert 0.2 < time.monotonic() - started_s < 10
     finally:
-        bench.server._durable.close()
+        bench.server._snapshotter.close()
         bench.state_dir.close()
 
 
@@ -43,12 +43,12 @@ def test_many_threads_at_once_count_each_push_once(make: Make) -> None:
     callers = [bench.join(name) for name in names]
     rounds = 15
 
-    def work(caller: Caller) -> Point:
+    def work(caller: WorkerId) -> ModelVersion:
         base = START
         for sequence in range(1, rounds + 1):
             for _ in range(2):  # each is sent twice, one after or beside the other
-                ticket = bench.submit(push_of(caller, sequence, base))
-            answer = bench.server.wait(ticket, 30.0)
+                pending = bench.submit(push_of(caller, sequence, base))
+            answer = bench.server.wait(pending, 30.0)
             assert isinstance(answer, Answer)
             assert answer.applied is not None
             assert answer.members == tuple(names)

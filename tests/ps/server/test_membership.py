@@ -11,7 +11,7 @@ import torch
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
-from topq_dist.ps.protocol.types import START, Point
+from topq_dist.ps.protocol.types import START, ModelVersion
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.requests import JoinCall
 from topq_dist.ps.state.snapshot import StateDir
@@ -19,7 +19,9 @@ from topq_dist.ps.state.snapshot import StateDir
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
 
 
-def call(run: str, *, instance: bytes, epoch: int = 0, held: Point | None = None) -> JoinCall:
+def call(
+    run: str, *, instance: bytes, epoch: int = 0, held: ModelVersion | None = None
+) -> JoinCall:
     return JoinCall(
         run=run,
         worker="a",

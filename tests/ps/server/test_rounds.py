@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from topq_dist.ps.protocol.types import START, Point, Push
-from topq_dist.ps.server.rounds import Apply, Refuse, Situation, SyncRule, Wait
+from topq_dist.ps.protocol.types import START, ModelVersion, Push
+from topq_dist.ps.server.rounds import Apply, Refuse, RoundView, SyncPolicy, Wait
 
-PRESENT = Point(version=5, chain=bytes([5]) * 32)
-AHEAD = Point(version=2**63, chain=bytes([9]) * 32)
+PRESENT = ModelVersion(version=5, chain=bytes([5]) * 32)
+AHEAD = ModelVersion(version=2**63, chain=bytes([9]) * 32)
 
 
-def push(worker: str, base: Point = PRESENT, *beside: str) -> Push:
+def push(worker: str, base: ModelVersion = PRESENT, *beside: str) -> Push:
     return Push(
         worker=worker,
         epoch=1,
@@ -25,8 +25,8 @@ def push(worker: str, base: Point = PRESENT, *beside: str) -> Push:
     )
 
 
-def situation(pending: Mapping[str, Push], live: str, point: Point = PRESENT) -> Situation:
-    return Situation(
+def view(pending: Mapping[str, Push], live: str, point: ModelVersion = PRESENT) -> RoundView:
+    return RoundView(
         point=point,
         pending=pending,
         live=frozenset(live),
@@ -39,8 +39,8 @@ def situation(pending: Mapping[str, Push], live: str, point: Point = PRESENT) ->
 
 
 def decide(pushes: list[Push], live: str) -> Apply | Refuse | Wait:
-    rule = SyncRule(start_workers=1, min_workers=2, round_timeout_s=None)
-    return rule.decide(situation({push.worker: push for push in pushes}, live))
+    rule = SyncPolicy(start_workers=1, min_workers=2, round_timeout_s=None)
+    return rule.decide(view({push.worker: push for push in pushes}, live))
 
 
 def test_who_is_ahead_is_sent_back_where_too_few_are_left_without() -> None:
@@ -59,12 +59,12 @@ def test_a_replay_whose_company_is_gone_is_joined_by_who_is_there() -> None:
 
 
 def test_a_round_has_a_size_before_it_is_whole() -> None:
-    rule = SyncRule(start_workers=4, min_workers=2, round_timeout_s=None)
+    rule = SyncPolicy(start_workers=4, min_workers=2, round_timeout_s=None)
     a = {"a": push("a")}
-    assert rule.size(situation(a, "abc")) == 3
-    assert rule.size(situation(a, "bc")) == 3  # its lease is over, its push is there
-    assert rule.size(situation(a, "a")) == 2
-    assert rule.size(situation({"a": push("a", PRESENT, "b", "c")}, "ab")) == 3
-    assert rule.size(situation({}, "abc", START)) == 4
-    few = SyncRule(start_workers=3, min_workers=1, round_timeout_s=None)
-    assert few.size(situation({}, "a", START)) == 1  # the others have joined, and gone
+    assert rule.size(view(a, "abc")) == 3
+    assert rule.size(view(a, "bc")) == 3  # its lease is over, its push is there
+    assert rule.size(view(a, "a")) == 2
+    assert rule.size(view({"a": push("a", PRESENT, "b", "c")}, "ab")) == 3
+    assert rule.size(view({}, "abc", START)) == 4
+    few = SyncPolicy(start_workers=3, min_workers=1, round_timeout_s=None)
+    assert few.size(view({}, "a", START)) == 1  # the others have joined, and gone

@@ -14,7 +14,7 @@ from ps.servers import Options, serving
 from ps_raw import Kept, RawWorker
 
 from topq_dist.ps.client.connection import Connection
-from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
@@ -22,7 +22,7 @@ from topq_dist.ps.protocol.types import (
     SHORT_BYTES,
     START,
     Answer,
-    Point,
+    ModelVersion,
     Update,
     UpdateKind,
 )
@@ -37,7 +37,7 @@ CALL_S = 20.0
 
 
 def full(*payloads: bytes) -> Answer:
-    point = Point(version=1, chain=b"c" * 32)
+    point = ModelVersion(version=1, chain=b"c" * 32)
     update = Update(kind=UpdateKind.FULL, point=point, payloads=tuple(map(memoryview, payloads)))
     return Answer(applied=point, members=("a", "b"), updates=(update,), durable_version=3)
 
@@ -85,7 +85,7 @@ class Pair:
     def send(self, place: int, push: Kept) -> Answer:
         """Send a push over the worker's connection."""
         worker = self.workers[place]
-        kept = KeptPush(
+        kept = PushRecord(
             sequence=push.sequence,
             base=push.base,
             frames=tuple(push.frames),

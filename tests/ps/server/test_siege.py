@@ -36,7 +36,7 @@ MAX_WORKERS = 2
 THREADS = 2 * MAX_WORKERS + 16
 # 12 MB: more than what fits between a server and a client that does not read
 NUMEL = 3_000_000
-PATIENCE_S = 1.0
+GRACE_S = 1.0
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def test_one_holder_of_a_token_leaves_threads_to_the_others(
 def test_silence_ends_a_call_where_there_are_no_tokens(
     tmp_path: Path, silence: Silence, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(interceptor, "GRACE_S", GRACE_S)
     with server_of(tmp_path, tokens=False) as server, channel_to(server) as channel:
         open_call: Any = channel.stream_stream(method)
         calls = [open_call(silence.after()) for _ in range(THREADS)]
@@ -184,7 +184,7 @@ def worker_of(server: ParameterServer, numel: int = NUMEL) -> RawWorker:
 def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(interceptor, "GRACE_S", GRACE_S)
     with server_of(tmp_path, tokens=False) as server:
         worker = worker_of(server)
         worker.join()
@@ -210,7 +210,7 @@ def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
             list(worker.stub.Step(trickle(), timeout=30))
         assert isinstance(ended.value, grpc.Call)
         assert ended.value.code() is grpc.StatusCode.CANCELLED
-        assert PATIENCE_S / 2 < time.monotonic() - started_s < 5
+        assert GRACE_S / 2 < time.monotonic() - started_s < 5
         assert dict(status(worker.channel).refused) == {"too_slow": 1}
         assert worker.send(push).applied is not None
         worker.close()
@@ -219,8 +219,8 @@ def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
 def test_answers_that_nobody_reads_are_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "PATIENCE_S", PATIENCE_S)
-    monkeypatch.setattr(interceptor, "LEAST_RATE", 1 << 40)
+    monkeypatch.setattr(interceptor, "GRACE_S", GRACE_S)
+    monkeypatch.setattr(interceptor, "LEAST_RATE_BYTES_S", 1 << 40)
     with server_of(tmp_path, tokens=False) as server:
         worker = worker_of(server)
         worker.join()

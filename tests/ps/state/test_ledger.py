@@ -11,10 +11,10 @@ from ps.ledger_calls import check, digest, push, reloaded
 
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
-    ForgottenError,
+    ExpiredError,
+    FencedError,
     InvalidError,
     NotJoinedError,
-    OldEpochError,
     SequenceGapError,
 )
 from topq_dist.ps.protocol.types import Push
@@ -48,11 +48,11 @@ def test_joining_again_is_the_same_place() -> None:
 def test_a_newer_process_fences_the_older_off() -> None:
     ledger = of_two_versions()
     assert ledger.join("a", B, 0, 0) == Entry(worker="a", instance=B, epoch=2, next_sequence=3)
-    with pytest.raises(OldEpochError, match=r"'a' in epoch 1: .* epoch 2"):
+    with pytest.raises(FencedError, match=r"'a' in epoch 1: .* epoch 2"):
         check(ledger, push("a", 1, 3))
-    with pytest.raises(OldEpochError):
+    with pytest.raises(FencedError):
         check(ledger, push("a", 1, 2))  # not even a repeat: its answer is of no use to anybody
-    with pytest.raises(OldEpochError):
+    with pytest.raises(FencedError):
         ledger.join("a", A, 1, 3)
     assert check(ledger, push("a", 2, 2)) == Repeat(2)
     assert check(ledger, push("a", 2, 3)) == Next()
@@ -62,7 +62,7 @@ def test_of_two_processes_in_one_epoch_the_one_in_the_ledger_has_the_name() -> N
     # a server restored from before B joined as epoch 2 gave that epoch to C
     ledger = of_two_versions()
     ledger.join("a", C, 0, 0)
-    with pytest.raises(OldEpochError):
+    with pytest.raises(FencedError):
         ledger.join("a", B, 2, 3)
 
 
@@ -93,10 +93,10 @@ def test_verdicts() -> None:
 def test_what_is_forgotten_is_not_applied_again() -> None:
     ledger = of_two_versions()
     ledger.forget_before(2)
-    with pytest.raises(ForgottenError, match="from 2 on"):
+    with pytest.raises(ExpiredError, match="from 2 on"):
         check(ledger, push("a", 1, 1))
     assert check(ledger, push("a", 1, 2)) == Repeat(2)
-    with pytest.raises(ForgottenError):
+    with pytest.raises(ExpiredError):
         check(ledger, push("b", 1, 1))
     assert check(ledger, push("b", 1, 2)) == Next()
 

@@ -15,9 +15,9 @@ from ps.ledger_calls import check, digest, push, reloaded
 
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
-    ForgottenError,
+    ExpiredError,
+    FencedError,
     NotJoinedError,
-    OldEpochError,
     RefusedError,
     SequenceGapError,
 )
@@ -67,13 +67,13 @@ def expected_verdict(server: Server, sent: Push) -> Next | Repeat | type[Refused
     if fence is None or sent.epoch > fence[1]:
         return NotJoinedError
     if sent.epoch < fence[1]:
-        return OldEpochError
+        return FencedError
     applied = server.of(sent.worker)
     if sent.sequence not in applied:
         return Next() if sent.sequence == max(applied, default=0) + 1 else SequenceGapError
     before = applied[sent.sequence]
     if before.version < server.forgotten_before:
-        return ForgottenError
+        return ExpiredError
     if before.digest != sent.digest:
         return DigestDiffersError
     return Repeat(before.version)
@@ -118,7 +118,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         claim = 1 if process.made else 0
         try:
             entry = ledger.join(worker, process.instance, process.epoch, claim)
-        except OldEpochError:
+        except FencedError:
             assert ledger.to_json() == before
             assert fence is not None
             assert fence[0] != process.instance

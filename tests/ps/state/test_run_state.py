@@ -8,7 +8,7 @@ import torch
 
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
-from topq_dist.ps.protocol.types import START, Point, Push, Update, UpdateKind
+from topq_dist.ps.protocol.types import START, ModelVersion, Push, Update, UpdateKind
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState, new_run
 from topq_dist.ps.wire.steps import answer_message
@@ -30,8 +30,8 @@ def test_an_answer_across_very_many_versions_fits_a_message() -> None:
     payloads = (memoryview(bytes(32)),)
     for version in range(1, 100_001):  # of pushes without a gradient
         chain = hashlib.sha256(version.to_bytes(8, "little")).digest()
-        state.point = Point(version=version, chain=chain)
-        state.history.add(
+        state.point = ModelVersion(version=version, chain=chain)
+        state.update_log.add(
             Update(kind=UpdateKind.SET, point=state.point, payloads=payloads), ("other",)
         )
     push = Push(worker="late", epoch=1, sequence=1, base=START, frames=(), lr=(), digest=bytes(32))

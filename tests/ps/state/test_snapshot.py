@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
-from topq_dist.ps.protocol.types import Point
+from topq_dist.ps.protocol.types import ModelVersion
 from topq_dist.ps.state import snapshot_file
 from topq_dist.ps.state.snapshot import (
     Snapshot,
@@ -43,7 +43,7 @@ def small() -> Snapshot:
     }
     return Snapshot(
         run="run",
-        point=Point(version=3, chain=bytes(range(32))),
+        point=ModelVersion(version=3, chain=bytes(range(32))),
         training=training_json(TRAINING),
         spec=ModelSpec.of([("b", tensors["half"]), ("a", tensors["fp64"])]),
         ledger={"version": 3, "workers": {"a": {"epoch": 1}}},
@@ -84,7 +84,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "snapshot.safetensors"]
     with StateDir(tmp_path) as state:
         assert_same(state.load(), small())
-        later = replace(small(), point=Point(version=4, chain=bytes(32)), ledger={"version": 4})
+        later = replace(
+            small(), point=ModelVersion(version=4, chain=bytes(32)), ledger={"version": 4}
+        )
         state.save(later)
         assert_same(state.load(), later)
 

@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topq_dist.ps.protocol.types import START, Point, Update, UpdateKind
-from topq_dist.ps.state.update_log import History
+from topq_dist.ps.protocol.types import START, ModelVersion, Update, UpdateKind
+from topq_dist.ps.state.update_log import UpdateLog
 
 ROOMY = 1 << 30
 KINDS = st.lists(st.sampled_from(UpdateKind), max_size=12)
 
 
-def point(version: int, branch: str = "") -> Point:
+def point(version: int, branch: str = "") -> ModelVersion:
     if version == 0:
         return START
-    return Point(version=version, chain=hashlib.sha256(f"{version}{branch}".encode()).digest())
+    return ModelVersion(
+        version=version, chain=hashlib.sha256(f"{version}{branch}".encode()).digest()
+    )
 
 
 def update(version: int, kind: UpdateKind = UpdateKind.ADD, length: int = 5) -> Update:
@@ -27,8 +29,8 @@ def update(version: int, kind: UpdateKind = UpdateKind.ADD, length: int = 5) -> 
     return Update(kind=kind, point=point(version), payloads=payloads)
 
 
-def history(kinds: list[UpdateKind], max_bytes: int = ROOMY, length: int = 5) -> History:
-    made = History(max_bytes)
+def history(kinds: list[UpdateKind], max_bytes: int = ROOMY, length: int = 5) -> UpdateLog:
+    made = UpdateLog(max_bytes)
     for version, kind in enumerate(kinds, start=1):
         made.add(update(version, kind, length), ("a", f"w{version}"))
     return made
@@ -39,7 +41,7 @@ def joined(state: tuple[list[memoryview], dict[str, object]]) -> memoryview:
 
 
 def test_a_new_history_knows_the_start() -> None:
-    empty = History(ROOMY)
+    empty = UpdateLog(ROOMY)
     assert empty.newest == START
     assert empty.oldest_version == 1
     assert empty.updates(START, 0) == ()
@@ -59,7 +61,7 @@ def test_updates_from_a_point_to_a_version() -> None:
 def test_no_updates_where_none_lead_there() -> None:
     made = history([UpdateKind.ADD] * 4)
     assert made.updates(point(2, "another branch"), 3) is None
-    assert made.updates(Point(version=0, chain=point(1).chain), 3) is None
+    assert made.updates(ModelVersion(version=0, chain=point(1).chain), 3) is None
     assert made.updates(point(5), 5) is None
     assert made.updates(point(1), 5) is None
     assert made.updates(point(3), 2) is None
@@ -117,14 +119,14 @@ def test_state_shares_the_payloads() -> None:
 def test_state_round_trips(kinds: list[UpdateKind], max_bytes: int, other: int) -> None:
     made = history(kinds, max_bytes, length=3000)
     state = made.state()
-    loaded = History(max_bytes)
+    loaded = UpdateLog(max_bytes)
     loaded.load_state(joined(state), json.loads(json.dumps(state[1])))
     assert (loaded.newest, loaded.oldest_version) == (made.newest, made.oldest_version)
     assert (loaded.held_bytes, loaded.state()) == (made.held_bytes, state)
     for base in range(len(kinds) + 1):
         assert loaded.updates(point(base), len(kinds)) == made.updates(point(base), len(kinds))
     # with another bound it is as if it had been that bound from the start, but no longer
-    smaller = History(min(other, max_bytes))
+    smaller = UpdateLog(min(other, max_bytes))
     smaller.load_state(joined(state), state[1])
     assert smaller.state() == history(kinds, min(other, max_bytes), length=3000).state()
     if kinds:
@@ -143,7 +145,7 @@ def test_a_state_of_the_latest_is_that_of_a_smaller_history(
 def test_loaded_payloads_do_not_hold_the_snapshot() -> None:
     state = history([UpdateKind.ADD] * 2).state()
     buffer = bytearray(joined(state))
-    loaded = History(ROOMY)
+    loaded = UpdateLog(ROOMY)
     loaded.load_state(memoryview(buffer), state[1])
     buffer.clear()  # raises BufferError where anything still looks into it
     assert loaded.updates(START, 2) == (update(1), update(2))

@@ -37,7 +37,7 @@ from topq_dist.compress.aggregate import write_sum
 from topq_dist.optim.momentum import SPARSE_BELOW
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.param_groups import ServerGroups
-from topq_dist.ps.client.replay_log import KeptPushes
+from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.protocol.config import GroupRule, ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
@@ -496,14 +496,14 @@ def test_a_workers_state_of_before_is_understood(tmp_path: Path) -> None:
 
 
 def test_kept_pushes_go_round_with_their_momentum() -> None:
-    pushes = KeptPushes()
+    pushes = ReplayLog()
     made = pushes.begin(START, [memoryview(b"frame")], (0.1,), (0.9,))
     state = pushes.state_dict()
-    again = KeptPushes.from_state(state).pending
+    again = ReplayLog.from_state(state).pending
     assert again is not None
     assert (again.momentum, again.digest) == (made.momentum, made.digest)
     del state["pending"]["momentum"]
-    old = KeptPushes.from_state(state).pending
+    old = ReplayLog.from_state(state).pending
     assert old is not None
     assert old.digest == push_digest((0.1,), [memoryview(b"frame")])
 

@@ -26,7 +26,7 @@ from topq_dist.ps.protocol.types import (
     MAX_CHUNK_BYTES,
     START,
     Answer,
-    Point,
+    ModelVersion,
     Update,
     UpdateKind,
     push_digest,
@@ -39,7 +39,7 @@ SPEC = ModelSpec.of(
     [("a", torch.zeros(2, 3)), ("b", torch.zeros(5, dtype=torch.bfloat16)), ("c", torch.zeros(()))]
 )
 WORKER = pb.WorkerId(run="r", worker="w", epoch=1)
-SOMEWHERE = Point(version=7, chain=b"c" * 32)
+SOMEWHERE = ModelVersion(version=7, chain=b"c" * 32)
 
 
 def frames() -> list[memoryview]:
@@ -134,7 +134,7 @@ def test_a_push_that_is_none_is_refused() -> None:
 
 def answers() -> list[Answer]:
     def update(kind: UpdateKind, version: int, *parts: bytes) -> Update:
-        point = Point(version=version, chain=bytes([version]) * 32)
+        point = ModelVersion(version=version, chain=bytes([version]) * 32)
         return Update(kind=kind, point=point, payloads=tuple(map(memoryview, parts)))
 
     one = update(UpdateKind.SET, 1, b"abc", b"")

@@ -1,4 +1,4 @@
-"""What the texts of `topq serve`'s options stand for."""
+"""Parsers of the texts of `topq serve`'s options."""
 
 from __future__ import annotations
 

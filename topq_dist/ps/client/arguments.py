@@ -1,4 +1,4 @@
-"""What a worker is called with: checked, and made plain."""
+"""Arguments of the worker's optimizer: checked, and made plain."""
 
 from __future__ import annotations
 

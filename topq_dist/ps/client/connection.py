@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from topq_dist.ps.client.probe import why_unreachable
-from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.client.probe import diagnose_connection
+from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import (
     REASON_KEY,
@@ -20,9 +20,9 @@ from topq_dist.ps.protocol.errors import (
     RefusedError,
     ServerLostError,
 )
-from topq_dist.ps.protocol.types import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, Point
+from topq_dist.ps.protocol.types import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, ModelVersion
 from topq_dist.ps.security.policy import ClientSecurity
-from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.codec import read_fetch, upload_requests
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.ps.wire.steps import (
@@ -80,7 +80,7 @@ class Connection:
         self._metadata = security.metadata()
         self._lock = threading.Lock()
         self._closed = False
-        self._buffers = Buffers()
+        self._pool = BufferPool()
         # whether an answer is likely to fit into a message, and to be there soon
         self._short_answers = False
         self._channel: grpc.Channel | None = None
@@ -107,7 +107,7 @@ class Connection:
         which: pb.FetchRequest.Which.ValueType,
         spec: ModelSpec,
         timeout_s: float,
-    ) -> tuple[Point, int, tuple[memoryview, ...]]:
+    ) -> tuple[ModelVersion, int, tuple[memoryview, ...]]:
         """Return (point, durable version, raw vectors)."""
         request = pb.FetchRequest(id=worker, which=which)
         with self._errors():
@@ -117,7 +117,7 @@ class Connection:
     def step(
         self,
         worker: pb.WorkerId,
-        push: KeptPush,
+        push: PushRecord,
         spec: ModelSpec,
         timeout_s: float,
         sign_of_life: Callable[[], None],
@@ -168,7 +168,7 @@ class Connection:
         with self._errors():
             call = self._calls().Step(requests, timeout=timeout_s, metadata=self._metadata)
             try:
-                answer = read_answer(iter(call), spec, waiting=waiting, buffers=self._buffers)
+                answer = read_answer(iter(call), spec, waiting=waiting, pool=self._pool)
                 return answer, not waited
             finally:
                 # or an answer that is no good would leave the call open
@@ -191,9 +191,9 @@ class Connection:
     def refresh(self) -> None:
         """Make the channel anew, where TLS is used: certificates may have changed since."""
         if self._security.tls is not None:
-            self.break_off()
+            self.cancel_calls()
 
-    def break_off(self) -> None:
+    def cancel_calls(self) -> None:
         """Have the calls under way fail with TransientError; the next makes the channel anew."""
         with self._lock:
             channel, self._channel = self._channel, None
@@ -203,12 +203,16 @@ class Connection:
     def close(self) -> None:
         """Break off what is under way, and take no more calls."""
         self._closed = True
-        self.break_off()
+        self.cancel_calls()
 
     def lost(self, timeout_s: float, last_error: Exception | None) -> ServerLostError:
         """Return the error that says that the server was silent for `timeout_s`."""
         where = self._security.check(self.address)
-        why = why_unreachable(where, self._security.tls) or last_error or "it is there, but silent"
+        why = (
+            diagnose_connection(where, self._security.tls)
+            or last_error
+            or "it is there, but silent"
+        )
         return ServerLostError(
             f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
         )
@@ -245,8 +249,8 @@ class Connection:
             ) from None
 
 
-class Patience:
-    """How long a server may still be silent; a sign of life starts the time anew."""
+class RetryDeadline:
+    """The time that a server may still be silent; a sign of life starts it anew."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         self._connection = connection
@@ -255,7 +259,7 @@ class Patience:
         self._last_error: Exception | None = None
         self._last_sign_s = time.monotonic()
 
-    def sign(self) -> None:
+    def extend(self) -> None:
         """Note a sign of life."""
         self._last_sign_s = time.monotonic()
         self._pause_s = _FIRST_PAUSE_S

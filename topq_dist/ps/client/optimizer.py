@@ -176,16 +176,16 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                     loss = closure()
             left_out = self._begin()
 
-        def owe_the_rest() -> None:
+        def update_residuals() -> None:
             while left_out:
                 left_out.pop(0).commit()
 
         with self._meter.timed("wait_s"):
             try:
                 # while the frames travel
-                self._at_all(ServerClient.finish, meanwhile=owe_the_rest)
+                self._at_all(ServerClient.finish, meanwhile=update_residuals)
             finally:
-                owe_the_rest()  # where Ctrl-C was quicker
+                update_residuals()  # where Ctrl-C was quicker
                 self._absorb()
         self._open = False
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
@@ -229,7 +229,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 meanwhile()
             wait(calls)
         except BaseException:
-            self._break_off(calls)
+            self._cancel_calls(calls)
             raise
         errors = [error for made in calls if (error := made.exception()) is not None]
         for other in errors[1:]:
@@ -238,22 +238,22 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             raise errors[0]
         return [made.result() for made in calls]
 
-    def _break_off(self, calls: Sequence[Future[Any]]) -> None:
+    def _cancel_calls(self, calls: Sequence[Future[Any]]) -> None:
         """Return once these calls have ended, which may be tried again later."""
         while wait(calls, _LOOK_S).not_done:
             for client in self._clients:
-                client.break_off()
+                client.cancel_calls()
         for client in self._clients:
-            client.go_on()
+            client.allow_calls()
 
     def _absorb(self) -> None:
         """Take in what the clients brought."""
         for client, shard in zip(self._clients, self._shards, strict=True):
             outcome = client.collect()
             if outcome.forked:
-                shard.forgive()
+                shard.clear_residuals()
             for push in outcome.taken_back:
-                shard.owe(push)
+                shard.restore_residual(push)
             shard.write_back(outcome.changed)
             self._meter.add(
                 sent_bytes=outcome.sent_bytes,
@@ -359,7 +359,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             shard.read_parameters()
             if model_sha256(shard.model) != saved.model_sha256:
                 elsewhere.append(shard)
-                client.start_over("the parameters are not those that were saved with this state")
+                client.resync_from("the parameters are not those that were saved with this state")
         if elsewhere:
             self._absorb()
         return elsewhere

@@ -14,7 +14,7 @@ Group = Mapping[str, Any]
 
 
 class ServerGroups:
-    """What the groups of each server were when this worker joined.
+    """The groups of each server, as they were when this worker joined.
 
     told_lr, told_momentum: of each group then; None where a group has no momentum that workers may
     set. sends_lr, sends_momentum: whether this worker has ever changed one, and so sends all.

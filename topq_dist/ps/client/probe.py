@@ -22,7 +22,9 @@ _NO_CONNECTION = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
-def why_unreachable(address: Address, tls: ClientTls | None, timeout_s: float = 2.0) -> str | None:
+def diagnose_connection(
+    address: Address, tls: ClientTls | None, timeout_s: float = 2.0
+) -> str | None:
     """Return why a client cannot talk to the server at `address`, or None where it could.
 
     gRPC's own errors say no more than that a socket was closed. This connects once more, by hand.
@@ -125,7 +127,7 @@ def _ask(address: str, security: ClientSecurity, ask: Callable[[grpc.Channel], R
             if not isinstance(error, grpc.Call):
                 raise
             code, details = error.code(), error.details()
-    why = why_unreachable(where, security.tls) if code in _NO_CONNECTION else None
+    why = diagnose_connection(where, security.tls) if code in _NO_CONNECTION else None
     if why is None:
         why = f"{details or 'no reason given'} ({code.name})"
     raise NoAnswerError(f"no answer from {where}: {' '.join(why.split())}")

@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from topq_dist.ps.protocol.types import Point, point_from_state, point_to_state, push_digest
+from topq_dist.ps.protocol.types import ModelVersion, point_from_state, point_to_state, push_digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptPush:
-    """A push as its worker keeps it: the bytes that were sent, and what became of them.
+class PushRecord:
+    """A push as its worker records it: the bytes that were sent, and what became of them.
 
     applied: the point of the version that holds it, None until that is known. members: whose
     pushes that version averages.
     """
 
     sequence: int
-    base: Point
+    base: ModelVersion
     frames: tuple[memoryview, ...]
     lr: tuple[float, ...]
     digest: bytes
-    applied: Point | None = None
+    applied: ModelVersion | None = None
     members: tuple[str, ...] = ()
     momentum: tuple[float, ...] = ()
 
@@ -35,15 +35,15 @@ class KeptPush:
         return sum(frame.nbytes for frame in self.frames)
 
 
-class KeptPushes:
+class ReplayLog:
     """The pushes of one worker to one server, numbered without gaps.
 
     At most one is under way. Those that were applied stay until they are durable.
     """
 
     def __init__(self) -> None:
-        self.pending: KeptPush | None = None
-        self._applied: list[KeptPush] = []
+        self.pending: PushRecord | None = None
+        self._applied: list[PushRecord] = []
         self._next_sequence = 1
 
     @property
@@ -64,15 +64,15 @@ class KeptPushes:
 
     def begin(
         self,
-        base: Point,
+        base: ModelVersion,
         frames: Sequence[memoryview],
         lr: Sequence[float],
         momentum: Sequence[float] = (),
-    ) -> KeptPush:
+    ) -> PushRecord:
         """Make the next push, which is then under way."""
         if self.pending is not None:
             raise RuntimeError(f"push {self.pending.sequence} is still under way")
-        self.pending = KeptPush(
+        self.pending = PushRecord(
             sequence=self._next_sequence,
             base=base,
             frames=tuple(frames),
@@ -82,57 +82,59 @@ class KeptPushes:
         )
         return self.pending
 
-    def settle(self, push: KeptPush, applied: Point, members: Sequence[str]) -> None:
-        """Record in which version a push, under way or kept, was applied."""
+    def record_applied(
+        self, push: PushRecord, applied: ModelVersion, members: Sequence[str]
+    ) -> None:
+        """Record in which version a push, under way or already applied, was applied."""
         done = replace(push, applied=applied, members=tuple(members))
         if push is self.pending:
             self.pending = None
             self._applied.append(done)
             self._next_sequence = push.sequence + 1
         else:
-            self._applied = [done if kept is push else kept for kept in self._applied]
+            self._applied = [done if record is push else record for record in self._applied]
 
-    def durable(self, version: int, *, before: int) -> None:
+    def forget_durable(self, version: int, *, before: int) -> None:
         """Forget what was applied in `version` or earlier, of the pushes numbered below `before`.
 
         before: the number that the server expects next. It may have lost what follows, and have
         made and saved versions of the same numbers without it.
         """
         self._applied = [
-            kept
-            for kept in self._applied
-            if kept.sequence >= before or (kept.applied and kept.applied.version > version)
+            record
+            for record in self._applied
+            if record.sequence >= before or (record.applied and record.applied.version > version)
         ]
 
-    def missing_at(self, server_next: int) -> list[KeptPush] | None:
-        """Return what a server that expects `server_next` has lost; None where not all is kept."""
-        lost = [kept for kept in self._applied if kept.sequence >= server_next]
+    def missing_at(self, server_next: int) -> list[PushRecord] | None:
+        """Return what a server that expects `server_next` has lost; None where not all is there."""
+        lost = [record for record in self._applied if record.sequence >= server_next]
         expected = list(range(server_next, self._next_sequence))
-        return lost if [kept.sequence for kept in lost] == expected else None
+        return lost if [record.sequence for record in lost] == expected else None
 
-    def take_back(self, sequence: int) -> list[KeptPush]:
+    def take_back(self, sequence: int) -> list[PushRecord]:
         """Forget the pushes from `sequence` on, which is then the next number, and return them."""
         known = [*self._applied, *([self.pending] if self.pending is not None else [])]
-        self._applied = [kept for kept in self._applied if kept.sequence < sequence]
+        self._applied = [record for record in self._applied if record.sequence < sequence]
         self.pending = None
         self._next_sequence = sequence
-        return [kept for kept in known if kept.sequence >= sequence]
+        return [record for record in known if record.sequence >= sequence]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as tensors, numbers and strings."""
         return {
             "next_sequence": self._next_sequence,
             "pending": None if self.pending is None else _to_state(self.pending),
-            "applied": [_to_state(kept) for kept in self._applied],
+            "applied": [_to_state(record) for record in self._applied],
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> KeptPushes:
+    def from_state(cls, state: Mapping[str, Any]) -> ReplayLog:
         """Return what `state_dict` returned; raises ValueError for what it cannot have."""
         pushes = cls()
         try:
             pushes._next_sequence = _count(state["next_sequence"], 1)
-            pushes._applied = [_from_state(kept) for kept in state["applied"]]
+            pushes._applied = [_from_state(record) for record in state["applied"]]
             if state["pending"] is not None:
                 pushes.pending = replace(_from_state(state["pending"]), applied=None, members=())
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -141,12 +143,12 @@ class KeptPushes:
             raise ValueError(
                 f"push {pushes.pending.sequence} under way: expected {pushes._next_sequence}"
             )
-        if any(kept.applied is None for kept in pushes._applied):
+        if any(record.applied is None for record in pushes._applied):
             raise ValueError("an applied push without its version")
         return pushes
 
 
-def _to_state(push: KeptPush) -> dict[str, Any]:
+def _to_state(push: PushRecord) -> dict[str, Any]:
     return {
         "sequence": push.sequence,
         "base": point_to_state(push.base),
@@ -160,14 +162,14 @@ def _to_state(push: KeptPush) -> dict[str, Any]:
     }
 
 
-def _from_state(state: Mapping[str, Any]) -> KeptPush:
+def _from_state(state: Mapping[str, Any]) -> PushRecord:
     frames = tuple(frame.clone().numpy().data for frame in state["frames"])
     if any(frame.format != "B" or frame.ndim != 1 for frame in frames):
         raise ValueError("a frame that is no vector of bytes")
     lr = tuple(float(value) for value in state["lr"])
     # states of before workers could set it have none
     momentum = tuple(float(value) for value in state.get("momentum", ()))
-    return KeptPush(
+    return PushRecord(
         sequence=_count(state["sequence"], 1),
         base=point_from_state(state["base"]),
         frames=frames,

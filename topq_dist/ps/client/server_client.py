@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from topq_dist.ps.client.connection import Connection, Patience, TransientError
-from topq_dist.ps.client.replay_log import KeptPush, KeptPushes
+from topq_dist.ps.client.connection import Connection, RetryDeadline, TransientError
+from topq_dist.ps.client.replay_log import PushRecord, ReplayLog
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
-    ForgottenError,
+    ExpiredError,
     InvalidError,
     NotJoinedError,
     RefusedError,
@@ -34,7 +34,7 @@ from topq_dist.ps.protocol.types import (
     START,
     Answer,
     GroupView,
-    Point,
+    ModelVersion,
     UpdateKind,
     point_to_state,
 )
@@ -50,17 +50,17 @@ _ASIDE_S = 2.0
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a step brought.
+    """The yield of a step.
 
     changed: where the model has changed, update by update: ascending indices for each vector. None:
         anywhere.
-    taken_back: pushes that the server did not take, for whoever made them to owe again.
+    taken_back: pushes that the server did not take, whose values go back into the residual.
     forked: this worker was started again from before pushes of its own that the server holds, and
-        has come another way since: what it still owed is in them, as far as anybody can tell.
+        has come another way since: its residual is in them, as far as anybody can tell.
     """
 
     changed: list[list[Tensor]] | None = field(default_factory=list)
-    taken_back: list[KeptPush] = field(default_factory=list)
+    taken_back: list[PushRecord] = field(default_factory=list)
     forked: bool = False
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -86,7 +86,7 @@ class ServerClient:
         self.worker = worker
         self.model = model
         self.point = START
-        self.pushes = KeptPushes()
+        self.pushes = ReplayLog()
         self.groups: tuple[GroupView, ...] = ()
         self._timeout_s = timeout_s
         self._connection = Connection(address, security)
@@ -102,7 +102,7 @@ class ServerClient:
         # guards all of the above between steps and the thread that renews the lease
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._broken_off = threading.Event()
+        self._cancelled = threading.Event()
         self._renewer: threading.Thread | None = None
 
     @property
@@ -135,27 +135,27 @@ class ServerClient:
         Without one under way nothing happens. Raises ServerLostError, after which it can be called
         again, and RefusedError.
         """
-        patience = Patience(self._connection, self._timeout_s)
+        deadline = RetryDeadline(self._connection, self._timeout_s)
         with self._lock:
             while self.pushes.pending is not None:
                 try:
-                    self._catch_up(patience)
+                    self._catch_up(deadline)
                     push = self.pushes.pending
                     if push is not None:
-                        self._settle(push, self._send(push, patience))
+                        self._take_in(push, self._send(push, deadline))
                 except (NotJoinedError, SequenceGapError, TransientError) as error:
-                    self._stumble(patience, error)
-                except (DigestDiffersError, ForgottenError) as error:
-                    self.start_over(f"this time a push has become another one ({error})")
+                    self._recover_from(deadline, error)
+                except (DigestDiffersError, ExpiredError) as error:
+                    self.resync_from(f"this time a push has become another one ({error})")
 
-    def break_off(self) -> None:
+    def cancel_calls(self) -> None:
         """Have what another thread does here raise TransientError soon, until `go_on` is called."""
-        self._broken_off.set()
-        self._connection.break_off()
+        self._cancelled.set()
+        self._connection.cancel_calls()
 
-    def go_on(self) -> None:
-        """Allow what `break_off` forbade."""
-        self._broken_off.clear()
+    def allow_calls(self) -> None:
+        """Allow what `cancel_calls` forbade."""
+        self._cancelled.clear()
 
     def collect(self) -> Outcome:
         """Return what happened since the last call."""
@@ -166,14 +166,14 @@ class ServerClient:
     def fetch_central(self) -> FlatModel:
         """Return the server's own parameters; raises ServerLostError and RefusedError."""
         model = FlatModel(self.model.spec)
-        patience = Patience(self._connection, self._timeout_s)
+        deadline = RetryDeadline(self._connection, self._timeout_s)
         with self._lock:
             while True:
                 try:
-                    self._catch_up(patience)
-                    _, buffers = self._fetch(pb.FetchRequest.WHICH_CENTRAL, patience)
+                    self._catch_up(deadline)
+                    _, buffers = self._fetch(pb.FetchRequest.WHICH_CENTRAL, deadline)
                 except (NotJoinedError, SequenceGapError, TransientError) as error:
-                    self._stumble(patience, error)
+                    self._recover_from(deadline, error)
                 else:
                     model.load_raw(buffers)
                     return model
@@ -195,7 +195,7 @@ class ServerClient:
                 f"server's is {self.run!r}"
             )
 
-    def resume(self, point: Point, pushes: KeptPushes) -> None:
+    def resume(self, point: ModelVersion, pushes: ReplayLog) -> None:
         """Go on from a saved state; `model` is to have the values that belong to `point`."""
         with self._lock:
             self.point, self.pushes = point, pushes
@@ -207,20 +207,20 @@ class ServerClient:
         Pushes that the server does not have are taken back. Raises ServerLostError and
         RefusedError.
         """
-        patience = Patience(self._connection, self._timeout_s)
+        deadline = RetryDeadline(self._connection, self._timeout_s)
         with self._lock:
             while True:
                 try:
-                    self._join_and_upload(patience)
-                    self._fetch_model(patience)
+                    self._join_and_upload(deadline)
+                    self._fetch_model(deadline)
                 except (NotJoinedError, TransientError) as error:
-                    self._stumble(patience, error)
+                    self._recover_from(deadline, error)
                 else:
                     self._outcome.taken_back += self.pushes.take_back(self._server_next)
                     self._joined = True
                     return
 
-    def start_over(self, why: str) -> None:
+    def resync_from(self, why: str) -> None:
         """Leave the path that a saved state would have taken, and `resync`."""
         with self._lock:
             sequence = self.pushes.next_sequence
@@ -252,34 +252,34 @@ class ServerClient:
 
     # under the lock
 
-    def _stumble(self, patience: Patience, error: Exception) -> None:
+    def _recover_from(self, deadline: RetryDeadline, error: Exception) -> None:
         """Get over an error that a new Join, or some time, may cure."""
         _log.debug("parameter server %s: %s", self.address, error)
-        if self._broken_off.is_set():
+        if self._cancelled.is_set():
             raise TransientError("broken off") from error
         if isinstance(error, TransientError):
             self._connection.refresh()
         else:
             self._joined = False
-        patience.pause(error)
+        deadline.pause(error)
 
-    def _catch_up(self, patience: Patience) -> None:
+    def _catch_up(self, deadline: RetryDeadline) -> None:
         """Join again where that is due, and replay what the server has lost."""
         if self._joined:
             return
-        self._join_and_upload(patience)
+        self._join_and_upload(deadline)
         lost = self.pushes.missing_at(self._server_next)
         if lost is None:
-            self._fetch_model(patience)
+            self._fetch_model(deadline)
             self._take_back(self._server_next, "it lacks pushes that are not kept any more")
-        elif all(self._replay(push, patience) for push in lost):
+        elif all(self._replay(push, deadline) for push in lost):
             self._joined = True
             return
         self._joined = True
 
-    def _join_and_upload(self, patience: Patience) -> None:
-        while self._join(patience.left_s()):
-            self._connection.upload(self._id, self.model.raw(), patience.left_s())
+    def _join_and_upload(self, deadline: RetryDeadline) -> None:
+        while self._join(deadline.left_s()):
+            self._connection.upload(self._id, self.model.raw(), deadline.left_s())
             # once more: the server makes its groups with the model
 
     def _join(self, timeout_s: float) -> bool:
@@ -305,17 +305,17 @@ class ServerClient:
         return joined.upload
 
     def _fetch(
-        self, which: pb.FetchRequest.Which.ValueType, patience: Patience
-    ) -> tuple[Point, tuple[memoryview, ...]]:
+        self, which: pb.FetchRequest.Which.ValueType, deadline: RetryDeadline
+    ) -> tuple[ModelVersion, tuple[memoryview, ...]]:
         point, durable_version, buffers = self._connection.fetch(
-            self._id, which, self.model.spec, patience.left_s()
+            self._id, which, self.model.spec, deadline.left_s()
         )
         self._forget_durable(durable_version)
         self._outcome.received_bytes += sum(buffer.nbytes for buffer in buffers)
         return point, buffers
 
-    def _fetch_model(self, patience: Patience) -> None:
-        point, buffers = self._fetch(pb.FetchRequest.WHICH_WORKERS, patience)
+    def _fetch_model(self, deadline: RetryDeadline) -> None:
+        point, buffers = self._fetch(pb.FetchRequest.WHICH_WORKERS, deadline)
         self.model.load_raw(buffers)
         self._outcome.changed = None
         self.point = point
@@ -323,18 +323,18 @@ class ServerClient:
 
     def _forget_durable(self, version: int) -> None:
         before = self.pushes.next_sequence if self._joined else self._server_next
-        self.pushes.durable(version, before=before)
+        self.pushes.forget_durable(version, before=before)
 
-    def _send(self, push: KeptPush, patience: Patience) -> Answer:
+    def _send(self, push: PushRecord, deadline: RetryDeadline) -> Answer:
         answer = self._connection.step(
-            self._id, push, self.model.spec, patience.left_s(), patience.sign
+            self._id, push, self.model.spec, deadline.left_s(), deadline.extend
         )
-        patience.sign()
+        deadline.extend()
         self._outcome.sent_bytes += push.frame_bytes
         self._outcome.received_bytes += sum(update.payload_bytes for update in answer.updates)
         return answer
 
-    def _settle(self, push: KeptPush, answer: Answer) -> None:
+    def _take_in(self, push: PushRecord, answer: Answer) -> None:
         """Take in the answer to the push under way."""
         if answer.applied is not None and not answer.updates:
             raise InvalidError(
@@ -356,20 +356,20 @@ class ServerClient:
         if answer.applied is None:
             self._take_back(push.sequence, "a push came too late for the version it belongs to")
         else:
-            self.pushes.settle(push, answer.applied, answer.members)
+            self.pushes.record_applied(push, answer.applied, answer.members)
         self._forget_durable(answer.durable_version)
 
-    def _replay(self, push: KeptPush, patience: Patience) -> bool:
+    def _replay(self, push: PushRecord, deadline: RetryDeadline) -> bool:
         """Send an applied push again; return whether it is where it was, and the model with it."""
-        answer = self._send(push, patience)
+        answer = self._send(push, deadline)
         if answer.applied is not None:
             self._server_next = push.sequence + 1
         if answer.applied == push.applied:
             self._forget_durable(answer.durable_version)
             return True
         if answer.applied is not None:
-            self.pushes.settle(push, answer.applied, answer.members)
-        self._fetch_model(patience)
+            self.pushes.record_applied(push, answer.applied, answer.members)
+        self._fetch_model(deadline)
         self._take_back(
             self._server_next, "the run has gone another way after the server's restart"
         )
@@ -389,17 +389,17 @@ class ServerClient:
         _log.log(level, "worker %s at parameter server %s: %s", self.worker, self.address, what)
 
     def _leave(self, timeout_s: float) -> None:
-        patience = Patience(self._connection, timeout_s)
+        deadline = RetryDeadline(self._connection, timeout_s)
         while True:
             try:
-                self._catch_up(patience)
-                version = self._connection.leave(self._id, patience.left_s())
+                self._catch_up(deadline)
+                version = self._connection.leave(self._id, deadline.left_s())
                 if version >= self.point.version:
                     return
                 # killed since our last step, and back without it
                 raise NotJoinedError(f"the server is back at version {version}")
             except (NotJoinedError, SequenceGapError, TransientError) as error:
-                self._stumble(patience, error)
+                self._recover_from(deadline, error)
 
     # the thread that keeps the lease
 

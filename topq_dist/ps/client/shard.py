@@ -14,7 +14,7 @@ from topq_dist.compress.codec.frame import decode_frame, peek_header
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.layout import Layout, Pieces
 from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
-from topq_dist.ps.client.replay_log import KeptPush
+from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 from topq_dist.ps.protocol.errors import NonFiniteError
@@ -54,7 +54,7 @@ def shard_by_size(sizes_bytes: Mapping[str, int], servers: Sequence[str]) -> dic
 
 
 class Shard:
-    """Named parameters, their gradients as flat vectors, and what is still owed for them.
+    """Named parameters, their gradients as flat vectors, and their residuals.
 
     model: the values that the worker holds; `write_back` puts them into the parameters.
     """
@@ -131,10 +131,11 @@ class Shard:
                 parameter.copy_(values[name])
 
     def compress(self, *, q: float, scope: Scope, scale: float = 1.0) -> list[Compressed]:
-        """Return the top-Q part of the parameters' gradients / `scale`, plus what is owed.
+        """Return the top-Q part of the parameters' gradients / `scale`, plus residuals.
 
-        A parameter without a gradient counts as zeros. What the frames leave out is owed only once
-        they are committed. Raises NonFiniteError, naming the first parameter, for NaN or infinity.
+        A parameter without a gradient counts as zeros. The residuals take what the frames leave out
+        only once they are committed. Raises NonFiniteError, naming the first parameter, for NaN or
+        infinity.
         """
         compressed = []
         for place, vector in enumerate(self.spec.vectors):
@@ -190,8 +191,8 @@ class Shard:
                 return repr(name)
         return "a parameter, with what is owed for it,"
 
-    def owe(self, push: KeptPush) -> None:
-        """Owe again what `push` holds, which the server did not take."""
+    def restore_residual(self, push: PushRecord) -> None:
+        """Put back into the residuals what `push` holds, which the server did not take."""
         if not self.compressor.error_feedback:
             return
         for vector, frame in zip(
@@ -203,8 +204,8 @@ class Shard:
             )
             decode_frame(frame, numel=vector.numel).add_to(residual)
 
-    def forgive(self) -> None:
-        """Owe nothing any more."""
+    def clear_residuals(self) -> None:
+        """Forget all residuals."""
         self.compressor.residuals.load_state_dict({})
 
 

@@ -10,29 +10,29 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.compress.residual import check_residual
-from topq_dist.ps.client.replay_log import KeptPushes
+from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.model.flat import FlatModel
-from topq_dist.ps.protocol.types import Point, point_from_state
+from topq_dist.ps.protocol.types import ModelVersion, point_from_state
 from topq_dist.telemetry import Stats
 from topq_dist.validation import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedShard:
-    """What was saved of one server's part; model_sha256 tells the parameters that belong to it."""
+    """All that was saved of one server's part; model_sha256 tells which parameters belong to it."""
 
     run: str
-    point: Point
-    pushes: KeptPushes
+    point: ModelVersion
+    pushes: ReplayLog
     residuals: Mapping[str, Tensor]
     model_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedWorker:
-    """What was saved of a worker, beside its parameter groups.
+    """All that was saved of a worker, beside its parameter groups.
 
     told_momentum: None in a state of before workers could set it.
     """
@@ -133,7 +133,7 @@ def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
     return SavedShard(
         run=str(state["run"]),
         point=point_from_state(state["point"]),
-        pushes=KeptPushes.from_state(state["pushes"]),
+        pushes=ReplayLog.from_state(state["pushes"]),
         residuals=state["residuals"],
         model_sha256=str(state["model_sha256"]),
     )

@@ -1,4 +1,4 @@
-"""What an update does to what a worker holds: on the worker, and in the server's copy of it."""
+"""Updates of a model, applied alike by a worker and by the server to its copy of a worker's."""
 
 from __future__ import annotations
 

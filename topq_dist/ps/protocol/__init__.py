@@ -1,8 +1,10 @@
-"""What server and worker agree on: types, errors and configuration, without torch or gRPC."""
+"""Types, errors and configuration, which server and worker agree on; free of torch and gRPC."""
 
 from topq_dist.ps.protocol.errors import (
     BusyError,
     DigestDiffersError,
+    ExpiredError,
+    FencedError,
     ForgottenError,
     InvalidError,
     ModelDiffersError,
@@ -23,6 +25,8 @@ from topq_dist.ps.protocol.errors import (
 __all__ = [
     "BusyError",
     "DigestDiffersError",
+    "ExpiredError",
+    "FencedError",
     "ForgottenError",
     "InvalidError",
     "ModelDiffersError",

@@ -1,4 +1,4 @@
-"""What a parameter server is told at its start; checked at construction."""
+"""Configuration of a parameter server, checked at construction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GroupRule:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What decides the numbers: kept in the snapshot, and the same at every restart.
+    """All that decides the numbers: kept in the snapshot, and the same at every restart.
 
     inner_opt: name of a class of torch.optim, in any case. options: its keyword arguments.
     groups: the first rule that matches a tensor's name overrides options for it.
@@ -98,7 +98,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingConfig:
-    """What may change at a restart.
+    """All that may change at a restart.
 
     start_workers: the first version waits until so many have joined. min_workers: no version is
     made of fewer live ones. max_workers: no more can join.

@@ -64,7 +64,7 @@ class ModelDiffersError(RefusedError):
     status = "FAILED_PRECONDITION"
 
 
-class OldEpochError(RefusedError):
+class FencedError(RefusedError):
     """A newer process has taken the worker's name."""
 
     reason = "old_epoch"
@@ -85,7 +85,7 @@ class DigestDiffersError(RefusedError):
     status = "ALREADY_EXISTS"
 
 
-class ForgottenError(RefusedError):
+class ExpiredError(RefusedError):
     """A repeat whose answer is no longer kept."""
 
     reason = "forgotten"
@@ -139,3 +139,7 @@ def _refusals(kind: type[RefusedError]) -> list[type[RefusedError]]:
 
 
 REFUSALS: Final = {kind.reason: kind for kind in _refusals(RefusedError)}
+
+# what they were called at first: somebody may catch them by these names
+OldEpochError = FencedError
+ForgottenError = ExpiredError

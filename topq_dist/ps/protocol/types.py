@@ -32,29 +32,29 @@ _WORKER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ModelVersion:
     """A state of the model: its version, and the hash of all that led to it."""
 
     version: int
     chain: bytes
 
 
-START = Point(version=0, chain=FIRST_CHAIN)
+START = ModelVersion(version=0, chain=FIRST_CHAIN)
 
 
-def point_to_state(point: Point) -> dict[str, Any]:
+def point_to_state(point: ModelVersion) -> dict[str, Any]:
     """Return `point` as numbers and strings, for a saved state."""
     return {"version": point.version, "chain": point.chain.hex()}
 
 
-def point_from_state(state: Mapping[str, Any]) -> Point:
+def point_from_state(state: Mapping[str, Any]) -> ModelVersion:
     """Return what `point_to_state` returned; raises KeyError, TypeError or ValueError."""
     version, chain = state["version"], bytes.fromhex(state["chain"])
     if isinstance(version, bool) or not isinstance(version, int) or version < 0:
         raise ValueError(f"version {version!r}: expected a whole number of at least 0")
     if len(chain) != CHAIN_BYTES:
         raise ValueError(f"a chain of {len(chain)} bytes: expected {CHAIN_BYTES}")
-    return Point(version=version, chain=chain)
+    return ModelVersion(version=version, chain=chain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Push:
     worker: str
     epoch: int
     sequence: int
-    base: Point
+    base: ModelVersion
     frames: tuple[Frame, ...]
     lr: tuple[float, ...]
     digest: bytes
@@ -79,7 +79,7 @@ class Push:
 
 
 class UpdateKind(Enum):
-    """How the payloads of an update change what a worker holds."""
+    """Meaning of an update's payloads for what a worker holds."""
 
     SET = 1
     ADD = 2
@@ -88,10 +88,10 @@ class UpdateKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What brings a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector."""
+    """The way of a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector."""
 
     kind: UpdateKind
-    point: Point
+    point: ModelVersion
     payloads: tuple[memoryview, ...]
 
     @property
@@ -102,13 +102,13 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of a push.
+    """The outcome of a push.
 
     applied: the point of the version that holds it, or None where it was refused as stale.
     members: whose pushes that version averages. updates: from the push's base on, oldest first.
     """
 
-    applied: Point | None
+    applied: ModelVersion | None
     members: tuple[str, ...]
     updates: tuple[Update, ...]
     durable_version: int

@@ -1,4 +1,4 @@
-"""Who may listen where and speak as whom: addresses, TLS, tokens."""
+"""Addresses, TLS and tokens: who may listen where, and speak as whom."""
 
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity

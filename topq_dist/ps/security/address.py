@@ -1,4 +1,4 @@
-"""Where a server listens: HOST:PORT, [IPV6]:PORT or unix:PATH."""
+"""Addresses at which a server listens: HOST:PORT, [IPV6]:PORT or unix:PATH."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from topq_dist.ps.security.tokens import Authenticator, check_token, token_metad
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSecurity:
-    """How a server keeps strangers out.
+    """A server's means to keep strangers out.
 
     tls: None speaks in the clear, and then on loopback and Unix sockets alone unless `insecure`.
     tokens: a file of "worker token" lines (see Authenticator); None lets everybody speak in every
@@ -72,7 +72,7 @@ class ServerSecurity:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSecurity:
-    """How a client shows itself to a server, and the server to it.
+    """A client's means to show itself to a server, and to know the server.
 
     tls: None speaks in the clear. token: sent with each call, over TLS or loopback alone.
     """

@@ -43,7 +43,7 @@ def read_file(name: str, path: Path, *, secret: bool = False) -> bytes:
 
 
 class Watched(Generic[Value]):
-    """What `load` made of files, made again once they have changed.
+    """The value that `load` made of files, made again once they have changed.
 
     Where the new files are no good, the last good value stays and a warning is logged. `load` is
     called at once, and what it raises goes through.

@@ -43,7 +43,7 @@ class ServerTls:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientTls:
-    """What a client trusts and shows: PEM files.
+    """PEM files of what a client trusts and shows.
 
     ca: of the server's certificate; None: the CAs that come with gRPC. certificate, key: for a
     server that wants to see one. server_name: to expect in the server's certificate in place of

@@ -18,20 +18,20 @@ from dataclasses import replace
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, check_together
 from topq_dist.ps.protocol.errors import (
+    FencedError,
     InvalidError,
     NotJoinedError,
     NotReadyError,
-    OldEpochError,
     RefusedError,
 )
-from topq_dist.ps.protocol.types import START, Answer, Point, Push, check_worker_name
-from topq_dist.ps.server.membership import Admission, Members
-from topq_dist.ps.server.push_queue import FAILED, PendingPushes, Ticket
-from topq_dist.ps.server.requests import Caller, JoinCall, Joined, Status, WorkerView
+from topq_dist.ps.protocol.types import START, Answer, ModelVersion, Push, check_worker_name
+from topq_dist.ps.server.membership import Leases, Membership
+from topq_dist.ps.server.push_queue import FAILED, PendingPush, PushQueue
+from topq_dist.ps.server.requests import JoinCall, Joined, Status, WorkerId, WorkerView
 from topq_dist.ps.state.ledger import Ledger, Repeat
 from topq_dist.ps.state.run_state import RunState, new_run
 from topq_dist.ps.state.snapshot import Snapshot, StateDir
-from topq_dist.ps.state.snapshotter import Durability
+from topq_dist.ps.state.snapshotter import Snapshotter
 from topq_dist.ps.training.downlink import check_downlink
 from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
 from topq_dist.ps.training.momentum import describe_momentum
@@ -63,9 +63,9 @@ class Coordinator:
         self._clock = clock
         self._started_s = clock()
         self._lock = threading.RLock()
-        # who waits for a push to be decided waits for its ticket, and all others for this
+        # who waits for a push to be decided waits for its pending, and all others for this
         self._changed = threading.Condition(self._lock)
-        self._members = Members(lease_s=serving.lease_s, max_workers=serving.max_workers)
+        self._leases = Leases(lease_s=serving.lease_s, max_workers=serving.max_workers)
         self._refused: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._hashing = threading.Lock()
@@ -73,8 +73,8 @@ class Coordinator:
         self._bytes: Counter[str] = Counter()
         self._draining = False
         self._state: RunState | None = None
-        self._pushes: PendingPushes | None = None
-        self._durable = Durability(
+        self._pushes: PushQueue | None = None
+        self._snapshotter = Snapshotter(
             state_dir,
             self._changed,
             every=serving.snapshot_every,
@@ -91,30 +91,32 @@ class Coordinator:
         else:
             state, workers = loaded
             run, ledger, spec = state.run, state.ledger, state.spec
-            self._members.add(workers, clock())
+            self._leases.add(workers, clock())
             self._begin(state, recover_to=state.point.version)
         self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
         self._ledger = ledger
-        self._door = Admission(
-            serving, run=run, ledger=ledger, members=self._members, spec=spec, clock=clock
+        self._membership = Membership(
+            serving, run=run, ledger=ledger, leases=self._leases, spec=spec, clock=clock
         )
         level = logging.INFO
         if warned and training.momentum != "optimizer":  # who asked for that knows it
             level = logging.WARNING
         _log.log(level, "momentum: %s", self.momentum_text)
-        self._durable.start(None if loaded is None else loaded[0].point.version)
+        if loaded is not None:
+            self._snapshotter.go_on_from(loaded[0].point.version)
+        self._snapshotter.start()
 
     def _begin(self, state: RunState, *, recover_to: int | None) -> None:
         self._state = state
-        self._pushes = PendingPushes(
+        self._pushes = PushQueue(
             self.training,
             self.serving,
             state,
-            self._members,
+            self._leases,
             recover_to=recover_to,
             clock=self._clock,
-            made=lambda: self._durable.made(state.point.version),
+            made=lambda: self._snapshotter.made(state.point.version),
         )
 
     @property
@@ -133,23 +135,23 @@ class Coordinator:
         with self._changed:
             self._check_serving()
             self._make_room()
-            entry = self._door.enter(call, has_model=self._state is not None)
+            entry = self._membership.enter(call, has_model=self._state is not None)
             held = call.held or START
             if self._pushes is not None:
                 self._pushes.note_return(call.worker, held.version)
-                ticket = self._pushes.get(call.worker)
-                if ticket is not None and ticket.push.epoch != entry.epoch:
+                pending = self._pushes.get(call.worker)
+                if pending is not None and pending.push.epoch != entry.epoch:
                     # not applied: the new process sends it again where it goes on from there
-                    self._pushes.settle(call.worker, OldEpochError(_fenced(ticket.push)))
-            self._members.join(call.worker, held_version=held.version, now_s=self._clock())
+                    self._pushes.resolve(call.worker, FencedError(_fenced(pending.push)))
+            self._leases.join(call.worker, held_version=held.version, now_s=self._clock())
             upload = self._model_or_upload(call, wait_s)
             self._advance()
             state = self._state
             return Joined(
-                caller=Caller(run=self.run, worker=call.worker, epoch=entry.epoch),
+                caller=WorkerId(run=self.run, worker=call.worker, epoch=entry.epoch),
                 next_sequence=self._ledger.next_sequence(call.worker),
                 point=START if state is None else state.point,
-                durable_version=self._durable.told,
+                durable_version=self._snapshotter.acknowledged_version,
                 upload=upload,
                 groups=() if state is None else state.central.groups(),
             )
@@ -157,28 +159,28 @@ class Coordinator:
     def _model_or_upload(self, call: JoinCall, wait_s: float) -> bool:
         end_s = time.monotonic() + wait_s
         # a model that is not durable yet may have been another one after a restart
-        while self._durable.version < 0:
+        while self._snapshotter.version < 0:
             self._check_serving()
-            if self._state is None and self._door.is_to_upload(call):
+            if self._state is None and self._membership.is_to_upload(call):
                 return True
             left_s = end_s - time.monotonic()
             if left_s <= 0:
                 raise NotReadyError("another worker is still bringing the model: join again")
             self._changed.wait(min(left_s, 1.0))
-            self._members.touch(call.worker, self._clock())
+            self._leases.touch(call.worker, self._clock())
         return False
 
-    def upload_spec(self, caller: Caller) -> ModelSpec | None:
+    def upload_spec(self, caller: WorkerId) -> ModelSpec | None:
         """Return what `caller` is to upload, or None where the model is there already."""
         with self._changed:
             self._check_serving()
-            self._door.check_caller(caller)
+            self._membership.check_caller(caller)
             if self._state is not None:
                 return None
-            self._door.check_uploader(caller.worker)
-            return self._door.spec
+            self._membership.check_uploader(caller.worker)
+            return self._membership.spec
 
-    def upload(self, caller: Caller, vectors: Sequence[memoryview]) -> None:
+    def upload(self, caller: WorkerId, vectors: Sequence[memoryview]) -> None:
         """Start the run with these raw vectors; once the model is there, nothing happens.
 
         Returns when the initial model is durable. Raises RefusedError.
@@ -195,48 +197,52 @@ class Coordinator:
                 history_bytes=self.serving.history_bytes,
             )
             with self._changed:
-                if self._state is None and self._door.spec == spec:
+                if self._state is None and self._membership.spec == spec:
                     self._begin(state, recover_to=None)
-                    self._durable.request()
+                    self._snapshotter.request()
                     self._changed.notify_all()
         with self._changed:
-            self._durable.wait(0)
+            self._snapshotter.wait(0)
 
     # pushes
 
-    def push_spec(self, caller: Caller, sequence: int, digest: bytes) -> ModelSpec:
+    def push_spec(self, caller: WorkerId, sequence: int, digest: bytes) -> ModelSpec:
         """Return the model that a push is checked against, before its bytes are taken in.
 
         Raises RefusedError for a push that `submit` would refuse for its number.
         """
         with self._changed:
             self._check_serving()
-            self._door.check_caller(caller)
+            self._membership.check_caller(caller)
             state = self._started()
             self._ledger.check(caller.worker, caller.epoch, sequence, digest)
             return state.spec
 
-    def submit(self, run: str, push: Push) -> Ticket:
+    def submit(self, run: str, push: Push) -> PendingPush:
         """Take a push in; `wait` says what became of it. Raises RefusedError."""
         with self._changed:
             self._check_serving()
-            self._door.check_caller(Caller(run=run, worker=push.worker, epoch=push.epoch))
+            self._membership.check_caller(WorkerId(run=run, worker=push.worker, epoch=push.epoch))
             self._check_push(push)
             verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
             if isinstance(verdict, Repeat):
-                ticket = Ticket(push=push, arrived_s=self._clock())
-                ticket.settle(self._started().repeat(push, verdict.version))
-                return ticket
+                pending = PendingPush(push=push, arrived_s=self._clock())
+                pending.resolve(self._started().repeat(push, verdict.version))
+                return pending
             if self._pushes is None:
                 raise NotReadyError(_NO_MODEL)
             if not self._restored:
                 self._check_not_ahead(push)
-            ticket = self._pushes.add(push)
+            pending = self._pushes.add(push)
             self._advance()
-            return ticket
+            return pending
 
     def wait(
-        self, ticket: Ticket, timeout_s: float, *, is_active: Callable[[], bool] = lambda: True
+        self,
+        pending: PendingPush,
+        timeout_s: float,
+        *,
+        is_active: Callable[[], bool] = lambda: True,
     ) -> Answer | tuple[str, ...]:
         """Return the push's answer, or whom it waits for after `timeout_s` without one.
 
@@ -244,13 +250,13 @@ class Coordinator:
         it is not, it returns early. Raises RefusedError.
         """
         end_s = time.monotonic() + timeout_s
-        self.hear(ticket.push.worker)
-        while ticket.outcome is None:
+        self.hear(pending.push.worker)
+        while pending.outcome is None:
             with self._lock:
-                ticket.look.clear()
+                pending.look.clear()
                 self._check_alive()
                 self._advance()
-                if ticket.outcome is not None:
+                if pending.outcome is not None:
                     break
                 if self._draining:
                     raise NotReadyError(_DRAINING)
@@ -260,22 +266,22 @@ class Coordinator:
                     return () if pushes is None else pushes.waiting_for
                 left_s = max(0.0, min(left_s, pushes.next_event_s()))
             # without the lock: a round wakes all its workers at once
-            ticket.look.wait(left_s)
-        if isinstance(ticket.outcome, RefusedError):
-            raise ticket.outcome
-        if not self._may_answer(ticket.outcome, end_s, is_active):
+            pending.look.wait(left_s)
+        if isinstance(pending.outcome, RefusedError):
+            raise pending.outcome
+        if not self._may_answer(pending.outcome, end_s, is_active):
             return ()
-        return self._hand_out(ticket.push.worker, ticket.outcome)
+        return self._hand_out(pending.push.worker, pending.outcome)
 
-    def wake(self, ticket: Ticket) -> None:
+    def wake(self, pending: PendingPush) -> None:
         """Have those who wait for this push look at whether they are active; never blocks."""
-        ticket.look.set()
+        pending.look.set()
 
     def count_received(self, worker: str, received_bytes: int) -> None:
         """Count bytes of a push's frames."""
         with self._counting:
             self._bytes["received"] += received_bytes
-            member = self._members.get(worker)
+            member = self._leases.get(worker)
             if member is not None:
                 member.received_bytes += received_bytes
 
@@ -288,49 +294,51 @@ class Coordinator:
 
     def hear(self, worker: str) -> None:
         """Renew the lease of a worker whose bytes come in; takes no lock."""
-        self._members.touch(worker, self._clock())
+        self._leases.touch(worker, self._clock())
 
-    def fetch(self, caller: Caller, *, central: bool) -> tuple[Point, int, tuple[memoryview, ...]]:
+    def fetch(
+        self, caller: WorkerId, *, central: bool
+    ) -> tuple[ModelVersion, int, tuple[memoryview, ...]]:
         """Return (point, durable version, raw vectors): what workers hold, or `central`'s own.
 
         Raises RefusedError.
         """
         with self._changed:
             self._check_serving()
-            self._door.check_caller(caller)
+            self._membership.check_caller(caller)
             state = self._started()
             point = state.point
             with self._unheard():
                 full = state.full(central=central)
             if self.serving.snapshot_every == 1:
-                self._durable.wait(point.version)
-            member = self._members.get(caller.worker)
+                self._snapshotter.wait(point.version)
+            member = self._leases.get(caller.worker)
             if member is not None and not central:
                 member.held_version = point.version
-            return point, self._durable.told, full.payloads
+            return point, self._snapshotter.acknowledged_version, full.payloads
 
-    def renew(self, caller: Caller) -> int:
+    def renew(self, caller: WorkerId) -> int:
         """Renew the lease and return the durable version; raises RefusedError."""
         with self._changed:
-            self._door.check_caller(caller)
-            return self._durable.told
+            self._membership.check_caller(caller)
+            return self._snapshotter.acknowledged_version
 
-    def leave(self, caller: Caller) -> Point:
+    def leave(self, caller: WorkerId) -> ModelVersion:
         """Give the worker's place up and return the present point, once that is durable."""
         with self._changed:
-            self._door.leave(caller)
+            self._membership.leave(caller)
             if self._pushes is not None and caller.worker in self._pushes:
                 left = NotJoinedError(f"worker {caller.worker!r} has left the run")
-                self._pushes.settle(caller.worker, left)
+                self._pushes.resolve(caller.worker, left)
             self._advance()
             # somebody else may be the one to bring the model now
             self._changed.notify_all()
             if self._state is None:
                 return START
             point = self._state.point
-            if self._durable.version < point.version:
-                self._durable.request()
-                self._durable.wait(point.version)
+            if self._snapshotter.version < point.version:
+                self._snapshotter.request()
+                self._snapshotter.wait(point.version)
             return point
 
     def status(self, *, state_sha256: bool = False) -> Status:
@@ -363,7 +371,7 @@ class Coordinator:
             return Status(
                 run=self.run,
                 point=point,
-                durable_version=self._durable.told,
+                durable_version=self._snapshotter.acknowledged_version,
                 numel=0 if state is None else state.spec.numel,
                 workers=tuple(
                     WorkerView(
@@ -377,7 +385,7 @@ class Coordinator:
                         received_bytes=member.received_bytes,
                         sent_bytes=member.sent_bytes,
                     )
-                    for member in self._members.all()
+                    for member in self._leases.all()
                     if member.worker in known
                 ),
                 refused=refused,
@@ -395,11 +403,13 @@ class Coordinator:
             self._changed.notify_all()
             if self._pushes is not None:
                 self._pushes.wake_all()
-        self._durable.close()
+        self._snapshotter.close()
         with self._changed:
-            unsaved = self._state is not None and self._durable.version < self._state.point.version
+            unsaved = (
+                self._state is not None and self._snapshotter.version < self._state.point.version
+            )
             if unsaved and not self.failed:
-                self._durable.save()
+                self._snapshotter.save()
 
     # under the lock
 
@@ -433,10 +443,10 @@ class Coordinator:
         try:
             yield
         finally:
-            self._members.extend(self._clock() - started_s)
+            self._leases.extend(self._clock() - started_s)
 
     def _make_room(self) -> None:
-        present = {member.worker for member in self._members.all()}
+        present = {member.worker for member in self._leases.all()}
         if self._pushes is not None:
             present.update(self._pushes.workers)
         self._ledger.make_room(present)
@@ -451,7 +461,7 @@ class Coordinator:
             raise NotReadyError(FAILED)
 
     def _started(self) -> RunState:
-        if self._state is None or self._durable.version < 0:
+        if self._state is None or self._snapshotter.version < 0:
             raise NotReadyError(_NO_MODEL)
         return self._state
 
@@ -473,22 +483,22 @@ class Coordinator:
             return True
         version = max((update.point.version for update in answer.updates), default=0)
         with self._lock:
-            return self._durable.reached(version, end_s, is_active)
+            return self._snapshotter.reached(version, end_s, is_active)
 
     def _hand_out(self, worker: str, answer: Answer) -> Answer:
         with self._counting:
             self._bytes["sent"] += answer.payload_bytes
-            member = self._members.get(worker)
+            member = self._leases.get(worker)
             if member is not None:
                 member.sent_bytes += answer.payload_bytes
                 if answer.updates:
                     member.held_version = answer.updates[-1].point.version
-        return replace(answer, durable_version=self._durable.told)
+        return replace(answer, durable_version=self._snapshotter.acknowledged_version)
 
     def _snapshot(self) -> Snapshot | None:
         if self._state is None or self.failed:
             return None
-        live = self._members.live(self._clock())
+        live = self._leases.live(self._clock())
         with self._unheard():
             return self._state.snapshot(live, every=self.serving.snapshot_every)
 

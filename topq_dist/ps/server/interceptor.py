@@ -1,4 +1,4 @@
-"""What each call passes before it reaches a service: whose it is, and how long it may take.
+"""The way of each call to a service: whose it is, and how long it may take.
 
 gRPC lends a call one of its few threads before anything is known of it, and waits there without a
 limit: here a stranger's is sent away before it has said a word, and nobody's may stay silent.
@@ -27,8 +27,8 @@ from topq_dist.ps.wire.messages import READERS, WRITERS
 
 _log = logging.getLogger(__name__)
 
-PATIENCE_S = 30.0
-LEAST_RATE = 128 << 10  # bytes a second; about 1 Mbit/s
+GRACE_S = 30.0
+LEAST_RATE_BYTES_S = 128 << 10  # bytes a second; about 1 Mbit/s
 # a step, a renewal and what repeats them on a new connection, beside the operator's questions
 CALLS_OF_A_HOLDER = 8
 # gRPC's class takes parameters in its stubs alone
@@ -46,7 +46,7 @@ class _Watch:
     late: bool = False
 
 
-class Patrol:
+class CallWatchdog:
     """Cancels calls from a thread of its own: gRPC waits for messages without a limit.
 
     on_late: called after each.
@@ -57,7 +57,7 @@ class Patrol:
         self._lock = threading.Lock()
         self._watches: set[_Watch] = set()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._walk, name="patrol", daemon=True)
+        self._thread = threading.Thread(target=self._walk, name="call watchdog", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -89,31 +89,31 @@ class Patrol:
                 self._watches.discard(watch)
 
 
-class Pace:
-    """How long the messages of one direction of a call may be waited for, all of them together.
+class ThroughputLimit:
+    """A limit on the time that all messages of one direction of a call together are waited for.
 
-    patience_s: to begin with. least_rate: bytes that buy another second.
+    grace_s: to begin with. least_rate_bytes_s: bytes that buy another second.
     """
 
     def __init__(
         self,
-        patrol: Patrol,
+        watchdog: CallWatchdog,
         context: grpc.ServicerContext,
         *,
-        patience_s: float,
-        least_rate: float,
+        grace_s: float,
+        least_rate_bytes_s: float,
     ) -> None:
-        self._patrol = patrol
+        self._watchdog = watchdog
         self._context = context
-        self._left_s = patience_s
-        self._least_rate = least_rate
+        self._left_s = grace_s
+        self._least_rate = least_rate_bytes_s
         self.late = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time that the block takes."""
         started_s = time.monotonic()
-        with self._patrol.watch(self._context, self._left_s) as watch:
+        with self._watchdog.watch(self._context, self._left_s) as watch:
             yield
         self.late = watch.late
         self._left_s -= time.monotonic() - started_s
@@ -130,7 +130,7 @@ class Authenticates(Protocol):
         """Return whose token it is; raises RefusedError unless it may. None: anybody's will do."""
 
 
-class Gate(grpc.ServerInterceptor):
+class AuthInterceptor(grpc.ServerInterceptor):
     """Stands before all services. authenticator: None lets everybody in.
 
     count_refused: called with the reason of each refusal, whether it is made here or behind.
@@ -141,13 +141,13 @@ class Gate(grpc.ServerInterceptor):
     ) -> None:
         self._authenticator = authenticator
         self._count_refused = count_refused
-        self._patrol = Patrol(self._note_late)
+        self._watchdog = CallWatchdog(self._note_late)
         self._lock = threading.Lock()
         self._calls_of: Counter[str] = Counter()
 
     def close(self) -> None:
         """End the thread that looks after calls."""
-        self._patrol.close()
+        self._watchdog.close()
 
     def intercept_service(
         self,
@@ -169,11 +169,13 @@ class Gate(grpc.ServerInterceptor):
     def _note_late(self) -> None:
         # the client sees CANCELLED: there is no other way to end a call from outside
         self._count_refused("too_slow")
-        _log.info("ended a call that moved less than %d bytes a second", LEAST_RATE)
+        _log.info("ended a call that moved less than %d bytes a second", LEAST_RATE_BYTES_S)
 
-    def pace(self, context: grpc.ServicerContext) -> Pace:
-        """Return the pace of one direction of a call."""
-        return Pace(self._patrol, context, patience_s=PATIENCE_S, least_rate=LEAST_RATE)
+    def limit(self, context: grpc.ServicerContext) -> ThroughputLimit:
+        """Return the limit of one direction of a call."""
+        return ThroughputLimit(
+            self._watchdog, context, grace_s=GRACE_S, least_rate_bytes_s=LEAST_RATE_BYTES_S
+        )
 
     @contextmanager
     def admitted(self, context: grpc.ServicerContext, method: str) -> Iterator[None]:
@@ -212,8 +214,8 @@ class Gate(grpc.ServerInterceptor):
 class _Answerer:
     """Serves calls of one method: with one response, or with many."""
 
-    def __init__(self, gate: Gate, behind: _Handler, method: str) -> None:
-        self._gate = gate
+    def __init__(self, interceptor: AuthInterceptor, behind: _Handler, method: str) -> None:
+        self._interceptor = interceptor
         self._behind: Any = behind  # which of its behaviors is there, its flags say
         self._method = method
         self._read: Any = READERS.get(method) or behind.request_deserializer
@@ -221,19 +223,19 @@ class _Answerer:
 
     def one(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         """Return the response."""
-        with self._gate.admitted(context, self._method):
+        with self._interceptor.admitted(context, self._method):
             behavior = self._behind.stream_unary or self._behind.unary_unary
             return behavior(self._argument(requests, context), context)
 
     def many(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yield the responses, as they go over the wire."""
-        with self._gate.admitted(context, self._method):
+        with self._interceptor.admitted(context, self._method):
             behavior = self._behind.stream_stream or self._behind.unary_stream
-            pace = self._gate.pace(context)
+            limit = self._interceptor.limit(context)
             for response in behavior(self._argument(requests, context), context):
                 raw = self._write(response)
-                pace.moved(len(raw))
-                with pace.waiting():
+                limit.moved(len(raw))
+                with limit.waiting():
                     yield raw
 
     def _argument(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
@@ -246,15 +248,15 @@ class _Answerer:
         return message
 
     def _messages(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-        pace = self._gate.pace(context)
+        limit = self._interceptor.limit(context)
         while True:
-            with pace.waiting():
+            with limit.waiting():
                 raw = next(requests, None)
-            if pace.late:  # a call that is cancelled may look like one that has said all
+            if limit.late:  # a call that is cancelled may look like one that has said all
                 context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
             if raw is None:
                 return
-            pace.moved(len(raw))
+            limit.moved(len(raw))
             try:
                 message = self._read(raw)
             except Exception as error:

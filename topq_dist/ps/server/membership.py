@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import ServingConfig
 from topq_dist.ps.protocol.errors import (
+    FencedError,
     NotJoinedError,
     NotReadyError,
-    OldEpochError,
     TooLargeError,
     TooManyWorkersError,
     WrongRunError,
 )
-from topq_dist.ps.server.requests import Caller, JoinCall
+from topq_dist.ps.server.requests import JoinCall, WorkerId
 from topq_dist.ps.state.ledger import Entry, Ledger
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Member:
     sent_bytes: int = 0
 
 
-class Members:
-    """The members by name. Times are seconds on one clock, the caller's."""
+class Leases:
+    """The members by name, and their leases. Times are seconds on one clock, the caller's."""
 
     def __init__(self, *, lease_s: float, max_workers: int) -> None:
         self._lease_s = lease_s
@@ -125,8 +125,8 @@ class Members:
         return min((end for end in ends if end > now_s), default=float("inf"))
 
 
-class Admission:
-    """The door of run `run`. spec: of its model, once somebody was told to bring one."""
+class Membership:
+    """The membership of run `run`. spec: of its model, once somebody was told to bring one."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Admission:
         *,
         run: str,
         ledger: Ledger,
-        members: Members,
+        leases: Leases,
         spec: ModelSpec | None,
         clock: Callable[[], float],
     ) -> None:
@@ -142,7 +142,7 @@ class Admission:
         self.ledger = ledger
         self.spec = spec
         self._serving = serving
-        self._members = members
+        self._leases = leases
         self._clock = clock
         self._uploader: str | None = None
         self._upload_end_s = 0.0
@@ -154,7 +154,7 @@ class Admission:
                 f"worker {call.worker!r} belongs to run {call.run!r} and this server's is "
                 f"{self.run!r}: point it to its own server, or start it anew"
             )
-        if not self._members.has_room(call.worker, self._clock()):
+        if not self._leases.has_room(call.worker, self._clock()):
             raise TooManyWorkersError(
                 f"worker {call.worker!r} would be one too many: expected at most "
                 f"max_workers={self._serving.max_workers} at a time"
@@ -169,7 +169,7 @@ class Admission:
         entry = self.ledger.join(
             call.worker, call.instance, call.epoch, call.first_kept or call.next_sequence
         )
-        member = self._members.get(call.worker)
+        member = self._leases.get(call.worker)
         if member is None or not member.joined or entry.epoch != call.epoch:
             _log.info("worker %s joined, epoch %d", call.worker, entry.epoch)
         return entry
@@ -179,9 +179,9 @@ class Admission:
         if self._another_uploads(call.worker):
             return False
         if self._uploader != call.worker:
-            patience_s = _LEASES_TO_UPLOAD * self._serving.lease_s
-            patience_s += call.spec.raw_bytes / _LEAST_RATE
-            self._upload_end_s = self._clock() + patience_s
+            limit_s = _LEASES_TO_UPLOAD * self._serving.lease_s
+            limit_s += call.spec.raw_bytes / _LEAST_RATE
+            self._upload_end_s = self._clock() + limit_s
         self._uploader, self.spec = call.worker, call.spec
         return True
 
@@ -189,41 +189,41 @@ class Admission:
         now_s = self._clock()
         if self._uploader in (None, worker) or now_s >= self._upload_end_s:
             return False
-        return self._uploader in self._members.live(now_s)
+        return self._uploader in self._leases.live(now_s)
 
     def check_uploader(self, worker: str) -> None:
         """Raise NotReadyError unless this worker was told to bring the model."""
         if self._uploader != worker:
             raise NotReadyError(f"worker {self._uploader!r} brings the model: join again")
 
-    def check_caller(self, caller: Caller) -> None:
+    def check_caller(self, caller: WorkerId) -> None:
         """Renew the caller's lease; raises RefusedError unless it has a place in the run."""
         if caller.run != self.run:
             raise WrongRunError(
                 f"worker {caller.worker!r} speaks of run {caller.run!r}: this server's is "
                 f"{self.run!r}"
             )
-        member = self._members.get(caller.worker)
+        member = self._leases.get(caller.worker)
         if member is None or not member.joined:
             # after a restart too: the worker has to learn how far back the server is
             raise NotJoinedError(f"worker {caller.worker!r} has not joined this server: join first")
         entry = self.ledger.entry(caller.worker)
         if caller.epoch < entry.epoch:
-            raise OldEpochError(
+            raise FencedError(
                 f"worker {caller.worker!r} in epoch {caller.epoch}: a newer process has taken this "
                 f"name, in epoch {entry.epoch}"
             )
         if caller.epoch > entry.epoch:
             raise NotJoinedError(f"worker {caller.worker!r} is not known in its epoch: join again")
-        self._members.touch(caller.worker, self._clock())
+        self._leases.touch(caller.worker, self._clock())
 
-    def leave(self, caller: Caller) -> None:
+    def leave(self, caller: WorkerId) -> None:
         """Give the caller's place up, or nothing where it has left; raises RefusedError."""
-        if self._members.get(caller.worker) is not None:
+        if self._leases.get(caller.worker) is not None:
             self.check_caller(caller)
             _log.info("worker %s left", caller.worker)
         elif caller.run != self.run or self.ledger.entry(caller.worker).epoch != caller.epoch:
             raise NotJoinedError(f"worker {caller.worker!r} has no place in this run")
-        self._members.remove(caller.worker)
+        self._leases.remove(caller.worker)
         if self._uploader == caller.worker:
             self._uploader = None

@@ -24,7 +24,7 @@ from topq_dist.ps.protocol.types import STREAM_WINDOW_BYTES
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ServerSecurity
 from topq_dist.ps.server.coordinator import Coordinator
-from topq_dist.ps.server.interceptor import Gate
+from topq_dist.ps.server.interceptor import AuthInterceptor
 from topq_dist.ps.server.service import ParameterServerService
 from topq_dist.ps.state.snapshot import StateDir
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -87,10 +87,10 @@ class ParameterServer:
         authenticator = security.authenticator()
         self._state_dir = StateDir(state_dir)
         self._coordinator: Coordinator | None = None
-        self._gate: Gate | None = None
+        self._interceptor: AuthInterceptor | None = None
         try:
             self._coordinator = Coordinator(training, serving, self._state_dir)
-            self._gate = Gate(
+            self._interceptor = AuthInterceptor(
                 authenticator=authenticator, count_refused=self._coordinator.count_refused
             )
             calls = 2 * serving.max_workers + _SPARE_CALLS
@@ -98,7 +98,7 @@ class ParameterServer:
                 futures.ThreadPoolExecutor(calls, thread_name_prefix="call"),
                 options=server_options(),
                 maximum_concurrent_rpcs=calls,
-                interceptors=[*interceptors, self._gate],
+                interceptors=[*interceptors, self._interceptor],
             )
             service = ParameterServerService(self._coordinator, authenticator=authenticator)
             pb_grpc.add_ParameterServerServicer_to_server(service, self._server)
@@ -117,7 +117,7 @@ class ParameterServer:
 
     @property
     def coordinator(self) -> Coordinator:
-        """What runs the training."""
+        """The coordinator, which runs the training."""
         if self._coordinator is None:
             raise RuntimeError("the server was not started")
         return self._coordinator
@@ -132,8 +132,8 @@ class ParameterServer:
             self._close()
 
     def _close(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
+        if self._interceptor is not None:
+            self._interceptor.close()
         self._state_dir.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:

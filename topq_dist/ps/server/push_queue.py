@@ -19,8 +19,8 @@ from topq_dist.ps.protocol.errors import (
     RefusedError,
 )
 from topq_dist.ps.protocol.types import Answer, Push
-from topq_dist.ps.server.membership import Members
-from topq_dist.ps.server.rounds import Apply, AsyncRule, Decision, Situation, SyncRule, Wait
+from topq_dist.ps.server.membership import Leases
+from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
 from topq_dist.ps.state.run_state import RunState
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ FAILED = "the server failed while it made a version: it has to be started again"
 
 
 @dataclass(eq=False, kw_only=True)
-class Ticket:
+class PendingPush:
     """A push that was taken in: `outcome` is set once it is decided.
 
     look: set when those who wait for the push are to look at it again.
@@ -41,14 +41,14 @@ class Ticket:
     look: threading.Event = field(default_factory=threading.Event)
     outcome: Answer | RefusedError | None = None
 
-    def settle(self, outcome: Answer | RefusedError) -> None:
+    def resolve(self, outcome: Answer | RefusedError) -> None:
         """Set the outcome, and free the gradient."""
         self.outcome = outcome
         self.push = replace(self.push, frames=())
         self.look.set()
 
 
-class PendingPushes:
+class PushQueue:
     """The undecided pushes of a run, at most one of each worker.
 
     recover_to: the version up to which a restarted server waits for replays before it takes what
@@ -60,14 +60,14 @@ class PendingPushes:
         training: TrainingConfig,
         serving: ServingConfig,
         state: RunState,
-        members: Members,
+        leases: Leases,
         *,
         recover_to: int | None,
         clock: Callable[[], float],
         made: Callable[[], None],
     ) -> None:
         self._state = state
-        self._members = members
+        self._leases = leases
         self._clock = clock
         self._made = made
         self._recover_to = recover_to if training.mode == "async" else None
@@ -75,15 +75,15 @@ class PendingPushes:
         self._returned_s = -math.inf
         # when the way back last went on, and how long at most until it does again
         self._moved_s = clock()
-        self._patience_s = _LEASES_TO_STEP * serving.lease_s
-        self._tickets: dict[str, Ticket] = {}
+        self._recovery_limit_s = _LEASES_TO_STEP * serving.lease_s
+        self._pending: dict[str, PendingPush] = {}
         self._sync = training.mode == "sync"
-        self._sync_rule = SyncRule(
+        self._sync_policy = SyncPolicy(
             start_workers=serving.start_workers,
             min_workers=serving.min_workers,
             round_timeout_s=serving.round_timeout_s,
         )
-        self._async_rule = AsyncRule(max_staleness=training.max_staleness)
+        self._async_policy = AsyncPolicy(max_staleness=training.max_staleness)
         # pushes that are replays, or on another point than the present one
         self._unusual: set[str] = set()
         # None: for live workers without a push
@@ -93,45 +93,45 @@ class PendingPushes:
         self.failed = False
 
     def __contains__(self, worker: str) -> bool:
-        return worker in self._tickets
+        return worker in self._pending
 
     @property
     def workers(self) -> frozenset[str]:
         """Whose pushes are undecided, whether they are still there or not."""
-        return frozenset(self._tickets)
+        return frozenset(self._pending)
 
-    def get(self, worker: str) -> Ticket | None:
+    def get(self, worker: str) -> PendingPush | None:
         """Return the worker's undecided push, or None."""
-        return self._tickets.get(worker)
+        return self._pending.get(worker)
 
     def wake_all(self) -> None:
         """Have all who wait for a decision look again."""
-        for ticket in self._tickets.values():
-            ticket.look.set()
+        for pending in self._pending.values():
+            pending.look.set()
 
-    def add(self, push: Push) -> Ticket:
+    def add(self, push: Push) -> PendingPush:
         """Take a push in that the ledger calls next; one that is there already is not doubled.
 
         Raises DigestDiffersError or InvalidError where another push waits under its number.
         """
-        ticket = Ticket(push=push, arrived_s=self._clock())
-        held = self._tickets.setdefault(push.worker, ticket)
-        if held is not ticket:
+        pending = PendingPush(push=push, arrived_s=self._clock())
+        held = self._pending.setdefault(push.worker, pending)
+        if held is not pending:
             _check_same(held.push, push)
             return held
         if self._is_unusual(push):
             self._unusual.add(push.worker)
-        self._members.expect(push.members, self._clock())
-        return ticket
+        self._leases.expect(push.members, self._clock())
+        return pending
 
-    def settle(self, worker: str, outcome: Answer | RefusedError) -> None:
+    def resolve(self, worker: str, outcome: Answer | RefusedError) -> None:
         """Decide the worker's push."""
         self._unusual.discard(worker)
-        self._tickets.pop(worker).settle(outcome)
+        self._pending.pop(worker).resolve(outcome)
 
     def note_return(self, worker: str, version: int) -> None:
         """Note that `worker` is joining, and holds `version`."""
-        member = self._members.get(worker)
+        member = self._leases.get(worker)
         if member is not None and not member.joined:
             # it has what it may replay on the way: a round's time begins anew
             self._returned_s = self._moved_s = self._clock()
@@ -140,7 +140,7 @@ class PendingPushes:
 
     def advance(self) -> None:
         """Make what versions can be made, and refuse what is stale."""
-        while self._tickets and not self.failed:
+        while self._pending and not self.failed:
             if self._lacks_a_push():
                 self._waiting_for = None
                 break
@@ -153,13 +153,13 @@ class PendingPushes:
             else:
                 for worker in decision.workers:
                     self.stale_count += 1
-                    self.settle(worker, self._state.stale(self._tickets[worker].push))
+                    self.resolve(worker, self._state.stale(self._pending[worker].push))
 
     @property
     def waiting_for(self) -> tuple[str, ...]:
         """The workers whose pushes are waited for, since `advance` last looked."""
         if self._waiting_for is None:
-            return tuple(sorted(self._members.live(self._clock()) - self._tickets.keys()))
+            return tuple(sorted(self._leases.live(self._clock()) - self._pending.keys()))
         return self._waiting_for
 
     def _lacks_a_push(self) -> bool:
@@ -169,7 +169,7 @@ class PendingPushes:
         """
         if not self._sync or self._unusual or self._round_timeout_s is not None:
             return False
-        return self._members.any_live_but(self._tickets, self._clock())
+        return self._leases.any_live_but(self._pending, self._clock())
 
     def _is_unusual(self, push: Push) -> bool:
         return push.applied_version > 0 or push.base != self._state.point
@@ -177,9 +177,9 @@ class PendingPushes:
     def next_event_s(self) -> float:
         """Return the seconds until a lease or a round's time ends; infinity where none runs."""
         now_s = self._clock()
-        end_s = self._members.next_end_s(now_s)
-        if self._round_timeout_s is not None and self._tickets:
-            first_s = min(ticket.arrived_s for ticket in self._tickets.values())
+        end_s = self._leases.next_end_s(now_s)
+        if self._round_timeout_s is not None and self._pending:
+            first_s = min(pending.arrived_s for pending in self._pending.values())
             closing_s = max(first_s, self._returned_s) + self._round_timeout_s
             if closing_s > now_s:
                 end_s = min(end_s, closing_s)
@@ -187,18 +187,20 @@ class PendingPushes:
 
     def round_workers(self) -> int:
         """Return how many pushes a round of sync mode waits for, those that came included."""
-        return self._sync_rule.size(self._situation())
+        return self._sync_policy.size(self._view())
 
-    def _situation(self) -> Situation:
+    def _view(self) -> RoundView:
         state, now_s = self._state, self._clock()
-        live = self._members.live(now_s)
-        returning = (member.worker for member in self._members.all() if not member.joined)
+        live = self._leases.live(now_s)
+        returning = (member.worker for member in self._leases.all() if not member.joined)
         arrivals = [
-            ticket.arrived_s for ticket in self._tickets.values() if ticket.push.base == state.point
+            pending.arrived_s
+            for pending in self._pending.values()
+            if pending.push.base == state.point
         ]
-        return Situation(
+        return RoundView(
             point=state.point,
-            pending={worker: ticket.push for worker, ticket in self._tickets.items()},
+            pending={worker: pending.push for worker, pending in self._pending.items()},
             live=live,
             returning=live.intersection(returning),
             joined=state.ledger.worker_count,
@@ -208,23 +210,23 @@ class PendingPushes:
         )
 
     def _decide(self) -> Decision:
-        situation = self._situation()
+        view = self._view()
         if self._sync:
-            return self._sync_rule.decide(situation)
+            return self._sync_policy.decide(view)
         if self._recover_to is not None:
-            if situation.returning or situation.point.version < self._recover_to:
-                if situation.now_s >= self._moved_s + self._patience_s:
+            if view.returning or view.point.version < self._recover_to:
+                if view.now_s >= self._moved_s + self._recovery_limit_s:
                     # who only renews the lease would hold up everybody for ever
-                    situation = replace(situation, live=frozenset(), returning=frozenset())
-                decision = self._async_rule.recover(situation)
+                    view = replace(view, live=frozenset(), returning=frozenset())
+                decision = self._async_policy.recover(view)
                 if decision is not None:
                     return decision
             self._recover_to = None
-        return self._async_rule.decide(situation)
+        return self._async_policy.decide(view)
 
     def _apply(self, workers: Sequence[str]) -> None:
         started_s = self._clock()
-        pushes = [self._tickets[worker].push for worker in workers]
+        pushes = [self._pending[worker].push for worker in workers]
         try:
             self._state.apply(pushes)
         except Exception as error:
@@ -234,12 +236,12 @@ class PendingPushes:
             _log.exception("version %d could not be made: this server is of no use now", version)
             raise NotReadyError(FAILED) from error
         for push in pushes:
-            self.settle(push.worker, self._state.fresh(push))
-        left = self._tickets.items()
-        self._unusual = {worker for worker, ticket in left if self._is_unusual(ticket.push)}
+            self.resolve(push.worker, self._state.fresh(push))
+        left = self._pending.items()
+        self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
         self._moved_s = self._clock()
         # while the lock was held nobody was heard
-        self._members.extend(self._clock() - started_s)
+        self._leases.extend(self._clock() - started_s)
         self._made()
 
 

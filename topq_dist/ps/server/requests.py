@@ -1,16 +1,16 @@
-"""What the coordinator is asked and what it answers, where protocol/types.py has no word."""
+"""Questions to the coordinator and its answers, where protocol/types.py has no word for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.protocol.types import GroupView, Point
+from topq_dist.ps.protocol.types import GroupView, ModelVersion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Who speaks, and in which run."""
+class WorkerId:
+    """The worker that speaks, in which run, and as which of its processes."""
 
     run: str
     worker: str
@@ -19,25 +19,25 @@ class Caller:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinCall:
-    """What a worker says when it joins; the fields are those of JoinRequest."""
+    """A worker's words when it joins; the fields are those of JoinRequest."""
 
     run: str
     worker: str
     instance: bytes
     epoch: int
     next_sequence: int
-    held: Point | None
+    held: ModelVersion | None
     first_kept: int
     spec: ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """What a worker is told when it has joined; the fields are those of JoinResponse."""
+    """The answer to a worker that has joined; the fields are those of JoinResponse."""
 
-    caller: Caller
+    caller: WorkerId
     next_sequence: int
-    point: Point
+    point: ModelVersion
     durable_version: int
     upload: bool
     groups: tuple[GroupView, ...]
@@ -63,7 +63,7 @@ class Status:
     """The run as status shows it; the fields are those of StatusResponse."""
 
     run: str
-    point: Point
+    point: ModelVersion
     durable_version: int
     numel: int
     workers: tuple[WorkerView, ...]

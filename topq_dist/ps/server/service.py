@@ -18,9 +18,9 @@ from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
-from topq_dist.ps.server.push_queue import Ticket
-from topq_dist.ps.server.requests import Caller, JoinCall
-from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.server.push_queue import PendingPush
+from topq_dist.ps.server.requests import JoinCall, WorkerId
+from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.chunks import Receiver, chunks
 from topq_dist.ps.wire.codec import (
     fetch_to_wire,
@@ -49,9 +49,9 @@ _CALLS_OF_A_WORKER = 2
 
 
 class ParameterServerService(pb_grpc.ParameterServerServicer):
-    """Serves one coordinator, behind a Gate.
+    """Serves one coordinator, behind an AuthInterceptor.
 
-    The gate reports RefusedError, and reads and writes chunks as wire/messages.py has them.
+    It reports RefusedError, and reads and writes chunks as wire/messages.py has them.
 
     authenticator: None lets everybody speak in every worker's name.
     """
@@ -63,7 +63,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._authenticator = authenticator
         self._steps = _FewCalls()
         self._models = _FewCalls()
-        self._buffers = Buffers()
+        self._pool = BufferPool()
         # the workers of a round are sent the same
         self._shared = SharedUpdates() if coordinator.training.mode == "sync" else None
         self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
@@ -121,7 +121,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                 self._coordinator.upload(caller, receiver.parts())
         return pb.UploadResponse()
 
-    def Step(  # type: ignore[override] # the gate writes chunks
+    def Step(  # type: ignore[override] # the interceptor writes chunks
         self, request_iterator: Iterator[pb.StepRequest | memoryview], context: grpc.ServicerContext
     ) -> Iterator[pb.StepResponse | memoryview | bytes]:
         """Take a push in, wait until it is decided, and answer."""
@@ -132,13 +132,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         caller = self._caller(context, header.id)
         spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec, self._buffers)
+            receiver = receiver_of(header, spec, self._pool)
             for request in request_iterator:
                 self._coordinator.hear(caller.worker)
                 receiver.take(_chunk(request, "a step has two headers"))
-            ticket = self._submit(header, receiver, spec, context)
+            pending = self._submit(header, receiver, spec, context)
             while context.is_active():
-                answer = self._decided(ticket, context)
+                answer = self._decided(pending, context)
                 if isinstance(answer, Answer):
                     yield from self._messages_of(answer)
                     return
@@ -152,7 +152,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         caller = self._caller(context, header.id)
         spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec, self._buffers)
+            receiver = receiver_of(header, spec, self._pool)
             if request.frames:
                 receiver.take(request.frames)
             answer = self._decided(self._submit(header, receiver, spec, context), context)
@@ -160,7 +160,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                 return short_answer_to_wire(answer)
             return pb.ShortStepResponse()
 
-    def Fetch(  # type: ignore[override] # the gate writes chunks
+    def Fetch(  # type: ignore[override] # the interceptor writes chunks
         self, request: pb.FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.FetchResponse | memoryview]:
         """Bring the whole model."""
@@ -214,18 +214,20 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         receiver: Receiver,
         spec: ModelSpec,
         context: grpc.ServicerContext,
-    ) -> Ticket:
+    ) -> PendingPush:
         frames = receiver.parts()
         self._coordinator.count_received(header.id.worker, sum(frame.nbytes for frame in frames))
-        ticket = self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
-        context.add_callback(lambda: self._coordinator.wake(ticket))
-        return ticket
+        pending = self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
+        context.add_callback(lambda: self._coordinator.wake(pending))
+        return pending
 
-    def _decided(self, ticket: Ticket, context: grpc.ServicerContext) -> Answer | tuple[str, ...]:
+    def _decided(
+        self, pending: PendingPush, context: grpc.ServicerContext
+    ) -> Answer | tuple[str, ...]:
         """Return the answer, or whom the push waits for after a time or once nobody listens."""
         silent_s = 0.0
         while True:
-            answer = self._coordinator.wait(ticket, self._look_s, is_active=context.is_active)
+            answer = self._coordinator.wait(pending, self._look_s, is_active=context.is_active)
             silent_s += self._look_s
             gone = silent_s >= _SIGN_OF_LIFE_S or not context.is_active()
             if isinstance(answer, Answer) or gone:
@@ -238,9 +240,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         yield pb.StepResponse(answer=answer_message(answer))
         yield from self._shared.messages_of(answer.updates)
 
-    def _caller(self, context: grpc.ServicerContext, message: pb.WorkerId) -> Caller:
+    def _caller(self, context: grpc.ServicerContext, message: pb.WorkerId) -> WorkerId:
         self._authenticate(context, message.worker)
-        return Caller(run=message.run, worker=message.worker, epoch=message.epoch)
+        return WorkerId(run=message.run, worker=message.worker, epoch=message.epoch)
 
     def _authenticate(self, context: grpc.ServicerContext, worker: str | None) -> None:
         if worker is not None:

@@ -1,1 +1,1 @@
-"""What a run is at one version, and how it comes back after a crash."""
+"""The state of a run at one version, and how it comes back after a crash."""

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
-    ForgottenError,
+    ExpiredError,
+    FencedError,
     InvalidError,
     NotJoinedError,
-    OldEpochError,
     SequenceGapError,
     TooManyWorkersError,
 )
@@ -57,7 +57,7 @@ Verdict = Next | Repeat
 
 
 class Ledger:
-    """What was applied of each worker, and in which version.
+    """All that was applied of each worker, and in which version.
 
     Digests are remembered from the version on that `forget_before` was last told, so that a repeat
     can be told from another push under the same number.
@@ -81,11 +81,11 @@ class Ledger:
 
     @property
     def worker_count(self) -> int:
-        """How many workers ever joined."""
+        """The number of workers that ever joined."""
         return len(self._entries)
 
     def make_room(self, present: Collection[str]) -> None:
-        """Where no more workers can join, forget those that never pushed, but for `present`.
+        """Forget those that never pushed, but for `present`, where no more workers can join.
 
         Others cannot be forgotten: what they pushed could be applied again.
         """
@@ -115,7 +115,7 @@ class Ledger:
         next_sequence: what a worker that the ledger does not know goes on from; 0 stands for 1. A
         known one goes on from the ledger's number.
 
-        Raises InvalidError, OldEpochError where a newer process has the name, and
+        Raises InvalidError, FencedError where a newer process has the name, and
         TooManyWorkersError for a name too many.
         """
         check_worker_name(worker)
@@ -153,7 +153,7 @@ class Ledger:
         """Say whether the push is to be applied or was before; changes nothing.
 
         Raises NotJoinedError (also for an epoch that this ledger never gave: the process must join
-        again), OldEpochError, SequenceGapError, DigestDiffersError, ForgottenError where the number
+        again), FencedError, SequenceGapError, DigestDiffersError, ExpiredError where the number
         was used before what is remembered, and InvalidError for what can be no push.
         """
         _check_count("sequence", sequence, 1)
@@ -177,7 +177,7 @@ class Ledger:
         applied = self._applied[worker]
         oldest = expected - len(applied) // _APPLIED.size
         if sequence < oldest:
-            raise ForgottenError(
+            raise ExpiredError(
                 f"worker {worker!r} repeated push {sequence}, which was applied too long ago to be "
                 f"answered again: pushes are remembered from {oldest} on"
             )
@@ -278,8 +278,8 @@ def _check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> 
     return value
 
 
-def _fenced(entry: Entry, epoch: int) -> OldEpochError:
-    return OldEpochError(
+def _fenced(entry: Entry, epoch: int) -> FencedError:
+    return FencedError(
         f"worker {entry.worker!r} in epoch {epoch}: a newer process has taken this name, in epoch "
         f"{entry.epoch}"
     )

@@ -1,4 +1,4 @@
-"""The state of a run: model, ledger and history, which change together and are saved together.
+"""The state of a run: model, ledger and update log, which change together and are saved together.
 
 Not for several threads at once: the coordinator's lock guards it.
 """
@@ -15,8 +15,16 @@ from torch import Tensor
 from topq_dist.ps.model.flat import FlatModel, copy_of
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
-from topq_dist.ps.protocol.errors import ForgottenError, InvalidError, NonFiniteError
-from topq_dist.ps.protocol.types import START, Answer, Point, Push, Update, UpdateKind, next_chain
+from topq_dist.ps.protocol.errors import ExpiredError, InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import (
+    START,
+    Answer,
+    ModelVersion,
+    Push,
+    Update,
+    UpdateKind,
+    next_chain,
+)
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.snapshot import (
     Snapshot,
@@ -25,7 +33,7 @@ from topq_dist.ps.state.snapshot import (
     check_same_training,
     training_json,
 )
-from topq_dist.ps.state.update_log import History
+from topq_dist.ps.state.update_log import UpdateLog
 from topq_dist.ps.training.central import CentralModel
 
 _HISTORY_BYTES = 4 << 20
@@ -46,17 +54,17 @@ class RunState:
         *,
         run: str,
         training: TrainingConfig,
-        point: Point,
+        point: ModelVersion,
         central: CentralModel,
         ledger: Ledger,
-        history: History,
+        update_log: UpdateLog,
     ) -> None:
         self.run = run
         self.training = training
         self.point = point
         self.central = central
         self.ledger = ledger
-        self.history = history
+        self.update_log = update_log
         self._full: Update | None = None
         self._copies: dict[str, Tensor] = {}
 
@@ -91,7 +99,7 @@ class RunState:
             point=START,
             central=central,
             ledger=ledger,
-            history=History(history_bytes),
+            update_log=UpdateLog(history_bytes),
         )
 
     @classmethod
@@ -110,18 +118,18 @@ class RunState:
             training = training.begun(snapshot.training)
             central = CentralModel(training, snapshot.spec, FlatModel(snapshot.spec))
             central.load_state(snapshot.tensors, snapshot.central)
-            history = History(history_bytes)
-            history.load_state(_joined(snapshot.history_payloads), snapshot.history)
+            update_log = UpdateLog(history_bytes)
+            update_log.load_state(_joined(snapshot.history_payloads), snapshot.history)
             state = cls(
                 run=snapshot.run,
                 training=training,
                 point=snapshot.point,
                 central=central,
                 ledger=Ledger.from_json(snapshot.ledger),
-                history=history,
+                update_log=update_log,
             )
-            if history.newest != snapshot.point:
-                raise ValueError(f"a history up to {history.newest} beside {snapshot.point}")
+            if update_log.newest != snapshot.point:
+                raise ValueError(f"a history up to {update_log.newest} beside {snapshot.point}")
         except ValueError as error:
             raise StateError(f"{state_dir.snapshot_path} is no snapshot: {error}") from error
         return state, tuple(snapshot.workers)
@@ -136,7 +144,7 @@ class RunState:
         """
         tensors, central = self.central.state(copied=False)
         self._copies = {key: _copied(t, self._copies.get(key)) for key, t in tensors.items()}
-        payloads, history = self.history.state(every * max(self.spec.raw_bytes, _HISTORY_BYTES))
+        payloads, history = self.update_log.state(every * max(self.spec.raw_bytes, _HISTORY_BYTES))
         return Snapshot(
             run=self.run,
             point=self.point,
@@ -162,17 +170,19 @@ class RunState:
         """
         kind, payloads = self.central.apply(pushes)
         chained = [(push.worker, push.sequence, push.digest) for push in pushes]
-        point = Point(version=self.point.version + 1, chain=next_chain(self.point.chain, chained))
+        point = ModelVersion(
+            version=self.point.version + 1, chain=next_chain(self.point.chain, chained)
+        )
         self.ledger.record(point.version, pushes)
         members = tuple(push.worker for push in pushes)
-        self.history.add(Update(kind=kind, point=point, payloads=payloads), members)
-        self.ledger.forget_before(self.history.oldest_version)
+        self.update_log.add(Update(kind=kind, point=point, payloads=payloads), members)
+        self.ledger.forget_before(self.update_log.oldest_version)
         self.point = point
         self._full = None
 
-    def on_chain(self, point: Point) -> bool:
+    def on_chain(self, point: ModelVersion) -> bool:
         """Return whether `point` is known to lie on the way to the present one."""
-        return point == self.point or self.history.updates(point, point.version) is not None
+        return point == self.point or self.update_log.updates(point, point.version) is not None
 
     def fresh(self, push: Push) -> Answer:
         """Return the answer to a push of the version that was just made."""
@@ -182,16 +192,16 @@ class RunState:
         """Return the answer to a push that was applied in `version`: the same as then.
 
         Its updates go no further than then, so that a worker that goes back in time walks the same
-        way again. Raises ForgottenError where they are not kept any more.
+        way again. Raises ExpiredError where they are not kept any more.
         """
-        made = self.history.at(version)
+        made = self.update_log.at(version)
         if made is not None:
             if version == self.point.version:
                 return self._answer(push.base, *made)
-            updates = self.history.updates(push.base, version)
+            updates = self.update_log.updates(push.base, version)
             if updates is not None:
                 return Answer(applied=made[0], members=made[1], updates=updates, durable_version=0)
-        raise ForgottenError(
+        raise ExpiredError(
             f"push {push.sequence} of {push.worker!r} was applied in version {version}, and the "
             f"updates from version {push.base.version} on are not kept any more"
         )
@@ -217,12 +227,14 @@ class RunState:
         return digest.hexdigest()
 
     def _members(self, version: int) -> tuple[str, ...]:
-        made = self.history.at(version)
+        made = self.update_log.at(version)
         return () if made is None else made[1]
 
-    def _answer(self, base: Point, applied: Point | None, members: tuple[str, ...]) -> Answer:
+    def _answer(
+        self, base: ModelVersion, applied: ModelVersion | None, members: tuple[str, ...]
+    ) -> Answer:
         """Return an answer that ends at the present point."""
-        updates = self.history.updates(base, self.point.version)
+        updates = self.update_log.updates(base, self.point.version)
         if (
             updates is None
             or len(updates) > _MOST_UPDATES

@@ -22,7 +22,12 @@ from torch import Tensor
 from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError
-from topq_dist.ps.protocol.types import Point, check_worker_name, point_from_state, point_to_state
+from topq_dist.ps.protocol.types import (
+    ModelVersion,
+    check_worker_name,
+    point_from_state,
+    point_to_state,
+)
 from topq_dist.ps.state.snapshot_file import (
     Contents,
     StateError,
@@ -46,13 +51,13 @@ class Snapshot:
     """All that a server goes on from: what it is at `point`, in parts that cannot disagree.
 
     run: its id. training: as `training_json` returns it. spec: the run's model.
-    ledger: as Ledger.to_json returns it. history, history_payloads: as History.state does; the
+    ledger: as Ledger.to_json returns it. history, history_payloads: as UpdateLog.state does; the
     payloads of a loaded snapshot are in one piece. central, tensors: as CentralModel.state does.
     workers: whose leases ran.
     """
 
     run: str
-    point: Point
+    point: ModelVersion
     training: Mapping[str, Any]
     spec: ModelSpec
     ledger: Mapping[str, Any]
@@ -85,7 +90,7 @@ class StateDir:
 
     @property
     def snapshot_path(self) -> Path:
-        """Where the latest snapshot lies, if there is one."""
+        """The path of the latest snapshot, if there is one."""
         return self.path / SNAPSHOT_NAME
 
     def load(self) -> Snapshot | None:

@@ -15,47 +15,8 @@ _RETRY_S = 1.0
 _DURABLE_WITHIN_S = 60.0
 
 
-class Saver(threading.Thread):
-    """Calls `save` once or more after each `request`, never twice at once, until it works.
-
-    save: takes a snapshot of what is there now and makes it durable.
-    """
-
-    def __init__(self, save: Callable[[], None]) -> None:
-        super().__init__(name="snapshots", daemon=True)
-        self._save = save
-        self._wanted = threading.Event()
-        self._closing = threading.Event()
-
-    def request(self) -> None:
-        """Ask for a snapshot of what is there now, or later."""
-        self._wanted.set()
-
-    def run(self) -> None:
-        """Save whenever asked to."""
-        while True:
-            self._wanted.wait()
-            self._wanted.clear()
-            if self._closing.is_set():
-                return
-            try:
-                self._save()
-            except Exception:  # noqa: BLE001 - logged, and tried again
-                # a full disk may be emptied: until then nothing becomes durable, which workers see
-                _log.exception("a snapshot could not be written; it is tried again")
-                self._wanted.set()
-                self._closing.wait(_RETRY_S)
-
-    def close(self) -> None:
-        """End the thread, once the snapshot that it writes now is done."""
-        self._closing.set()
-        self._wanted.set()
-        if self.ident is not None:
-            self.join()
-
-
-class Durability:
-    """The snapshots of one run, written by a thread of their own.
+class Snapshotter(threading.Thread):
+    """Writes the snapshots of one run, one at a time, and lets others wait for them.
 
     changed: notified when a version has become durable; its lock guards the run. every: versions
     between two snapshots. snapshot: returns what is there now, None where there is nothing to save;
@@ -71,36 +32,51 @@ class Durability:
         snapshot: Callable[[], Snapshot | None],
         check_alive: Callable[[], None],
     ) -> None:
+        super().__init__(name="snapshots", daemon=True)
         # -1: not even the initial model
         self.version = -1
-        self._asked = 0
+        self._requested_version = 0
         self._state_dir = state_dir
         self._changed = changed
         self._every = every
         self._snapshot = snapshot
         self._check_alive = check_alive
-        self._saver = Saver(self.save)
+        self._wanted = threading.Event()
+        self._closing = threading.Event()
 
     @property
-    def told(self) -> int:
+    def acknowledged_version(self) -> int:
         """The durable version, as workers are told."""
         return max(self.version, 0)
 
-    def start(self, version: int | None) -> None:
-        """Begin to save; `version` is that of the snapshot that the run goes on from."""
-        if version is not None:
-            self.version = self._asked = version
-        self._saver.start()
+    def go_on_from(self, version: int) -> None:
+        """Note that the run goes on from a snapshot of `version`."""
+        self.version = self._requested_version = version
 
     def made(self, version: int) -> None:
         """Note that `version` was made: where it is time, have it saved."""
-        if version - self._asked >= self._every:
-            self._asked = version
-            self._saver.request()
+        if version - self._requested_version >= self._every:
+            self._requested_version = version
+            self.request()
 
     def request(self) -> None:
-        """Have what is there saved soon."""
-        self._saver.request()
+        """Have what is there now, or later, saved soon."""
+        self._wanted.set()
+
+    def run(self) -> None:
+        """Save once or more after each request, until it works."""
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._closing.is_set():
+                return
+            try:
+                self.save()
+            except Exception:  # noqa: BLE001 - logged, and tried again
+                # a full disk may be emptied: until then nothing becomes durable, which workers see
+                _log.exception("a snapshot could not be written; it is tried again")
+                self._wanted.set()
+                self._closing.wait(_RETRY_S)
 
     def save(self) -> None:
         """Save what is there."""
@@ -136,4 +112,7 @@ class Durability:
 
     def close(self) -> None:
         """End the thread, once the snapshot that it writes now is done."""
-        self._saver.close()
+        self._closing.set()
+        self._wanted.set()
+        if self.ident is not None:
+            self.join()

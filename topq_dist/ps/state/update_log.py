@@ -1,4 +1,4 @@
-"""The history: recent updates, for workers that missed rounds or come back."""
+"""The update log: recent updates, for workers that missed rounds or come back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from topq_dist.ps.protocol.types import (
     START,
-    Point,
+    ModelVersion,
     Update,
     UpdateKind,
     point_from_state,
@@ -34,7 +34,7 @@ class _Made:
         return self.update.payload_bytes + counted
 
 
-class History:
+class UpdateLog:
     """The updates that made the latest versions, and whose pushes each of them applied.
 
     max_bytes: of the updates kept, with what each takes besides its payloads; the oldest are
@@ -53,13 +53,13 @@ class History:
         return self._before.version + 1
 
     @property
-    def newest(self) -> Point:
+    def newest(self) -> ModelVersion:
         """The point after the last update."""
         return self._made[-1].update.point if self._made else self._before
 
     @property
     def held_bytes(self) -> int:
-        """What the updates take, as counted against max_bytes."""
+        """Bytes that the updates take, as counted against max_bytes."""
         return self._held_bytes
 
     def add(self, update: Update, members: tuple[str, ...]) -> None:
@@ -76,7 +76,7 @@ class History:
         self._held_bytes += made.held_bytes
         self._drop_oldest()
 
-    def at(self, version: int) -> tuple[Point, tuple[str, ...]] | None:
+    def at(self, version: int) -> tuple[ModelVersion, tuple[str, ...]] | None:
         """Return the point of `version` and whose pushes it applied; None where not kept."""
         place = version - self.oldest_version
         if not 0 <= place < len(self._made):
@@ -84,7 +84,7 @@ class History:
         made = self._made[place]
         return made.update.point, made.members
 
-    def updates(self, base: Point, upto_version: int) -> tuple[Update, ...] | None:
+    def updates(self, base: ModelVersion, upto_version: int) -> tuple[Update, ...] | None:
         """Return what brings a worker from `base` to `upto_version`, oldest first.
 
         They begin at the latest that is FULL, before which nothing matters. None where `base` is
@@ -140,7 +140,7 @@ class History:
         self._held_bytes = sum(one.held_bytes for one in made)
         self._drop_oldest()
 
-    def _knows(self, point: Point) -> bool:
+    def _knows(self, point: ModelVersion) -> bool:
         if point == self._before:
             return True
         known = self.at(point.version)
@@ -154,7 +154,7 @@ class History:
 
 
 def _read_versions(
-    payloads: memoryview, before: Point, rows: list[Mapping[str, Any]]
+    payloads: memoryview, before: ModelVersion, rows: list[Mapping[str, Any]]
 ) -> tuple[list[_Made], int]:
     made, end = [], 0
     for version, row in enumerate(rows, start=before.version + 1):

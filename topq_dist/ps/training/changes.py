@@ -1,4 +1,4 @@
-"""Which elements of the model have other bits than before, and frames that set them."""
+"""Elements of the model that have other bits than before, and frames that set them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Touched:
+class SparseDelta:
     """The only elements of a vector that a step can have changed.
 
     indices: int64, ascending. before, after: their values, of the vector's dtype.

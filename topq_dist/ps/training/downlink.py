@@ -1,4 +1,4 @@
-"""What a worker is sent after a step: exactly what changed, a top-Q part of it, or everything.
+"""Updates for workers after a step: exactly what changed, a top-Q part of it, or everything.
 
 Payloads are encoded once, in memory that later steps leave alone, and sent to all workers.
 """
@@ -24,7 +24,7 @@ from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import added
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import UpdateKind
-from topq_dist.ps.training.changes import Change, Touched, changes_between, set_frames
+from topq_dist.ps.training.changes import Change, SparseDelta, changes_between, set_frames
 
 # selection runs at the speed of memory, which few threads exhaust
 _MOST_THREADS = 4
@@ -43,7 +43,7 @@ class Downlink(Protocol):
     def before_step(self, params: FlatModel) -> None:
         """Look at the parameters before a step that can change all of them."""
 
-    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+    def after_step(self, params: FlatModel, touched: Sequence[SparseDelta] | None) -> Payloads:
         """Return the payloads that bring workers up to date; `touched` is for each vector."""
 
     def nothing(self) -> Payloads:
@@ -86,7 +86,7 @@ class DenseDownlink:
     def before_step(self, params: FlatModel) -> None:
         """Do nothing: nothing is compared."""
 
-    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+    def after_step(self, params: FlatModel, touched: Sequence[SparseDelta] | None) -> Payloads:
         """Return a copy of all parameters."""
         return _full(params)
 
@@ -124,7 +124,7 @@ class ExactDownlink:
         if self._copy is None:
             self._copy, self._sent = params.clone(), False
 
-    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+    def after_step(self, params: FlatModel, touched: Sequence[SparseDelta] | None) -> Payloads:
         """Return frames to set, or all parameters."""
         if touched is not None:
             self._copy = None
@@ -191,7 +191,7 @@ class TopQDownlink:
     def before_step(self, params: FlatModel) -> None:
         """Do nothing: the shadow is what the parameters are compared with."""
 
-    def after_step(self, params: FlatModel, touched: Sequence[Touched] | None) -> Payloads:
+    def after_step(self, params: FlatModel, touched: Sequence[SparseDelta] | None) -> Payloads:
         """Return frames to add, or all parameters where the difference is not finite."""
         chosen = self._largest(params)
         if chosen is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from topq_dist.ps.model.flat import FlatModel, picked, put
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.training.aggregate import GradientSum
-from topq_dist.ps.training.changes import Touched
+from topq_dist.ps.training.changes import SparseDelta
 
 
 class SparseStep:
@@ -32,7 +32,7 @@ class SparseStep:
             for vector in spec.vectors
         ]
 
-    def take(self, params: FlatModel, gradient: GradientSum) -> list[Touched] | None:
+    def take(self, params: FlatModel, gradient: GradientSum) -> list[SparseDelta] | None:
         """Step, and return what may have changed; None, and nothing done, where it is dense."""
         if type(self._inner) is not torch.optim.SGD or not all(
             map(_is_sparse, self._inner.param_groups)
@@ -54,7 +54,7 @@ class SparseStep:
             for flat, at, values in zip(params.flats, unions, after, strict=True):
                 put(flat, at, values)
         return [
-            Touched(indices=at, before=old, after=new)
+            SparseDelta(indices=at, before=old, after=new)
             for at, old, new in zip(unions, before, after, strict=True)
         ]
 

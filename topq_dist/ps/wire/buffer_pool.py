@@ -20,14 +20,14 @@ _LEADING_BITS = 4
 Bytes = npt.NDArray[np.uint8]
 
 
-class Buffers:
+class BufferPool:
     """Lends buffers, and takes each back once nothing refers to it or to a view of it any more.
 
-    patience_s: what lies idle for longer is freed, when next somebody borrows.
+    idle_limit_s: what lies idle for longer is freed, when next somebody borrows.
     """
 
-    def __init__(self, *, patience_s: float = 60.0) -> None:
-        self._patience_s = patience_s
+    def __init__(self, *, idle_limit_s: float = 60.0) -> None:
+        self._idle_limit_s = idle_limit_s
         self._trimmed_s = time.monotonic()
         # a buffer may come back in the middle of anything its thread does, this class included
         self._lock = threading.RLock()
@@ -40,13 +40,13 @@ class Buffers:
         with self._lock:
             return sum(size * len(buffers) for size, buffers in self._idle.items())
 
-    def lend(self, size: int) -> Bytes:
+    def acquire(self, size: int) -> Bytes:
         """Return `size` bytes, (size,) of uint8, of any content; raises MemoryError."""
         if size < _LEAST_BYTES:
             return np.empty(size, dtype=np.uint8)
         size_kept = _rounded_up(size)
         with self._lock:
-            if time.monotonic() >= self._trimmed_s + self._patience_s:
+            if time.monotonic() >= self._trimmed_s + self._idle_limit_s:
                 self._trim()
             idle = self._idle.get(size_kept)
             buffer = idle.pop() if idle else None
@@ -56,7 +56,7 @@ class Buffers:
             buffer = np.empty(size_kept, dtype=np.uint8)
         return np.asarray(_Loan(buffer, self))[:size]
 
-    def take_back(self, buffer: Bytes) -> None:
+    def release(self, buffer: Bytes) -> None:
         """Keep a buffer for later."""
         with self._lock:
             self._idle.setdefault(buffer.size, []).append(buffer)
@@ -73,11 +73,11 @@ class Buffers:
 
 
 class _Loan:
-    """What an array of a lent buffer is based on: its end is the loan's."""
+    """The base of an array of a lent buffer: its end is the loan's."""
 
-    def __init__(self, buffer: Bytes, buffers: Buffers) -> None:
+    def __init__(self, buffer: Bytes, pool: BufferPool) -> None:
         self._buffer = buffer
-        self._buffers = buffers
+        self._pool = pool
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class _Loan:
         return interface
 
     def __del__(self) -> None:
-        self._buffers.take_back(self._buffer)
+        self._pool.release(self._buffer)
 
 
 def _rounded_up(size: int) -> int:

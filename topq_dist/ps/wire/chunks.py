@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES
-from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.buffer_pool import BufferPool
 
 
 def chunks(buffers: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
@@ -39,7 +39,7 @@ class Receiver:
     """Takes chunks into one buffer of a size that was declared, and agreed to, before.
 
     sizes: bytes of each part. limit_bytes: of all parts together. what: names it in errors.
-    buffers: where the memory comes from.
+    pool: where the memory comes from.
 
     Raises TooLargeError for more than `limit_bytes`, before anything is allocated.
     """
@@ -50,7 +50,7 @@ class Receiver:
         *,
         limit_bytes: int,
         what: str,
-        buffers: Buffers | None = None,
+        pool: BufferPool | None = None,
     ) -> None:
         self._what = what
         self._edges = [0, *accumulate(sizes)]
@@ -59,7 +59,7 @@ class Receiver:
             raise TooLargeError(f"{what} of {total} bytes: expected at most {limit_bytes}")
         try:
             # memory that nothing has written to yet costs nothing, so a declaration alone does not
-            self._buffer = (buffers or Buffers()).lend(total).data
+            self._buffer = (pool or BufferPool()).acquire(total).data
         except MemoryError as error:
             raise TooLargeError(f"{what} of {total} bytes: more than there is memory") from error
         self._received = 0

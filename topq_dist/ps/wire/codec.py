@@ -13,7 +13,7 @@ from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
     CHAIN_BYTES,
     GroupView,
-    Point,
+    ModelVersion,
 )
 from topq_dist.ps.wire.chunks import Receiver, chunks
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -21,18 +21,18 @@ from topq_dist.v1 import parameter_server_pb2 as pb
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def point_to_wire(point: Point) -> pb.Point:
+def point_to_wire(point: ModelVersion) -> pb.Point:
     """Return `point` as a message."""
     return pb.Point(version=point.version, chain=point.chain)
 
 
-def point_from_wire(message: pb.Point) -> Point:
+def point_from_wire(message: pb.Point) -> ModelVersion:
     """Return the point in `message`; raises InvalidError where its chain is no chain."""
     if len(message.chain) != CHAIN_BYTES:
         raise InvalidError(
             f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
         )
-    return Point(version=message.version, chain=message.chain)
+    return ModelVersion(version=message.version, chain=message.chain)
 
 
 def spec_to_wire(spec: ModelSpec) -> list[pb.TensorSpec]:
@@ -85,7 +85,7 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
 
 
 def fetch_to_wire(
-    point: Point, durable_version: int, vectors: Sequence[memoryview]
+    point: ModelVersion, durable_version: int, vectors: Sequence[memoryview]
 ) -> Iterator[pb.FetchResponse | memoryview]:
     """Yield the header and the chunks that bring a whole model, as raw vectors."""
     header = pb.FetchHeader(
@@ -99,7 +99,7 @@ def fetch_to_wire(
 
 def read_fetch(
     responses: Iterator[pb.FetchResponse | memoryview], spec: ModelSpec
-) -> tuple[Point, int, tuple[memoryview, ...]]:
+) -> tuple[ModelVersion, int, tuple[memoryview, ...]]:
     """Read a whole model: its point, the durable version, and the raw vectors.
 
     Raises InvalidError where it is not a model of `spec`.

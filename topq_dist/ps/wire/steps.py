@@ -17,14 +17,14 @@ from topq_dist.ps.protocol.types import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
     Answer,
-    Point,
+    ModelVersion,
     Push,
     Update,
     UpdateKind,
     check_worker_name,
     push_digest,
 )
-from topq_dist.ps.wire.buffer_pool import Buffers
+from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.chunks import Receiver, chunks
 from topq_dist.ps.wire.codec import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -34,7 +34,7 @@ def step_header(
     worker: pb.WorkerId,
     *,
     sequence: int,
-    base: Point,
+    base: ModelVersion,
     frames: Sequence[memoryview],
     lr: Sequence[float],
     digest: bytes,
@@ -64,8 +64,8 @@ def step_requests(
     yield from chunks(frames)
 
 
-def receiver_of(header: pb.StepHeader, spec: ModelSpec, buffers: Buffers | None = None) -> Receiver:
-    """Return what takes the chunks of a push on a model of `spec`, into memory of `buffers`.
+def receiver_of(header: pb.StepHeader, spec: ModelSpec, pool: BufferPool | None = None) -> Receiver:
+    """Return what takes the chunks of a push on a model of `spec`, into memory of `pool`.
 
     Raises InvalidError or TooLargeError for a header that no push can have.
     """
@@ -80,7 +80,7 @@ def receiver_of(header: pb.StepHeader, spec: ModelSpec, buffers: Buffers | None 
         header.frame_bytes,
         limit_bytes=spec.max_frame_bytes,
         what=f"push {header.sequence} of {header.id.worker!r}",
-        buffers=buffers,
+        pool=pool,
     )
 
 
@@ -163,11 +163,11 @@ def read_answer(
     spec: ModelSpec,
     *,
     waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
-    buffers: Buffers | None = None,
+    pool: BufferPool | None = None,
 ) -> Answer:
     """Read the messages of an answer to its end, calling `waiting` with each sign of life.
 
-    buffers: where the memory for the payloads comes from.
+    pool: where the memory for the payloads comes from.
 
     Raises InvalidError for what no server of this library would send.
     """
@@ -182,14 +182,14 @@ def read_answer(
         waiting(tuple(part.waiting.workers))
     if message is None:
         raise InvalidError("the stream ended before the step's answer")
-    receiver = receiver_of_answer(message, spec, buffers)
+    receiver = receiver_of_answer(message, spec, pool)
     for response in responses:
         receiver.take(chunk_of(response))
     return answer_from_wire(message, receiver.parts(), spec)
 
 
 def receiver_of_answer(
-    message: pb.StepAnswer, spec: ModelSpec, buffers: Buffers | None = None
+    message: pb.StepAnswer, spec: ModelSpec, pool: BufferPool | None = None
 ) -> Receiver:
     """Return what takes the payloads of an answer; raises InvalidError where it is none."""
     known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
@@ -198,7 +198,7 @@ def receiver_of_answer(
             f"a step's answer has outcome {message.outcome}: expected one of {known}"
         )
     sizes = [size for update in message.updates for size in _payload_bytes(update, spec)]
-    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer", buffers=buffers)
+    return Receiver(sizes, limit_bytes=sum(sizes), what="a step's answer", pool=pool)
 
 
 def answer_from_wire(
