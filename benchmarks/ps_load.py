@@ -33,10 +33,9 @@ from harness.ps_server import parameter_server
 
 from topq_dist import Compressor
 from topq_dist.ps.client.connection import Connection
-from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.protocol.types import START, push_digest
+from topq_dist.ps.protocol.types import START, PushRecord, push_digest
 from topq_dist.ps.security import ClientSecurity
 from topq_dist.ps.wire.codec import spec_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb

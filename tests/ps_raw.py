@@ -15,7 +15,14 @@ from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import apply_update
-from topq_dist.ps.protocol.types import START, Answer, ModelVersion, push_digest
+from topq_dist.ps.protocol.types import (
+    FIRST_CHAIN,
+    START,
+    Answer,
+    ModelVersion,
+    PushRecord,
+    push_digest,
+)
 from topq_dist.ps.wire import codec, steps
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -35,6 +42,19 @@ class Kept:
     digest: bytes
     applied_version: int = 0
     members: tuple[str, ...] = ()
+
+    def record(self, lr: Sequence[float] = ()) -> PushRecord:
+        """Return what a worker of the library would send; another lr makes another digest."""
+        known = ModelVersion(version=self.applied_version, chain=FIRST_CHAIN)
+        return PushRecord(
+            sequence=self.sequence,
+            base=self.base,
+            frames=tuple(self.frames),
+            lr=tuple(lr),
+            digest=push_digest(lr, self.frames) if lr else self.digest,
+            applied=known if self.applied_version else None,
+            members=self.members,
+        )
 
 
 @dataclass
@@ -106,16 +126,7 @@ class RawWorker:
 
     def send(self, push: Kept, timeout_s: float = CALL_S) -> Answer:
         """Send a push and return the answer, without taking it."""
-        requests = steps.step_requests(
-            self.id,
-            sequence=push.sequence,
-            base=push.base,
-            frames=push.frames,
-            lr=(),
-            digest=push.digest,
-            applied_version=push.applied_version,
-            members=push.members,
-        )
+        requests = steps.step_requests(self.id, push.record())
         return steps.read_answer(self.stub.Step(requests, timeout=timeout_s), self.spec)
 
     def take(self, push: Kept, answer: Answer) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import torch
@@ -15,7 +14,6 @@ from ps_raw import Kept, RawWorker
 from served import Served, serving
 from torch import Tensor
 
-from topq_dist.ps.protocol.types import push_digest
 from topq_dist.ps.wire import steps
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -57,7 +55,7 @@ class Worker(RawWorker):
 
     def header(self, push: Kept, **changes: object) -> pb.StepHeader:
         """Return the header of `push`, with these fields changed."""
-        header = steps.step_header(self.id, **self._said(push, ()))
+        header = steps.step_header(self.id, push.record())
         for name, value in changes.items():
             header.ClearField(name)  # type: ignore[arg-type]
             if isinstance(value, pb.WorkerId | pb.Point):
@@ -72,16 +70,7 @@ class Worker(RawWorker):
         self, push: Kept, lr: Sequence[float] = ()
     ) -> Iterator[pb.StepRequest | memoryview]:
         """Yield the messages of `push`."""
-        return steps.step_requests(self.id, **self._said(push, lr))
-
-    def _said(self, push: Kept, lr: Sequence[float]) -> dict[str, Any]:
-        return {
-            "sequence": push.sequence,
-            "base": push.base,
-            "frames": push.frames,
-            "lr": lr,
-            "digest": push_digest(lr, push.frames),
-        }
+        return steps.step_requests(self.id, push.record(lr))
 
     def send_messages(
         self, messages: Iterable[pb.StepRequest | memoryview]

@@ -10,7 +10,7 @@ from ps.training.test_central import SINGLE, push_of, random_gradients, random_m
 
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
-from topq_dist.ps.protocol.types import START, push_digest
+from topq_dist.ps.protocol.types import START, PushRecord, push_digest
 from topq_dist.ps.training.central import CentralModel
 from topq_dist.ps.wire.steps import push_from_wire, step_header
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -34,14 +34,8 @@ def test_of_too_many_numbers_their_number_is_said(inner_opt: str, field: str) ->
 @pytest.mark.parametrize(("rate", "error"), [(float("inf"), NonFiniteError), (-1.0, InvalidError)])
 def test_of_many_rates_the_first_that_is_none_is_named(rate: float, error: type[Exception]) -> None:
     rates = (*MANY, rate)
-    header = step_header(
-        worker=pb.WorkerId(worker="w", epoch=1),
-        sequence=1,
-        base=START,
-        frames=[],
-        lr=rates,
-        digest=push_digest(rates, []),
-    )
+    push = PushRecord(sequence=1, base=START, frames=(), lr=rates, digest=push_digest(rates, []))
+    header = step_header(pb.WorkerId(worker="w", epoch=1), push)
     with pytest.raises(error, match=f"lr={rate}") as caught:
         push_from_wire(header, [], random_model(SINGLE).spec)
     assert len(str(caught.value)) < LONGEST

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import encode_non_finite_frame
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.protocol.types import START, push_digest
+from topq_dist.ps.protocol.types import START, PushRecord, push_digest
 from topq_dist.ps.wire import steps
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -242,16 +242,7 @@ def test_what_is_wrong_is_refused_with_its_status_and_changes_nothing(tmp_path: 
         non_finite = encode_non_finite_frame(NUMEL).numpy().data
 
         def send_truncated() -> None:
-            messages = list(
-                steps.step_requests(
-                    worker.id,
-                    sequence=good.sequence,
-                    base=good.base,
-                    frames=good.frames,
-                    lr=(),
-                    digest=good.digest,
-                )
-            )
+            messages = list(steps.step_requests(worker.id, good.record()))
             steps.read_answer(worker.stub.Step(iter(messages[:1]), timeout=10), worker.spec)
 
         def sent(**changes: Any) -> Callable[[], object]:
@@ -323,11 +314,13 @@ def test_a_worker_killed_and_resumed_walks_the_same_way(tmp_path: Path) -> None:
             lost = workers[1].stub.Step(
                 steps.step_requests(
                     workers[1].id,
-                    sequence=7,
-                    base=workers[1].point or START,
-                    frames=[],
-                    lr=(),
-                    digest=push_digest((), []),
+                    PushRecord(
+                        sequence=7,
+                        base=workers[1].point or START,
+                        frames=(),
+                        lr=(),
+                        digest=push_digest((), []),
+                    ),
                 )
             )
             lost.cancel()
@@ -352,14 +345,7 @@ def test_a_client_that_goes_away_leaves_its_push_and_no_thread(tmp_path: Path) -
         b.join()
         push = a.push_of([gradient(0, 0)])
         for _ in range(40):  # more than there are threads, were they not given back
-            requests = steps.step_requests(
-                a.id,
-                sequence=push.sequence,
-                base=push.base,
-                frames=push.frames,
-                lr=(),
-                digest=push.digest,
-            )
+            requests = steps.step_requests(a.id, push.record())
             call = a.stub.Step(requests, timeout=10)
             while not status_of(a).workers[0].waiting:
                 time.sleep(0.01)

@@ -14,7 +14,6 @@ from ps.servers import Options, serving
 from ps_raw import Kept, RawWorker
 
 from topq_dist.ps.client.connection import Connection
-from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
@@ -23,6 +22,7 @@ from topq_dist.ps.protocol.types import (
     START,
     Answer,
     ModelVersion,
+    PushRecord,
     Update,
     UpdateKind,
 )
@@ -204,14 +204,7 @@ def test_a_round_that_takes_long_is_waited_for_by_stream(
 def test_what_is_no_push_is_refused_and_leaves_nothing(pair: Pair) -> None:
     worker = pair.workers[0]
     push = worker.push_of([torch.ones(4)])
-    request = steps.short_step_request(
-        worker.id,
-        sequence=push.sequence,
-        base=START,
-        frames=push.frames,
-        lr=(),
-        digest=push.digest,
-    )
+    request = steps.short_step_request(worker.id, push.record())
     before = pair.server.coordinator.status(state_sha256=True)
     altered = bytearray(request.frames)
     altered[-1] ^= 1
@@ -246,7 +239,9 @@ def test_what_is_no_push_is_refused_and_leaves_nothing(pair: Pair) -> None:
 
 def test_the_messages_of_a_push_say_the_same() -> None:
     frames = [memoryview(b"abc"), memoryview(b""), memoryview(b"defg")]
-    said = {"sequence": 3, "base": START, "lr": (0.5,), "digest": b"d" * 32, "members": ("a",)}
-    short = steps.short_step_request(pb.WorkerId(worker="w"), frames=frames, **said)
-    messages = list(steps.step_requests(pb.WorkerId(worker="w"), frames=frames, **said))
+    push = PushRecord(
+        sequence=3, base=START, frames=tuple(frames), lr=(0.5,), digest=b"d" * 32, members=("a",)
+    )
+    short = steps.short_step_request(pb.WorkerId(worker="w"), push)
+    messages = list(steps.step_requests(pb.WorkerId(worker="w"), push))
     assert messages == [pb.StepRequest(header=short.header), memoryview(short.frames)]

@@ -191,14 +191,7 @@ def test_a_push_that_trickles_in_is_ended_and_the_worker_may_push_again(
         push = worker.push_of([torch.ones(NUMEL)])
 
         def trickle() -> Iterator[pb.StepRequest | memoryview]:
-            header, *_ = steps.step_requests(
-                worker.id,
-                sequence=push.sequence,
-                base=push.base,
-                frames=push.frames,
-                lr=(),
-                digest=push.digest,
-            )
+            header, *_ = steps.step_requests(worker.id, push.record())
             yield header
             chunk = push.frames[0]
             for place in range(1000):
@@ -225,14 +218,7 @@ def test_answers_that_nobody_reads_are_given_up(
         worker = worker_of(server)
         worker.join()
         push = worker.push_of([torch.ones(NUMEL)])
-        requests = steps.step_requests(
-            worker.id,
-            sequence=push.sequence,
-            base=push.base,
-            frames=push.frames,
-            lr=(),
-            digest=push.digest,
-        )
+        requests = steps.step_requests(worker.id, push.record())
         request = pb.FetchRequest(id=worker.id, which=pb.FetchRequest.WHICH_CENTRAL)
         calls: list[Any] = [worker.stub.Step(requests), worker.stub.Fetch(request)]
         assert until(lambda: status(worker.channel).refused.get("too_slow") == len(calls))

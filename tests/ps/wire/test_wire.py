@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest.mock import create_autospec
 
 import grpc
@@ -27,6 +28,7 @@ from topq_dist.ps.protocol.types import (
     START,
     Answer,
     ModelVersion,
+    PushRecord,
     Update,
     UpdateKind,
     push_digest,
@@ -51,8 +53,14 @@ def frames() -> list[memoryview]:
 
 
 def header_of(parts: list[memoryview], **changes: object) -> pb.StepHeader:
-    options = {"sequence": 1, "base": START, "lr": (0.5,), "digest": push_digest((0.5,), parts)}
-    return steps.step_header(WORKER, frames=parts, **{**options, **changes})  # type: ignore[arg-type]
+    push = PushRecord(
+        sequence=1,
+        base=START,
+        frames=tuple(parts),
+        lr=(0.5,),
+        digest=push_digest((0.5,), parts),
+    )
+    return steps.step_header(WORKER, replace(push, **changes))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 50))
@@ -86,7 +94,9 @@ def test_a_receiver_takes_what_was_declared_and_no_more() -> None:
 
 def test_a_push_goes_through() -> None:
     parts = frames()
-    header = header_of(parts, applied_version=8, members=("v", "w"), base=SOMEWHERE)
+    header = header_of(
+        parts, applied=replace(SOMEWHERE, version=8), members=("v", "w"), base=SOMEWHERE
+    )
     push = steps.push_from_wire(header, parts, SPEC)
     assert (push.worker, push.epoch, push.sequence, push.lr) == ("w", 1, 1, (0.5,))
     assert (push.base, push.applied_version, push.members) == (SOMEWHERE, 8, ("v", "w"))

@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 
 from topq_dist.ps.client.probe import diagnose_connection
-from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import (
     REASON_KEY,
@@ -20,7 +19,13 @@ from topq_dist.ps.protocol.errors import (
     RefusedError,
     ServerLostError,
 )
-from topq_dist.ps.protocol.types import SHORT_BYTES, STREAM_WINDOW_BYTES, Answer, ModelVersion
+from topq_dist.ps.protocol.types import (
+    SHORT_BYTES,
+    STREAM_WINDOW_BYTES,
+    Answer,
+    ModelVersion,
+    PushRecord,
+)
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.codec import read_fetch, upload_requests
@@ -123,19 +128,9 @@ class Connection:
         sign_of_life: Callable[[], None],
     ) -> Answer:
         """Push, or replay, a gradient; returns what the server has decided on it."""
-        said: dict[str, Any] = {
-            "sequence": push.sequence,
-            "base": push.base,
-            "frames": push.frames,
-            "lr": push.lr,
-            "momentum": push.momentum,
-            "digest": push.digest,
-            "applied_version": 0 if push.applied is None else push.applied.version,
-            "members": push.members,
-        }
         short = self._short_answers and push.frame_bytes <= SHORT_BYTES
         if short:
-            request = short_step_request(worker, **said)
+            request = short_step_request(worker, push)
             with self._errors():
                 stub = self._calls()
                 response = stub.ShortStep(request, timeout=timeout_s, metadata=self._metadata)
@@ -144,7 +139,7 @@ class Connection:
                 return answer
             sign_of_life()
         answer, at_once = self._long_step(
-            step_requests(worker, **said), spec, timeout_s, sign_of_life
+            step_requests(worker, push), spec, timeout_s, sign_of_life
         )
         # the next will be like this one
         self._short_answers = not short and at_once and answer.payload_bytes <= SHORT_BYTES

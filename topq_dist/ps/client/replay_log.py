@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from topq_dist.ps.protocol.types import ModelVersion, point_from_state, point_to_state, push_digest
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushRecord:
-    """A push as its worker records it: the bytes that were sent, and what became of them.
-
-    applied: the point of the version that holds it, None until that is known. members: whose
-    pushes that version averages.
-    """
-
-    sequence: int
-    base: ModelVersion
-    frames: tuple[memoryview, ...]
-    lr: tuple[float, ...]
-    digest: bytes
-    applied: ModelVersion | None = None
-    members: tuple[str, ...] = ()
-    momentum: tuple[float, ...] = ()
-
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes of all frames together."""
-        return sum(frame.nbytes for frame in self.frames)
+from topq_dist.ps.protocol.types import (
+    ModelVersion,
+    PushRecord,
+    point_from_state,
+    point_to_state,
+    push_digest,
+)
 
 
 class ReplayLog:

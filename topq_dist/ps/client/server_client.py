@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.ps.client.connection import Connection, RetryDeadline, TransientError
-from topq_dist.ps.client.replay_log import PushRecord, ReplayLog
+from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
@@ -35,6 +35,7 @@ from topq_dist.ps.protocol.types import (
     Answer,
     GroupView,
     ModelVersion,
+    PushRecord,
     UpdateKind,
     point_to_state,
 )

@@ -14,10 +14,10 @@ from topq_dist.compress.codec.frame import decode_frame, peek_header
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.layout import Layout, Pieces
 from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
-from topq_dist.ps.client.replay_log import PushRecord
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 from topq_dist.ps.protocol.errors import NonFiniteError
+from topq_dist.ps.protocol.types import PushRecord
 
 
 def shard_by_size(sizes_bytes: Mapping[str, int], servers: Sequence[str]) -> dict[str, list[str]]:

@@ -78,6 +78,34 @@ class Push:
     momentum: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushRecord:
+    """A push as its worker sends it and records it: the bytes, and what became of them.
+
+    applied: the point of the version that holds it, None until that is known. members: whose
+    pushes that version averages.
+    """
+
+    sequence: int
+    base: ModelVersion
+    frames: tuple[memoryview, ...]
+    lr: tuple[float, ...]
+    digest: bytes
+    applied: ModelVersion | None = None
+    members: tuple[str, ...] = ()
+    momentum: tuple[float, ...] = ()
+
+    @property
+    def applied_version(self) -> int:
+        """The version that holds the push; 0 until that is known."""
+        return 0 if self.applied is None else self.applied.version
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of all frames together."""
+        return sum(frame.nbytes for frame in self.frames)
+
+
 class UpdateKind(Enum):
     """Meaning of an update's payloads for what a worker holds."""
 

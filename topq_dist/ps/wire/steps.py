@@ -6,7 +6,6 @@ What comes in is checked here: what no peer of this library would send raises In
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from topq_dist.ps.protocol.types import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
     Answer,
-    ModelVersion,
     Push,
+    PushRecord,
     Update,
     UpdateKind,
     check_worker_name,
@@ -30,38 +29,25 @@ from topq_dist.ps.wire.codec import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 
-def step_header(
-    worker: pb.WorkerId,
-    *,
-    sequence: int,
-    base: ModelVersion,
-    frames: Sequence[memoryview],
-    lr: Sequence[float],
-    digest: bytes,
-    applied_version: int = 0,
-    members: Sequence[str] = (),
-    momentum: Sequence[float] = (),
-) -> pb.StepHeader:
-    """Return what a push says before its frames; the parameters are those of protocol.Push."""
+def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
+    """Return what a push says before its frames."""
     return pb.StepHeader(
         id=worker,
-        sequence=sequence,
-        base=point_to_wire(base),
-        frame_bytes=[frame.nbytes for frame in frames],
-        lr=lr,
-        digest=digest,
-        applied_version=applied_version,
-        members=members,
-        momentum=momentum,
+        sequence=push.sequence,
+        base=point_to_wire(push.base),
+        frame_bytes=[frame.nbytes for frame in push.frames],
+        lr=push.lr,
+        digest=push.digest,
+        applied_version=push.applied_version,
+        members=push.members,
+        momentum=push.momentum,
     )
 
 
-def step_requests(
-    worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
-) -> Iterator[pb.StepRequest | memoryview]:
-    """Yield the header of a push and its chunks; the parameters are those of `step_header`."""
-    yield pb.StepRequest(header=step_header(worker, frames=frames, **push))
-    yield from chunks(frames)
+def step_requests(worker: pb.WorkerId, push: PushRecord) -> Iterator[pb.StepRequest | memoryview]:
+    """Yield the header of a push and its chunks."""
+    yield pb.StepRequest(header=step_header(worker, push))
+    yield from chunks(push.frames)
 
 
 def receiver_of(header: pb.StepHeader, spec: ModelSpec, pool: BufferPool | None = None) -> Receiver:
@@ -222,12 +208,9 @@ def answer_from_wire(
     )
 
 
-def short_step_request(
-    worker: pb.WorkerId, *, frames: Sequence[memoryview], **push: Any
-) -> pb.ShortStepRequest:
-    """Return a push as one message; the parameters are those of `step_header`."""
-    header = step_header(worker, frames=frames, **push)
-    return pb.ShortStepRequest(header=header, frames=b"".join(frames))
+def short_step_request(worker: pb.WorkerId, push: PushRecord) -> pb.ShortStepRequest:
+    """Return a push as one message."""
+    return pb.ShortStepRequest(header=step_header(worker, push), frames=b"".join(push.frames))
 
 
 def short_answer_to_wire(answer: Answer) -> pb.ShortStepResponse:
