@@ -120,7 +120,9 @@ class Bench:
         return self.server.status().point
 
     def submit(self, push: Push) -> PendingPush:
-        return self.server.submit(self.server.run, push)
+        caller = WorkerId(run=self.server.run, worker=push.worker, epoch=push.epoch)
+        permit = self.server.permit(caller, push.sequence, push.digest)
+        return self.server.submit(permit, push)
 
     def look(self, pending: PendingPush) -> Answer | tuple[str, ...]:
         return self.server.wait(pending, 0.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,15 +18,15 @@ from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, check_together
 from topq_dist.ps.protocol.errors import (
     FencedError,
-    InvalidError,
     NotJoinedError,
     NotReadyError,
     RefusedError,
 )
 from topq_dist.ps.protocol.types import START, Answer, ModelVersion, Push, check_worker_name
-from topq_dist.ps.server.membership import Leases, Membership
+from topq_dist.ps.server.membership import NO_MODEL, Leases, Membership, Phase
 from topq_dist.ps.server.push_queue import FAILED, PendingPush, PushQueue
-from topq_dist.ps.server.requests import JoinCall, Joined, Status, WorkerId, WorkerView
+from topq_dist.ps.server.requests import JoinCall, Joined, PushPermit, WorkerId
+from topq_dist.ps.server.status import HashTurns, Status, Totals
 from topq_dist.ps.state.ledger import Ledger, Repeat
 from topq_dist.ps.state.run_state import RunState, new_run
 from topq_dist.ps.state.snapshot import Snapshot, StateDir
@@ -37,9 +36,7 @@ from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
 from topq_dist.ps.training.momentum import describe_momentum
 
 _log = logging.getLogger(__name__)
-_PAUSE_PER_HASH = 4.0
 _DRAINING = "the server is shutting down: try again later"
-_NO_MODEL = "the run has no model yet: join again"
 
 
 class Coordinator:
@@ -61,16 +58,12 @@ class Coordinator:
         check_together(training, serving)
         self.serving = serving
         self._clock = clock
-        self._started_s = clock()
         self._lock = threading.RLock()
         # who waits for a push to be decided waits for its pending, and all others for this
         self._changed = threading.Condition(self._lock)
         self._leases = Leases(lease_s=serving.lease_s, max_workers=serving.max_workers)
-        self._refused: Counter[str] = Counter()
-        self._counting = threading.Lock()
-        self._hashing = threading.Lock()
-        self._next_hash_s = 0.0
-        self._bytes: Counter[str] = Counter()
+        self.totals = Totals(self._leases, clock)
+        self._hash_turns = HashTurns()
         self._draining = False
         self._state: RunState | None = None
         self._pushes: PushQueue | None = None
@@ -82,7 +75,6 @@ class Coordinator:
             check_alive=self._check_alive,
         )
         loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
-        self._restored = loaded is not None
         self.training = training.begun() if loaded is None else loaded[0].training
         if loaded is None:
             check_inner_optimizer(training)
@@ -91,7 +83,7 @@ class Coordinator:
         else:
             state, workers = loaded
             run, ledger, spec = state.run, state.ledger, state.spec
-            self._leases.add(workers, clock())
+            self._leases.add(workers, Phase.RETURNING, clock())
             self._begin(state, recover_to=state.point.version)
         self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
@@ -206,33 +198,29 @@ class Coordinator:
 
     # pushes
 
-    def push_spec(self, caller: WorkerId, sequence: int, digest: bytes) -> ModelSpec:
-        """Return the model that a push is checked against, before its bytes are taken in.
+    def permit(self, caller: WorkerId, sequence: int, digest: bytes) -> PushPermit:
+        """Return what `submit` takes a push on, once its frames are there.
 
-        Raises RefusedError for a push that `submit` would refuse for its number.
+        Raises RefusedError for a push that is refused for its sender or its number.
         """
         with self._changed:
             self._check_serving()
-            self._membership.check_caller(caller)
-            state = self._started()
-            self._ledger.check(caller.worker, caller.epoch, sequence, digest)
-            return state.spec
+            has_model = self._state is not None and self._snapshotter.version >= 0
+            return self._membership.admit(caller, sequence, digest, has_model=has_model)
 
-    def submit(self, run: str, push: Push) -> PendingPush:
-        """Take a push in; `wait` says what became of it. Raises RefusedError."""
+    def submit(self, permit: PushPermit, push: Push) -> PendingPush:
+        """Take in the push of a permit; `wait` says what became of it. Raises RefusedError."""
         with self._changed:
             self._check_serving()
-            self._membership.check_caller(WorkerId(run=run, worker=push.worker, epoch=push.epoch))
-            self._check_push(push)
-            verdict = self._ledger.check(push.worker, push.epoch, push.sequence, push.digest)
-            if isinstance(verdict, Repeat):
+            permit = self._membership.renew(permit)
+            state = self._started()
+            state.central.check_push(push)
+            if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
-                pending.resolve(self._started().repeat(push, verdict.version))
+                pending.resolve(state.repeat(push, permit.verdict.version))
                 return pending
             if self._pushes is None:
-                raise NotReadyError(_NO_MODEL)
-            if not self._restored:
-                self._check_not_ahead(push)
+                raise NotReadyError(NO_MODEL)
             pending = self._pushes.add(push)
             self._advance()
             return pending
@@ -271,24 +259,12 @@ class Coordinator:
             raise pending.outcome
         if not self._may_answer(pending.outcome, end_s, is_active):
             return ()
-        return self._hand_out(pending.push.worker, pending.outcome)
+        self.totals.send(pending.push.worker, pending.outcome)
+        return replace(pending.outcome, durable_version=self._snapshotter.acknowledged_version)
 
     def wake(self, pending: PendingPush) -> None:
         """Have those who wait for this push look at whether they are active; never blocks."""
         pending.look.set()
-
-    def count_received(self, worker: str, received_bytes: int) -> None:
-        """Count bytes of a push's frames."""
-        with self._counting:
-            self._bytes["received"] += received_bytes
-            member = self._leases.get(worker)
-            if member is not None:
-                member.received_bytes += received_bytes
-
-    def count_refused(self, reason: str) -> None:
-        """Count a refused call; never waits for a version in the making."""
-        with self._counting:
-            self._refused[reason] += 1
 
     # everything else that workers ask for
 
@@ -345,55 +321,23 @@ class Coordinator:
         """Return how the run is doing; with `state_sha256` the whole state is read."""
         if not state_sha256:
             return self._status(state_sha256=False)
-        with self._hashing:
-            # everybody waits meanwhile, so that those who ask get a part of the time at most
-            time.sleep(max(0.0, self._next_hash_s - time.monotonic()))
-            started_s = time.monotonic()
-            status = self._status(state_sha256=True)
-            ended_s = time.monotonic()
-            self._next_hash_s = ended_s + _PAUSE_PER_HASH * (ended_s - started_s)
-            return status
+        with self._hash_turns.turn():
+            return self._status(state_sha256=True)
 
     def _status(self, *, state_sha256: bool) -> Status:
         with self._changed:
-            state = self._state
             hashed = ""
-            if state is not None and state_sha256:
+            if self._state is not None and state_sha256:
                 with self._unheard():
-                    hashed = state.sha256()
-            now_s = self._clock()
-            point = START if state is None else state.point
-            known = frozenset(self._ledger.workers)
-            with self._counting:
-                refused = dict(self._refused)
-            if self._pushes is not None and self._pushes.stale_count:
-                refused["stale"] = self._pushes.stale_count
-            return Status(
-                run=self.run,
-                point=point,
+                    hashed = self._state.sha256()
+            return self.totals.status(
+                self.run,
+                self._ledger,
+                self._state,
+                self._pushes,
                 durable_version=self._snapshotter.acknowledged_version,
-                numel=0 if state is None else state.spec.numel,
-                workers=tuple(
-                    WorkerView(
-                        worker=member.worker,
-                        epoch=self._ledger.entry(member.worker).epoch,
-                        sequence=self._ledger.next_sequence(member.worker) - 1,
-                        version=member.held_version,
-                        lag=max(0, point.version - member.held_version),
-                        lease_left_s=max(0.0, member.lease_end_s - now_s),
-                        waiting=self._pushes is not None and member.worker in self._pushes,
-                        received_bytes=member.received_bytes,
-                        sent_bytes=member.sent_bytes,
-                    )
-                    for member in self._leases.all()
-                    if member.worker in known
-                ),
-                refused=refused,
-                received_bytes=self._bytes["received"],
-                sent_bytes=self._bytes["sent"],
-                uptime_s=now_s - self._started_s,
-                state_sha256=hashed,
                 round_workers=self._round_workers(),
+                state_sha256=hashed,
             )
 
     def drain(self) -> None:
@@ -421,21 +365,6 @@ class Coordinator:
             return max(self.serving.start_workers, self.serving.min_workers)
         return self._pushes.round_workers()
 
-    def _check_not_ahead(self, push: Push) -> None:
-        """Raise InvalidError for what only a worker that knows more than this server can send."""
-        version = self._started().point.version
-        if push.base.version > version:
-            raise InvalidError(
-                f"push {push.sequence} of {push.worker!r} is based on version {push.base.version}: "
-                f"expected at most {version}, this server has lost nothing"
-            )
-        if push.applied_version:
-            # it would choose its own company, and leave all others out of the version
-            raise InvalidError(
-                f"push {push.sequence} of {push.worker!r} says that it was applied in version "
-                f"{push.applied_version}: expected none, this server has lost nothing"
-            )
-
     @contextmanager
     def _unheard(self) -> Iterator[None]:
         """Lengthen all leases by the time that the block takes: meanwhile nobody is heard."""
@@ -462,15 +391,8 @@ class Coordinator:
 
     def _started(self) -> RunState:
         if self._state is None or self._snapshotter.version < 0:
-            raise NotReadyError(_NO_MODEL)
+            raise NotReadyError(NO_MODEL)
         return self._state
-
-    def _check_push(self, push: Push) -> None:
-        self._started().central.check_push(push)
-        if push.applied_version and push.worker not in push.members:
-            raise InvalidError(
-                f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
-            )
 
     def _advance(self) -> None:
         if self._pushes is not None and not self._draining:
@@ -484,16 +406,6 @@ class Coordinator:
         version = max((update.point.version for update in answer.updates), default=0)
         with self._lock:
             return self._snapshotter.reached(version, end_s, is_active)
-
-    def _hand_out(self, worker: str, answer: Answer) -> Answer:
-        with self._counting:
-            self._bytes["sent"] += answer.payload_bytes
-            member = self._leases.get(worker)
-            if member is not None:
-                member.sent_bytes += answer.payload_bytes
-                if answer.updates:
-                    member.held_version = answer.updates[-1].point.version
-        return replace(answer, durable_version=self._snapshotter.acknowledged_version)
 
     def _snapshot(self) -> Snapshot | None:
         if self._state is None or self.failed:

@@ -91,7 +91,7 @@ class ParameterServer:
         try:
             self._coordinator = Coordinator(training, serving, self._state_dir)
             self._interceptor = AuthInterceptor(
-                authenticator=authenticator, count_refused=self._coordinator.count_refused
+                authenticator=authenticator, count_refused=self._coordinator.totals.refuse
             )
             calls = 2 * serving.max_workers + _SPARE_CALLS
             self._server = grpc.server(

@@ -71,6 +71,7 @@ class PushQueue:
         self._clock = clock
         self._made = made
         self._recover_to = recover_to if training.mode == "async" else None
+        self._has_lost_nothing = recover_to is None
         self._round_timeout_s = serving.round_timeout_s
         self._returned_s = -math.inf
         # when the way back last went on, and how long at most until it does again
@@ -112,8 +113,11 @@ class PushQueue:
     def add(self, push: Push) -> PendingPush:
         """Take a push in that the ledger calls next; one that is there already is not doubled.
 
-        Raises DigestDiffersError or InvalidError where another push waits under its number.
+        Raises DigestDiffersError or InvalidError where another push waits under its number, and
+        InvalidError for what only a worker that knows more than this server can send.
         """
+        if self._has_lost_nothing:
+            _check_not_ahead(push, self._state.point.version)
         pending = PendingPush(push=push, arrived_s=self._clock())
         held = self._pending.setdefault(push.worker, pending)
         if held is not pending:
@@ -132,7 +136,7 @@ class PushQueue:
     def note_return(self, worker: str, version: int) -> None:
         """Note that `worker` is joining, and holds `version`."""
         member = self._leases.get(worker)
-        if member is not None and not member.joined:
+        if member is not None and not member.has_joined:
             # it has what it may replay on the way: a round's time begins anew
             self._returned_s = self._moved_s = self._clock()
         if self._recover_to is not None:
@@ -191,8 +195,6 @@ class PushQueue:
 
     def _view(self) -> RoundView:
         state, now_s = self._state, self._clock()
-        live = self._leases.live(now_s)
-        returning = (member.worker for member in self._leases.all() if not member.joined)
         arrivals = [
             pending.arrived_s
             for pending in self._pending.values()
@@ -201,8 +203,8 @@ class PushQueue:
         return RoundView(
             point=state.point,
             pending={worker: pending.push for worker, pending in self._pending.items()},
-            live=live,
-            returning=live.intersection(returning),
+            live=self._leases.live(now_s),
+            returning=self._leases.returning(now_s),
             joined=state.ledger.worker_count,
             on_chain=state.on_chain,
             waiting_since_s=max(min(arrivals), self._returned_s) if arrivals else None,
@@ -243,6 +245,20 @@ class PushQueue:
         # while the lock was held nobody was heard
         self._leases.extend(self._clock() - started_s)
         self._made()
+
+
+def _check_not_ahead(push: Push, version: int) -> None:
+    if push.base.version > version:
+        raise InvalidError(
+            f"push {push.sequence} of {push.worker!r} is based on version {push.base.version}: "
+            f"expected at most {version}, this server has lost nothing"
+        )
+    if push.applied_version:
+        # it would choose its own company, and leave all others out of the version
+        raise InvalidError(
+            f"push {push.sequence} of {push.worker!r} says that it was applied in version "
+            f"{push.applied_version}: expected none, this server has lost nothing"
+        )
 
 
 def _check_same(held: Push, push: Push) -> None:

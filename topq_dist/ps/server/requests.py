@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.types import GroupView, ModelVersion
+from topq_dist.ps.state.ledger import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,32 +45,16 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerView:
-    """A worker as status shows it; the fields are those of WorkerStatus."""
+class PushPermit:
+    """The word that a push may be sent, and what is known of it before its frames are there.
 
-    worker: str
-    epoch: int
+    spec: of the model that it must fit. verdict: the ledger's. place: what the worker's place in
+    the run was then; while it is the same, so is the verdict.
+    """
+
+    caller: WorkerId
     sequence: int
-    version: int
-    lag: int
-    lease_left_s: float
-    waiting: bool
-    received_bytes: int
-    sent_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """The run as status shows it; the fields are those of StatusResponse."""
-
-    run: str
-    point: ModelVersion
-    durable_version: int
-    numel: int
-    workers: tuple[WorkerView, ...]
-    refused: dict[str, int]
-    received_bytes: int
-    sent_bytes: int
-    uptime_s: float
-    state_sha256: str
-    round_workers: int
+    digest: bytes
+    spec: ModelSpec
+    verdict: Verdict
+    place: tuple[object, object]

@@ -13,13 +13,12 @@ from dataclasses import asdict
 
 import grpc
 
-from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
-from topq_dist.ps.server.requests import JoinCall, WorkerId
+from topq_dist.ps.server.requests import JoinCall, PushPermit, WorkerId
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.chunks import Receiver, chunks
 from topq_dist.ps.wire.codec import (
@@ -130,13 +129,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             raise InvalidError("a step begins without its header")
         header = first.header
         caller = self._caller(context, header.id)
-        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        permit = self._coordinator.permit(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec, self._pool)
+            receiver = receiver_of(header, permit.spec, self._pool)
             for request in request_iterator:
                 self._coordinator.hear(caller.worker)
                 receiver.take(_chunk(request, "a step has two headers"))
-            pending = self._submit(header, receiver, spec, context)
+            pending = self._submit(header, receiver, permit, context)
             while context.is_active():
                 answer = self._decided(pending, context)
                 if isinstance(answer, Answer):
@@ -150,12 +149,12 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         """Do the same with a push in one message, where the answer is there soon."""
         header = request.header
         caller = self._caller(context, header.id)
-        spec = self._coordinator.push_spec(caller, header.sequence, header.digest)
+        permit = self._coordinator.permit(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
-            receiver = receiver_of(header, spec, self._pool)
+            receiver = receiver_of(header, permit.spec, self._pool)
             if request.frames:
                 receiver.take(request.frames)
-            answer = self._decided(self._submit(header, receiver, spec, context), context)
+            answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
                 return short_answer_to_wire(answer)
             return pb.ShortStepResponse()
@@ -212,12 +211,13 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self,
         header: pb.StepHeader,
         receiver: Receiver,
-        spec: ModelSpec,
+        permit: PushPermit,
         context: grpc.ServicerContext,
     ) -> PendingPush:
         frames = receiver.parts()
-        self._coordinator.count_received(header.id.worker, sum(frame.nbytes for frame in frames))
-        pending = self._coordinator.submit(header.id.run, push_from_wire(header, frames, spec))
+        self._coordinator.totals.receive(header.id.worker, sum(frame.nbytes for frame in frames))
+        push = push_from_wire(header, frames, permit.spec)
+        pending = self._coordinator.submit(permit, push)
         context.add_callback(lambda: self._coordinator.wake(pending))
         return pending
 

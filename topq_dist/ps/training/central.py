@@ -57,7 +57,8 @@ class CentralModel:
 
         Its frames must be none or one for each vector, of as many elements, and finite; its
         learning rates none or one for each group, finite and not negative; its momentum none or
-        one for each group, where the optimizer has one, in [0, 1).
+        one for each group, where the optimizer has one, in [0, 1). A replay names its own worker
+        among its members.
         """
         vectors = self.spec.vectors
         if push.frames and len(push.frames) != len(vectors):
@@ -80,6 +81,10 @@ class CentralModel:
             if lr < 0:
                 raise InvalidError(f"lr={lr!r}: expected 0 or more")
         self._check_momentum(push.momentum)
+        if push.applied_version and push.worker not in push.members:
+            raise InvalidError(
+                f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
+            )
 
     def _check_momentum(self, given: Sequence[float]) -> None:
         if not given:
