@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from topq_dist.ps.protocol.config import (
+    ConfigError,
     Downlink,
     Mode,
     ServingConfig,
@@ -81,3 +82,11 @@ def test_a_rounds_time_is_refused_where_there_are_no_rounds(tmp_path: Path) -> N
         Coordinator(training, ServingConfig(round_timeout_s=2.0), folder)
     check_together(training, ServingConfig())
     check_together(TrainingConfig(inner_opt="sgd"), ServingConfig(round_timeout_s=2.0))
+
+
+def test_an_error_names_its_field_for_programs_too() -> None:
+    for options in ({"mode": "often"}, {"downlink": "topq", "q": 2.0}, {"max_staleness": 4}):
+        with pytest.raises(ConfigError) as caught:
+            TrainingConfig(inner_opt="sgd", **options)
+        assert caught.value.field == list(options)[-1]
+        assert str(caught.value).startswith(f"{caught.value.field}=")

@@ -5,41 +5,39 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from topq_dist.ps.protocol.config import GroupRule, ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, option_of
 
 if TYPE_CHECKING:  # gRPC is imported once the options are right
     from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
 
 # Where an error names a field, the user knows it as:
 _SPELLINGS = {
+    "address": "--address",
+    "tokens": "--tokens",
+    "token_file": "--token-file",
     "certificate": "--tls-cert",
     "key": "--tls-key",
     "client_ca": "--tls-client-ca",
     "ca": "--tls-ca",
-    "q": "--downlink-q",
-    "value_format": "--downlink-value-format",
-    "groups": "--group",
-    "options": "--inner-option",
+    "state_dir": "--state-dir",
 }
-_PLAIN = (
-    "address tokens token_file inner_opt mode max_staleness downlink start_workers min_workers"
-    " max_workers lease_s round_timeout_s snapshot_every history_bytes max_model_bytes state_dir"
-)
-_SPELLINGS |= {name: f"--{name.replace('_', '-')}" for name in _PLAIN.split()}
+for _config in (TrainingConfig, ServingConfig):
+    _SPELLINGS |= {one.name: option_of(_config, one.name) for one in fields(_config)}
 _FIELD = re.compile(rf"(?<![\w-])({'|'.join(_SPELLINGS)})=")
 
 
 def training_config(given: Mapping[str, Any]) -> TrainingConfig:
     """Return what the options say of the training; raises click.UsageError."""
-    _refuse_idle("mode", "async", given["mode"], "max_staleness")
-    _refuse_idle("downlink", "topq", given["downlink"], "downlink_q", "downlink_value_format")
+    _refuse_idle(TrainingConfig, given)
+    values = _values_of(TrainingConfig, given)
     options: dict[str, Any] = {}
-    for name, value in given["inner_option"]:
+    for name, value in values.pop("options"):
         if name in options:
             raise click.UsageError(f"--inner-option {name}: expected it once")
         options[name] = value
@@ -47,43 +45,36 @@ def training_config(given: Mapping[str, Any]) -> TrainingConfig:
         if "lr" in options:
             raise click.UsageError("--lr and --inner-option lr: expected one of them")
         options["lr"] = given["lr"]
-    groups: tuple[GroupRule, ...] = given["group"]
     with usage_errors():
-        return TrainingConfig(
-            inner_opt=given["inner_opt"],
-            options=options,
-            groups=groups,
-            momentum=given["momentum"],
-            mode=given["mode"],
-            max_staleness=given["max_staleness"],
-            downlink=given["downlink"],
-            q=given["downlink_q"],
-            value_format=given["downlink_value_format"],
-        )
+        return TrainingConfig(**values, options=options)
 
 
 def serving_config(given: Mapping[str, Any]) -> ServingConfig:
     """Return what the options say of the serving; raises click.UsageError."""
-    _refuse_idle("mode", "sync", given["mode"], "round_timeout_s")
-    workers: dict[str, int] = {}
-    if given["workers"] is not None:
+    _refuse_idle(ServingConfig, given)
+    values = _values_of(ServingConfig, given)
+    workers = {name: values.pop(name) for name in ("start_workers", "min_workers", "max_workers")}
+    start, least, most = workers.values()
+    if start is not None:
         for other in ("min_workers", "max_workers"):
-            if given[other] is not None:
+            if workers[other] is not None:
                 raise click.UsageError(f"--workers and {_SPELLINGS[other]}: expected one of them")
-        workers = {"start_workers": given["workers"], "max_workers": given["workers"]}
-    if given["min_workers"] is not None:
-        workers |= {"start_workers": given["min_workers"], "min_workers": given["min_workers"]}
-    if given["max_workers"] is not None:
-        workers["max_workers"] = given["max_workers"]
+        values |= {"start_workers": start, "max_workers": start}
+    if least is not None:
+        values |= {"start_workers": least, "min_workers": least}
+    if most is not None:
+        values["max_workers"] = most
     with usage_errors():
-        return ServingConfig(
-            **workers,
-            lease_s=given["lease_s"],
-            round_timeout_s=given["round_timeout_s"],
-            snapshot_every=given["snapshot_every"],
-            history_bytes=given["history_bytes"],
-            max_model_bytes=given["max_model_bytes"],
-        )
+        return ServingConfig(**values)
+
+
+def _values_of(config: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {one.name: given[_parameter(config, one.name)] for one in fields(config)}
+
+
+def _parameter(config: type, name: str) -> str:
+    """Return what click calls the option of a field."""
+    return option_of(config, name).removeprefix("--").replace("-", "_")
 
 
 def server_security(given: Mapping[str, Any]) -> ServerSecurity:
@@ -133,12 +124,15 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(text) from error
 
 
-def _refuse_idle(switch: str, needed: str, value: str, *names: str) -> None:
+def _refuse_idle(config: type, given: Mapping[str, Any]) -> None:
+    """Refuse what is given, be it the default, beside a switch with which it has no effect."""
     context = click.get_current_context()
-    for name in names:
-        given = context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
-        if value != needed and given:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')}: no effect with --{switch} {value},"
-                f" expected --{switch} {needed}"
-            )
+    for one in fields(config):
+        source = context.get_parameter_source(_parameter(config, one.name))
+        switch, needed = one.metadata["only_with"] or ("", "")
+        if not switch or given[switch] == needed or source in (ParameterSource.DEFAULT, None):
+            continue
+        raise click.UsageError(
+            f"{option_of(config, one.name)}: no effect with --{switch} {given[switch]},"
+            f" expected --{switch} {needed}"
+        )

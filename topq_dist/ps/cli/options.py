@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
 from topq_dist.ps.cli.option_types import Parsed, parse_group, parse_named, parse_size
-from topq_dist.ps.protocol.config import Downlink, Mode, Momentum, ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, option_of
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
+_PARSERS = {
+    "options": Parsed("NAME=VALUE", parse_named),
+    "groups": Parsed("PATTERN:NAME=VALUE,...", parse_group),
+}
 
 
 def option(name: str, **rest: Any) -> Callable[[Command], Command]:
@@ -25,9 +30,34 @@ def option(name: str, **rest: Any) -> Callable[[Command], Command]:
     return click.option(name, envvar=variable, show_envvar=True, **rest)
 
 
-def _field(name: str, config: type, field: str, **rest: Any) -> Callable[[Command], Command]:
-    default = next(one.default for one in dataclasses.fields(config) if one.name == field)
-    return option(name, default=default, show_default=default is not None, **rest)
+def _options_of(config: type) -> dict[str, Callable[[Command], Command]]:
+    """Return the options that a configuration's fields say of themselves, by field."""
+    kinds = get_type_hints(config)
+    made = {}
+    for one in dataclasses.fields(config):
+        said, text = one.metadata, one.metadata["text"]
+        rest: dict[str, Any] = {"type": _type_of(kinds[one.name]), "metavar": said["metavar"]}
+        if one.name in _PARSERS:
+            rest |= {"type": _PARSERS[one.name], "multiple": True}
+        elif one.default is dataclasses.MISSING:
+            rest["required"] = True
+        elif said["derives"]:
+            rest["type"] = click.IntRange(min=1)
+            text += "" if said["option"] else f"  [default: {one.default}]"
+        else:
+            rest |= {"default": one.default, "show_default": one.default is not None}
+        if said["metavar"] == "BYTES":
+            rest["type"] = Parsed("BYTES", parse_size)
+        made[one.name] = option(option_of(config, one.name), help=text, **rest)
+    return made
+
+
+def _type_of(kind: Any) -> Any:
+    """Return click's type for a field's: a choice for Literal, None aside."""
+    some = [one for one in get_args(kind) if one is not type(None)]
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    return _type_of(some[0]) if some and get_origin(kind) in (Union, UnionType) else kind
 
 
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -39,73 +69,11 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
     return decorate
 
 
+_TRAINING = _options_of(TrainingConfig)
 training_options = _all(
-    option(
-        "--inner-opt",
-        required=True,
-        metavar="NAME",
-        help="The inner optimizer: a class of torch.optim, in any case.",
-    ),
+    _TRAINING.pop("inner_opt"),
     option("--lr", type=float, help="Its learning rate; torch's default where left out."),
-    option(
-        "--inner-option",
-        multiple=True,
-        type=Parsed("NAME=VALUE", parse_named),
-        help="A keyword argument of it, such as betas=(0.9,0.95); again for each. In the variable"
-        " parted by ';'.",
-    ),
-    option(
-        "--group",
-        multiple=True,
-        type=Parsed("PATTERN:NAME=VALUE,...", parse_group),
-        help="Other arguments for the tensors whose names match, such as '*.bias:weight_decay=0';"
-        " the first that matches counts. In the variable parted by ';'.",
-    ),
-    _field(
-        "--momentum",
-        TrainingConfig,
-        "momentum",
-        type=click.Choice(get_args(Momentum)),
-        help="feedback: taken out of the inner optimizer while pushes are sparse, since workers'"
-        " error feedback acts as one. optimizer: left in it.  [default: as the run began, feedback"
-        " for a new one]",
-    ),
-    _field(
-        "--mode",
-        TrainingConfig,
-        "mode",
-        type=click.Choice(get_args(Mode)),
-        help="sync: a version averages a push of each live worker. async: each is applied as it"
-        " comes.",
-    ),
-    _field(
-        "--max-staleness",
-        TrainingConfig,
-        "max_staleness",
-        type=int,
-        help="async: versions that a push may lag behind.",
-    ),
-    _field(
-        "--downlink",
-        TrainingConfig,
-        "downlink",
-        type=click.Choice(get_args(Downlink)),
-        help="What workers are sent: what changed, the top-Q part of what they lack, or all.",
-    ),
-    _field(
-        "--downlink-q",
-        TrainingConfig,
-        "q",
-        type=float,
-        help="topq: the part of what workers lack that is left for later.",
-    ),
-    _field(
-        "--downlink-value-format",
-        TrainingConfig,
-        "value_format",
-        metavar="FORMAT",
-        help="topq: how its values travel; as the tensors' own where left out.",
-    ),
+    *_TRAINING.values(),
 )
 
 serving_options = _all(
@@ -116,57 +84,7 @@ serving_options = _all(
         metavar="DIR",
         help="Where the run lives; a server on the same folder goes on with it.",
     ),
-    option(
-        "--workers",
-        type=click.IntRange(min=1),
-        help="The first version waits for so many, and no more can join; later ones go on with"
-        " those that are alive.",
-    ),
-    option(
-        "--min-workers",
-        type=click.IntRange(min=1),
-        help="No version is made of fewer live workers.  [default: 1]",
-    ),
-    option(
-        "--max-workers",
-        type=click.IntRange(min=1),
-        help=f"No more can join.  [default: {ServingConfig().max_workers}]",
-    ),
-    _field(
-        "--lease-s",
-        ServingConfig,
-        "lease_s",
-        type=float,
-        help="A worker not heard of for so long is gone.",
-    ),
-    _field(
-        "--round-timeout-s",
-        ServingConfig,
-        "round_timeout_s",
-        type=float,
-        help="sync: a round closes so long after its first push; left out, it waits for all.",
-    ),
-    _field(
-        "--snapshot-every",
-        ServingConfig,
-        "snapshot_every",
-        type=int,
-        help="Versions between snapshots; 1 makes each durable before it is answered.",
-    ),
-    _field(
-        "--history-bytes",
-        ServingConfig,
-        "history_bytes",
-        type=Parsed("BYTES", parse_size),
-        help="Recent updates kept for workers that catch up; 64MB and 64MiB are understood.",
-    ),
-    _field(
-        "--max-model-bytes",
-        ServingConfig,
-        "max_model_bytes",
-        type=Parsed("BYTES", parse_size),
-        help="The largest model that a worker may bring.",
-    ),
+    *_options_of(ServingConfig).values(),
 )
 
 server_security_options = _all(

@@ -12,20 +12,63 @@ Downlink = Literal["exact", "topq", "dense"]
 Momentum = Literal["feedback", "optimizer"]
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be: `field` names what is out of place, as the message does."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}")
+        self.field = field
+
+
+def _option(
+    text: str,
+    *,
+    option: str = "",
+    only_with: tuple[str, str] | None = None,
+    metavar: str | None = None,
+    derives: bool = False,
+) -> dict[str, Any]:
+    """Return the metadata of a field, from which cli/options.py makes an option of `topq serve`.
+
+    text: its help. option: its name, where it is not the field's. only_with: the field and its
+    value without which this one has no effect. derives: others follow from it where it is given,
+    so that it has no default of its own.
+    """
+    return {
+        "text": text,
+        "option": option,
+        "only_with": only_with,
+        "metavar": metavar,
+        "derives": derives,
+    }
+
+
+def option_of(config: type, name: str) -> str:
+    """Return the option of `topq serve` that sets this field, as "--inner-opt"."""
+    said = next(one.metadata["option"] for one in fields(config) if one.name == name)
+    return str(said) or "--" + name.replace("_", "-")
+
+
 def _check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+        raise ConfigError(name, value, f"expected a whole number of at least {least}")
 
 
 def _check(name: str, value: float, least: float, *, above: bool = False) -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
     if wrong_type or not math.isfinite(value) or value < least or (above and value == least):
         bound = "above" if above else "of at least"
-        raise ValueError(f"{name}={value!r}: expected a number {bound} {least}")
+        raise ConfigError(name, value, f"expected a number {bound} {least}")
 
 
-def _idle(name: str, value: object, switch: str, is_now: str, needed: str) -> str:
-    return f"{name}={value!r}: no effect with {switch}={is_now!r}, expected {switch}={needed!r}"
+def _check_one_of(name: str, value: object, known: Any, otherwise: str = "") -> None:
+    if value not in get_args(known):
+        raise ConfigError(name, value, f"expected one of {', '.join(get_args(known))}{otherwise}")
+
+
+def _idle(name: str, value: object, switch: str, is_now: str, needed: str) -> ConfigError:
+    problem = f"no effect with {switch}={is_now!r}, expected {switch}={needed!r}"
+    return ConfigError(name, value, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +93,88 @@ class TrainingConfig:
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
         lack, as value_format (None: the tensors' own), "dense" everything.
 
-    Raises ValueError, naming it, for a value out of place, or one without effect beside the others.
+    Raises ConfigError for a value out of place, or one without effect beside the others.
     """
 
-    inner_opt: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    groups: tuple[GroupRule, ...] = ()
-    momentum: Momentum | None = None
-    mode: Mode = "sync"
-    max_staleness: int = 16
-    downlink: Downlink = "exact"
-    q: float = 0.99
-    value_format: str | None = None
+    inner_opt: str = field(
+        metadata=_option(
+            "The inner optimizer: a class of torch.optim, in any case.", metavar="NAME"
+        )
+    )
+    options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=_option(
+            "A keyword argument of it, such as betas=(0.9,0.95); again for each. In the variable"
+            " parted by ';'.",
+            option="--inner-option",
+        ),
+    )
+    groups: tuple[GroupRule, ...] = field(
+        default=(),
+        metadata=_option(
+            "Other arguments for the tensors whose names match, such as '*.bias:weight_decay=0';"
+            " the first that matches counts. In the variable parted by ';'.",
+            option="--group",
+        ),
+    )
+    momentum: Momentum | None = field(
+        default=None,
+        metadata=_option(
+            "feedback: taken out of the inner optimizer while pushes are sparse, since workers'"
+            " error feedback acts as one. optimizer: left in it.  [default: as the run began,"
+            " feedback for a new one]"
+        ),
+    )
+    mode: Mode = field(
+        default="sync",
+        metadata=_option(
+            "sync: a version averages a push of each live worker. async: each is applied as it"
+            " comes."
+        ),
+    )
+    max_staleness: int = field(
+        default=16,
+        metadata=_option(
+            "async: versions that a push may lag behind.", only_with=("mode", "async")
+        ),
+    )
+    downlink: Downlink = field(
+        default="exact",
+        metadata=_option(
+            "What workers are sent: what changed, the top-Q part of what they lack, or all."
+        ),
+    )
+    q: float = field(
+        default=0.99,
+        metadata=_option(
+            "topq: the part of what workers lack that is left for later.",
+            option="--downlink-q",
+            only_with=("downlink", "topq"),
+        ),
+    )
+    value_format: str | None = field(
+        default=None,
+        metadata=_option(
+            "topq: how its values travel; as the tensors' own where left out.",
+            option="--downlink-value-format",
+            only_with=("downlink", "topq"),
+            metavar="FORMAT",
+        ),
+    )
 
     def __post_init__(self) -> None:
-        if self.momentum is not None and self.momentum not in get_args(Momentum):
-            known = ", ".join(get_args(Momentum))
-            raise ValueError(f"momentum={self.momentum!r}: expected one of {known}, or None")
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
-        if self.downlink not in get_args(Downlink):
-            known = ", ".join(get_args(Downlink))
-            raise ValueError(f"downlink={self.downlink!r}: expected one of {known}")
+        if self.momentum is not None:
+            _check_one_of("momentum", self.momentum, Momentum, ", or None")
+        _check_one_of("mode", self.mode, Mode)
+        _check_one_of("downlink", self.downlink, Downlink)
         _check_whole("max_staleness", self.max_staleness, 0)
         _check("q", self.q, 0)
         if self.q > 1:
-            raise ValueError(f"q={self.q!r}: expected a number in [0, 1]")
-        self._check_idle("mode", "async", "max_staleness")
-        self._check_idle("downlink", "topq", "q", "value_format")
+            raise ConfigError("q", self.q, "expected a number in [0, 1]")
+        for one in fields(self):
+            value, (switch, needed) = getattr(self, one.name), one.metadata["only_with"] or ("", "")
+            if switch and getattr(self, switch) != needed and value != one.default:
+                raise _idle(one.name, value, switch, getattr(self, switch), needed)
 
     def begun(self, saved: Mapping[str, Any] | None = None) -> TrainingConfig:
         """Return this, what it leaves open filled in: from `saved`, the run's; None: it is new."""
@@ -86,14 +183,6 @@ class TrainingConfig:
         if saved is None:
             return replace(self, momentum="feedback")
         return replace(self, momentum=saved.get("momentum", "optimizer"))
-
-    def _check_idle(self, switch: str, needed: str, *names: str) -> None:
-        """Refuse what is given beside a switch with which it has no effect."""
-        defaults = {one.name: one.default for one in fields(self)}
-        for name in names:
-            value = getattr(self, name)
-            if getattr(self, switch) != needed and value != defaults[name]:
-                raise ValueError(_idle(name, value, switch, getattr(self, switch), needed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +197,47 @@ class ServingConfig:
     history_bytes: recent updates kept for workers that catch up or come back.
     max_model_bytes: of the values that a worker may bring.
 
-    Raises ValueError for a value out of place, naming it.
+    Raises ConfigError for a value out of place.
     """
 
-    start_workers: int = 1
-    min_workers: int = 1
-    max_workers: int = 64
-    lease_s: float = 60.0
-    round_timeout_s: float | None = None
-    snapshot_every: int = 50
-    history_bytes: int = 256 << 20
-    max_model_bytes: int = 64 << 30
+    start_workers: int = field(
+        default=1,
+        metadata=_option(
+            "The first version waits for so many, and no more can join; later ones go on with those"
+            " that are alive.",
+            option="--workers",
+            derives=True,
+        ),
+    )
+    min_workers: int = field(
+        default=1, metadata=_option("No version is made of fewer live workers.", derives=True)
+    )
+    max_workers: int = field(default=64, metadata=_option("No more can join.", derives=True))
+    lease_s: float = field(
+        default=60.0, metadata=_option("A worker not heard of for so long is gone.")
+    )
+    round_timeout_s: float | None = field(
+        default=None,
+        metadata=_option(
+            "sync: a round closes so long after its first push; left out, it waits for all.",
+            only_with=("mode", "sync"),
+        ),
+    )
+    snapshot_every: int = field(
+        default=50,
+        metadata=_option("Versions between snapshots; 1 makes each durable before it is answered."),
+    )
+    history_bytes: int = field(
+        default=256 << 20,
+        metadata=_option(
+            "Recent updates kept for workers that catch up; 64MB and 64MiB are understood.",
+            metavar="BYTES",
+        ),
+    )
+    max_model_bytes: int = field(
+        default=64 << 30,
+        metadata=_option("The largest model that a worker may bring.", metavar="BYTES"),
+    )
 
     def __post_init__(self) -> None:
         _check_whole("start_workers", self.start_workers, 1)
@@ -133,7 +252,6 @@ class ServingConfig:
 
 
 def check_together(training: TrainingConfig, serving: ServingConfig) -> None:
-    """Raise ValueError, naming it, for what one of them says and the other gives no effect."""
+    """Raise ConfigError for what one of them says and the other gives no effect."""
     if training.mode != "sync" and serving.round_timeout_s is not None:
-        value = serving.round_timeout_s
-        raise ValueError(_idle("round_timeout_s", value, "mode", training.mode, "sync"))
+        raise _idle("round_timeout_s", serving.round_timeout_s, "mode", training.mode, "sync")
