@@ -88,7 +88,7 @@ class RawWorker:
                 instance=self.instance,
                 epoch=self.id.epoch,
                 next_sequence=self.sequence,
-                point=None if self.point is None else codec.point_to_wire(self.point),
+                point=None if self.point is None else steps.point_to_wire(self.point),
                 first_kept=self.kept[0].sequence if self.kept else 0,
                 model=codec.spec_to_wire(self.spec),
             ),

@@ -246,7 +246,7 @@ class TestNames:
             worker=worker,
             epoch=1,
             sequence=1,
-            base=codec.point_from_wire(pb.Point(chain=bytes(32))),
+            base=steps.point_from_wire(pb.Point(chain=bytes(32))),
             frames=(),
             lr=(),
             digest=bytes(32),

@@ -10,13 +10,14 @@ import torch
 
 from topq_dist.compress.codec.frame import Frame, FrameError, encode_non_finite_frame, peek_header
 from topq_dist.compress.kernels.select import find_differing
+from topq_dist.ps.model import update
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import START, Push, Update, UpdateKind
-from topq_dist.ps.training import changes, downlink
+from topq_dist.ps.training import downlink
 from topq_dist.ps.training.central import CentralModel
 from topq_dist.ps.training.downlink import (
     ExactDownlink,
@@ -144,7 +145,7 @@ def test_exact_after_plain_sgd_looks_only_at_what_was_touched(
     def never(*_: Any) -> Any:
         raise AssertionError("the whole model was looked at")
 
-    monkeypatch.setattr(changes, "find_differing", counting)
+    monkeypatch.setattr(update, "find_differing", counting)
     monkeypatch.setattr(downlink, "changes_between", never)
     monkeypatch.setattr(ExactDownlink, "before_step", never)
     generator = torch.Generator().manual_seed(2)

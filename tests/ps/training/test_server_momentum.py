@@ -46,7 +46,7 @@ from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.state.run_state import RunState
 from topq_dist.ps.state.snapshot import StateDir, StateError
 from topq_dist.ps.training.central import CentralModel
-from topq_dist.ps.training.momentum import describe_momentum
+from topq_dist.ps.training.inner_step import describe_momentum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -613,7 +613,7 @@ class TestWhatIsSaid:
         assert describe_momentum(TrainingConfig(**training)) == (text, warns)
 
     def test_of_a_class_that_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("topq_dist.ps.training.momentum.momentum_rule", lambda _: None)
+        monkeypatch.setattr("topq_dist.ps.training.inner_step.momentum_rule", lambda _: None)
         text, warns = describe_momentum(TrainingConfig(inner_opt="muon"))
         assert text == "feedback: how Muon steps without is not known, so it keeps its own"
         assert warns

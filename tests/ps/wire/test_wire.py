@@ -34,7 +34,7 @@ from topq_dist.ps.protocol.types import (
     push_digest,
 )
 from topq_dist.ps.wire import codec, steps
-from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.ps.wire.messages import Receiver, chunks
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 SPEC = ModelSpec.of(

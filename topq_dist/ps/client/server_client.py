@@ -40,7 +40,8 @@ from topq_dist.ps.protocol.types import (
     point_to_state,
 )
 from topq_dist.ps.security.policy import ClientSecurity
-from topq_dist.ps.wire.codec import groups_from_wire, point_to_wire, spec_to_wire
+from topq_dist.ps.wire.codec import groups_from_wire, spec_to_wire
+from topq_dist.ps.wire.steps import point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from topq_dist.ps.state.snapshot import Snapshot, StateDir
 from topq_dist.ps.state.snapshotter import Snapshotter
 from topq_dist.ps.training.downlink import check_downlink
 from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
-from topq_dist.ps.training.momentum import describe_momentum
+from topq_dist.ps.training.inner_step import describe_momentum
 
 _log = logging.getLogger(__name__)
 _DRAINING = "the server is shutting down: try again later"

@@ -20,18 +20,13 @@ from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, PushPermit, WorkerId
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.chunks import Receiver, chunks
-from topq_dist.ps.wire.codec import (
-    fetch_to_wire,
-    groups_to_wire,
-    point_from_wire,
-    point_to_wire,
-    spec_from_wire,
-)
-from topq_dist.ps.wire.messages import STEP_RESPONSES
+from topq_dist.ps.wire.codec import fetch_to_wire, groups_to_wire, spec_from_wire
+from topq_dist.ps.wire.messages import STEP_RESPONSES, Receiver, chunks
 from topq_dist.ps.wire.steps import (
     answer_message,
     answer_to_wire,
+    point_from_wire,
+    point_to_wire,
     push_from_wire,
     receiver_of,
     short_answer_to_wire,

@@ -25,8 +25,7 @@ from topq_dist.ps.training.aggregate import GradientSum
 from topq_dist.ps.training.downlink import make_downlink
 from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
 from topq_dist.ps.training.inner_state import check_inner_state, inner_state, load_inner_state
-from topq_dist.ps.training.momentum import MomentumOut
-from topq_dist.ps.training.sparse_step import SparseStep
+from topq_dist.ps.training.inner_step import MomentumOut, SparseStep
 
 
 class CentralModel:

@@ -21,10 +21,9 @@ from topq_dist.compress.sparsify.segments import Cut, count_between, uniform_cut
 from topq_dist.compress.sparsify.topk import Selector
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.model.update import added
+from topq_dist.ps.model.update import Change, SparseDelta, added, changes_between, set_frames
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import UpdateKind
-from topq_dist.ps.training.changes import Change, SparseDelta, changes_between, set_frames
 
 # selection runs at the speed of memory, which few threads exhaust
 _MOST_THREADS = 4

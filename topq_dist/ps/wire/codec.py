@@ -11,28 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
-    CHAIN_BYTES,
     GroupView,
     ModelVersion,
 )
-from topq_dist.ps.wire.chunks import Receiver, chunks
+from topq_dist.ps.wire.messages import Receiver, chunks
+from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def point_to_wire(point: ModelVersion) -> pb.Point:
-    """Return `point` as a message."""
-    return pb.Point(version=point.version, chain=point.chain)
-
-
-def point_from_wire(message: pb.Point) -> ModelVersion:
-    """Return the point in `message`; raises InvalidError where its chain is no chain."""
-    if len(message.chain) != CHAIN_BYTES:
-        raise InvalidError(
-            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
-        )
-    return ModelVersion(version=message.version, chain=message.chain)
 
 
 def spec_to_wire(spec: ModelSpec) -> list[pb.TensorSpec]:
@@ -125,9 +111,3 @@ def upload_requests(
     """Yield the header and the chunks that bring a worker's raw vectors to the server."""
     yield pb.UploadRequest(id=worker)
     yield from chunks(vectors)
-
-
-def chunk_of(message: pb.StepResponse | pb.FetchResponse | memoryview) -> memoryview | bytes:
-    """Return the chunk in `message`; empty where it is a message of another kind."""
-    # a message of another kind, in the place of a chunk, has an empty one
-    return message if isinstance(message, memoryview) else message.chunk

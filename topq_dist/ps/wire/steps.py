@@ -13,9 +13,11 @@ from topq_dist.compress.codec.frame import FrameError, decode_frame
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import (
+    CHAIN_BYTES,
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
     Answer,
+    ModelVersion,
     Push,
     PushRecord,
     Update,
@@ -24,9 +26,22 @@ from topq_dist.ps.protocol.types import (
     push_digest,
 )
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.chunks import Receiver, chunks
-from topq_dist.ps.wire.codec import chunk_of, point_from_wire, point_to_wire
+from topq_dist.ps.wire.messages import Receiver, chunks
 from topq_dist.v1 import parameter_server_pb2 as pb
+
+
+def point_to_wire(point: ModelVersion) -> pb.Point:
+    """Return `point` as a message."""
+    return pb.Point(version=point.version, chain=point.chain)
+
+
+def point_from_wire(message: pb.Point) -> ModelVersion:
+    """Return the point in `message`; raises InvalidError where its chain is no chain."""
+    if len(message.chain) != CHAIN_BYTES:
+        raise InvalidError(
+            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
+        )
+    return ModelVersion(version=message.version, chain=message.chain)
 
 
 def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
@@ -244,3 +259,9 @@ def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
     if sum(sizes) > largest:
         raise InvalidError(f"an update of {sum(sizes)} bytes: expected at most {largest}")
     return sizes
+
+
+def chunk_of(message: pb.StepResponse | pb.FetchResponse | memoryview) -> memoryview | bytes:
+    """Return the chunk in `message`; empty where it is a message of another kind."""
+    # a message of another kind, in the place of a chunk, has an empty one
+    return message if isinstance(message, memoryview) else message.chunk
