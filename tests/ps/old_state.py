@@ -42,9 +42,16 @@ def _fractions(numel: int, seed: int) -> Tensor:
     return ((torch.arange(numel) * 37 + seed * 101) % 64 - 31).float() / 64
 
 
-def connect(model: Model, worker: str, address: str) -> ParameterServerOptimizer:
+def connect(
+    model: Model, worker: str, address: str, *, value_format: str = "fp16"
+) -> ParameterServerOptimizer:
     return ParameterServerOptimizer(
-        model.named_parameters(), address, q=0.75, worker=worker, timeout_s=30
+        model.named_parameters(),
+        address,
+        q=0.75,
+        worker=worker,
+        value_format=value_format,
+        timeout_s=30,
     )
 
 
