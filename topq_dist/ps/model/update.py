@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.codec.frame import FrameError, decode_frame
+from topq_dist.compress.codec.frame import FrameError, decode_frame, encode_frame
+from topq_dist.compress.kernels.select import find_differing
+from topq_dist.dtypes import bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 from topq_dist.ps.protocol.errors import InvalidError

@@ -5,9 +5,7 @@ Payloads are encoded once, in memory that later steps leave alone, and sent to a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,18 +13,13 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.compress.codec.values import check_value_format
-from topq_dist.compress.kernels.threads import thread_count
-from topq_dist.compress.sparsify.magnitude import Selection
-from topq_dist.compress.sparsify.segments import Cut, count_between, uniform_cuts
-from topq_dist.compress.sparsify.topk import Selector
+from topq_dist.compress.layout import Pieces
+from topq_dist.compress.sparsify.segments import CutSelector, count_between, uniform_cuts
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import Change, SparseDelta, added, changes_between, set_frames
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import UpdateKind
-
-# selection runs at the speed of memory, which few threads exhaust
-_MOST_THREADS = 4
 
 
 class Payloads(NamedTuple):
@@ -175,11 +168,7 @@ class TopQDownlink:
         self._cuts = [
             uniform_cuts(vector.numels, q=q, scope="parameter") for vector in params.spec.vectors
         ]
-        self._selectors = [[Selector() for _ in cuts] for cuts in self._cuts]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._threads = ThreadPoolExecutor(
-            max(1, min(_MOST_THREADS, cores or 1) // thread_count()), "downlink"
-        )
+        self._selectors = [CutSelector() for _ in params.spec.vectors]
         # kept negative, so that selecting from params - shadow is one fused pass; in fp32 for half
         # precision, as selection wants its residuals
         self._negative = [
@@ -237,29 +226,13 @@ class TopQDownlink:
 
     def _largest(self, params: FlatModel) -> list[tuple[Tensor, Tensor]] | None:
         """Return indices and values of what to send of each vector; None: they are not finite."""
-
-        def select(place: int, cut: Cut, selector: Selector) -> Selection:
-            vector, residual = params.flats[place], self._negative[place]
-            return selector.select(vector[cut.stretch], cut.kept, residual=residual[cut.stretch])
-
-        # workers wait meanwhile, and where there is one machine for all their cores are idle
-        pending = [
-            [
-                self._threads.submit(select, place, cut, selector)
-                for cut, selector in zip(cuts, selectors, strict=True)
-            ]
-            for place, (cuts, selectors) in enumerate(zip(self._cuts, self._selectors, strict=True))
-        ]
         chosen = []
-        for cuts, futures in zip(self._cuts, pending, strict=True):
-            selected = [future.result() for future in futures]
-            if not all(selection.finite for selection in selected):
-                wait(future for futures in pending for future in futures)
+        for selector, flat, negative, cuts in zip(
+            self._selectors, params.flats, self._negative, self._cuts, strict=True
+        ):
+            places, gaps, finite = selector.select(Pieces([flat]), negative, cuts)
+            if not finite:
                 return None
-            places = torch.cat(
-                [one.indices + cut.start for one, cut in zip(selected, cuts, strict=True)]
-            )
-            gaps = torch.cat([one.values for one in selected])
             kept = gaps != 0
             chosen.append((places, gaps) if bool(kept.all()) else (places[kept], gaps[kept]))
         return chosen
