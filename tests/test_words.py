@@ -18,9 +18,30 @@ GONE = {
     "load_peers": "load_baselines",
     "ps_endings": "errors",
     "ps.asking ps.reach": "probe",
+    "KeptPush KeptPushes": "PushRecord, ReplayLog",
+    "Ticket": "PendingPush",
+    "Admission door": "Membership",
+    "Situation SyncRule": "RoundView, SyncPolicy",
+    "Caller": "WorkerId",
+    "History Touched": "UpdateLog, SparseDelta",
+    "Durability": "Snapshotter",
+    "Patience PATIENCE": "RetryDeadline",
+    "Gate Patrol Pace": "AuthInterceptor, CallWatchdog, ThroughputLimit",
+    "Buffers lend": "BufferPool",
+    "Stumble stumble stumbled": "recover_from",
+    "start_over": "resync_from",
+    "break_off": "cancel_calls",
+    "by_layout": "LayoutCache",
 }
 # rooms whose docstrings begin with a noun, the thing, or a verb, what it does
-WITH_DOCSTRINGS = ("launch", "benchmarks/harness")
+WITH_DOCSTRINGS = (
+    "launch",
+    "benchmarks/harness",
+    "topq_dist/ps",
+    "tests/ps",
+    "tests/optim",
+    "tests/docker",
+)
 
 
 def texts() -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""What the server's image is made of, and that it starts with as few rights as it needs."""
+"""The server's image: what it is made of, and that it starts with as few rights as it needs."""
 
 import re
 

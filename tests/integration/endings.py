@@ -1,4 +1,4 @@
-"""What a server left on disk."""
+"""The files that a server left on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from topq_dist.ps.state.snapshot_file import read_snapshot_file
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """What a server that has ended left: equal endings are the same run, bit for bit.
+    """The remains of a server that has ended: equal ones are the same run, bit for bit.
 
     applied: pushes applied of each worker. parameters_sha256: of the central parameters.
     state_sha256: of these, the optimizer's state, what workers are owed, and the chain, in which

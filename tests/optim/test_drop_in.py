@@ -1,4 +1,4 @@
-"""What a subclass written for rai_toolbox's bases may count on, and older state of ours."""
+"""Subclasses written for rai_toolbox's bases: what they may count on, and older state of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TopQGradientOptimizer does to gradients, beyond what rai_toolbox can be asked."""
+"""TopQGradientOptimizer and gradients, beyond what rai_toolbox can be asked."""
 
 from __future__ import annotations
 

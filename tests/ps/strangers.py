@@ -95,7 +95,7 @@ class Place:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The address that it listens at."""
         return int(self.served.address.rpartition(":")[2])
 
     def channel(

@@ -1,4 +1,4 @@
-"""What a worker's parameters are given back, in full and where they have changed."""
+"""A worker's parameters: what they are given back, in full and where they have changed."""
 
 from __future__ import annotations
 

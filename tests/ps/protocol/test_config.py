@@ -1,4 +1,4 @@
-"""What a server is told at its start is checked when it is said."""
+"""The configuration of a server is checked when it is made."""
 
 from __future__ import annotations
 

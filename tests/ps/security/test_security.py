@@ -1,4 +1,4 @@
-"""Where a server may listen, and what travels in the clear."""
+"""The addresses that a server may listen at, and what travels in the clear."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_draining_sends_who_waits_away_and_keeps_what_was_applied(make: Make) ->
     assert (bench.point, bench.sha256()) == (point, sha256)
 
 
-def test_what_is_refused_at_the_door(make: Make) -> None:
+def test_what_is_refused_on_joining(make: Make) -> None:
     bench = make(max_workers=2, max_model_bytes=64)
     with pytest.raises(TooLargeError):
         bench.join("a", spec=ModelSpec.of([("w", torch.zeros(17))]))

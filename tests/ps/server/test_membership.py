@@ -1,4 +1,4 @@
-"""What a server's log says of who comes and goes."""
+"""The log of a server about workers that come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server refuses: with which status, in which words, counted how, and without a trace."""
+"""Refusals of a server: with which status, in which words, counted how, and without a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a worker's numbers fits a gRPC status, however many it sends."""
+"""Messages about a worker's numbers fit a gRPC status, however many it sends."""
 
 from __future__ import annotations
 

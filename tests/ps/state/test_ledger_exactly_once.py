@@ -45,7 +45,7 @@ class Process:
 
 @dataclass
 class Server:
-    """What a server restores together: the ledger, and the effect of all pushes it applied."""
+    """The state a server restores together: the ledger, and the effect of all pushes it applied."""
 
     ledger: Ledger
     applied: list[Applied]
@@ -62,7 +62,7 @@ class Server:
 
 
 def expected_verdict(server: Server, sent: Push) -> Next | Repeat | type[RefusedError]:
-    """What the ledger must say, found by looking through everything that was ever applied."""
+    """The answer of the ledger, found by looking through everything that was ever applied."""
     fence = server.fences.get(sent.worker)
     if fence is None or sent.epoch > fence[1]:
         return NotJoinedError

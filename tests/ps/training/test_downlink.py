@@ -1,4 +1,4 @@
-"""What workers are sent: they hold the server's bits, or its shadow's, after every update."""
+"""The downlink: workers hold the server's bits, or its shadow's, after every update."""
 
 from __future__ import annotations
 

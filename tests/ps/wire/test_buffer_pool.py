@@ -1,4 +1,4 @@
-"""Buffers come back when nothing refers to them any more, and not before."""
+"""The pool has buffers back when nothing refers to them any more, and not before."""
 
 from __future__ import annotations
 
