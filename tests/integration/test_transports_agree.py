@@ -87,9 +87,7 @@ def ranks_with_the_hook(rank: int, sending: Options) -> list[Tensor]:
             model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
             optimizer = inner(name, model.parameters(), kernels)
             # momentum out of it, as the server does
-            register_topq_hook(
-                model, optimizer, q=Q, exchange="allgather", adapt_rate=False, **sending
-            )
+            register_topq_hook(model, optimizer, q=Q, exchange="allgather", **sending)
             for step in range(STEPS):
                 optimizer.zero_grad()
                 loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topq_dist.compress.layout import Layout
+from topq_dist.compress.layout import Layout, Pieces
 
 # of a longer tensor one block in so many says as much
 _WHOLE_NUMEL = 1 << 14
@@ -56,7 +56,7 @@ def total(coherences: Iterable[Coherence]) -> Coherence:
     return Coherence(aligned, energy)
 
 
-def measure_coherence(gradient: Tensor, residual: Tensor, layout: Layout) -> Coherence:
+def measure_coherence(gradient: Tensor | Pieces, residual: Tensor, layout: Layout) -> Coherence:
     """Return the sums of a flat gradient and its residual, of a sample of each long tensor.
 
     Both are 1-D of layout.numel elements and on one device, of any float dtype. What is sampled of

@@ -77,6 +77,6 @@ def fitted(state_dict: Mapping[str, Any], groups: list[ParamGroup]) -> list[Para
     ]
 
 
-def decays_decoupled(group: ParamGroup, optimizer: Optimizer | None) -> bool:
+def decays_decoupled(group: Mapping[str, Any], optimizer: Optimizer | None) -> bool:
     """Return whether a group's weight decay is AdamW's, apart from the gradient."""
     return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))

@@ -103,6 +103,25 @@ def has_momentum(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     )
 
 
+def with_rate_factor(
+    group: Mapping[str, Any],
+    values: Mapping[str, Any],
+    factor: float,
+    optimizer: Optimizer | None,
+) -> dict[str, Any]:
+    """Return the options of a step instead of `group`'s, `values`, with the rate times `factor`.
+
+    Decoupled weight decay, which torch multiplies by the rate, stays what it was.
+    """
+    if factor == 1.0 or "lr" not in group:
+        return dict(values)
+    rate: Any = {**group, **values}["lr"]
+    changed = {**values, "lr": factor * rate}
+    if group.get("weight_decay") and decays_decoupled(group, optimizer):
+        changed["weight_decay"] = group["weight_decay"] / factor
+    return changed
+
+
 class MomentumSwitch(StepSwitch):
     """Takes an optimizer's momentum out of its steps while it is `active`.
 
@@ -138,11 +157,7 @@ class MomentumSwitch(StepSwitch):
                 # it has gone through the momentum as well, which no gradient brings along
                 times = self._rule({**group, "lr": 1.0})["lr"]
                 values["weight_decay"] = times * group["weight_decay"]
-        if self.rate_factor != 1.0 and "lr" in group:
-            values["lr"] = self.rate_factor * {**group, **values}["lr"]
-            if group.get("weight_decay") and decays_decoupled(group, self._optimizer()):
-                values["weight_decay"] = group["weight_decay"] / self.rate_factor
-        return values
+        return with_rate_factor(group, values, self.rate_factor, self._optimizer())
 
     def _changed_over(self) -> None:
         self.rate_factor = 1.0

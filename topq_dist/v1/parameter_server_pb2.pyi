@@ -177,10 +177,13 @@ class Group(_message.Message):
     NUMBERS_FIELD_NUMBER: _builtins.int
     BETAS_FIELD_NUMBER: _builtins.int
     TAKES_MOMENTUM_FIELD_NUMBER: _builtins.int
+    TAKES_COHERENCE_FIELD_NUMBER: _builtins.int
     takes_momentum: _builtins.bool
     """StepHeader.momentum may set numbers["momentum"], or betas[0] where there are betas. False from
     servers that do not know of it as well.
     """
+    takes_coherence: _builtins.bool
+    """StepHeader.coherence says something to its rate; workers measure it for nobody else."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """tensors, in the order of Join"""
@@ -200,10 +203,11 @@ class Group(_message.Message):
         numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         betas: _abc.Iterable[_builtins.float] | None = ...,
         takes_momentum: _builtins.bool = ...,
+        takes_coherence: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_momentum", b"takes_momentum"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,11 +402,12 @@ class StepHeader(_message.Message):
     APPLIED_VERSION_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
+    COHERENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
     digest: _builtins.bytes
     """SHA-256 of each lr as a little-endian double, then, where there is a momentum, of "momentum" and
-    each of those likewise, then of the frames
+    each of those likewise, then the same with "coherence", then of the frames
     """
     applied_version: _builtins.int
     """Only in a replay: where the push was applied before, and in which company."""
@@ -428,6 +433,10 @@ class StepHeader(_message.Message):
         All groups of a server take it, or none does.
         """
 
+    @_builtins.property
+    def coherence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """<residual, gradient> and <gradient, gradient> of this worker; none where nobody takes it."""
+
     def __init__(
         self,
         *,
@@ -440,10 +449,11 @@ class StepHeader(_message.Message):
         applied_version: _builtins.int = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
         momentum: _abc.Iterable[_builtins.float] | None = ...,
+        coherence: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -409,6 +409,12 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
         "non_finite",
         ("lr=nan", "finite"),
     ),
+    "coherence without its digest": (
+        Pushed(coherence=[1.0, 1.0]),
+        "INVALID_ARGUMENT",
+        "invalid",
+        ("another digest",),
+    ),
     "other digest": (Pushed(digest=bytes(32)), "INVALID_ARGUMENT", "invalid", ("another digest",)),
     "short digest": (Pushed(digest=b"x"), "INVALID_ARGUMENT", "invalid", ("expected 32",)),
     "long digest": (Pushed(digest=b"x" * 3_000_000), "INVALID_ARGUMENT", "invalid", ("digest",)),

@@ -593,7 +593,10 @@ class TestWhatIsSaid:
             ),
             (
                 {"inner_opt": "adamw"},
-                f"{WHILE_SPARSE}, AdamW steps with betas=(0, 0.999) for (0.9, 0.999)",
+                (
+                    f"{WHILE_SPARSE}, AdamW steps with betas=(0, 0.999) for (0.9, 0.999), at a rate"
+                    " that is raised where gradients agree over steps"
+                ),
                 False,
             ),
             (

@@ -23,7 +23,7 @@ from topq_dist.compress.sparsify.segments import Scope, check_scope
 from topq_dist.ps.client.arguments import addresses_of, checked_worker, trainable
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
-from topq_dist.ps.client.shard import Shard, frames_of, shard_by_size
+from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
 from topq_dist.ps.client.state_dict import SavedShard, model_sha256, read_state, shard_state
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
@@ -204,13 +204,15 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             made = [
                 []
                 if overflow or shard in elsewhere
-                else shard.compress(q=self._q, scope=self._scope, scale=scale)
-                for shard in self._shards
+                else shard.compress(
+                    q=self._q, scope=self._scope, scale=scale, measures_coherence=wanted
+                )
+                for shard, wanted in zip(self._shards, self._groups.take_coherence(), strict=True)
             ]
         # only now: an error above leaves no server with a push that the others lack
         pushes = zip(self._clients, made, rates, momenta, strict=True)
         for client, compressed, lr, momentum in pushes:
-            client.begin(frames_of(compressed), lr, momentum)
+            client.begin(frames_of(compressed), lr, momentum, coherence_of(compressed))
         self._open = True
         return [part for compressed in made for part in compressed]
 

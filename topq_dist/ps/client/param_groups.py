@@ -27,6 +27,10 @@ class ServerGroups:
         self.sends_lr = False
         self.sends_momentum = False
 
+    def take_coherence(self) -> list[bool]:
+        """Return of each server whether the coherence of pushes says something to it."""
+        return [any(view.takes_coherence for view in views) for views in self._views]
+
     def _all(self) -> list[GroupView]:
         return [view for views in self._views for view in views]
 

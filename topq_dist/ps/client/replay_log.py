@@ -51,6 +51,7 @@ class ReplayLog:
         frames: Sequence[memoryview],
         lr: Sequence[float],
         momentum: Sequence[float] = (),
+        coherence: Sequence[float] = (),
     ) -> PushRecord:
         """Make the next push, which is then under way."""
         if self.pending is not None:
@@ -61,7 +62,8 @@ class ReplayLog:
             frames=tuple(frames),
             lr=tuple(lr),
             momentum=tuple(momentum),
-            digest=push_digest(lr, frames, momentum),
+            coherence=tuple(coherence),
+            digest=push_digest(lr, frames, momentum, coherence),
         )
         return self.pending
 
@@ -140,6 +142,7 @@ def _to_state(push: PushRecord) -> dict[str, Any]:
         ],
         "lr": list(push.lr),
         "momentum": list(push.momentum),
+        "coherence": list(push.coherence),
         "applied": None if push.applied is None else point_to_state(push.applied),
         "members": list(push.members),
     }
@@ -150,15 +153,18 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
     if any(frame.format != "B" or frame.ndim != 1 for frame in frames):
         raise ValueError("a frame that is no vector of bytes")
     lr = tuple(float(value) for value in state["lr"])
-    # states of before workers could set it have none
-    momentum = tuple(float(value) for value in state.get("momentum", ()))
+    # older states have none
+    momentum, coherence = (
+        tuple(float(value) for value in state.get(key, ())) for key in ("momentum", "coherence")
+    )
     return PushRecord(
         sequence=_count(state["sequence"], 1),
         base=point_from_state(state["base"]),
         frames=frames,
         lr=lr,
         momentum=momentum,
-        digest=push_digest(lr, frames, momentum),
+        coherence=coherence,
+        digest=push_digest(lr, frames, momentum, coherence),
         applied=None if state["applied"] is None else point_from_state(state["applied"]),
         members=tuple(str(member) for member in state["members"]),
     )

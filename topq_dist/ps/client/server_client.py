@@ -125,11 +125,15 @@ class ServerClient:
         self._renewer.start()
 
     def begin(
-        self, frames: Sequence[memoryview], lr: Sequence[float], momentum: Sequence[float] = ()
+        self,
+        frames: Sequence[memoryview],
+        lr: Sequence[float],
+        momentum: Sequence[float] = (),
+        coherence: Sequence[float] = (),
     ) -> None:
         """Make the next push, computed on what the worker holds; `finish` sends it."""
         with self._lock:
-            self.pushes.begin(self.point, frames, lr, momentum)
+            self.pushes.begin(self.point, frames, lr, momentum, coherence)
 
     def finish(self) -> None:
         """Send the push under way until the server has decided on it, and take in what comes back.

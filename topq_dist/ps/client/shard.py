@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from topq_dist.compress.codec.frame import decode_frame, peek_header
+from topq_dist.compress.coherence import NO_COHERENCE, measure_coherence, total
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.layout import Layout, Pieces
 from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
@@ -130,7 +132,9 @@ class Shard:
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
 
-    def compress(self, *, q: float, scope: Scope, scale: float = 1.0) -> list[Compressed]:
+    def compress(
+        self, *, q: float, scope: Scope, scale: float = 1.0, measures_coherence: bool = False
+    ) -> list[Compressed]:
         """Return the top-Q part of the parameters' gradients / `scale`, plus residuals.
 
         A parameter without a gradient counts as zeros. The residuals take what the frames leave out
@@ -142,7 +146,12 @@ class Shard:
             cuts = uniform_cuts(vector.numels, q=q, scope=scope)
             pieces = self._in_place(vector) if scope == "parameter" and scale == 1.0 else None
             gradient = pieces or self._gather(place, vector, scale)
-            compressed.append(self.compressor.compress(gradient, vector.layout, cuts))
+            made = self.compressor.compress(gradient, vector.layout, cuts)
+            if measures_coherence and self.compressor.error_feedback:
+                residual = self.compressor.residuals.home(vector.layout)
+                coherence = measure_coherence(gradient, residual, vector.layout)
+                made = replace(made, coherence=coherence)
+            compressed.append(made)
         for made in compressed:
             if not peek_header(made.frames[0]).finite:
                 raise NonFiniteError(
@@ -207,6 +216,12 @@ class Shard:
     def clear_residuals(self) -> None:
         """Forget all residuals."""
         self.compressor.residuals.load_state_dict({})
+
+
+def coherence_of(compressed: Sequence[Compressed]) -> tuple[float, ...]:
+    """Return a step's coherence as a push carries it: nothing where nothing was measured."""
+    coherence = total(made.coherence for made in compressed)
+    return tuple(coherence) if coherence.finite and coherence != NO_COHERENCE else ()
 
 
 def frames_of(compressed: Sequence[Compressed]) -> list[memoryview]:

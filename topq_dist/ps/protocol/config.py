@@ -88,6 +88,8 @@ class TrainingConfig:
     momentum: "feedback" takes it out of the inner optimizer's steps on sparse pushes, since the
         workers' error feedback acts as one; "optimizer" leaves it in. None: as the run began, and
         "feedback" for a new one; runs of before this could be said began with "optimizer".
+    adapt_rate: with momentum "feedback" and an inner optimizer of Adam's kind, multiply its rate on
+        sparse pushes by what their coherence with the workers' residuals says.
     mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
     max_staleness: versions that a push may lag behind in async mode; older ones are refused.
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
@@ -123,6 +125,13 @@ class TrainingConfig:
             "feedback: taken out of the inner optimizer while pushes are sparse, since workers'"
             " error feedback acts as one. optimizer: left in it.  [default: as the run began,"
             " feedback for a new one]"
+        ),
+    )
+    adapt_rate: bool = field(
+        default=True,
+        metadata=_option(
+            "With feedback and an optimizer of Adam's kind: raise its rate on sparse pushes where"
+            " gradients agree over steps."
         ),
     )
     mode: Mode = field(
@@ -165,6 +174,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.momentum is not None:
             _check_one_of("momentum", self.momentum, Momentum, ", or None")
+        if not isinstance(self.adapt_rate, bool):
+            raise ConfigError("adapt_rate", self.adapt_rate, "expected True or False")
         _check_one_of("mode", self.mode, Mode)
         _check_one_of("downlink", self.downlink, Downlink)
         _check_whole("max_staleness", self.max_staleness, 0)

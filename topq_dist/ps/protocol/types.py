@@ -63,6 +63,7 @@ class Push:
 
     frames: one for each vector of the model; none where the worker has no gradient in this step.
     lr, momentum: of each parameter group; empty: the server's own.
+    coherence: the two sums of its gradient and residuals (compress/coherence.py), or nothing.
     applied_version, members: in a replay, where the push was applied before and beside whom.
     """
 
@@ -76,6 +77,7 @@ class Push:
     applied_version: int = 0
     members: tuple[str, ...] = ()
     momentum: tuple[float, ...] = ()
+    coherence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class PushRecord:
     applied: ModelVersion | None = None
     members: tuple[str, ...] = ()
     momentum: tuple[float, ...] = ()
+    coherence: tuple[float, ...] = ()
 
     @property
     def applied_version(self) -> int:
@@ -152,12 +155,14 @@ class GroupView:
     """A parameter group of the inner optimizer as workers see it.
 
     takes_momentum: whether a push may set its momentum, which is betas[0] where there are betas.
+    takes_coherence: whether the coherence of pushes says something to its rate.
     """
 
     names: tuple[str, ...]
     numbers: Mapping[str, float]
     betas: tuple[float, ...] = ()
     takes_momentum: bool = False
+    takes_coherence: bool = False
 
 
 def check_worker_name(worker: str) -> str:
@@ -185,12 +190,17 @@ def set_group_momentum(group: MutableMapping[str, Any], momentum: float) -> None
 
 
 def push_digest(
-    lr: Sequence[float], frames: Iterable[memoryview], momentum: Sequence[float] = ()
+    lr: Sequence[float],
+    frames: Iterable[memoryview],
+    momentum: Sequence[float] = (),
+    coherence: Sequence[float] = (),
 ) -> bytes:
-    """Return the SHA-256 by which a push is known: rates, momentum, then the frames' bytes."""
+    """Return the SHA-256 by which a push is known: its numbers, then the frames' bytes."""
     digest = hashlib.sha256(struct.pack(f"<{len(lr)}d", *lr))
-    if momentum:  # marked, or it could be taken for learning rates
-        digest.update(b"momentum" + struct.pack(f"<{len(momentum)}d", *momentum))
+    # marked, or they could be taken for learning rates
+    for mark, numbers in ((b"momentum", momentum), (b"coherence", coherence)):
+        if numbers:
+            digest.update(mark + struct.pack(f"<{len(numbers)}d", *numbers))
     for frame in frames:
         digest.update(frame)
     return digest.digest()

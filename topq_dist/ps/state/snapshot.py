@@ -178,7 +178,8 @@ def training_json(training: TrainingConfig) -> dict[str, Any]:
 def check_same_training(saved: Mapping[str, Any], training: TrainingConfig) -> None:
     """Raise StateError, naming the first difference, unless `saved` is training_json's of it."""
     # before it could be said, momentum was the optimizer's
-    saved = {"momentum": "optimizer", **saved}
+    # and there was nothing to adapt
+    saved = {"momentum": "optimizer", "adapt_rate": training.adapt_rate, **saved}
     difference = _first_difference("", training_json(training.begun(saved)), saved)
     if difference is not None:
         raise StateError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from topq_dist.compress.coherence import Coherence, total
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
@@ -48,7 +49,11 @@ class CentralModel:
         for name, gradient in self._gradient.model.tensors().items():
             self._named[name].grad = gradient
         self._sparse_step = SparseStep(self._inner, self._group_names, spec)
-        self._momentum = MomentumOut(self._inner, enabled=config.begun().momentum == "feedback")
+        self._momentum = MomentumOut(
+            self._inner,
+            enabled=config.begun().momentum == "feedback",
+            adapt_rate=config.adapt_rate,
+        )
         self._downlink = make_downlink(config, values)
 
     def check_push(self, push: Push) -> None:
@@ -56,8 +61,8 @@ class CentralModel:
 
         Its frames must be none or one for each vector, of as many elements, and finite; its
         learning rates none or one for each group, finite and not negative; its momentum none or
-        one for each group, where the optimizer has one, in [0, 1). A replay names its own worker
-        among its members.
+        one for each group, where the optimizer has one, in [0, 1); its coherence nothing or two
+        finite sums. A replay names its own worker among its members.
         """
         vectors = self.spec.vectors
         if push.frames and len(push.frames) != len(vectors):
@@ -80,6 +85,7 @@ class CentralModel:
             if lr < 0:
                 raise InvalidError(f"lr={lr!r}: expected 0 or more")
         self._check_momentum(push.momentum)
+        _check_coherence(push.coherence)
         if push.applied_version and push.worker not in push.members:
             raise InvalidError(
                 f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
@@ -123,7 +129,8 @@ class CentralModel:
         if not counted:
             return self._downlink.nothing()
         self._gradient.add(counted)
-        with self._momentum.stepping(counted):
+        coherence = total(Coherence(*push.coherence) for push in pushes if push.frames)
+        with self._momentum.stepping(counted, coherence):
             touched = self._sparse_step.take(self._params, self._gradient)
             if touched is None:
                 self._downlink.before_step(self._params)
@@ -142,6 +149,7 @@ class CentralModel:
                 numbers=_numbers(group),
                 betas=tuple(map(float, group.get("betas", ()))),
                 takes_momentum=group_momentum(group) is not None,
+                takes_coherence=self._momentum.takes_coherence,
             )
             for names, group in zip(self._group_names, self._inner.param_groups, strict=True)
         )
@@ -201,6 +209,15 @@ class CentralModel:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(raw_view(tensor.contiguous().view(-1)))
         return digest.hexdigest()
+
+
+def _check_coherence(given: Sequence[float]) -> None:
+    if len(given) not in (0, 2):
+        raise InvalidError(f"{len(given)} sums of coherence: expected two, or none")
+    if not all(map(math.isfinite, given)):
+        raise NonFiniteError(f"coherence={given!r}: expected finite numbers")
+    if given and given[1] < 0:
+        raise InvalidError(f"coherence={given!r}: expected a sum of squares of 0 or more")
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame
-from topq_dist.optim.momentum import SPARSE_BELOW, momentum_rule, takes_momentum_out
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence, CoherenceMean
+from topq_dist.optim.momentum import (
+    SPARSE_BELOW,
+    divides_by_mean_square,
+    momentum_rule,
+    takes_momentum_out,
+    with_rate_factor,
+)
 from topq_dist.ps.model.flat import FlatModel, picked, put
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import SparseDelta
@@ -34,21 +41,36 @@ class MomentumOut:
     The groups hold the user's values but for the time of a sparse step. What is sparse follows from
     the pushes alone, and what is kept between steps is in `state`: a replay ends in the same bits.
 
-    enabled: False leaves every step as it is.
+    enabled: False leaves every step as it is. adapt_rate: multiply the rate of an optimizer that
+    divides by the root of a mean of squares by what the pushes' coherence says.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, *, enabled: bool) -> None:
+    def __init__(
+        self, inner: torch.optim.Optimizer, *, enabled: bool, adapt_rate: bool = True
+    ) -> None:
         self._inner = inner
         self._rule = momentum_rule(inner) if enabled else None
         # whether the last step ran without a momentum that the user wants
         self._is_out = False
+        self.takes_coherence = enabled and adapt_rate and divides_by_mean_square(inner)
+        self._coherence = CoherenceMean()
 
     @contextmanager
-    def stepping(self, pushes: Sequence[Sequence[Frame]]) -> Iterator[None]:
-        """Have the block's step run as these pushes ask, each of one frame for each vector."""
+    def stepping(
+        self, pushes: Sequence[Sequence[Frame]], coherence: Coherence = NO_COHERENCE
+    ) -> Iterator[None]:
+        """Have the block's step run as these pushes ask, each of one frame for each vector.
+
+        coherence: the sum of theirs.
+        """
         overrides: list[Mapping[str, Any]] = []
-        if self._rule is not None and takes_momentum_out(density(pushes)):
-            overrides = [self._without(group) for group in self._inner.param_groups]
+        sent = density(pushes)
+        if self._rule is not None and takes_momentum_out(sent):
+            factor = 1.0
+            if self.takes_coherence:
+                self._coherence.add(coherence)
+                factor = self._coherence.rate_factor(sent)
+            overrides = [self._without(group, factor) for group in self._inner.param_groups]
         if not any(overrides):
             self._put_back()
             yield
@@ -66,9 +88,10 @@ class MomentumOut:
             for group, values in zip(self._inner.param_groups, theirs, strict=True):
                 group.update(values)
 
-    def _without(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _without(self, group: Mapping[str, Any], factor: float) -> Mapping[str, Any]:
         try:
-            return {} if self._rule is None else self._rule(group)
+            values = {} if self._rule is None else self._rule(group)
+            return with_rate_factor(group, values, factor, self._inner)
         except ValueError:
             # a worker's lr that overflows where it is scaled is not to end the server, and ruins
             # the model in either case
@@ -103,19 +126,24 @@ class MomentumOut:
 
     def state(self) -> dict[str, Any]:
         """Return what the next steps depend on, fit for JSON; empty where momentum is in."""
-        return {"momentum_out": True} if self._is_out else {}
+        state: dict[str, Any] = {"momentum_out": True} if self._is_out else {}
+        if self._coherence.sums != NO_COHERENCE:
+            state["coherence"] = self._coherence.state()
+        return state
 
     @staticmethod
-    def check_state(metadata: Mapping[str, Any]) -> bool:
+    def check_state(metadata: Mapping[str, Any]) -> tuple[bool, list[float]]:
         """Return what `load_state` takes of the metadata with `state` in it; raises ValueError."""
         is_out = metadata.get("momentum_out", False)
         if not isinstance(is_out, bool):
             raise ValueError(f"state has momentum_out={is_out!r}: expected true or nothing")
-        return is_out
+        sums = metadata.get("coherence", list(NO_COHERENCE))
+        return is_out, CoherenceMean.check_state(sums)
 
-    def load_state(self, is_out: bool) -> None:
+    def load_state(self, state: tuple[bool, list[float]]) -> None:
         """Go on from what `check_state` returned."""
-        self._is_out = is_out
+        self._is_out, sums = state
+        self._coherence.load_state(sums)
 
 
 def density(pushes: Sequence[Sequence[Frame]]) -> float:
@@ -154,6 +182,8 @@ def describe_momentum(config: TrainingConfig) -> tuple[str, bool]:
         if changed:
             changes.append(f"{pattern!r}: {changed}" if pattern else changed)
     what = "; ".join(changes) or "momentum from workers taken out"
+    if config.adapt_rate and divides_by_mean_square(examples[""]):
+        what += ", at a rate that is raised where gradients agree over steps"
     share = f"less than {SPARSE_BELOW:.0%} of the elements"
     return f"feedback: while pushes hold {share}, {name} steps with {what}", False
 

@@ -52,6 +52,7 @@ def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
             numbers=group.numbers,
             betas=group.betas,
             takes_momentum=group.takes_momentum,
+            takes_coherence=group.takes_coherence,
         )
         for group in groups
     ]
@@ -65,6 +66,7 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
             numbers=dict(message.numbers),
             betas=tuple(message.betas),
             takes_momentum=message.takes_momentum,
+            takes_coherence=message.takes_coherence,
         )
         for message in messages
     )

@@ -56,6 +56,7 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
         applied_version=push.applied_version,
         members=push.members,
         momentum=push.momentum,
+        coherence=push.coherence,
     )
 
 
@@ -93,9 +94,9 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
     Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
     that are no frames of `spec`.
     """
-    lr, momentum = tuple(header.lr), tuple(header.momentum)
+    lr, momentum, coherence = tuple(header.lr), tuple(header.momentum), tuple(header.coherence)
     what = f"push {header.sequence} of {header.id.worker!r}"
-    if push_digest(lr, frames, momentum) != header.digest:
+    if push_digest(lr, frames, momentum, coherence) != header.digest:
         raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
     for value in lr:
         if not np.isfinite(value):
@@ -123,6 +124,7 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
         applied_version=header.applied_version,
         members=tuple(header.members),
         momentum=momentum,
+        coherence=coherence,
     )
 
 
