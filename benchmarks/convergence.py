@@ -61,11 +61,15 @@ def jobs_of(plan: Sequence[dict[str, Any]]) -> Iterator[Job]:
 
 
 def done_keys(path: Path) -> set[tuple[str, str, int, int, int]]:
-    """Return the keys of the runs in a file."""
+    """Return the keys of the runs in a file, those of earlier versions left out."""
     if not path.is_file():
         return set()
-    rows = map(json.loads, path.read_text().splitlines())
-    return {(r["task"], r["method"], r["seed"], r["workers"], r["steps"]) for r in rows}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        (r["task"], r["method"], r["seed"], r["workers"], r["steps"])
+        for r in rows
+        if not r.get("earlier")
+    }
 
 
 def run(job: Job) -> dict[str, Any]:

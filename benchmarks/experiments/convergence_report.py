@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convergence_pictures import draw
-from convergence_runs import Group, Run, difference_text, groups_of, quality_text, read_runs
+from convergence_runs import (
+    EARLIER,
+    Group,
+    Run,
+    difference_text,
+    groups_of,
+    quality_text,
+    read_runs,
+)
 from convergence_shown import shown_table
 from methods import METHODS
 from readme import markdown
@@ -42,6 +50,8 @@ python benchmarks/convergence.py --report    # this page from the runs there are
 - Quality is that of the test part, at the last step; nothing was chosen on it. The mean of three
   seeds is followed by the seeds themselves. Differences are to dense and of the seeds that both
   have: points of accuracy, per cent of loss in nats.
+- A row with {earlier} has runs of the version before: without `adapt_rate` (which changes little
+  where gradients are mostly noise), and with other levels in two-bit blocks of under 128 values.
 - Curves are of 1,000 samples of the validation part, and means of the seeds.
 - Times fewer: dense's fp32 bytes over those of one rank's frames, all steps counted.
 """
@@ -76,7 +86,12 @@ def _to_draw(groups: Sequence[Group]) -> Iterator[Group]:
 
 def _text(groups: Sequence[Group], pictures: dict[str, str]) -> str:
     default = METHODS["top-Q"]
-    about = _ABOUT.format(q=default.q, value_format=default.value_format, momentum=default.momentum)
+    about = _ABOUT.format(
+        q=default.q,
+        value_format=default.value_format,
+        momentum=default.momentum,
+        earlier=EARLIER,
+    )
     parts = [about, _tasks_table(groups), "## What was to be shown\n", shown_table(groups)]
     for name in dict.fromkeys(group.task.name for group in groups):
         parts.append(f"## {name}\n")
@@ -126,7 +141,7 @@ def group_table(group: Group) -> str:
         sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
         lines.append(
             [
-                _title(method) + _failures(runs),
+                _title(method) + f" {EARLIER}" * group.is_earlier(method) + _failures(runs),
                 human_bytes(statistics.fmean(sent)) if sent else "not kept",
                 f"{group.mean(method, 'ratio'):.{0 if runs[0].ratio >= 10 else 1}f} x",
                 quality_text(group.task, group.mean(method, "test")),

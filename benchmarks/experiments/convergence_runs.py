@@ -12,12 +12,16 @@ from pathlib import Path
 from methods import METHODS, PLAN
 from tasks import TASKS, Task
 
+# marks rows of earlier versions
+EARLIER = "\u2020"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One line of the results. curve: (step, validation quality).
 
     sent_bytes: of one rank's frames in all steps; older lines do not say.
+    earlier: of a version whose hook trained a little differently; such a run is done again.
     """
 
     task: str
@@ -32,6 +36,7 @@ class Run:
     ratio: float
     curve: list[tuple[int, float]]
     sent_bytes: int | None = None
+    earlier: bool = False
 
     @property
     def failed(self) -> bool:
@@ -58,6 +63,10 @@ class Group:
         """All methods, the plan's first."""
         others = sorted(self.runs.keys() - set(self.expected), key=_place)
         return [*self.expected, *others]
+
+    def is_earlier(self, method: str) -> bool:
+        """Return whether a run of the method is of an earlier version."""
+        return any(run.earlier for run in self.runs.get(method, {}).values())
 
     def mean(self, method: str, field: str, seeds: Sequence[int] | None = None) -> float:
         """Return the mean of a field over these seeds, or over those there are."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from convergence_runs import Group, difference_text
+from convergence_runs import EARLIER, Group, difference_text
 from methods import FORMATS, METHODS
 from readme import markdown
 
@@ -86,7 +86,7 @@ def _row(promise: Promise, groups: Groups) -> list[str]:
         difference_text(group.task, test),
         difference_text(group.task, validation),
         _target(promise, group),
-        _verdict(promise, group),
+        _verdict(promise, group) + f" {EARLIER}" * group.is_earlier(promise.method),
     ]
 
 

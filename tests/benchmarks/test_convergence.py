@@ -411,3 +411,17 @@ def test_of_a_run_done_twice_the_last_counts(tmp_path: Path) -> None:
     runs = read_runs(tmp_path / "runs.jsonl")
     assert [run.test for run in runs] == [90.0]
     assert [group.mean("dense", "test") for group in groups_of(runs) if group.runs] == [90.0]
+
+
+def test_runs_of_an_earlier_version_are_marked_and_done_again(tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    lines = [
+        _line("digits-sgd", "dense", 0, 500, 90.0),
+        _line("digits-sgd", "top-Q", 0, 500, 91.0, earlier=True),
+    ]
+    _write(results, lines)
+    assert convergence.done_keys(results) == {("digits-sgd", "dense", 0, 4, 500)}
+    write_report(results, tmp_path)
+    page = (tmp_path / "convergence.md").read_text()
+    assert "| top-Q \u2020 |" in page
+    assert "| dense |" in page
