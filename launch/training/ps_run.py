@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from topq_dist import Stats
-from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
 from topq_dist.ps.client.probe import NoAnswerError, ask_status
-from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.protocol.types import check_worker_name
 from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
 from training import checkpoint

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
+
 if TYPE_CHECKING:
     from topq_dist.ps.client.optimizer import ParameterServerOptimizer
 
-__all__ = ["ParameterServerOptimizer"]
+__all__ = ["ParameterServerOptimizer", "RefusedError", "ServerLostError"]
 
 
 def __getattr__(name: str) -> Any:

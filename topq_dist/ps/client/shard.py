@@ -16,6 +16,7 @@ from topq_dist.compress.coherence import NO_COHERENCE, measure_coherence, total
 from topq_dist.compress.compressor import Compressed, FlatCompressor
 from topq_dist.compress.layout import Layout, Pieces
 from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
+from topq_dist.dtypes import accumulate_dtype
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 from topq_dist.ps.protocol.errors import NonFiniteError
@@ -207,9 +208,10 @@ class Shard:
         for vector, frame in zip(
             self.spec.vectors if push.frames else (), push.frames, strict=True
         ):
-            dtype = torch.float64 if vector.dtype == torch.float64 else torch.float32
             residual = self.compressor.residuals.flat(
-                vector.layout, dtype=dtype, device=self._device(vector.layout)
+                vector.layout,
+                dtype=accumulate_dtype(vector.dtype),
+                device=self._device(vector.layout),
             )
             decode_frame(frame, numel=vector.numel).add_to(residual)
 

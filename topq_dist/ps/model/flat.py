@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.dtypes import bits_of, tensor_of
-from topq_dist.ps.model.spec import VALUE_FORMATS, ModelSpec
+from topq_dist.dtypes import FLOATS, bits_of, tensor_of
+from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import InvalidError
-
-# numpy has no bf16, and of fp16 only the bytes are needed
-_STORAGE = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
 class FlatModel:
@@ -78,12 +75,12 @@ class FlatModel:
 
 def zeros(numel: int, dtype: torch.dtype) -> Tensor:
     """Return `numel` zeros in memory that numpy allocates: it asks for huge pages, torch not."""
-    return torch.from_numpy(np.zeros(numel, dtype=_STORAGE[dtype.itemsize])).view(dtype)
+    return tensor_of(np.zeros(numel, FLOATS[dtype].key), dtype)
 
 
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a contiguous copy in memory like that of `zeros`: a third of the time of clone()."""
-    if tensor.dtype not in VALUE_FORMATS:
+    if tensor.dtype not in FLOATS:
         return tensor.clone()
     return zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 

@@ -13,20 +13,11 @@ from torch import Tensor
 from topq_dist.compress.codec.frame import max_frame_bytes
 from topq_dist.compress.codec.header import LARGEST_NUMEL
 from topq_dist.compress.layout import Layout
+from topq_dist.dtypes import FLOATS
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-VALUE_FORMATS = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
+# by their names on the wire and in snapshots
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 _MOST_DIMENSIONS = 64
 
 
@@ -69,7 +60,7 @@ class VectorSpec:
     @property
     def value_format(self) -> str:
         """The frame's value format that holds this dtype as it is."""
-        return VALUE_FORMATS[self.dtype]
+        return FLOATS[self.dtype].value_format
 
     @property
     def max_frame_bytes(self) -> int:
@@ -182,7 +173,7 @@ class ModelSpec:
 def _check_tensor(tensor: TensorSpec) -> None:
     if not isinstance(tensor.name, str) or not tensor.name:
         raise InvalidError(f"a tensor is named {tensor.name!r}: expected a text that is not empty")
-    if tensor.dtype not in VALUE_FORMATS:
+    if tensor.dtype not in FLOATS:
         known = ", ".join(DTYPES)
         raise InvalidError(
             f"tensor {tensor.name!r} has dtype {tensor.dtype}: expected one of {known}"

@@ -15,6 +15,7 @@ from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.compress.codec.values import check_value_format
 from topq_dist.compress.layout import Pieces
 from topq_dist.compress.sparsify.segments import CutSelector, count_between, uniform_cuts
+from topq_dist.dtypes import accumulate_dtype
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import Change, SparseDelta, added, changes_between, set_frames
@@ -172,7 +173,7 @@ class TopQDownlink:
         # kept negative, so that selecting from params - shadow is one fused pass; in fp32 for half
         # precision, as selection wants its residuals
         self._negative = [
-            zeros(vector.numel, _wide(vector.dtype)) for vector in params.spec.vectors
+            zeros(vector.numel, accumulate_dtype(vector.dtype)) for vector in params.spec.vectors
         ]
         self._catch_up(params)
 
@@ -240,10 +241,6 @@ class TopQDownlink:
     def _catch_up(self, params: FlatModel) -> None:
         for negative, flat in zip(self._negative, params.flats, strict=True):
             torch.neg(negative.copy_(flat), out=negative)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _full(params: FlatModel) -> Payloads:
