@@ -89,7 +89,8 @@ class TrainingConfig:
         workers' error feedback acts as one; "optimizer" leaves it in. None: as the run began, and
         "feedback" for a new one; runs of before this could be said began with "optimizer".
     adapt_rate: with momentum "feedback" and an inner optimizer of Adam's kind, multiply its rate on
-        sparse pushes by what their coherence with the workers' residuals says.
+        sparse pushes by what their coherence with the workers' residuals says. None: as the run
+        began, and True for a new one; runs of before this could be said began without.
     mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
     max_staleness: versions that a push may lag behind in async mode; older ones are refused.
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
@@ -127,11 +128,11 @@ class TrainingConfig:
             " feedback for a new one]"
         ),
     )
-    adapt_rate: bool = field(
-        default=True,
+    adapt_rate: bool | None = field(
+        default=None,
         metadata=_option(
             "With feedback and an optimizer of Adam's kind: raise its rate on sparse pushes where"
-            " gradients agree over steps."
+            " gradients agree over steps.  [default: as the run began, true for a new one]"
         ),
     )
     mode: Mode = field(
@@ -174,8 +175,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.momentum is not None:
             _check_one_of("momentum", self.momentum, Momentum, ", or None")
-        if not isinstance(self.adapt_rate, bool):
-            raise ConfigError("adapt_rate", self.adapt_rate, "expected True or False")
+        if self.adapt_rate is not None and not isinstance(self.adapt_rate, bool):
+            raise ConfigError("adapt_rate", self.adapt_rate, "expected True or False, or None")
         _check_one_of("mode", self.mode, Mode)
         _check_one_of("downlink", self.downlink, Downlink)
         _check_whole("max_staleness", self.max_staleness, 0)
@@ -189,11 +190,15 @@ class TrainingConfig:
 
     def begun(self, saved: Mapping[str, Any] | None = None) -> TrainingConfig:
         """Return this, what it leaves open filled in: from `saved`, the run's; None: it is new."""
-        if self.momentum is not None:
+        momentum: Momentum = self.momentum or (
+            "feedback" if saved is None else saved.get("momentum", "optimizer")
+        )
+        adapt_rate = self.adapt_rate
+        if adapt_rate is None and momentum == "feedback":  # elsewhere it has no effect
+            adapt_rate = saved is None or bool(saved.get("adapt_rate", False))
+        if (momentum, adapt_rate) == (self.momentum, self.adapt_rate):
             return self
-        if saved is None:
-            return replace(self, momentum="feedback")
-        return replace(self, momentum=saved.get("momentum", "optimizer"))
+        return replace(self, momentum=momentum, adapt_rate=adapt_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,10 +177,12 @@ def training_json(training: TrainingConfig) -> dict[str, Any]:
 
 def check_same_training(saved: Mapping[str, Any], training: TrainingConfig) -> None:
     """Raise StateError, naming the first difference, unless `saved` is training_json's of it."""
-    # before it could be said, momentum was the optimizer's
-    # and there was nothing to adapt
-    saved = {"momentum": "optimizer", "adapt_rate": training.adapt_rate, **saved}
-    difference = _first_difference("", training_json(training.begun(saved)), saved)
+    begun = training.begun(saved)
+    # before it could be said, momentum was the optimizer's, and no rate was adapted
+    saved = {"momentum": "optimizer", "adapt_rate": False, **saved}
+    if begun.momentum == "optimizer":  # the rate follows feedback alone
+        saved["adapt_rate"] = begun.adapt_rate
+    difference = _first_difference("", training_json(begun), saved)
     if difference is not None:
         raise StateError(
             f"{difference} in the snapshot: expected the same as when the run began, or another "

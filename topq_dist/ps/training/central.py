@@ -52,7 +52,7 @@ class CentralModel:
         self._momentum = MomentumOut(
             self._inner,
             enabled=config.begun().momentum == "feedback",
-            adapt_rate=config.adapt_rate,
+            adapt_rate=config.begun().adapt_rate is True,
         )
         self._downlink = make_downlink(config, values)
 

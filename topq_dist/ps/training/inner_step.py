@@ -182,7 +182,7 @@ def describe_momentum(config: TrainingConfig) -> tuple[str, bool]:
         if changed:
             changes.append(f"{pattern!r}: {changed}" if pattern else changed)
     what = "; ".join(changes) or "momentum from workers taken out"
-    if config.adapt_rate and divides_by_mean_square(examples[""]):
+    if config.begun().adapt_rate and divides_by_mean_square(examples[""]):
         what += ", at a rate that is raised where gradients agree over steps"
     share = f"less than {SPARSE_BELOW:.0%} of the elements"
     return f"feedback: while pushes hold {share}, {name} steps with {what}", False
