@@ -106,13 +106,15 @@ def convergence() -> str:
             one, two = (
                 statistics.fmean(of[seed]["test"] for seed in seeds) for of in (dense, ours)
             )
+            # runs of the version before, as in docs/convergence.md
+            mark = " \u2020" if any(ours[seed].get("earlier") for seed in seeds) else ""
             is_loss = "AdamW" in title and task != "cifar10-adamw"
             lines.append(
                 [
                     title,
                     f"{workers}, {steps:,}",
                     f"{one:.3f}" if is_loss else f"{one:.2f} %",
-                    f"{two:.3f}" if is_loss else f"{two:.2f} %",
+                    (f"{two:.3f}" if is_loss else f"{two:.2f} %") + mark,
                     f"{100 * (two / one - 1):+.1f} %" if is_loss else f"{two - one:+.2f} points",
                     f"**{statistics.fmean(ours[seed]['ratio'] for seed in seeds):.0f} x**",
                     str(len(seeds)),
