@@ -29,12 +29,12 @@ def test_tcp_and_interface_count_what_was_sent() -> None:
             received = receiver.recv(1_000_000)
             assert received
         receiver.setblocking(False)
-        sent = _settled_tcp_bytes(tcp_before + PAYLOAD_BYTES) - tcp_before
+        sent = _tcp_bytes_at_rest(tcp_before + PAYLOAD_BYTES) - tcp_before
         assert sent == PAYLOAD_BYTES
         assert interface_sent_bytes("lo") - interface_before >= PAYLOAD_BYTES
 
 
-def _settled_tcp_bytes(expected: int) -> int:
+def _tcp_bytes_at_rest(expected: int) -> int:
     """The acknowledgement of the last bytes may come a moment after they were read."""
     deadline = time.monotonic() + 5.0
     while tcp_sent_bytes() < expected and time.monotonic() < deadline:

@@ -52,7 +52,7 @@ def _curve(*accuracy: float, step_ms: float) -> Curve:
     ).at_pace(step_ms, 100.0)
 
 
-def test_a_stretch_is_as_long_as_its_slowest_rank_and_each_rank_tests_its_share() -> None:
+def test_an_interval_is_as_long_as_its_slowest_rank_and_each_rank_tests_its_share() -> None:
     curve = curve_of(
         [
             _outcome(1.0, 5.0, accuracy=(50.0, 60.0), sent_bytes=7),

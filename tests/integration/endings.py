@@ -22,7 +22,7 @@ class Ending:
     """The remains of a server that has ended: equal ones are the same run, bit for bit.
 
     applied: pushes applied of each worker. parameters_sha256: of the central parameters.
-    state_sha256: of these, the optimizer's state, what workers are owed, and the chain, in which
+    state_sha256: of these, the optimizer's state, what workers still lack, and the chain, in which
     are number and bytes of each push that was ever applied.
     """
 

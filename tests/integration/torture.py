@@ -70,7 +70,7 @@ class Report:
     """How a run ended, and what had happened.
 
     held: each worker's parameters. central: the server's. given: what each worker's gradients add
-    up to less what it still owed at the end; none for a worker in processes of its own. kills: by
+    up to less its residual at the end; none for a worker in processes of its own. kills: by
     what was killed. lost: versions that the server had answered and came back without, all kills
     together (in sync mode).
     """
@@ -158,9 +158,9 @@ def train(
             backward(model, [batch(worker, step)])
             total += flat(p.grad for p in model.parameters() if p.grad is not None)
             optimizer.step()
-        owed = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
+        residuals = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
     if given is not None:
-        given.append(total - flat(owed[name] for name, _ in model.named_parameters()))
+        given.append(total - flat(residuals[name] for name, _ in model.named_parameters()))
     return values(model)
 
 

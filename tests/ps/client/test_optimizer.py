@@ -163,12 +163,12 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_sent(tmp_path: Path) -> 
     model = make_model()
     with serving(tmp_path, SGD) as server, connect(model, server, q=0.5) as optimizer:
         backward(model, [batch(0, 0)])
-        owed = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
+        residuals = optimizer.state_dict()["topq"]["servers"][0]["residuals"]
         gradient_of(model, "2.weight")[1, 1] = torch.inf
         with pytest.raises(NonFiniteError, match=r"the gradient of '2\.weight'"):
             optimizer.step()
         assert server.coordinator.status().received_bytes == 0
-        assert optimizer.state_dict()["topq"]["servers"][0]["residuals"].keys() >= owed.keys()
+        assert optimizer.state_dict()["topq"]["servers"][0]["residuals"].keys() >= residuals.keys()
         optimizer.zero_grad()
         backward(model, [batch(0, 0)])
         optimizer.step()

@@ -91,7 +91,7 @@ def test_a_call_that_breaks_is_sent_again_and_counts_once(
         assert server.coordinator.status().point.version == 1
 
 
-def test_what_a_stale_push_held_is_owed_again(tmp_path: Path) -> None:
+def test_what_a_stale_push_held_is_in_the_residual_again(tmp_path: Path) -> None:
     training = {**PLAIN, "mode": "async", "max_staleness": 0}
     with (
         serving(tmp_path, training) as server,
@@ -106,8 +106,8 @@ def test_what_a_stale_push_held_is_owed_again(tmp_path: Path) -> None:
         assert second.pushes.next_sequence == 1
         assert held(second) == held(first) == [0, 0, -3, -4]
         of_second.restore_residual(refused)
-        owed = of_second.compressor.residuals.state_dict()["weight"].tolist()
-        assert owed == [10, 20, 30, 40]
+        residuals = of_second.compressor.residuals.state_dict()["weight"].tolist()
+        assert residuals == [10, 20, 30, 40]
         push(second, of_second, 0, 0, 0, 0)
         second.finish()
         assert held(second) == [-10, -20, -33, -44]
@@ -337,7 +337,7 @@ def test_a_worker_past_its_lease_comes_back_and_is_warned_once(
         assert "a push came too late" in caplog.text
 
 
-def test_a_late_worker_owes_what_the_run_went_on_without(
+def test_a_late_worker_keeps_in_its_residual_what_the_run_went_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ServerClient, "_keep_lease", lambda self: None)

@@ -100,8 +100,8 @@ def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered() -> Non
                 part.commit()
             frames.append([frame.tolist() for part in made for frame in part.frames])
         assert frames[0] == frames[1]
-    owed = [shard.compressor.residuals.state_dict() for shard in (read, gathered)]
-    assert all(torch.equal(owed[0][name], owed[1][name]) for name in read.parameters)
+    residuals = [shard.compressor.residuals.state_dict() for shard in (read, gathered)]
+    assert all(torch.equal(residuals[0][name], residuals[1][name]) for name in read.parameters)
     assert not read._gathered
     assert gathered._gathered
 
