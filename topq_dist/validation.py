@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 
@@ -34,16 +34,3 @@ def check_positive(name: str, value: float | None) -> float | None:
     if value is not None and check_number(name, value) <= 0.0:
         raise ValueError(f"{name}={value!r}: expected a number above zero, or None")
     return value
-
-
-def check_whole(name: str, value: Any, *, least: int) -> int:
-    """Return `value` as an int, or raise naming `name` unless it is a whole number from `least`.
-
-    Raises TypeError for what is no integer, ValueError for one that is too small.
-    """
-    # bool is an Integral
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r}: expected an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}={value!r}: expected at least {least}")
-    return int(value)
