@@ -20,7 +20,7 @@ import torch
 from harness.console import integer_from, option_parser, text_table, write_report
 
 from topq_dist.compress.codec.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
-from topq_dist.compress.codec.values import VALUE_FORMATS, payload_bytes
+from topq_dist.compress.codec.values import VALUE_FORMATS, payload_bytes, quantize
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -61,7 +61,7 @@ def measure(numel: int, density: float, value_format: str, seed: int) -> Row:
     k = max(1, round(density * numel))
     indices = np.sort(random.choice(numel, k, replace=False, shuffle=False))
     values = torch.from_numpy(random.standard_normal(k, dtype=np.float32))
-    frame = encode_frame(numel, torch.from_numpy(indices), values, value_format).frame
+    frame = encode_frame(numel, torch.from_numpy(indices), quantize(values, value_format))
     header = peek_header(frame)
     least = log2_choices(numel, k)
     low_bits = max(0, math.floor(math.log2(numel / k)))

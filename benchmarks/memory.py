@@ -112,26 +112,28 @@ def rank_main(rank: int, mode: Any, folder: str) -> None:
 def load_loops() -> None:
     """Take a small gradient through what the hook takes a bucket through, cold and warm."""
     # not above: a dense step would take the room of what they load
-    from topq_dist.compress.aggregate import decode_parts
-    from topq_dist.compress.compressor import FlatCompressor
+    from topq_dist.compress.aggregate import decode_partition
+    from topq_dist.compress.compressor import TopKCompressor
     from topq_dist.compress.layout import Layout
-    from topq_dist.compress.sparsify.segments import uniform_cuts
+    from topq_dist.compress.reduce import PartReducer
+    from topq_dist.compress.sparsify.segments import uniform_segments
 
-    compressor = FlatCompressor(value_format="fp16", error_feedback=True)
+    compressor = TopKCompressor(value_format="fp16", error_feedback=True)
+    reducer = PartReducer(compressor.residuals)
     numels = (10_000, 100)
     layout = Layout(names=("few", "fewer"), shapes=tuple((numel,) for numel in numels))
     for parts in (1, 2, 2):
         gradient = torch.randn(layout.numel)
-        cuts = uniform_cuts(numels, q=0.99, scope="parameter")
-        compressed = compressor.compress(gradient, layout, cuts, parts=parts)
+        segments = uniform_segments(numels, q=0.99, scope="parameter")
+        compressed = compressor.compress(gradient, layout, segments, parts=parts)
         reduced = [
-            compressor.reduce([frame] * RANKS, layout, part=part, parts=parts)
+            reducer.reduce([frame] * RANKS, layout, part=part, parts=parts)
             for part, frame in enumerate(compressed.frames)
         ]
-        received = decode_parts([part.frame for part in reduced], numel=layout.numel)
-        compressed.commit_and_write(received, divisor=1)
+        received = decode_partition([part.frame for part in reduced], numel=layout.numel)
+        compressor.update_and_write(compressed, received, divisor=1)
         for part_reduced in reduced:
-            part_reduced.commit()
+            compressor.residuals.apply(part_reduced.update)
 
 
 def own_peak() -> Peak:

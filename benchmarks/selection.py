@@ -25,8 +25,9 @@ from harness.console import integer_from, option_parser, say, text_table, write_
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import decode_frame, encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.compressor import Compressor
-from topq_dist.compress.residual import settle
+from topq_dist.compress.residual import update_residual
 from topq_dist.compress.sparsify.topk import Selector
 
 mpl.use("Agg")
@@ -94,15 +95,17 @@ class Methods:
         stage_s = [time.perf_counter()]
         picked = self._selector.select(gradient, self.k, residual=self._residual)
         stage_s.append(time.perf_counter())
-        frame, decoded = encode_frame(gradient.numel(), picked.indices, picked.values, "fp16")
+        quantized = quantize(picked.values, "fp16")
+        frame = encode_frame(gradient.numel(), picked.indices, quantized)
         stage_s.append(time.perf_counter())
-        settle(self._residual, gradient, picked.indices, picked.values - decoded)
+        rest = torch.from_numpy(quantized.error(picked.values))
+        update_residual(self._residual, gradient, picked.indices, rest)
         stage_s.append(time.perf_counter())
         received = decode_frame(frame, numel=gradient.numel())
         stage_s.append(time.perf_counter())
         received.add_to(self._out)
         stage_s.append(time.perf_counter())
-        names = ("select", "encode", "settle", "decode", "add to dense")
+        names = ("select", "encode", "update residual", "decode", "add to dense")
         for name, before_s, after_s in zip(names, stage_s, stage_s[1:], strict=False):
             measured(name, after_s - before_s)
 

@@ -34,7 +34,7 @@ from topq_dist.compress.codec.frame import (
 )
 from topq_dist.compress.codec.indices import IndexCoding, Indices
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
-from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS
+from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS, quantize
 
 # numel, k: every index coding, and the small and odd sizes where edges lie
 SHAPES = [(0, 0), (1, 0), (1, 1), (9, 9), (9, 4), (64, 3), (200, 90), (1000, 10), (5000, 300)]
@@ -63,13 +63,13 @@ def make_seeds() -> list[Seed]:
                 drawn.add(int(generator.integers(numel)))
             values = torch.from_numpy(generator.standard_normal(k).astype(np.float32))
             indices = torch.tensor(sorted(drawn)).long()
-            frame = encode_frame(numel, indices, values, value_format)
-            seeds.append(Seed(frame.frame, numel))
+            frame = encode_frame(numel, indices, quantize(values, value_format))
+            seeds.append(Seed(frame, numel))
             if value_format in LOW_BITS and k > 1:
                 first = 1 + k // 2
                 ks = [1] * k if k < 50 else [first, 0, 1, k - 1 - first]
-                frame = encode_frame(numel, indices, values, value_format, segment_ks=ks)
-                seeds.append(Seed(frame.frame, numel))
+                frame = encode_frame(numel, indices, quantize(values, value_format, segment_ks=ks))
+                seeds.append(Seed(frame, numel))
     return seeds
 
 

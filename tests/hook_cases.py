@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from topq_dist.sparsity import kept_count, row_shape
+from topq_dist.sparsity import k_from_q, row_shape
 
 Choose = Callable[[str, Tensor], tuple[int, int, int]]
 
@@ -38,7 +38,7 @@ def keep_top(matrix: Tensor, kept: int) -> Tensor:
 
 def whole(q: float) -> Choose:
     """Top-Q of a whole parameter, at least one element, as the unpaired hook keeps."""
-    return lambda _, p: (1, p.numel(), max(1, kept_count(q, p.numel())))
+    return lambda _, p: (1, p.numel(), max(1, k_from_q(q, p.numel())))
 
 
 def by_rows(q: float, param_ndim: int | None) -> Choose:
@@ -46,7 +46,7 @@ def by_rows(q: float, param_ndim: int | None) -> Choose:
 
     def choose(_: str, parameter: Tensor) -> tuple[int, int, int]:
         rows, row_numel = row_shape(parameter.shape, param_ndim)
-        return rows, row_numel, kept_count(q, row_numel)
+        return rows, row_numel, k_from_q(q, row_numel)
 
     return choose
 

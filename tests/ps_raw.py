@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import apply_update
@@ -115,7 +116,9 @@ class RawWorker:
         """Return the next push, of dense gradients, one for each vector, or of none."""
         frames = []
         for gradient in gradients:
-            frame, _ = encode_frame(gradient.numel(), torch.arange(gradient.numel()), gradient)
+            frame = encode_frame(
+                gradient.numel(), torch.arange(gradient.numel()), quantize(gradient)
+            )
             frames.append(frame.numpy().data)
         return Kept(
             sequence=self.sequence,

@@ -17,7 +17,7 @@ from topq_dist import sparsity, validation
     [(0.5, 5, 2), (0.5, 7, 4), (0.3, 5, 4), (0.95, 10, 1), (0.0, 9, 9), (1.0, 9, 0), (0.7, 0, 0)],
 )
 def test_k_is_rounded_half_to_even(q: float, numel: int, k: int) -> None:
-    assert sparsity.kept_count(q, numel) == k
+    assert sparsity.k_from_q(q, numel) == k
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ def check_param_ndim(value: Any) -> int | None:
     return int(value)
 
 
-def kept_count(q: float, numel: int) -> int:
-    """Return k, how many of `numel` elements top-Q keeps: round((1 - q) * numel), half to even."""
+def k_from_q(q: float, numel: int) -> int:
+    """Return k, how many of `numel` elements are top-Q: round((1 - q) * numel), half to even."""
     return round((1.0 - q) * numel)
 
 
 def at_least_one(q: float, numel: int) -> int:
     """Return top-Q's k, but 1 where it is 0 and neither q is 1 nor the vector empty."""
-    return max(kept_count(q, numel), int(q < 1.0 and numel > 0))
+    return max(k_from_q(q, numel), int(q < 1.0 and numel > 0))
 
 
 def draw_q(q: float, dq: float, generator: torch.Generator) -> float:

@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from topq_dist.compress.aggregate import average
 from topq_dist.compress.coherence import total
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_Q, DEFAULT_VALUE_FORMAT
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import uniform_cuts
+from topq_dist.compress.sparsify.segments import uniform_segments
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.momentum_choice import make_momentum
 
@@ -138,10 +138,10 @@ class Ranks:
         self._powersgd = None
         if method.kind == "powersgd":
             self._powersgd = PowerSgd(self._layout, method.rank, workers)
-        self._compressors: list[FlatCompressor] = []
+        self._compressors: list[TopKCompressor] = []
         if method.kind == "topq":
             self._compressors = [
-                FlatCompressor(
+                TopKCompressor(
                     value_format=method.value_format, error_feedback=True, bound=method.bound
                 )
                 for _ in range(workers)
@@ -180,7 +180,7 @@ class Ranks:
         return statistics.fmean(losses)
 
     def _show(self, flat: Tensor) -> None:
-        for parameter, where in zip(self._parameters, self._layout.stretches(), strict=True):
+        for parameter, where in zip(self._parameters, self._layout.slices(), strict=True):
             parameter.grad = flat[where].view(parameter.shape)
 
     def _exchange(self, step: int) -> None:
@@ -201,24 +201,26 @@ class Ranks:
     def _exchange_frames(self, step: int) -> None:
         q = self._method.q_at(step, self._steps)
         numels = [parameter.numel() for parameter in self._parameters]
-        cuts = uniform_cuts(numels, q=q, scope="parameter")
-        sent = sum(cut.kept for cut in cuts) / self._layout.numel
+        segments = uniform_segments(numels, q=q, scope="parameter")
+        sent = sum(segment.k for segment in segments) / self._layout.numel
         compressed = []
         for flat, compressor, momentum in zip(
             self._flats, self._compressors, self._momenta, strict=True
         ):
             momentum.begin_step(sparse=True, sent_fraction=sent)
             done = momentum.compress(
-                compressor, flat, self._layout, self._parameters, cuts, parts=1
+                compressor, flat, self._layout, self._parameters, segments, parts=1
             )
             compressed.append(done)
             self.sent_bytes += done.frames[0].numel()
         self.sent_bytes -= sum(c.frames[0].numel() for c in compressed[1:])
         average([done.frames[0] for done in compressed], out=self._average)
-        # of which the first alone acts on the optimizer
-        self._momenta[0].end_step(total(done.coherence for done in compressed))
-        for done in compressed:
-            done.commit()
+        coherence = total(done.coherence for done in compressed)
+        for momentum in self._momenta:
+            # of which the first alone acts on the optimizer
+            momentum.end_step(coherence)
+        for compressor, done in zip(self._compressors, compressed, strict=True):
+            compressor.residuals.apply(done.update)
 
 
 class PowerSgd:
@@ -241,7 +243,7 @@ class PowerSgd:
         for flat, error in zip(flats, self._errors, strict=True):
             flat.add_(error)
         for name, shape, where in zip(
-            self._layout.names, self._layout.shapes, self._layout.stretches(), strict=True
+            self._layout.names, self._layout.shapes, self._layout.slices(), strict=True
         ):
             mean = torch.stack([flat[where] for flat in flats]).mean(0)
             if name in self._right:
@@ -256,7 +258,7 @@ class PowerSgd:
             out[where] = mean
         for flat, error in zip(flats, self._errors, strict=True):
             torch.sub(flat, out, out=error)
-            for name, where in zip(self._layout.names, self._layout.stretches(), strict=True):
+            for name, where in zip(self._layout.names, self._layout.slices(), strict=True):
                 if name not in self._right:
                     error[where] = 0.0
         return sent

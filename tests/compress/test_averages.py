@@ -9,9 +9,11 @@ from torch import Tensor
 
 from topq_dist.compress.aggregate import average, sparse_mean
 from topq_dist.compress.codec.frame import Frame, FrameError, decode_frame, encode_frame
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.partition import Parts
+from topq_dist.compress.partition import BlockCyclicPartition
+from topq_dist.compress.reduce import PartReducer
+from topq_dist.compress.residual import Residuals
 
 NUMEL = 40
 # some add up to zero, and some not to the same in another order
@@ -22,7 +24,7 @@ SPARSE = st.dictionaries(st.integers(0, NUMEL - 1), VALUES)
 def frame_of(elements: dict[int, float], numel: int = NUMEL, value_format: str = "fp32") -> Tensor:
     indices = torch.tensor(sorted(elements), dtype=torch.int64)
     values = torch.tensor([elements[int(index)] for index in indices], dtype=torch.float64)
-    return encode_frame(numel, indices, values, value_format).frame
+    return encode_frame(numel, indices, quantize(values, value_format))
 
 
 def mean_of(frames: list[Tensor], numel: int = NUMEL) -> Frame:
@@ -56,7 +58,7 @@ def test_vectors_longer_than_what_is_added_up_at_once_have_a_mean() -> None:
     frames = []
     for vector in vectors:
         indices = torch.randperm(numel, generator=generator)[:2_000].sort().values
-        frames.append(encode_frame(numel, indices, vector[indices]).frame)
+        frames.append(encode_frame(numel, indices, quantize(vector[indices])))
     dense = average(frames, out=torch.empty(numel))
     mean = mean_of(frames, numel)
     assert torch.equal(mean.indices, dense.nonzero().flatten())
@@ -72,7 +74,7 @@ def test_long_vectors_sparse_or_dense_have_a_mean(terms: int, value_format: str)
     for _ in range(3):
         indices = torch.randperm(numel, generator=generator)[:terms].sort().values
         values = torch.randn(terms, generator=generator)
-        frames.append(encode_frame(numel, indices, values, value_format).frame)
+        frames.append(encode_frame(numel, indices, quantize(values, value_format)))
     dense = average(frames, out=torch.empty(numel))
     mean = mean_of(frames, numel)
     assert torch.equal(mean.indices, dense.nonzero().flatten())
@@ -87,20 +89,18 @@ def test_an_index_out_of_place_is_an_error() -> None:
 
 def test_a_frame_of_another_vector_is_not_reduced_with_ours() -> None:
     layout = Layout(names=("a",), shapes=((NUMEL,),))
-    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
     with pytest.raises(FrameError, match="40"):
-        compressor.reduce(
+        PartReducer(Residuals()).reduce(
             [frame_of({3: 1.0}), frame_of({3: 1.0}, numel=41)], layout, part=0, parts=1
         )
 
 
 def test_a_damaged_frame_is_not_believed_to_be_non_finite() -> None:
     layout = Layout(names=("a",), shapes=((NUMEL,),))
-    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
     damaged = frame_of({})
     damaged[5] = 1
     with pytest.raises(FrameError):
-        compressor.reduce([frame_of({3: 1.0}), damaged], layout, part=0, parts=1)
+        PartReducer(Residuals()).reduce([frame_of({3: 1.0}), damaged], layout, part=0, parts=1)
 
 
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -119,28 +119,29 @@ LARGEST = float(torch.finfo(torch.float32).max)
         ([LARGEST, *[0.0] * 24], True, False),
     ],
 )
-def test_a_mean_past_what_can_be_owed_is_not_finite(
+def test_a_mean_past_what_a_residual_can_hold_is_not_finite(
     values: list[float], error_feedback: bool, finite: bool
 ) -> None:
     layout = Layout(names=("a",), shapes=((NUMEL,),))
-    # "fp64" sums hold more than the fp32 of what is owed
+    # "fp64" sums hold more than an fp32 residual
     value_format = "fp64" if error_feedback else "fp32"
-    compressor = FlatCompressor(value_format=value_format, error_feedback=error_feedback)
-    owed = compressor.residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
-    # one is sent, and the other owed
+    residuals = Residuals()
+    residual = residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
+    # one is sent, and the other left
     elements = [{1: values[0], 2: values[0] / 2}, *({1: value} for value in values[1:])]
     frames = [frame_of(drawn, value_format=value_format) for drawn in elements]
-    reduced = compressor.reduce(frames, layout, part=0, parts=1)
+    reducer = PartReducer(residuals if error_feedback else None)
+    reduced = reducer.reduce(frames, layout, part=0, parts=1)
     sent = decode_frame(reduced.frame, numel=NUMEL)
-    reduced.commit()
+    residuals.apply(reduced.update)
     assert sent.finite == finite
-    assert owed.isfinite().all()
+    assert residual.isfinite().all()
     if finite:
-        owed.div_(len(values))
-        sent.add_to(owed)
-        torch.testing.assert_close(owed, average(frames, out=torch.empty(NUMEL)))
+        residual.div_(len(values))
+        sent.add_to(residual)
+        torch.testing.assert_close(residual, average(frames, out=torch.empty(NUMEL)))
     else:
-        assert not owed.any()
+        assert not residual.any()
 
 
 @given(
@@ -148,24 +149,24 @@ def test_a_mean_past_what_can_be_owed_is_not_finite(
     part=st.integers(0, 1),
     value_format=st.sampled_from(["fp32", "fp16", "int2", "fp64"]),
 )
-def test_a_reduced_frame_and_what_its_rank_owes_are_the_mean(
+def test_a_reduced_frame_and_the_residual_of_its_rank_are_the_mean(
     drawn: list[dict[int, float]], part: int, value_format: str
 ) -> None:
     layout = Layout(names=("a", "b"), shapes=((500,), (600, 1)))
-    dealt = Parts(numel=layout.numel, count=2)
-    numel = dealt.numel_of(part)
+    partition = BlockCyclicPartition(numel=layout.numel, count=2)
+    numel = partition.numel_of(part)
     frames = [frame_of(elements, numel=numel, value_format=value_format) for elements in drawn]
     mean = average(frames, out=torch.empty(numel, dtype=torch.float64))
-    compressor = FlatCompressor(value_format=value_format, error_feedback=True)
-    owed = compressor.residuals.flat(layout, dtype=torch.float64, device=torch.device("cpu"))
-    reduced = compressor.reduce(frames, layout, part=part, parts=2)
-    assert not owed.any()
+    residuals = Residuals()
+    residual = residuals.flat(layout, dtype=torch.float64, device=torch.device("cpu"))
+    reduced = PartReducer(residuals).reduce(frames, layout, part=part, parts=2)
+    assert not residual.any()
     sent = decode_frame(reduced.frame, numel=numel)
     most = int(np.ceil(np.mean([len(elements) for elements in drawn])))
     assert sent.indices.numel() == min(most, int(mean.float().count_nonzero()))
-    reduced.commit()
-    left = owed[dealt.gather(part, torch.arange(numel))] / len(frames)
-    assert owed.count_nonzero() == left.count_nonzero()
+    residuals.apply(reduced.update)
+    left = residual[partition.to_global(part, torch.arange(numel))] / len(frames)
+    assert residual.count_nonzero() == left.count_nonzero()
     sent.add_to(left)
     torch.testing.assert_close(left, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max()))
     # what was not sent at all is nowhere larger than what was
@@ -176,11 +177,10 @@ def test_a_reduced_frame_and_what_its_rank_owes_are_the_mean(
 
 def test_without_error_feedback_a_reduced_frame_is_the_mean() -> None:
     layout = Layout(names=("a",), shapes=((NUMEL,),))
-    compressor = FlatCompressor(value_format="fp32", error_feedback=False)
     frames = [frame_of({1: 3.0, 2: 1.0, 30: 5.0}), frame_of({2: -1.0, 7: 4.0})]
-    reduced = compressor.reduce(frames, layout, part=0, parts=1)
+    reduced = PartReducer(None).reduce(frames, layout, part=0, parts=1)
     sent = decode_frame(reduced.frame, numel=NUMEL)
     # an element that adds up to zero is not worth its place
     assert sent.indices.tolist() == [1, 7, 30]
     assert sent.values.tolist() == [1.5, 2.0, 2.5]
-    assert not compressor.residuals.state_dict()
+    assert reduced.update is None

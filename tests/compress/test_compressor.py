@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topq_dist import Compressor, FrameError
-from topq_dist.compress.aggregate import average, decode_parts
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.aggregate import average, decode_partition
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 
 FORMATS = ["fp32", "fp16", "bf16", "int8", "int4", "int2"]
 
@@ -38,18 +38,18 @@ def test_sent_and_residual_make_up_gradient_and_previous_residual(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     compressor = Compressor(q=q, value_format=value_format)
-    owed = torch.zeros(shape)
+    before = torch.zeros(shape)
     for _ in range(4):
         gradient = torch.randn(shape, generator=generator) * scale
         frame = compressor.compress("w", gradient)
         sent = dense(compressor, frame, gradient)
         residual = compressor.state_dict()["w"]
-        compensated = gradient + owed
+        compensated = gradient + before
         # the residual is the fp32 difference where something was sent, and the sum elsewhere
         assert torch.equal(residual, torch.where(sent != 0, compensated - sent, compensated))
         if value_format == "fp32":
             assert torch.equal(sent + residual, compensated)
-        owed = residual
+        before = residual
 
 
 def test_exactly_the_top_q_part_is_sent() -> None:
@@ -86,19 +86,19 @@ def test_a_gradient_that_overflowed_arrives_as_nan_and_leaves_the_residual(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_one_overflowing_stretch_keeps_every_residual_of_the_vector() -> None:
+def test_one_overflowing_segment_keeps_every_residual_of_the_vector() -> None:
     layout = Layout(names=("a", "b"), shapes=((2,), (2, 2)))
-    cuts = [
-        Cut(start=0, rows=1, row_numel=2, kept=1),
-        Cut(start=2, rows=2, row_numel=2, kept=1),
+    segments = [
+        Segment(start=0, rows=1, row_numel=2, k=1),
+        Segment(start=2, rows=2, row_numel=2, k=1),
     ]
-    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
-    compressed = compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), layout, cuts)
-    compressed.commit()
+    compressor = TopKCompressor(value_format="fp32", error_feedback=True)
+    compressed = compressor.compress(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), layout, segments)
+    compressor.residuals.apply(compressed.update)
     assert average(compressed.frames, out=torch.empty(6)).tolist() == [0, 2, 4, 0, 0, 6]
     overflowed = torch.tensor([1.0, 2.0, 4.0, 3.0, math.inf, 6.0])
-    compressed = compressor.compress(overflowed, layout, cuts)
-    compressed.commit()
+    compressed = compressor.compress(overflowed, layout, segments)
+    compressor.residuals.apply(compressed.update)
     assert not average(compressed.frames, out=torch.empty(6)).isfinite().any()
     state = compressor.residuals.state_dict()
     assert state["a"].tolist() == [1, 0]
@@ -120,12 +120,12 @@ def test_other_dtypes_feed_back_in_at_least_single_precision(dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_format_takes_every_dtype_in_parts(value_format: str, dtype: torch.dtype) -> None:
     gradient = torch.randn(3_000, generator=torch.Generator().manual_seed(4)).to(dtype)
-    compressor = FlatCompressor(value_format=value_format, error_feedback=True)
+    compressor = TopKCompressor(value_format=value_format, error_feedback=True)
     layout = Layout(names=("w",), shapes=((3_000,),))
-    cut = Cut(start=0, rows=1, row_numel=3_000, kept=300)
-    compressed = compressor.compress(gradient, layout, [cut], parts=3)
-    received = decode_parts(compressed.frames, numel=3_000)
-    compressed.commit()
+    segment = Segment(start=0, rows=1, row_numel=3_000, k=300)
+    compressed = compressor.compress(gradient, layout, [segment], parts=3)
+    received = decode_partition(compressed.frames, numel=3_000)
+    compressor.residuals.apply(compressed.update)
     total = compressor.residuals.home(layout).clone()
     for frame in received:
         frame.add_to(total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from topq_dist.compress.layout import ByLayout, Layout
+from topq_dist.compress.layout import Layout, LayoutCache
 
 
 def layout(*names: str) -> Layout:
@@ -10,7 +10,7 @@ def layout(*names: str) -> Layout:
 
 
 def test_a_new_layout_drops_those_that_share_a_name_and_no_other() -> None:
-    kept: ByLayout[list[int]] = ByLayout(list)
+    kept: LayoutCache[list[int]] = LayoutCache(list)
     kept.of(layout("a", "b")).append(1)
     kept.of(layout("c")).append(2)
     assert kept.of(layout("a", "b")) == [1]

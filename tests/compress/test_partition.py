@@ -6,17 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topq_dist.compress.partition import Parts
+from topq_dist.compress.partition import BlockCyclicPartition
 
 
 @given(numel=st.integers(0, 20_000), count=st.integers(1, 40))
-def test_parts_deal_out_every_element_once_and_gather_it_back(numel: int, count: int) -> None:
-    parts = Parts(numel=numel, count=count)
+def test_every_element_is_split_off_once_and_comes_back(numel: int, count: int) -> None:
+    parts = BlockCyclicPartition(numel=numel, count=count)
     indices = torch.arange(numel)
     seen = torch.zeros(numel, dtype=torch.int64)
-    for part, (mine, places) in enumerate(parts.deal(indices)):
+    for part, (mine, places) in enumerate(parts.split(indices)):
         assert torch.equal(places, torch.arange(parts.numel_of(part)))
-        assert torch.equal(parts.gather(part, places), indices[mine])
+        assert torch.equal(parts.to_global(part, places), indices[mine])
         seen[mine] += 1
     assert bool((seen == 1).all())
 
@@ -27,25 +27,25 @@ def test_parts_deal_out_every_element_once_and_gather_it_back(numel: int, count:
     one_in=st.integers(1, 5_000),
     seed=st.integers(0, 99),
 )
-def test_parts_deal_out_sparse_indices_and_gather_them_back(
+def test_sparse_indices_are_split_and_come_back(
     numel: int, count: int, one_in: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(numel, generator=generator)[: numel // one_in + 1]
     indices = chosen.sort().values
-    parts = Parts(numel=numel, count=count)
+    parts = BlockCyclicPartition(numel=numel, count=count)
     seen = torch.zeros(indices.numel(), dtype=torch.int64)
-    for part, (mine, places) in enumerate(parts.deal(indices)):
+    for part, (mine, places) in enumerate(parts.split(indices)):
         assert bool((places.diff() > 0).all())
         assert not places.numel() or 0 <= places[0] <= places[-1] < parts.numel_of(part)
-        assert torch.equal(parts.gather(part, places), indices[mine])
+        assert torch.equal(parts.to_global(part, places), indices[mine])
         seen[mine] += 1
     assert bool((seen == 1).all())
 
 
 @given(row_numel=st.sampled_from([64, 512, 1000, 1024]), hot=st.integers(0, 63))
-def test_a_hot_column_is_shared_out(row_numel: int, hot: int) -> None:
-    parts = Parts(numel=4000 * row_numel, count=8)
+def test_a_hot_column_is_split_evenly(row_numel: int, hot: int) -> None:
+    parts = BlockCyclicPartition(numel=4000 * row_numel, count=8)
     column = torch.arange(hot, parts.numel, row_numel)
-    counts = [places.numel() for _, places in parts.deal(column)]
+    counts = [places.numel() for _, places in parts.split(column)]
     assert max(counts) < 1.2 * column.numel() / 8

@@ -179,7 +179,7 @@ def split_bytes(rank: int) -> float:
 
 
 def test_split_sends_less_than_two_frames(tmp_path: Path) -> None:
-    # 2 (W - 1) / W frames, and less where an owner's own part holds much of what it owes
+    # 2 (W - 1) / W frames, and less where an owner's own part holds much of its residual
     assert all(frames < 1.7 for frames in run_ranks(4, split_bytes, tmp_path))
 
 

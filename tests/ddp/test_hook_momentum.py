@@ -611,7 +611,7 @@ def saved_by_four(rank: int) -> list[dict[str, Any]]:
     return saved
 
 
-def taken_up(rank: int, states: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def load_and_return(rank: int, states: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     taken = []
     for number, method in enumerate(METHODS[:3]):
         model, optimizer, state = hooked(adamw if method == "adam" else sgd, momentum=method)
@@ -624,7 +624,7 @@ def taken_up(rank: int, states: list[list[dict[str, Any]]]) -> list[dict[str, An
 def test_another_world_size_keeps_sums_and_averages_moments(tmp_path: Path) -> None:
     states = run_ranks(4, saved_by_four, tmp_path)
     for world_size in (1, 3, 5):
-        taken = run_ranks(world_size, taken_up, tmp_path, states)
+        taken = run_ranks(world_size, load_and_return, tmp_path, states)
         for number in range(3):
             for key in ("residuals", "velocity"):
                 before, after = (

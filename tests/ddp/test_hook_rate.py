@@ -56,7 +56,7 @@ def same_everywhere(rank: int) -> list[float]:
         dist.broadcast(first, 0)
         assert torch.equal(mine, first)
     factors = factors_of["allgather"]
-    # the first step owes nothing yet
+    # the first step has no residual yet
     assert factors[0] == 1.0
     assert factors[-1] > 1.5
     assert max(factors) <= (1 / 0.05) ** 0.5 + 1e-9

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
 from topq_dist.ddp.validation import trainable_names
-from topq_dist.sparsity import at_least_one, kept_count, row_shape
+from topq_dist.sparsity import at_least_one, k_from_q, row_shape
 
 pytestmark = pytest.mark.gloo
 Q = 0.9
@@ -215,7 +215,7 @@ def several_groups(rank: int) -> None:
 
     def choose(parameter: Tensor) -> tuple[int, int, int]:
         rows, numel = row_shape(parameter.shape, settings[parameter]["param_ndim"])
-        return rows, numel, kept_count(settings[parameter]["q"], numel)
+        return rows, numel, k_from_q(settings[parameter]["q"], numel)
 
     plain.register_comm_hook(PlainState(choose), plain_hook)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.2)
@@ -307,7 +307,7 @@ def bucket_scope(rank: int) -> None:
             backward(model, step, rank)
         flat = torch.cat([p.grad.view(-1) for p in alone.parameters() if p.grad is not None])
         compensated = flat if residual is None else flat + residual
-        sent = keep_top(compensated.view(1, -1), kept_count(Q, flat.numel())).view(-1)
+        sent = keep_top(compensated.view(1, -1), k_from_q(Q, flat.numel())).view(-1)
         residual = compensated - sent
         dist.all_reduce(sent)
         average = torch.cat(

@@ -24,8 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "corrected": {"momentum": "corrected"},
     "int8": {"value_format": "int8", "q": 0.9},
     "bucket": {"bucket_cap_mb": 0.004},
-    # what three sparse steps have left is paid out with the next steps, of which some are behind
-    "paying": {"dense_from": 3},
+    # what three sparse steps have left is flushed with the next steps, of which some are behind
+    "flushing": {"dense_from": 3},
 }
 
 

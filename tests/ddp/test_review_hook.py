@@ -45,7 +45,7 @@ def train(model: DistributedDataParallel, optimizer: SGD, steps: int) -> None:
         optimizer.step()
 
 
-def owed(state: TopQState) -> float:
+def residual_of(state: TopQState) -> float:
     return sum(float(one.abs().sum()) for one in state.state_dict()["residuals"].values())
 
 
@@ -96,9 +96,9 @@ def test_what_sparse_steps_leave_after_dense_ones_is_paid_in_shares() -> None:
     saved = state.state_dict()
     model, optimizer, state = hooked(exchange="dense")
     state.load_state_dict(saved)
-    before = owed(state)
+    before = residual_of(state)
     train(model, optimizer, 1)
-    assert 0 < owed(state) == pytest.approx(before * 31 / 32, rel=1e-5)
+    assert 0 < residual_of(state) == pytest.approx(before * 31 / 32, rel=1e-5)
 
 
 def test_what_is_dealt_out_anew_is_paid_in_shares() -> None:
@@ -108,9 +108,9 @@ def test_what_is_dealt_out_anew_is_paid_in_shares() -> None:
     model, optimizer, state = hooked(exchange="dense")
     train(model, optimizer, 40)
     state.load_state_dict([saved])
-    before = owed(state)
+    before = residual_of(state)
     train(model, optimizer, 1)
-    assert 0 < owed(state) == pytest.approx(before * 31 / 32, rel=1e-5)
+    assert 0 < residual_of(state) == pytest.approx(before * 31 / 32, rel=1e-5)
 
 
 def test_a_trial_of_dense_pays_nothing_whatever_was_sent_before() -> None:
@@ -120,7 +120,7 @@ def test_a_trial_of_dense_pays_nothing_whatever_was_sent_before() -> None:
     model, optimizer, state = hooked(exchange="auto")
     state.load_state_dict(saved)
     train(model, optimizer, 24)
-    before = owed(state)
+    before = residual_of(state)
     train(model, optimizer, 4)
     assert state.state_dict()["dense_steps"] == 4
-    assert owed(state) == before > 0
+    assert residual_of(state) == before > 0

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from topq_dist.exchange.auto import Auto
-from topq_dist.exchange.base import Exchange, Job, Link, Pending
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.telemetry import Meter
 
 
@@ -20,7 +21,7 @@ class Costing(Exchange):
         self.step_s, self.wire_bytes = step_s, wire_bytes
         self.steps = 0
 
-    def launch(self, job: Job) -> Pending:
+    def launch(self, *_: Any, **__: Any) -> ExchangeWork:
         raise NotImplementedError
 
 
@@ -38,7 +39,7 @@ def decided(
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     meter = Meter()
-    deciding = Auto(Link(group=group, device=torch.device("cpu"), meter=meter), exchanges)
+    deciding = Auto(CommContext(group=group, device=torch.device("cpu"), meter=meter), exchanges)
     for _ in range(200):
         deciding.begin_step()
         if deciding.chosen is not None:
@@ -94,5 +95,5 @@ def test_a_hopeless_trial_ends_early(
 
 
 def test_a_single_candidate_needs_no_trial(alone: dist.ProcessGroup) -> None:
-    link = Link(group=alone, device=torch.device("cpu"), meter=Meter())
+    link = CommContext(group=alone, device=torch.device("cpu"), meter=Meter())
     assert Auto(link, {"allgather": Costing(1.0, 1)}).chosen == "allgather"

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from topq_dist.exchange.agreement import ExchangeError, SettingsDifferError
-from topq_dist.exchange.collectives import FrameSwap, Lanes
+from topq_dist.exchange.collectives import AllToAllLanes, CommContext, FrameAllToAll
 from topq_dist.telemetry import Meter
 
 pytestmark = pytest.mark.gloo
@@ -32,16 +32,14 @@ def frame_of(step: int, sender: int, receiver: int) -> Tensor:
 def swapping(rank: int) -> dict[str, object]:
     group = dist.group.WORLD
     assert group is not None
-    lanes, meter = Lanes.among(RANKS), Meter()
+    lanes, meter = AllToAllLanes.among(RANKS), Meter()
 
     def swap(frames: list[Tensor] | None, settings_digest: int = 7) -> list[Tensor]:
-        swapped = FrameSwap(
+        swapped = FrameAllToAll(
             frames,
+            lanes,
+            CommContext(group=group, device=torch.device("cpu"), meter=meter),
             settings_digest=settings_digest,
-            lanes=lanes,
-            group=group,
-            device=torch.device("cpu"),
-            meter=meter,
         )
         return swapped.frames()
 

@@ -60,7 +60,7 @@ class AdamDirections:
         moments = self._first.flat(layout, **kind), self._second.flat(layout, **kind)
         first, second = (moment.clone() for moment in moments)
         steps: dict[str, int] = {}
-        for name, where, option in zip(layout.names, layout.stretches(), options, strict=True):
+        for name, where, option in zip(layout.names, layout.slices(), options, strict=True):
             gradient = flat[where].to(first.dtype)
             if option is None or (skip_unused and not bool(gradient.any())):
                 continue

@@ -13,7 +13,7 @@ from topq_dist.compress.codec.frame import Buffer, Frame, decode_frame
 from topq_dist.compress.kernels.accumulate import sum_terms
 from topq_dist.compress.kernels.jit import LANES
 from topq_dist.compress.kernels.scratch import scratch
-from topq_dist.compress.partition import Parts
+from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Terms
 from topq_dist.dtypes import FLOATS, accumulate_dtype
 
@@ -76,15 +76,17 @@ def sparse_mean(frames: Sequence[Frame]) -> Frame:
     )
 
 
-def decode_parts(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
-    """Read the frames of all Parts of a vector of `numel` elements, as frames of the vector.
+def decode_partition(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
+    """Read the frames of all parts of a vector of `numel` elements, as frames of the vector.
 
-    Raises FrameError.
+    See BlockCyclicPartition. Raises FrameError.
     """
-    dealt = Parts(numel=numel, count=len(frames))
-    decoded = [decode_frame(frame, numel=dealt.numel_of(part)) for part, frame in enumerate(frames)]
+    partition = BlockCyclicPartition(numel=numel, count=len(frames))
+    decoded = [
+        decode_frame(frame, numel=partition.numel_of(part)) for part, frame in enumerate(frames)
+    ]
     return [
-        replace(frame, numel=numel, indices=dealt.gather(part, frame.indices))
+        replace(frame, numel=numel, indices=partition.to_global(part, frame.indices))
         for part, frame in enumerate(decoded)
     ]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topq_dist.compress.layout import Layout, Pieces
+from topq_dist.compress.layout import ChunkedVector, Layout
 
 # of a longer tensor one block in so many says as much
 _WHOLE_NUMEL = 1 << 14
@@ -56,14 +56,16 @@ def total(coherences: Iterable[Coherence]) -> Coherence:
     return Coherence(aligned, energy)
 
 
-def measure_coherence(gradient: Tensor | Pieces, residual: Tensor, layout: Layout) -> Coherence:
+def measure_coherence(
+    gradient: Tensor | ChunkedVector, residual: Tensor, layout: Layout
+) -> Coherence:
     """Return the sums of a flat gradient and its residual, of a sample of each long tensor.
 
     Both are 1-D of layout.numel elements and on one device, of any float dtype. What is sampled of
     a tensor, and in fp64 nearly to the bit what it comes to, does not depend on its bucket.
     """
     of_gradient, of_residual = (
-        torch.cat([_sampled(flat[where]) for where in layout.stretches()]).double()
+        torch.cat([_sampled(flat[where]) for where in layout.slices()]).double()
         for flat in (gradient, residual)
     )
     sums = torch.stack([torch.dot(of_residual, of_gradient), torch.dot(of_gradient, of_gradient)])

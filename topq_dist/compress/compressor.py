@@ -1,92 +1,57 @@
-"""Gradient to frame and back: compensate, select, quantize, frame, in a row."""
+"""Gradient to frame and back, stage by stage: compensate, select, quantize, encode."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.aggregate import average, sparse_mean, terms_of, write_sum
-from topq_dist.compress.codec.frame import (
-    Buffer,
-    EncodedFrame,
-    Frame,
-    decode_frame,
-    encode_frame,
-    encode_non_finite_frame,
-    peek_header,
-)
-from topq_dist.compress.codec.values import check_value_format
+from topq_dist.compress.aggregate import average, terms_of, write_sum
+from topq_dist.compress.codec.frame import Buffer, Frame, encode_frame, encode_non_finite_frame
+from topq_dist.compress.codec.values import check_value_format, quantize
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.layout import ByLayout, Layout, Pieces
-from topq_dist.compress.partition import Parts
-from topq_dist.compress.residual import Residuals, Terms, add_terms, settle
+from topq_dist.compress.layout import ChunkedVector, Layout, LayoutCache
+from topq_dist.compress.partition import BlockCyclicPartition
+from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
-from topq_dist.compress.sparsify.segments import Cut, CutSelector, count_between
+from topq_dist.compress.sparsify.segments import Segment, SegmentSelector, count_between
 from topq_dist.compress.sparsify.topk import Selector
-from topq_dist.dtypes import FLOATS, accumulate_dtype
+from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """The frames of a vector; one of the other methods, called once, keeps what they leave out.
+    """The frames of a vector, and what they leave of it.
 
+    frames: 1-D uint8 on the CPU, one for each part.
+    update: what makes the residual hold what they leave out, once the step is sure to count; None
+        where nothing is kept.
     own: what decoding the only frame returns, where there is one and it holds values.
-    vector: what was compressed, where it is finite and lies in one piece.
+    vector: what was compressed, where it is finite and one chunk.
     coherence: of the vector with its residual, where it has been measured.
-    settle_with: does the keeping; with terms the vector becomes their sum.
     """
 
     frames: list[Tensor]
+    update: ResidualUpdate | None = None
     own: Frame | None = None
     vector: Tensor | None = None
     coherence: Coherence = NO_COHERENCE
-    settle_with: Callable[[Terms | None], None] = lambda _: None
-
-    def commit(self) -> None:
-        """Keep what the frames leave out."""
-        self.settle_with(None)
-
-    def commit_and_write(self, frames: Sequence[Frame], *, divisor: int) -> None:
-        """Do what commit does; afterwards the vector is what write_sum makes of these frames.
-
-        They are finite, and used up. Raises ValueError where there is no vector in one piece.
-        """
-        if self.vector is None:
-            raise ValueError("no finite vector in one piece to write into")
-        dtypes = {frame.values.dtype for frame in frames}
-        if self.vector.device.type == "cpu" and dtypes == {self.vector.dtype}:
-            # in one pass
-            self.settle_with(terms_of(frames, divisor=divisor))
-        else:
-            self.commit()
-            write_sum(frames, divisor=divisor, out=self.vector)
 
 
-class Reduced(NamedTuple):
-    """The frame of a part's mean; `commit`, called at most once, keeps what it leaves out."""
-
-    frame: Tensor
-    commit: Callable[[], None]
-
-
-class FlatCompressor:
+class TopKCompressor:
     """Turns flat vectors of named gradients into frames, and keeps what a frame leaves out.
 
     value_format: one of "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64"; None is the
         gradient's own dtype.
     error_feedback: keep what was not sent, value rounding included, and add it the next time.
     bound: clip what is sent to so many times the mean magnitude of what is selected of the same
-        row of a cut; what is clipped is kept. None: send it as it is. A row of which half or more
-        is selected is never clipped.
+        row of a segment; what is clipped is kept. None: send it as it is. A row of which half or
+        more is selected is never clipped.
 
     Raises ValueError for an unknown value format, or a bound that is not above zero or comes
     without error feedback; TypeError for an error_feedback that is no bool or a bound that is no
@@ -102,9 +67,8 @@ class FlatCompressor:
         self.error_feedback = error_feedback
         self.bound = check_bound(bound, error_feedback=error_feedback)
         self.residuals = Residuals()
-        self._cut_selectors = ByLayout(CutSelector)
-        self._whole_selectors = ByLayout(Selector)
-        self._mean_selectors = ByLayout(Selector)
+        self._segment_selectors = LayoutCache(SegmentSelector)
+        self._whole_selectors = LayoutCache(Selector)
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -112,159 +76,132 @@ class FlatCompressor:
         return f"value_format={self.value_format} {feedback}"
 
     def compress(
-        self, gradient: Tensor | Pieces, layout: Layout, cuts: Sequence[Cut], *, parts: int = 1
+        self,
+        gradient: Tensor | ChunkedVector,
+        layout: Layout,
+        segments: Sequence[Segment],
+        *,
+        parts: int = 1,
     ) -> Compressed:
-        """Return the largest magnitudes of gradient + residual, as frames.
+        """Return the largest magnitudes of gradient + residual, as frames; change neither.
 
-        `gradient` is 1-D of any float dtype and laid out as `layout`; `cuts` cover it in order,
-        each within a piece.
-        There is one frame (1-D uint8, CPU) for each of `parts` Parts of the vector, with a segment
-        for each cut; where the sum is not finite, each of them says so. Only `commit`, called while
-        `gradient` is still what it was, makes the residual, fp32 or fp64, gradient + residual -
-        sent: until then the step can be dropped as if it had not been.
+        `gradient` is 1-D of any float dtype and laid out as `layout`; `segments` cover it in order,
+        each within a chunk. There is one frame for each of `parts` parts of the vector, see
+        BlockCyclicPartition, whose values are rounded segment by segment; where the sum is not
+        finite, each of them says so. Only the update, applied while `gradient` is still what it
+        was, makes the residual, fp32 or fp64, gradient + residual - sent: until then the step can
+        be dropped as if it had not been.
         """
-        gradient = gradient if isinstance(gradient, Pieces) else Pieces([gradient])
-        own_format = _own_format(gradient.dtype)
-        value_format = self.value_format or own_format
-        dealt = Parts(numel=gradient.numel, count=parts)
-        residual = self._residual(layout, gradient) if self.error_feedback else None
-        selected = self._cut_selectors.of(layout).select(gradient, residual, cuts)
+        vector = gradient if isinstance(gradient, ChunkedVector) else ChunkedVector([gradient])
+        value_format = self._value_format(vector)
+        partition = BlockCyclicPartition(numel=vector.numel, count=parts)
+        numels = [partition.numel_of(part) for part in range(parts)]
+
+        # 1. compensate: what earlier steps have left is added where it is looked at
+        residual = self._residual(layout, vector) if self.error_feedback else None
+
+        # 2. select
+        selected = self._segment_selectors.of(layout).select(vector, residual, segments)
         if not selected.finite:
-            numels = [dealt.numel_of(part) for part in range(parts)]
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
         indices, values = selected.indices, selected.values
-        sent = self._bounded(values, cuts)
-        ends = np.cumsum([cut.rows * cut.kept for cut in cuts])
-        encoded, rest = [], torch.empty_like(values)
-        for part, (mine, places) in enumerate(dealt.deal(indices)):
-            ks = np.diff(ends, prepend=0) if isinstance(mine, slice) else count_between(mine, ends)
-            numel = dealt.numel_of(part)
-            encoded.append(encode_frame(numel, places, sent[mine], value_format, segment_ks=ks))
-            if residual is not None:
-                rest[mine] = torch.from_numpy(_rest(values[mine], encoded[-1]))
 
-        def settle_with(terms: Terms | None) -> None:
-            for stretch, piece, mine in gradient.shared_out(indices):
-                if residual is not None:
-                    places = indices[mine] - stretch.start if stretch.start else indices[mine]
-                    settle(residual[stretch], piece, places, rest[mine], replace_by=terms)
-                elif terms is not None:
-                    add_terms(piece.zero_(), terms)
+        # 3. quantize
+        sent = values if self.bound is None else bounded(values, segments, self.bound)
+        ends = np.cumsum([segment.rows * segment.k for segment in segments])
+        split = partition.split(indices)
+        quantized = [
+            quantize(sent[mine], value_format, segment_ks=_ks_in(mine, ends)) for mine, _ in split
+        ]
 
-        own = None
-        if parts == 1:
-            own = Frame(
-                numel=gradient.numel, indices=indices, values=encoded[0].decoded, finite=True
+        # 4. encode
+        frames = [
+            encode_frame(numel, places, rounded)
+            for numel, (_, places), rounded in zip(numels, split, quantized, strict=True)
+        ]
+
+        update = own = None
+        if residual is not None:
+            rest = torch.empty_like(values)
+            for (mine, _), rounded in zip(split, quantized, strict=True):
+                rest[mine] = torch.from_numpy(rounded.error(values[mine]))
+            update = ResidualUpdate(
+                layout=layout, residual=residual, gradient=vector, indices=indices, rest=rest
             )
-        return Compressed(
-            frames=[frame for frame, _ in encoded],
-            own=own,
-            vector=gradient.whole,
-            settle_with=settle_with,
-        )
+        if parts == 1:
+            decoded = quantized[0].decoded
+            own = Frame(numel=vector.numel, indices=indices, values=decoded, finite=True)
+        return Compressed(frames=frames, update=update, own=own, vector=vector.whole)
 
-    def compress_and_commit(self, gradient: Tensor, layout: Layout, kept: int) -> Tensor:
-        """Return the frame of the `kept` largest of gradient + residual, and keep the rest at once.
+    def compress_and_update(self, gradient: Tensor, layout: Layout, k: int) -> Tensor:
+        """Return the frame of the k largest of gradient + residual, and update that at once.
 
-        What compress and commit do for one cut; on the CPU with one pass over memory less.
+        What compress and its update do for one segment; on the CPU with one pass over memory less,
+        since the sum is made where its largest are looked for.
         """
-        cut = Cut(start=0, rows=1, row_numel=gradient.numel(), kept=kept)
+        segment = Segment(start=0, rows=1, row_numel=gradient.numel(), k=k)
         if not self.error_feedback or gradient.device.type != "cpu":
-            compressed = self.compress(gradient, layout, [cut])
-            compressed.commit()
+            compressed = self.compress(gradient, layout, [segment])
+            self.residuals.apply(compressed.update)
             return compressed.frames[0]
-        own_format = _own_format(gradient.dtype)
-        numel, value_format = gradient.numel(), self.value_format or own_format
+        value_format = self._value_format(gradient)
         residual = self._residual(layout, gradient)
         selector = self._whole_selectors.of(layout)
-        with selector.taking_up(residual, gradient, kept) as selected:
+        with selector.accumulate_and_select(residual, gradient, k) as selected:
             if not selected.finite:
-                return encode_non_finite_frame(numel, value_format)
-            sent = self._bounded(selected.values, [cut])
-            encoded = encode_frame(numel, selected.indices, sent, value_format)
-            residual.numpy()[selected.indices.numpy()] = _rest(selected.values, encoded)
-        return encoded.frame
+                return encode_non_finite_frame(gradient.numel(), value_format)
+            values = selected.values
+            sent = values if self.bound is None else bounded(values, [segment], self.bound)
+            quantized = quantize(sent, value_format)
+            frame = encode_frame(gradient.numel(), selected.indices, quantized)
+            residual.numpy()[selected.indices.numpy()] = quantized.error(values)
+        return frame
 
-    def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
-        """Return the mean of the ranks' frames of one of `parts` Parts, as one frame.
+    def update_and_write(
+        self, compressed: Compressed, frames: Sequence[Frame], *, divisor: int
+    ) -> None:
+        """Apply the update; afterwards the vector is what write_sum makes of these frames.
 
-        With error feedback, which needs `compress` to have seen `layout`, it holds the largest of
-        those that are not zero, as many as the frames do on average, rounded up; `commit` makes the
-        rest this rank's to owe. Without, it holds all that are not zero. Where a frame has segments
-        the mean has one for each tensor. It says non-finite where a frame does, or the mean is past
-        what could be owed. Raises FrameError for bytes that are no frame of that part.
+        They are finite, and used up. Raises ValueError where there is no vector of one chunk.
         """
-        dealt = Parts(numel=layout.numel, count=parts)
-        numel = dealt.numel_of(part)
-        received = [decode_frame(frame, numel=numel) for frame in frames]
-        headers = [peek_header(frame) for frame in frames]
-        value_format = headers[0].value_format
-        sent = sum(frame.values.numel() for frame in received)
-        mean = sparse_mean(received) if all(frame.finite for frame in received) else None
-        if mean is None or not _peak(mean) < self._mean_limit(layout, len(frames)):
-            return Reduced(encode_non_finite_frame(numel, value_format), _keep_nothing)
+        vector = compressed.vector
+        if vector is None:
+            raise ValueError("no finite vector in one piece to write into")
+        dtypes = {frame.values.dtype for frame in frames}
+        if compressed.update and vector.device.type == "cpu" and dtypes == {vector.dtype}:
+            # in one pass
+            self.residuals.apply(compressed.update, replace_by=terms_of(frames, divisor=divisor))
+        else:
+            self.residuals.apply(compressed.update)
+            write_sum(frames, divisor=divisor, out=vector)
 
-        def encode(places: Tensor, values: Tensor) -> EncodedFrame:
-            ks = None
-            if any(header.segment_bytes for header in headers):
-                ends = np.array([stretch.stop for stretch in layout.stretches()])
-                ks = count_between(dealt.gather(part, places), ends)
-            return encode_frame(numel, places, values, value_format, segment_ks=ks)
+    def flush_residual(
+        self, layout: Layout, gradient: Tensor, share: float
+    ) -> ResidualUpdate | None:
+        """Add a share in (0, 1] of the residual of `layout` to `gradient`, which travels whole.
 
-        if not self.error_feedback:
-            return Reduced(encode(mean.indices, mean.values).frame, _keep_nothing)
-        indices, rest = mean.indices.numpy(), mean.values.numpy()
-        # fewer than were sent are left where ranks chose the same, and their values cancel out
-        kept = min(-(-sent // len(frames)), rest.size)
-        selected = self._mean_selectors.of(layout).select(mean.values, kept)
-        encoded = encode(mean.indices[selected.indices], selected.values)
-        rest[selected.indices.numpy()] = _rest(selected.values, encoded)
-        some = rest.nonzero()[0]
-        # owed by one rank of many, and divided by their number when it is paid
-        owed = Frame(
-            numel=layout.numel,
-            indices=dealt.gather(part, torch.from_numpy(indices[some])),
-            values=torch.from_numpy(rest[some] * len(frames)),
-            finite=True,
-        )
-        return Reduced(encoded.frame, lambda: owed.add_to(self.residuals.home(layout)))
-
-    def pay(self, layout: Layout, gradient: Tensor, share: float) -> Callable[[], None] | None:
-        """Add a share in (0, 1] of what is owed for `layout` to `gradient`, which travels whole.
-
-        Returns what to call once it has arrived, or None where nothing is owed. A name with an
-        all-zero gradient is paid nothing: where no rank has used it, its average goes nowhere.
+        Returns the update for when it has arrived, or None where there is no residual. A name with
+        an all-zero gradient keeps its own: where no rank has used it, its average goes nowhere.
         """
         if not self.residuals.holds(layout):
             return None
         residual = self._residual(layout, gradient)
-        used = [stretch for stretch in layout.stretches() if bool(gradient[stretch].any())]
-        for stretch in used:
-            gradient[stretch].add_(residual[stretch], alpha=share)
+        used = [where for where in layout.slices() if bool(gradient[where].any())]
+        for where in used:
+            gradient[where].add_(residual[where], alpha=share)
+        return ResidualUpdate(layout=layout, residual=residual, flushed=used, flushed_share=share)
 
-        def settled() -> None:
-            if share == 1.0 and len(used) == len(layout.names):
-                self.residuals.drop(layout)
-            for stretch in used:
-                residual[stretch].mul_(1.0 - share)
+    def _value_format(self, gradient: Tensor | ChunkedVector) -> str:
+        if gradient.dtype not in FLOATS:
+            known = ", ".join(str(dtype) for dtype in FLOATS)
+            raise TypeError(f"gradient has dtype {gradient.dtype}: expected one of {known}")
+        return self.value_format or FLOATS[gradient.dtype].value_format
 
-        return settled
-
-    def _bounded(self, values: Tensor, cuts: Sequence[Cut]) -> Tensor:
-        return values if self.bound is None else bounded(values, cuts, self.bound)
-
-    def _mean_limit(self, layout: Layout, ranks: int) -> float:
-        # what is owed is as many times the mean
-        if not self.error_feedback:
-            return math.inf
-        return torch.finfo(self.residuals.home(layout).dtype).max / ranks
-
-    def _residual(self, layout: Layout, gradient: Tensor | Pieces) -> Tensor:
-        return self.residuals.flat(
-            layout, dtype=accumulate_dtype(gradient.dtype), device=gradient.device
-        )
+    def _residual(self, layout: Layout, gradient: Tensor | ChunkedVector) -> Tensor:
+        dtype = accumulate_dtype(gradient.dtype)
+        return self.residuals.flat(layout, dtype=dtype, device=gradient.device)
 
 
 class Compressor:
@@ -272,7 +209,8 @@ class Compressor:
 
     q: fraction of each gradient that is not sent, in [0, 1]; at least one element is, unless q is
         1. May be set anew between gradients.
-    value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64".
+    value_format: how the values sent travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
+        "fp64".
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
     bound: send no magnitude above so many times the mean of those sent with it, and keep what is
         clipped; None: no bound. Only with error feedback; what is half sent or more is not
@@ -292,12 +230,12 @@ class Compressor:
         bound: float | None = None,
     ) -> None:
         self.q = check_fraction("q", q)
-        self._flat = FlatCompressor(
+        self._flat = TopKCompressor(
             value_format=value_format, error_feedback=error_feedback, bound=bound
         )
 
     def compress(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the frame of the top-Q part of `gradient` plus what `name` still owes.
+        """Return the frame of the top-Q part of `gradient` plus the residual of `name`.
 
         gradient: dense, of any shape and float dtype. The frame is a 1-D uint8 tensor on the CPU.
         Raises TypeError for what is no name or gradient, ValueError where `name` came with another
@@ -312,9 +250,9 @@ class Compressor:
                 f"gradient has layout {gradient.layout} on {gradient.device}: expected a dense "
                 "tensor with data"
             )
-        kept = at_least_one(check_fraction("q", self.q), gradient.numel())
+        k = at_least_one(check_fraction("q", self.q), gradient.numel())
         layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        return self._flat.compress_and_commit(_flat(gradient), layout, kept)
+        return self._flat.compress_and_update(_flat(gradient), layout, k)
 
     def decompress(self, frame: Buffer, out: Tensor) -> Tensor:
         """Write the dense gradient of `frame` into `out`, zeros included, and return it.
@@ -333,6 +271,11 @@ class Compressor:
         self._flat.residuals.load_state_dict(state)
 
 
+def _ks_in(mine: Tensor | slice, ends: Indices) -> Indices:
+    """Return how many values of a part are of each segment; theirs lie below these ends."""
+    return np.diff(ends, prepend=0) if isinstance(mine, slice) else count_between(mine, ends)
+
+
 def _flat(gradient: Tensor) -> Tensor:
     flat = gradient.detach()
     # expanded and lazily negated gradients are dense too, but not as memory has them; to ask is
@@ -340,27 +283,3 @@ def _flat(gradient: Tensor) -> Tensor:
     if flat.is_neg():
         flat = flat.resolve_neg()
     return flat if flat.dim() == 1 and flat.is_contiguous() else flat.reshape(-1).contiguous()
-
-
-def _rest(values: Tensor, encoded: EncodedFrame) -> npt.NDArray[np.floating]:
-    # numpy, since torch would wake its threads
-    wide = values.numpy()
-    rest: npt.NDArray[np.floating] = wide - encoded.decoded.numpy()
-    # "fp64" decodes to more than narrower values need
-    return rest.astype(wide.dtype, copy=False)
-
-
-def _peak(frame: Frame) -> float:
-    values = frame.values.numpy()
-    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))
-
-
-def _keep_nothing() -> None:
-    pass
-
-
-def _own_format(dtype: torch.dtype) -> str:
-    if dtype not in FLOATS:
-        known = ", ".join(str(dtype) for dtype in FLOATS)
-        raise TypeError(f"gradient has dtype {dtype}: expected one of {known}")
-    return FLOATS[dtype].value_format

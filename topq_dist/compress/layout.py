@@ -1,4 +1,4 @@
-"""Flat vectors of named tensors: what lies in them, and where; what is kept of each."""
+"""Flat vectors of named tensors: what lies in them and where, and values that go with each."""
 
 from __future__ import annotations
 
@@ -28,73 +28,73 @@ class Layout:
         """Elements in the flat vector."""
         return sum(prod(shape) for shape in self.shapes)
 
-    def stretches(self) -> list[slice]:
+    def slices(self) -> list[slice]:
         """Where in the flat vector each of the tensors lies."""
         edges = [0, *accumulate(prod(shape) for shape in self.shapes)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
-class Pieces:
+class ChunkedVector:
     """Contiguous 1-D tensors, at least one, all of one dtype and device, read as one vector."""
 
-    def __init__(self, pieces: Sequence[Tensor]) -> None:
-        kinds = {(piece.dtype, piece.device) for piece in pieces}
+    def __init__(self, chunks: Sequence[Tensor]) -> None:
+        kinds = {(chunk.dtype, chunk.device) for chunk in chunks}
         if len(kinds) != 1:
-            raise ValueError(f"pieces of {kinds}: expected one dtype and one device")
-        self._pieces = list(pieces)
-        self._edges = [0, *accumulate(piece.numel() for piece in pieces)]
+            raise ValueError(f"chunks of {kinds}: expected one dtype and one device")
+        self._chunks = list(chunks)
+        self._edges = [0, *accumulate(chunk.numel() for chunk in chunks)]
         self.numel = self._edges[-1]
         ((self.dtype, self.device),) = kinds
 
     @property
     def whole(self) -> Tensor | None:
-        """The vector, where it lies in one piece."""
-        return self._pieces[0] if len(self._pieces) == 1 else None
+        """The vector, where it is one chunk."""
+        return self._chunks[0] if len(self._chunks) == 1 else None
 
     def __getitem__(self, where: slice) -> Tensor:
-        """Return a stretch, which must lie in one piece, sharing its memory."""
-        number = min(bisect_right(self._edges, where.start), len(self._pieces)) - 1
+        """Return a slice, which must lie in one chunk, sharing its memory."""
+        number = min(bisect_right(self._edges, where.start), len(self._chunks)) - 1
         start = self._edges[number]
         if where.stop > self._edges[number + 1]:
-            raise ValueError(f"{where}: expected a stretch of one piece")
-        return self._pieces[number][where.start - start : where.stop - start]
+            raise ValueError(f"{where}: expected a slice of one chunk")
+        return self._chunks[number][where.start - start : where.stop - start]
 
-    def shared_out(self, indices: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Yield where each piece lies, the piece, and which of some ascending indices are in it."""
+    def split(self, indices: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Yield where each chunk lies, the chunk, and which of some ascending indices are in it."""
         edges = np.searchsorted(indices.numpy(), self._edges).tolist()
-        stretches = zip(pairwise(self._edges), pairwise(edges), strict=True)
-        for piece, ((start, stop), (low, high)) in zip(self._pieces, stretches, strict=True):
-            yield slice(start, stop), piece, slice(low, high)
+        slices = zip(pairwise(self._edges), pairwise(edges), strict=True)
+        for chunk, ((start, stop), (low, high)) in zip(self._chunks, slices, strict=True):
+            yield slice(start, stop), chunk, slice(low, high)
 
 
 # one for all, which can be pickled: something is made once a bucket, and hardly ever again
 _MAKING = threading.Lock()
 
 
-class ByLayout(Generic[T]):
+class LayoutCache(Generic[T]):
     """One value a layout, made when first asked for.
 
-    Layouts that share a name never live at once: DDP has made its buckets anew, and what was kept
-    for the old ones is dropped.
+    Layouts that share a name never live at once: DDP has made its buckets anew, and what the old
+    ones had is dropped.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._kept: dict[Layout, T] = {}
+        self._values: dict[Layout, T] = {}
 
     def of(self, layout: Layout) -> T:
-        """Return what is kept for `layout`."""
-        kept = self._kept
-        if layout in kept:
-            return kept[layout]
+        """Return the value of `layout`."""
+        values = self._values
+        if layout in values:
+            return values[layout]
         with _MAKING:
-            if layout not in self._kept:
+            if layout not in self._values:
                 names = set(layout.names)
-                kept = {
+                values = {
                     known: value
-                    for known, value in self._kept.items()
+                    for known, value in self._values.items()
                     if names.isdisjoint(known.names)
                 }
                 # replaced, never changed: other threads may be reading it
-                self._kept = kept | {layout: self._make()}
-            return self._kept[layout]
+                self._values = values | {layout: self._make()}
+            return self._values[layout]

@@ -1,4 +1,7 @@
-"""Dividing the index space of a vector evenly among ranks, whatever its hot spots."""
+"""A partition of the index space of a vector that is even, whatever its hot spots.
+
+The loops divide once a block, not once an index.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from torch import Tensor
 
 from topq_dist.compress.kernels.jit import compiled
 
-# a prime, so that no row or column length deals a hot one to a single part
-_DEALT_NUMEL = 509
+# a prime, so that no row or column length puts hot ones into a single part
+_BLOCK_NUMEL = 509
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The elements of a vector dealt out to `count` parts, a block to each in turn."""
+class BlockCyclicPartition:
+    """`count` parts of a vector of `numel` elements, a block of it to each part in turn."""
 
     numel: int
     count: int
@@ -27,10 +30,10 @@ class Parts:
         """Return how many elements a part has."""
         if self.count == 1:
             return self.numel
-        rounds, rest = divmod(self.numel, _DEALT_NUMEL * self.count)
-        return rounds * _DEALT_NUMEL + min(max(rest - part * _DEALT_NUMEL, 0), _DEALT_NUMEL)
+        rounds, rest = divmod(self.numel, _BLOCK_NUMEL * self.count)
+        return rounds * _BLOCK_NUMEL + min(max(rest - part * _BLOCK_NUMEL, 0), _BLOCK_NUMEL)
 
-    def deal(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
+    def split(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
         """Return for each part where in `indices` its own are, and their places in the part.
 
         `indices` (int64, ascending, on the CPU) give places that ascend as well.
@@ -39,24 +42,26 @@ class Parts:
             return [(slice(None), indices)]
         edges = np.zeros(self.count + 1, dtype=np.int64)
         mine, places = torch.empty_like(indices), torch.empty_like(indices)
-        deal_out(indices.numpy(), _DEALT_NUMEL, edges, mine.numpy(), places.numpy())
+        split_indices(indices.numpy(), _BLOCK_NUMEL, edges, mine.numpy(), places.numpy())
         return [(mine[start:stop], places[start:stop]) for start, stop in pairwise(edges.tolist())]
 
-    def gather(self, part: int, places: Tensor) -> Tensor:
+    def to_global(self, part: int, places: Tensor) -> Tensor:
         """Return the indices in the vector of these places in a part, both on the CPU."""
         if self.count == 1:
             return places
         indices = torch.empty_like(places)
-        gather_back(places.numpy(), _DEALT_NUMEL, self.count, part, indices.numpy())
+        indices_of_part(places.numpy(), _BLOCK_NUMEL, self.count, part, indices.numpy())
         return indices
 
 
 @compiled
-def deal_out(indices: Any, block_numel: Any, edges: Any, mine: Any, places: Any) -> None:
-    """Sort indices by the part that their block of `block_numel` belongs to, in turn.
+def split_indices(indices: Any, block_numel: Any, edges: Any, mine: Any, places: Any) -> None:
+    """Sort indices by the part that their block belongs to, the blocks being the parts' in turn.
 
-    Part p's lie from edges[p] to edges[p + 1]: where in `indices` they are in `mine`, and where in
-    the part in `places`. `edges` begins as zeros, one more than there are parts.
+    indices: int64 (k,), ascending, none negative. block_numel: int, elements of a block.
+    edges: int64 (parts + 1,), zeros at first; part p's lie from edges[p] to edges[p + 1] of the
+        other two.
+    mine: int64 (k,), where in `indices` they are. places: int64 (k,), where in the part they are.
     """
     count = edges.size - 1
     begin = owner = 0
@@ -81,8 +86,11 @@ def deal_out(indices: Any, block_numel: Any, edges: Any, mine: Any, places: Any)
 
 
 @compiled
-def gather_back(places: Any, block_numel: Any, count: Any, part: Any, indices: Any) -> None:
-    """Write the indices in the vector of these places in one of `count` parts."""
+def indices_of_part(places: Any, block_numel: Any, count: Any, part: Any, indices: Any) -> None:
+    """Write the indices in the vector of these places in one of `count` parts.
+
+    places: int64 (k,), ascending. block_numel, count, part: int. indices: int64 (k,).
+    """
     begin, before = 0, part * block_numel
     for at in range(places.size):
         if np.uint64(places[at] - begin) >= np.uint64(block_numel):

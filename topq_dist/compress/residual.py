@@ -1,4 +1,4 @@
-"""Error feedback: what a step does not send is kept and added to the next gradient.
+"""Residuals: what a step does not send is kept and added to the next gradient (error feedback).
 
 Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 2.
 """
@@ -6,7 +6,8 @@ Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorith
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -16,15 +17,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.kernels.accumulate import scatter_add, settle_span
+from topq_dist.compress.codec.frame import Frame
+from topq_dist.compress.kernels.accumulate import update_residual_span
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, as_summand, blocks, spans
 from topq_dist.compress.kernels.threads import run_all
-from topq_dist.compress.layout import Layout
+from topq_dist.compress.layout import ChunkedVector, Layout
 from topq_dist.compress.sparsify.magnitude import check_vectors
 from topq_dist.dtypes import Floats, Indices, bits_of, zeros
 
 # one for all, which can be pickled; names may come from several threads at once
 _MAKING = threading.Lock()
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+class Terms(NamedTuple):
+    """Sparse vectors to be added up: `indices` and `values` of one after the other.
+
+    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
+    """
+
+    indices: Indices
+    values: Floats
+    edges: Indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualUpdate:
+    """What a step does to the residual of `layout`, for `Residuals.apply` once it is sure to count.
+
+    residual: as `Residuals.flat` has returned it; where another has taken its place since, what
+        the step has left is forgotten with it.
+    gradient: what is added to the residual, which is then `rest` (of its dtype) at `indices`: what
+        the frames of both have left. Still what it was when it was compressed.
+    added: what is added besides.
+    flushed: slices of which this share, in (0, 1], has been sent; where it is all of all of them,
+        the residual is freed.
+    """
+
+    layout: Layout
+    residual: Tensor
+    gradient: ChunkedVector | None = None
+    indices: Tensor = _NOTHING
+    rest: Tensor = _NOTHING
+    added: Frame | None = None
+    flushed: Sequence[slice] = ()
+    flushed_share: float = 0.0
 
 
 class Residuals:
@@ -68,11 +105,33 @@ class Residuals:
         return self._flat[layout]
 
     def holds(self, layout: Layout) -> bool:
-        """Return whether anything is kept for a name of `layout`."""
+        """Return whether there is a residual of a name of `layout`."""
         return any(name in self._by_name for name in layout.names)
 
-    def drop(self, layout: Layout) -> None:
-        """Forget what is kept for the names of `layout`, and free it."""
+    def apply(self, update: ResidualUpdate | None, *, replace_by: Terms | None = None) -> None:
+        """Carry out an update; with `replace_by` its gradient becomes the sum of those terms.
+
+        None changes nothing. Raises what `update_residual` raises.
+        """
+        if update is None:
+            return
+        residual = update.residual
+        if update.gradient is not None:
+            for where, chunk, mine in update.gradient.split(update.indices):
+                places = update.indices[mine]
+                places = places - where.start if where.start else places
+                update_residual(
+                    residual[where], chunk, places, update.rest[mine], replace_by=replace_by
+                )
+        if update.added is not None:
+            update.added.add_to(residual)
+        for where in update.flushed:
+            residual[where].mul_(1.0 - update.flushed_share)
+        if update.flushed_share == 1.0 and len(update.flushed) == len(update.layout.names):
+            self.clear(update.layout)
+
+    def clear(self, layout: Layout) -> None:
+        """Forget the residuals of the names of `layout`, and free them."""
         with _MAKING:
             self._dissolve(set(layout.names))
             for name in layout.names:
@@ -134,21 +193,10 @@ def check_residual(name: str, residual: Tensor) -> None:
         raise ValueError(f"residual of {name!r} holds NaN or infinity: expected finite numbers")
 
 
-class Terms(NamedTuple):
-    """Sparse vectors to be added up: `indices` and `values` of one after the other.
-
-    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
-    """
-
-    indices: Indices
-    values: Floats
-    edges: Indices
-
-
 _NO_TERMS = Terms(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(1, np.int64))
 
 
-def settle(
+def update_residual(
     residual: Tensor,
     gradient: Tensor,
     indices: Tensor,
@@ -179,13 +227,9 @@ def settle(
         for low, high in pairwise(replace_by.edges.tolist()):
             _check_range(replace_by.indices[low:high], residual.numel())
     vectors = residual.detach(), gradient.detach(), indices.numpy(), rest.numpy(), replace_by
-    run_all([partial(_settle, *vectors, *span) for span in spans(residual.numel(), BLOCK_NUMEL)])
-
-
-def add_terms(out: Tensor, terms: Terms) -> None:
-    """Add up sparse vectors in `out`; raises ValueError where an index is out of range."""
-    if terms.indices.size and not scatter_add(out.numpy(), terms.indices, terms.values):
-        raise ValueError(f"an index is not in [0, {out.numel()})")
+    run_all(
+        [partial(_update_span, *vectors, *span) for span in spans(residual.numel(), BLOCK_NUMEL)]
+    )
 
 
 def _check_range(indices: Indices, numel: int) -> None:
@@ -193,7 +237,7 @@ def _check_range(indices: Indices, numel: int) -> None:
         raise ValueError(f"indices from {indices[0]} to {indices[-1]}: expected [0, {numel})")
 
 
-def _settle(
+def _update_span(
     residual: Tensor,
     gradient: Tensor,
     indices: Indices,
@@ -202,7 +246,7 @@ def _settle(
     start: int,
     stop: int,
 ) -> None:
-    owed, bits = residual.numpy(), bits_of(gradient)
+    numbers, bits = residual.numpy(), bits_of(gradient)
     same = gradient.dtype == residual.dtype
     terms = _NO_TERMS if replace_by is None else replace_by
     for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
@@ -212,8 +256,8 @@ def _settle(
             for low, high in pairwise(terms.edges.tolist())
         ]
         next_term, ends = np.array(places, np.int64).reshape(-1, 2).T.copy()
-        if not settle_span(
-            owed[at:end],
+        if not update_residual_span(
+            numbers[at:end],
             as_summand(bits[at:end], gradient.dtype, residual.dtype),
             at,
             indices[mine],
@@ -224,4 +268,4 @@ def _settle(
             next_term,
             ends,
         ):
-            raise ValueError("indices do not ascend: some of what is owed has not been kept")
+            raise ValueError("indices do not ascend: some of the residual is lost")

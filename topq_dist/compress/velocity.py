@@ -61,7 +61,7 @@ class Velocity:
         dtype = accumulate_dtype(flat.dtype)
         velocity = self._velocities.flat(layout, dtype=dtype, device=flat.device)
         advanced, names = torch.zeros_like(velocity), set(self._begun)
-        for name, where, decay in zip(layout.names, layout.stretches(), decays, strict=True):
+        for name, where, decay in zip(layout.names, layout.slices(), decays, strict=True):
             gradient, after = flat[where], advanced[where]
             if decay is None or (skip_unused and not bool(gradient.any())):
                 after.copy_(velocity[where])

@@ -8,13 +8,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topq_dist.compress.adam_direction import AdamDirections, AdamOptions, averaged_moments
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.adam_direction import (
+    AdamDirections,
+    AdamOptions,
+    AdvancedMoments,
+    averaged_moments,
+)
+from topq_dist.compress.coherence import Coherence
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
-from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
+from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors
 from topq_dist.optim.direction_step import DirectionSwitch, check_adam
 from topq_dist.optim.groups import decays_decoupled
 from topq_dist.optim.step_switch import StepSwitch
@@ -23,7 +29,7 @@ from topq_dist.optim.step_switch import StepSwitch
 class AdamMomentum(OwnMomentum):
     """Each rank's own Adam direction (see `AdamDirections`), with error feedback on the update.
 
-    Of the residual, a sum of directions, nothing can be paid with gradients: while all is sent it
+    Of the residual, a sum of directions, nothing can be sent with gradients: while all is sent it
     is put aside, and the optimizer steps with moments of its own.
 
     summed_ranks: of how many ranks' gradients a bucket is the sum when it is compressed.
@@ -45,33 +51,44 @@ class AdamMomentum(OwnMomentum):
         self._inner = check_adam(optimizer)
         self._summed_ranks = summed_ranks
         self._directions = AdamDirections()
+        self._advanced: list[AdvancedMoments] = []
         self._aside: dict[str, Tensor] = {}
 
     def compress(
         self,
-        compressor: FlatCompressor,
+        compressor: TopKCompressor,
         flat: Tensor,
         layout: Layout,
         parameters: Sequence[Tensor],
-        cuts: Sequence[Cut],
+        segments: Sequence[Segment],
         *,
         parts: int,
     ) -> Compressed:
         if not self._is_sparse:
-            return compressor.compress(flat, layout, cuts, parts=parts)
+            return compressor.compress(flat, layout, segments, parts=parts)
         if self._summed_ranks > 1:
             flat.div_(self._summed_ranks)
         options = [self._options_of(parameter) for parameter in parameters]
-        for parameter, where in zip(parameters, layout.stretches(), strict=True):
+        for parameter, where in zip(parameters, layout.slices(), strict=True):
             self._add_weight_decay(parameter, flat[where])
         advanced = self._directions.advance(flat, layout, options, skip_unused=self._skip_unused)
         if self._summed_ranks > 1:
             flat.mul_(self._summed_ranks)
-        compressed = compressor.compress(flat, layout, cuts, parts=parts)
-        return then_commit(compressed, lambda: self._directions.commit(advanced))
+        self._advanced.append(advanced)
+        return compressor.compress(flat, layout, segments, parts=parts)
+
+    def end_step(self, coherence: Coherence) -> None:
+        for advanced in self._advanced:
+            self._directions.commit(advanced)
+        self._advanced.clear()
+
+    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+        # of a step that was void, or broken off
+        self._advanced.clear()
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
 
     def _takes_over(self, sent_fraction: float) -> bool:
-        # directions and gradients cannot be owed in one sum
+        # directions and gradients cannot wait in one sum
         return True
 
     def _options_of(self, parameter: Tensor) -> AdamOptions | None:
@@ -153,7 +170,7 @@ class AdamMomentum(OwnMomentum):
 
 
 def _shaped_as(parameter: Tensor, flat: Tensor) -> Tensor:
-    """Return a view of a stretch of a bucket in the parameter's shape and order in memory.
+    """Return a view of a slice of a bucket in the parameter's shape and order in memory.
 
     DistributedDataParallel lays a gradient out as its parameter where that has no gaps, channels
     last for one, else by rows.

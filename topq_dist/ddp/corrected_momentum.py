@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from topq_dist.compress.codec.frame import decode_frame
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.coherence import Coherence
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.partition import Parts
+from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals
-from topq_dist.compress.sparsify.segments import Cut
-from topq_dist.compress.velocity import Decay, Velocity
+from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.compress.velocity import Advanced, Decay, Velocity
 from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
-from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, then_commit
+from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors
 from topq_dist.ddp.state_dict import merged
 from topq_dist.optim.momentum import MomentumSwitch, stepping
 from topq_dist.optim.step_switch import StepSwitch
@@ -45,12 +46,18 @@ class CorrectedMomentum(OwnMomentum):
         super().__init__(names, residuals, optimizer, skip_unused=skip_unused)
         self._mask_velocity = mask_velocity
         self._velocity = Velocity()
+        self._advanced: list[tuple[Advanced, Compressed]] = []
         self._is_summed = isinstance(stepping(optimizer), SGD)
         if not self._is_summed and not all("betas" in group for group in optimizer.param_groups):
             raise ValueError(
                 f"momentum='corrected' with {type(stepping(optimizer)).__name__}: expected SGD, or "
                 "one with betas like Adam"
             )
+
+    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+        # of a step that was void, or broken off
+        self._advanced.clear()
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
 
     def _takes_over(self, sent_fraction: float) -> bool:
         # without the mask this is the optimizer's own momentum where everything is sent
@@ -61,25 +68,28 @@ class CorrectedMomentum(OwnMomentum):
 
     def compress(
         self,
-        compressor: FlatCompressor,
+        compressor: TopKCompressor,
         flat: Tensor,
         layout: Layout,
         parameters: Sequence[Tensor],
-        cuts: Sequence[Cut],
+        segments: Sequence[Segment],
         *,
         parts: int,
     ) -> Compressed:
         if not self._is_sparse:
-            return compressor.compress(flat, layout, cuts, parts=parts)
+            return compressor.compress(flat, layout, segments, parts=parts)
         decays = [self._decay_of(parameter) for parameter in parameters]
         advanced = self._velocity.advance(flat, layout, decays, skip_unused=self._skip_unused)
-        compressed = compressor.compress(flat, layout, cuts, parts=parts)
+        compressed = compressor.compress(flat, layout, segments, parts=parts)
+        self._advanced.append((advanced, compressed))
+        return compressed
 
-        def commit() -> None:
-            sent = _sent_indices(compressed, layout.numel) if self._mask_velocity else None
+    def end_step(self, coherence: Coherence) -> None:
+        for advanced, compressed in self._advanced:
+            numel = advanced.velocity.numel()
+            sent = _sent_indices(compressed, numel) if self._mask_velocity else None
             self._velocity.commit(advanced, sent)
-
-        return then_commit(compressed, commit)
+        self._advanced.clear()
 
     def _decay_of(self, parameter: Tensor) -> Decay | None:
         group = self._groups.get(parameter)
@@ -135,10 +145,10 @@ class CorrectedMomentum(OwnMomentum):
 def _sent_indices(compressed: Compressed, numel: int) -> Tensor:
     if compressed.own is not None:
         return compressed.own.indices
-    dealt = Parts(numel=numel, count=len(compressed.frames))
+    partition = BlockCyclicPartition(numel=numel, count=len(compressed.frames))
     return torch.cat(
         [
-            dealt.gather(part, decode_frame(frame, numel=dealt.numel_of(part)).indices)
+            partition.to_global(part, decode_frame(frame, numel=partition.numel_of(part)).indices)
             for part, frame in enumerate(compressed.frames)
         ]
     )

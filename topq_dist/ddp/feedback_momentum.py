@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.coherence import Coherence, CoherenceMean, measure_coherence
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.ddp.momentum import MomentumName, SwitchedMomentum
 from topq_dist.optim.momentum import MomentumSwitch, divides_by_mean_square
 
@@ -52,15 +52,15 @@ class FeedbackMomentum(SwitchedMomentum):
 
     def compress(
         self,
-        compressor: FlatCompressor,
+        compressor: TopKCompressor,
         flat: Tensor,
         layout: Layout,
         parameters: Sequence[Tensor],
-        cuts: Sequence[Cut],
+        segments: Sequence[Segment],
         *,
         parts: int,
     ) -> Compressed:
-        compressed = compressor.compress(flat, layout, cuts, parts=parts)
+        compressed = compressor.compress(flat, layout, segments, parts=parts)
         if not self._measures:
             return compressed
         residual = self._residuals.home(layout)

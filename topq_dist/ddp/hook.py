@@ -12,15 +12,14 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_VALUE_FORMAT, usual_bound
-from topq_dist.compress.layout import Layout
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
-from topq_dist.ddp.pipeline import Bucket, Pipeline, Stages
-from topq_dist.ddp.sparsity_policy import FixedDensity, make_density
-from topq_dist.ddp.state_dict import STATE_VERSION, deal_states, merged
+from topq_dist.ddp.pipeline import Bucket, BucketLayouts, Pipeline, Stages
+from topq_dist.ddp.sparsity_policy import FixedSparsity, make_sparsity_policy
+from topq_dist.ddp.state_dict import STATE_VERSION, load_states
 from topq_dist.ddp.validation import (
     check_grad_scaler,
     check_parameters,
@@ -29,8 +28,8 @@ from topq_dist.ddp.validation import (
     exchanged_names,
     trainable_names,
 )
-from topq_dist.exchange.agreement import agree, tell_of_failure
-from topq_dist.exchange.base import Link
+from topq_dist.exchange.agreement import check_same_on_all_ranks, tell_of_failure
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.registry import ExchangeName, check_exchange, make_exchange
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
@@ -58,7 +57,7 @@ class TopQState:
             error_feedback, else "optimizer". The others act once per backward pass that the hook
             sees: accumulate gradients under no_sync().
         error_feedback: keep what was not sent and add it to the next gradient.
-        value_format: how the kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
+        value_format: how the values sent travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
             "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless.
         exchange: "allgather" sends every frame to every rank, exactly; "split" reduces each part
             of the index space on one rank, for many ranks; "hierarchical" sums inside a node and
@@ -69,12 +68,12 @@ class TopQState:
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (row with param_ndim, bucket with that scope), and keep what is clipped; None
             does not. What is half sent or more is never clipped. Only with error_feedback.
-        scope: keep the top-Q part of each "parameter", or of each "bucket" (fewer and larger
-            selections; what is kept then depends on DDP's bucketing). Not with a
+        scope: send the top-Q part of each "parameter", or of each "bucket" (fewer and larger
+            selections; what is sent then depends on DDP's bucketing). Not with a
             TopQGradientOptimizer.
         clip_norm: scale this rank's gradient down to this norm before it is compressed. Its
             buckets then wait for the end of the backward pass, which knows the norm.
-        grad_scaler: the GradScaler in use, so that what is kept is kept in unscaled units.
+        grad_scaler: the GradScaler in use, so that the residual is in unscaled units.
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.
@@ -110,16 +109,16 @@ class TopQState:
         self._names = trainable_names(ddp_model)
         self._exchanged_names = exchanged_names(ddp_model)
         self._meter = Meter()
-        self._link = Link(
+        self._context = CommContext(
             group=ddp_model.process_group,
             device=next(iter(self._names)).device,
             meter=self._meter,
         )
         try:
             check_parameters(ddp_model, self._names)
-            self._per_node = check_exchange(exchange, self._link, ranks_per_node)
-            self._density = make_density(self._names, optimizer, q=q, scope=scope)
-            self._compressor = FlatCompressor(
+            self._per_node = check_exchange(exchange, self._context, ranks_per_node)
+            self._sparsity = make_sparsity_policy(self._names, optimizer, q=q, scope=scope)
+            self._compressor = TopKCompressor(
                 value_format=value_format,
                 error_feedback=error_feedback,
                 bound=usual_bound(bound, error_feedback=error_feedback),
@@ -144,7 +143,7 @@ class TopQState:
                 summed_ranks=self._per_node,
             )
             stages = Stages(
-                density=self._density,
+                sparsity=self._sparsity,
                 compressor=self._compressor,
                 momentum=self._momentum,
                 clip_norm=check_positive("clip_norm", clip_norm),
@@ -152,35 +151,35 @@ class TopQState:
                 may_be_unused=may_be_unused,
             )
         except Exception as error:
-            tell_of_failure(error, group=self._link.group, device=self._link.device)
+            tell_of_failure(error, group=self._context.group, device=self._context.device)
             raise
         model = [f"{name} {tuple(p.shape)} {p.dtype}" for p, name in self._names.items()]
         asked = f"exchange={exchange} ranks_per_node={self._per_node}"
         settings = "\n".join([asked, stages.settings(), *model])
-        agree(settings, group=self._link.group, device=self._link.device)
+        check_same_on_all_ranks(settings, group=self._context.group, device=self._context.device)
         # only now: ranks that disagree would make groups that the others do not know of
-        self._exchange = make_exchange(exchange, self._link, self._compressor, self._per_node)
-        self._pipeline = Pipeline(self._link, stages, self._exchange)
+        self._exchange = make_exchange(exchange, self._context, self._compressor, self._per_node)
+        self._pipeline = Pipeline(self._context, stages, self._exchange)
         self._momentum.attach()
         self._unpaired = optimizer if isinstance(optimizer, TopQGradientOptimizer) else None
         told = optimizer is None and momentum == "optimizer"
         if method == "optimizer" and error_feedback and exchange != "dense" and not told:
-            advise(optimizer, self._names, rank=self._link.rank)
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+            advise(optimizer, self._names, rank=self._context.rank)
+        self._layouts = BucketLayouts(self._exchanged_names)
 
     @property
     def q(self) -> float:
         """The q of every parameter; AttributeError where an optimizer's groups hold it."""
-        return self._fixed_density().q
+        return self._fixed_sparsity().q
 
     @q.setter
     def q(self, value: float) -> None:
-        self._fixed_density().q = check_fraction("q", value)
+        self._fixed_sparsity().q = check_fraction("q", value)
 
-    def _fixed_density(self) -> FixedDensity:
-        if not isinstance(self._density, FixedDensity):
+    def _fixed_sparsity(self) -> FixedSparsity:
+        if not isinstance(self._sparsity, FixedSparsity):
             raise AttributeError("q lives in the optimizer's groups: use group['q']")
-        return self._density
+        return self._sparsity
 
     @property
     def chosen_exchange(self) -> str | None:
@@ -220,19 +219,9 @@ class TopQState:
             # not before the hook is in use, or a hook that was refused would leave its mark
             self._unpaired.sparsified_elsewhere(self._names)
             self._unpaired = None
-        bucket = Bucket(flat, self._layout_of(parameters), parameters, Future())
+        bucket = Bucket(flat, self._layouts.of(parameters), parameters, Future())
         self._pipeline.push(bucket, first=first, last=last)
         return bucket.future
-
-    def _layout_of(self, parameters: Sequence[Tensor]) -> Layout:
-        # by identity: parameters live as long as the model, and comparing them compares numbers
-        key = tuple(map(id, parameters))
-        if key not in self._layouts:
-            self._layouts[key] = Layout(
-                names=tuple(self._exchanged_names[parameter] for parameter in parameters),
-                shapes=tuple(tuple(parameter.shape) for parameter in parameters),
-            )
-        return self._layouts[key]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, q or generator,
@@ -245,7 +234,7 @@ class TopQState:
             **self._identity(),
             "residuals": self._momentum.residuals(),
             "momentum": self._momentum.state_dict(),
-            "density": self._density.state_dict(),
+            "density": self._sparsity.state_dict(),
             "chosen_exchange": self.chosen_exchange,
             "dense_steps": self._exchange.dense_steps,
             "stats": vars(self._meter.stats).copy(),
@@ -255,36 +244,27 @@ class TopQState:
         """Resume from what the same rank's `state_dict` returned, or from those of all ranks.
 
         A sequence holds the states of every rank of the old run, in rank order, and world size or
-        exchange may have changed since: the residuals are dealt out to the ranks that keep some
+        exchange may have changed since: they go to the ranks that have residuals
         now, so that their sum stays what it was.
 
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank, world size or number of ranks a node.
         """
-        shapes = {name: tuple(p.shape) for p, name in self._exchanged_names.items()}
-        feeds_back = self._compressor.error_feedback
-        dealt = deal_states(state, self._identity(), shapes, feeds_back)
-        for one in dealt.states:
-            self._momentum.check_state(one, shapes)
-        residuals = merged([one["residuals"] for one in dealt.mine])
-        first = dealt.first
-        stats = Stats(**first["stats"])
-        chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
-        self._exchange.check_chosen(chosen)
-        self._density.load_state_dict(first["density"])
-        # with another number of ranks another exchange may be the cheapest, and what is dealt out
-        # anew is paid anew
-        dense_steps = first.get("dense_steps", 0) if isinstance(state, Mapping) else 0
-        self._exchange.resume(chosen, dense_steps)
-        self._momentum.load_states(dealt.mine, dealt.every)
-        self._momentum.load_residuals(residuals)
-        self._meter.stats = stats
+        self._meter.stats = load_states(
+            state,
+            self._identity(),
+            {name: tuple(p.shape) for p, name in self._exchanged_names.items()},
+            feeds_back=self._compressor.error_feedback,
+            momentum=self._momentum,
+            sparsity=self._sparsity,
+            exchange=self._exchange,
+        )
 
     def _identity(self) -> dict[str, int]:
         return {
             "version": STATE_VERSION,
-            "world_size": self._link.size,
-            "rank": self._link.rank,
+            "world_size": self._context.size,
+            "rank": self._context.rank,
             "ranks_per_node": self._per_node,
         }
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.coherence import Coherence
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.optim.momentum import takes_momentum_out
 from topq_dist.optim.step_switch import StepSwitch
 
@@ -50,16 +50,16 @@ class Momentum:
 
     def compress(
         self,
-        compressor: FlatCompressor,
+        compressor: TopKCompressor,
         flat: Tensor,
         layout: Layout,
         parameters: Sequence[Tensor],
-        cuts: Sequence[Cut],
+        segments: Sequence[Segment],
         *,
         parts: int,
     ) -> Compressed:
-        """Return the frames of a bucket; `flat` stays what is compressed until they are kept."""
-        return compressor.compress(flat, layout, cuts, parts=parts)
+        """Return the frames of a bucket; `flat` stays what is compressed until the step's end."""
+        return compressor.compress(flat, layout, segments, parts=parts)
 
     def end_step(self, coherence: Coherence) -> None:
         """Take note of a step that counts on every rank, with the sum of what they measured."""
@@ -91,7 +91,7 @@ class Momentum:
     def load_states(
         self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Take up states that `check_state` has let pass: those dealt to this rank, and all."""
+        """Take up states that `check_state` has let pass: those of this rank's part, and all."""
 
 
 class SwitchedMomentum(Momentum):

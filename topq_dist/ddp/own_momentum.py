@@ -1,20 +1,18 @@
 """What the methods share whose momentum is each rank's own, and acts before the selection.
 
-They write what is to be sent into the bucket, and wait with what they remember until the step is
-known to count on all ranks, as the residual does.
+They write what is to be sent into the bucket, and what they remember waits for the end of the step,
+which is known to count on all ranks then, as the update of the residual does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topq_dist.compress.compressor import Compressed
-from topq_dist.compress.residual import Residuals, Terms, check_residual
+from topq_dist.compress.residual import Residuals, check_residual
 from topq_dist.ddp.momentum import SwitchedMomentum, Unit
 from topq_dist.optim.groups import ParamGroup
 
@@ -65,16 +63,6 @@ class OwnMomentum(SwitchedMomentum):
     def state_dict(self) -> dict[str, Any]:
         unit = self.unit if self._is_sparse else "gradient"
         return super().state_dict() | {"unit": unit}
-
-
-def then_commit(compressed: Compressed, commit: Callable[[], None]) -> Compressed:
-    """Return `compressed`, with `commit` called when what it leaves out is kept."""
-
-    def settle_with(terms: Terms | None) -> None:
-        commit()
-        compressed.settle_with(terms)
-
-    return replace(compressed, settle_with=settle_with)
 
 
 def check_tensors(key: str, tensors: object, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,7 +7,7 @@ in one order, and an error is raised where the user called backward().
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,14 +17,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
 from topq_dist.compress.coherence import total
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.ddp.momentum import Momentum
-from topq_dist.ddp.sparsity_policy import Density
-from topq_dist.exchange.agreement import ExchangeError, SettingsDifferError, agree, digest
-from topq_dist.exchange.base import Exchange, Job, Link, Pending
-from topq_dist.exchange.collectives import NO_FRAME, FrameGather, GatherLane
+from topq_dist.ddp.sparsity_policy import SparsityPolicy
+from topq_dist.exchange.agreement import (
+    ExchangeError,
+    SettingsDifferError,
+    check_same_on_all_ranks,
+    digest,
+)
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
+from topq_dist.exchange.slots import NO_FRAME
 
 
 class Bucket(NamedTuple):
@@ -36,6 +42,28 @@ class Bucket(NamedTuple):
     future: Future[Tensor]
 
 
+class BucketLayouts:
+    """The layouts of DDP's buckets, made when first asked for.
+
+    names: of each parameter that may be in a bucket.
+    """
+
+    def __init__(self, names: Mapping[Tensor, str]) -> None:
+        self._names = names
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    def of(self, parameters: Sequence[Tensor]) -> Layout:
+        """Return the layout of a bucket of these parameters."""
+        # by identity: parameters live as long as the model, and comparing them compares numbers
+        key = tuple(map(id, parameters))
+        if key not in self._layouts:
+            self._layouts[key] = Layout(
+                names=tuple(self._names[parameter] for parameter in parameters),
+                shapes=tuple(tuple(parameter.shape) for parameter in parameters),
+            )
+        return self._layouts[key]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """What a bucket goes through before it is exchanged.
@@ -44,8 +72,8 @@ class Stages:
     may be sent for one whose own gradient is all zero.
     """
 
-    density: Density
-    compressor: FlatCompressor
+    sparsity: SparsityPolicy
+    compressor: TopKCompressor
     momentum: Momentum
     clip_norm: float | None
     grad_scaler: GradScaler | None
@@ -55,23 +83,23 @@ class Stages:
         """Return this step's settings, the same text on ranks that work alike."""
         clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
         compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
-        return f"{self.density.settings()}\n{compressed}"
+        return f"{self.sparsity.settings()}\n{compressed}"
 
 
 class Pipeline:
     """Carries the buckets of each backward pass from gradient to average."""
 
-    def __init__(self, link: Link, stages: Stages, exchange: Exchange) -> None:
-        self._link = link
+    def __init__(self, context: CommContext, stages: Stages, exchange: Exchange) -> None:
+        self._context = context
         self._stages = stages
         self._exchange = exchange
         self._scale = 1.0
         self._settings_digest = 0
         self._failure: Exception | None = None
         self._held: list[Bucket] = []
-        self._in_flight: list[tuple[Bucket, Pending]] = []
-        self._announcement: FrameGather | None = None
-        self._announcing = GatherLane()
+        self._in_flight: list[tuple[Bucket, ExchangeWork]] = []
+        self._announcement: FrameAllGather | None = None
+        self._announcing = AllGatherLane()
 
     def push(self, bucket: Bucket, *, first: bool, last: bool) -> None:
         """Take the next bucket of a backward pass; its future is done once `last` has come.
@@ -103,56 +131,56 @@ class Pipeline:
         if self._stages.grad_scaler is not None:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
-            self._stages.density.begin_step()
+            self._stages.sparsity.begin_step()
             self._stages.momentum.begin_step(
-                sparse=self._exchange.sparse, sent_fraction=self._stages.density.sent_fraction()
+                sparse=self._exchange.sparse, sent_fraction=self._stages.sparsity.sent_fraction()
             )
             self._settings_digest = digest(self._settings())
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
-        self._announcement = None if self._exchange.tells else self._announce()
+        self._announcement = None if self._exchange.carries_settings else self._announce()
 
     def _settings(self) -> str:
         return f"{self._stages.settings()}\n{self._exchange.settings()}"
 
-    def _announce(self) -> FrameGather:
+    def _announce(self) -> FrameAllGather:
         """Tell every rank of this one's settings and failure, where no frame of its will."""
-        return FrameGather(
+        return FrameAllGather(
             NO_FRAME if self._failure is None else None,
+            self._announcing,
+            self._context,
             settings_digest=self._settings_digest,
-            lane=self._announcing,
-            group=self._link.group,
-            device=self._link.device,
-            meter=self._link.meter,
         )
 
     def _launch(self, bucket: Bucket) -> None:
-        job = Job(
-            bucket=bucket.flat,
-            layout=bucket.layout,
+        self._exchange.prepare(bucket.flat)
+        work = self._exchange.launch(
+            bucket.flat,
+            bucket.layout,
+            self._compress(bucket),
             settings_digest=self._settings_digest,
-            compress=lambda parts: self._compress(bucket, parts),
         )
-        pending = self._exchange.launch(job)
-        self._link.meter.add(dense_bytes=bucket.flat.nbytes)
+        self._context.meter.add(dense_bytes=bucket.flat.nbytes)
         if self._in_flight:
             self._in_flight[-1][1].advance()
-        self._in_flight.append((bucket, pending))
+        self._in_flight.append((bucket, work))
 
-    def _compress(self, bucket: Bucket, parts: int) -> Compressed | None:
-        if self._failure is not None:
+    def _compress(self, bucket: Bucket) -> Compressed | None:
+        """Return the frames of a bucket; None where none is asked for, or this rank has failed."""
+        parts = self._exchange.frames_per_bucket
+        if self._failure is not None or not parts:
             return None
         try:
-            with self._link.meter.timed("select_s"):
-                cuts = self._stages.density.cuts(bucket.parameters)
+            with self._context.meter.timed("select_s"):
+                segments = self._stages.sparsity.segments(bucket.parameters)
                 if self._stages.may_be_unused:
-                    cuts = [_unless_unused(cut, bucket.flat) for cut in cuts]
+                    segments = [_unless_unused(segment, bucket.flat) for segment in segments]
                 return self._stages.momentum.compress(
                     self._stages.compressor,
                     bucket.flat,
                     bucket.layout,
                     bucket.parameters,
-                    cuts,
+                    segments,
                     parts=parts,
                 )
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
@@ -166,24 +194,26 @@ class Pipeline:
             if self._announcement is not None:
                 self._announcement.frames()
             in_flight[-1][1].advance()
-            finite = [pending.receive() for _, pending in in_flight]
+            finite = [work.receive() for _, work in in_flight]
         except SettingsDifferError:
             # every rank is here, having read the same digests, and may ask for the particulars
-            agree(self._settings(), group=self._link.group, device=self._link.device)
+            check_same_on_all_ranks(
+                self._settings(), group=self._context.group, device=self._context.device
+            )
             raise
         except ExchangeError as error:
             raise self._failure or error from None
         if all(finite):
-            self._stages.momentum.end_step(total([pending.coherence for _, pending in in_flight]))
-        for bucket, pending in in_flight:
+            self._stages.momentum.end_step(total([work.coherence for _, work in in_flight]))
+        for bucket, work in in_flight:
             if not all(finite):
                 bucket.flat.fill_(torch.nan)
             else:
-                pending.deliver()
+                work.deliver()
                 if self._stages.grad_scaler is not None:
                     bucket.flat.mul_(self._scale)
             bucket.future.set_result(bucket.flat)
-        self._link.meter.add(steps=1)
+        self._context.meter.add(steps=1)
 
 
 def _clip(buckets: Sequence[Bucket], clip_norm: float) -> None:
@@ -195,5 +225,5 @@ def _clip(buckets: Sequence[Bucket], clip_norm: float) -> None:
             bucket.flat.mul_(clip_norm / norm)
 
 
-def _unless_unused(cut: Cut, flat: Tensor) -> Cut:
-    return cut if bool(flat[cut.stretch].any()) else replace(cut, kept=0)
+def _unless_unused(segment: Segment, flat: Tensor) -> Segment:
+    return segment if bool(flat[segment.where].any()) else replace(segment, k=0)

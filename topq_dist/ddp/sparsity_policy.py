@@ -1,4 +1,4 @@
-"""How much of each parameter's gradient a step keeps: one q for all, or the optimizer's own."""
+"""How much of each parameter's gradient a step sends: one q for all, or the optimizer's own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.defaults import DEFAULT_Q
-from topq_dist.compress.sparsify.segments import Cut, Scope, check_scope, uniform_cuts
+from topq_dist.compress.sparsify.segments import Scope, Segment, check_scope, uniform_segments
 from topq_dist.optim import TopQGradientOptimizer
-from topq_dist.sparsity import draw_q, kept_count, row_shape
+from topq_dist.sparsity import draw_q, k_from_q, row_shape
 from topq_dist.validation import check_fraction
 
 
-class Density(Protocol):
+class SparsityPolicy(Protocol):
     """What the hook asks before it selects."""
 
     def begin_step(self) -> None:
@@ -28,8 +28,8 @@ class Density(Protocol):
     def sent_fraction(self) -> float:
         """Return about which fraction of all gradients this step sends, the same on every rank."""
 
-    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
-        """Return the cuts of a flat vector that holds the gradients of `parameters` in order."""
+    def segments(self, parameters: Sequence[Tensor]) -> list[Segment]:
+        """Return the segments of a flat vector of the gradients of `parameters` in order."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -38,28 +38,28 @@ class Density(Protocol):
         """Take up what `state_dict` returned."""
 
 
-def make_density(
+def make_sparsity_policy(
     names: Mapping[Tensor, str],
     optimizer: Optimizer | None,
     *,
     q: float | None,
     scope: Scope,
-) -> Density:
+) -> SparsityPolicy:
     """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
     if not isinstance(optimizer, TopQGradientOptimizer):
-        return FixedDensity(DEFAULT_Q if q is None else q, scope)
+        return FixedSparsity(DEFAULT_Q if q is None else q, scope)
     kind = type(optimizer).__name__
     if q is not None:
         raise ValueError(f"q={q!r} with a {kind}: expected None, since its groups hold q")
     if scope != "parameter":
         raise ValueError(f"scope={scope!r} with a {kind}: expected 'parameter'")
-    return PairedDensity(optimizer, names)
+    return OptimizerSparsity(optimizer, names)
 
 
-class FixedDensity:
+class FixedSparsity:
     """One q for every parameter; `q` may be set anew between steps.
 
-    At least one element of each parameter (scope "parameter") or bucket (scope "bucket") is kept
+    At least one element of each parameter (scope "parameter") or bucket (scope "bucket") is sent
     unless q is 1, so that no bias is left behind for good.
     """
 
@@ -76,9 +76,9 @@ class FixedDensity:
     def sent_fraction(self) -> float:
         return 1.0 - self.q
 
-    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
+    def segments(self, parameters: Sequence[Tensor]) -> list[Segment]:
         numels = [parameter.numel() for parameter in parameters]
-        return uniform_cuts(numels, q=self.q, scope=self.scope)
+        return uniform_segments(numels, q=self.q, scope=self.scope)
 
     def state_dict(self) -> dict[str, Any]:
         return {"q": self.q}
@@ -89,7 +89,7 @@ class FixedDensity:
         self.q = check_fraction("q", state["q"])
 
 
-class PairedDensity:
+class OptimizerSparsity:
     """q, dq, param_ndim and generator of a TopQGradientOptimizer, read live from its groups.
 
     With dq > 0 one q is drawn a parameter a step, in group then parameter order, as the optimizer
@@ -136,13 +136,13 @@ class PairedDensity:
             sent, numel = sent + (1.0 - group["q"]) * held, numel + held
         return sent / numel if numel else 0.0
 
-    def cuts(self, parameters: Sequence[Tensor]) -> list[Cut]:
-        cuts, start = [], 0
+    def segments(self, parameters: Sequence[Tensor]) -> list[Segment]:
+        segments, start = [], 0
         for parameter in parameters:
             if not parameter.requires_grad:
                 # frozen since DDP was made, which still exchanges the zeros in its place
                 numel = parameter.numel()
-                cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=0))
+                segments.append(Segment(start=start, rows=1, row_numel=numel, k=0))
                 start += numel
                 continue
             if parameter not in self._step_q:
@@ -151,10 +151,10 @@ class PairedDensity:
                     "any more: expected every trainable parameter of the model"
                 )
             rows, row_numel = row_shape(parameter.shape, self._param_ndim[parameter])
-            kept = kept_count(self._step_q[parameter], row_numel)
-            cuts.append(Cut(start=start, rows=rows, row_numel=row_numel, kept=kept))
+            k = k_from_q(self._step_q[parameter], row_numel)
+            segments.append(Segment(start=start, rows=rows, row_numel=row_numel, k=k))
             start += parameter.numel()
-        return cuts
+        return segments
 
     def state_dict(self) -> dict[str, Any]:
         if not any(group["dq"] for group in self._optimizer.param_groups):
@@ -182,7 +182,7 @@ class PairedDensity:
                 if parameter not in self._names or parameter.numel() == 0:
                     continue
                 _, row_numel = row_shape(parameter.shape, group["param_ndim"])
-                if kept_count(lowest_q, row_numel) == 0:
+                if k_from_q(lowest_q, row_numel) == 0:
                     unmoving.append(self._names[parameter])
         if unmoving:
             warnings.warn(

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from topq_dist.compress.residual import check_residual
+from topq_dist.ddp.momentum import Momentum
+from topq_dist.ddp.sparsity_policy import SparsityPolicy
+from topq_dist.exchange.base import Exchange
 from topq_dist.telemetry import Stats
 from topq_dist.validation import check_number
 
@@ -69,10 +72,10 @@ def check_states(
         check_state(state, identity, shapes, feeds_back)
 
 
-class DealtStates(NamedTuple):
+class AssignedStates(NamedTuple):
     """What a rank takes up of the states it was given.
 
-    mine: those whose residuals are dealt to it. every: all, or none on a rank that keeps nothing.
+    mine: those whose residuals it takes over. every: all, or none on a rank that has no residuals.
     first: the one whose other entries it takes.
     """
 
@@ -82,27 +85,59 @@ class DealtStates(NamedTuple):
     first: Mapping[str, Any]
 
 
-def deal_states(
+def assign_states(
     state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     identity: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     feeds_back: bool,
-) -> DealtStates:
+) -> AssignedStates:
     """Return a rank's part of one state, its own, or of those of every rank of another run.
 
     identity: the rank's own. Raises what `check_state` or `check_states` raises.
     """
     if isinstance(state, Mapping):
         check_state(state, identity, shapes, feeds_back)
-        return DealtStates([state], [state], [state], state)
+        return AssignedStates([state], [state], [state], state)
     states = list(state)
     check_states(states, shapes, feeds_back)
     owners = identity["world_size"] // identity["ranks_per_node"]
     owner, follower = divmod(identity["rank"], identity["ranks_per_node"])
     first = states[min(identity["rank"], len(states) - 1)]
     if follower:
-        return DealtStates(states, [], [], first)
-    return DealtStates(states, states[owner::owners], states, first)
+        return AssignedStates(states, [], [], first)
+    return AssignedStates(states, states[owner::owners], states, first)
+
+
+def load_states(
+    state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    identity: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    feeds_back: bool,
+    momentum: Momentum,
+    sparsity: SparsityPolicy,
+    exchange: Exchange,
+) -> Stats:
+    """Have a hook's parts take up what `TopQState.load_state_dict` was given; return its stats.
+
+    Raises ValueError or TypeError, having changed nothing, for what does not fit.
+    """
+    assigned = assign_states(state, identity, shapes, feeds_back)
+    for one in assigned.states:
+        momentum.check_state(one, shapes)
+    residuals = merged([one["residuals"] for one in assigned.mine])
+    first = assigned.first
+    stats = Stats(**first["stats"])
+    chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
+    exchange.check_chosen(chosen)
+    sparsity.load_state_dict(first["density"])
+    # with another number of ranks another exchange may be the cheapest, and residuals that have
+    # moved are flushed from the beginning
+    dense_steps = first.get("dense_steps", 0) if isinstance(state, Mapping) else 0
+    exchange.resume(chosen, dense_steps)
+    momentum.load_states(assigned.mine, assigned.every)
+    momentum.load_residuals(residuals)
+    return stats
 
 
 def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -43,11 +43,14 @@ def gather_texts(text: str, *, group: dist.ProcessGroup, device: torch.device) -
 
 
 def tell_of_failure(error: Exception, *, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Take the place of `agree` on a rank that has failed, so that no other waits for it."""
+    """Take the place of `check_same_on_all_ranks` on a rank that has failed.
+
+    No other rank then waits for this one.
+    """
     gather_texts(f"{_FAILED} {error}", group=group, device=device)
 
 
-def agree(text: str, *, group: dist.ProcessGroup, device: torch.device) -> None:
+def check_same_on_all_ranks(text: str, *, group: dist.ProcessGroup, device: torch.device) -> None:
     """Return when every rank of `group` has the same `text`; a collective that all must call.
 
     Raises ExchangeError on every rank, quoting the first line in which two ranks differ.

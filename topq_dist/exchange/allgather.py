@@ -1,4 +1,4 @@
-"""Every rank's frame goes to every rank."""
+"""All-gather: every rank's frame goes to every rank."""
 
 from __future__ import annotations
 
@@ -6,43 +6,54 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE
-from topq_dist.compress.compressor import Compressed
-from topq_dist.compress.layout import ByLayout
-from topq_dist.exchange.base import Exchange, Job, Link
-from topq_dist.exchange.collectives import FrameGather, GatherLane
+from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.layout import Layout, LayoutCache
+from topq_dist.exchange.base import Exchange
+from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
 
 
 class AllGather(Exchange):
     """Every rank's frame goes to every rank: no further loss, and W - 1 frames on each link."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._kept = ByLayout(GatherLane)
+    def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
+        self._context = context
+        self._compressor = compressor
+        self._lanes = LayoutCache(AllGatherLane)
 
-    def launch(self, job: Job) -> Gathering:
-        compressed = job.compress(1)
-        gather = FrameGather(
+    def launch(
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        *,
+        settings_digest: int,
+    ) -> AllGatherWork:
+        gather = FrameAllGather(
             None if compressed is None else compressed.frames[0],
-            settings_digest=job.settings_digest,
-            lane=self._kept.of(job.layout),
-            group=self._link.group,
-            device=self._link.device,
-            meter=self._link.meter,
+            self._lanes.of(layout),
+            self._context,
+            settings_digest=settings_digest,
             coherence=NO_COHERENCE if compressed is None else compressed.coherence,
         )
-        return Gathering(job.bucket, compressed, gather, self._link.rank)
+        return AllGatherWork(bucket, compressed, gather, self._compressor, self._context.rank)
 
 
-class Gathering:
+class AllGatherWork:
     """Frames on their way to every rank; `frames` are those of the group, once received."""
 
     def __init__(
-        self, bucket: Tensor, compressed: Compressed | None, gather: FrameGather, rank: int
+        self,
+        bucket: Tensor,
+        compressed: Compressed | None,
+        gather: FrameAllGather,
+        compressor: TopKCompressor,
+        rank: int,
     ) -> None:
-        self._rank = rank
         self._bucket = bucket
         self._compressed = compressed
         self._gather = gather
+        self._compressor = compressor
+        self._rank = rank
         self._decoded: list[Frame] = []
         self.frames: list[Tensor] = []
         self.coherence = NO_COHERENCE
@@ -64,4 +75,6 @@ class Gathering:
     def deliver(self) -> None:
         if self._compressed is None:
             raise RuntimeError("a rank that has failed has nothing to deliver")
-        self._compressed.commit_and_write(self._decoded, divisor=len(self._decoded))
+        self._compressor.update_and_write(
+            self._compressed, self._decoded, divisor=len(self._decoded)
+        )

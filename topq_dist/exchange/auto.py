@@ -11,15 +11,19 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from topq_dist.exchange.agreement import agree
-from topq_dist.exchange.base import Exchange, Job, Link, Pending
+from topq_dist.compress.compressor import Compressed
+from topq_dist.compress.layout import Layout
+from topq_dist.exchange.agreement import check_same_on_all_ranks
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.collectives import CommContext
 
 _log = logging.getLogger(__name__)
-# DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds settle
+# DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds adapt
 _WARM_UP_STEPS = 4
 _FIRST_STEPS = 20
-# of the others: the first steps after a switch still pay for it, a few say whether to go on
+# of the others: the first steps after a switch still bear its cost, a few say whether to go on
 _SETTLING_STEPS = 2
 _FEW_STEPS = 2
 _STEPS = 8
@@ -58,8 +62,8 @@ class Auto(Exchange):
     take over twice as long as the best before.
     """
 
-    def __init__(self, link: Link, exchanges: Mapping[str, Exchange]) -> None:
-        self._link = link
+    def __init__(self, context: CommContext, exchanges: Mapping[str, Exchange]) -> None:
+        self._context = context
         self._left = [
             _Trial(name=name, exchange=exchange, skip=_SETTLING_STEPS, steps=_STEPS)
             for name, exchange in exchanges.items()
@@ -92,7 +96,7 @@ class Auto(Exchange):
 
     def resume(self, chosen: str | None, dense_steps: int) -> None:
         for exchange in self._exchanges.values():
-            # what has not been chosen is tried anew, and a trial pays nothing
+            # what has not been chosen is tried anew, and a trial flushes nothing
             exchange.resume(None, 0 if chosen is None else dense_steps)
         if len(self._exchanges) > 1:
             self._resumed = chosen
@@ -104,7 +108,9 @@ class Auto(Exchange):
         ask; later, the settings of one more step in the old exchange tell.
         """
         if self._first:
-            agree(self.settings(), group=self._link.group, device=self._link.device)
+            check_same_on_all_ranks(
+                self.settings(), group=self._context.group, device=self._context.device
+            )
         told, self._told = self._first or self._told, self._resumed is not None
         self._first = False
         if told and self._resumed is not None:
@@ -116,8 +122,8 @@ class Auto(Exchange):
         self._chosen = name
 
     @property
-    def tells(self) -> bool:  # type: ignore[override]
-        return self._exchange.tells
+    def carries_settings(self) -> bool:  # type: ignore[override]
+        return self._exchange.carries_settings
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
@@ -127,8 +133,22 @@ class Auto(Exchange):
     def dense_steps(self) -> int:  # type: ignore[override]
         return self._exchanges[_DENSE].dense_steps if _DENSE in self._exchanges else 0
 
-    def launch(self, job: Job) -> Pending:
-        return self._exchange.launch(job)
+    @property
+    def frames_per_bucket(self) -> int:  # type: ignore[override]
+        return self._exchange.frames_per_bucket
+
+    def prepare(self, bucket: Tensor) -> None:
+        self._exchange.prepare(bucket)
+
+    def launch(
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        *,
+        settings_digest: int,
+    ) -> ExchangeWork:
+        return self._exchange.launch(bucket, layout, compressed, settings_digest=settings_digest)
 
     def begin_step(self) -> None:
         """Account for the step that has ended, and go on to the next trial or decide."""
@@ -138,7 +158,7 @@ class Auto(Exchange):
         self._exchange.begin_step()
 
     def _account(self) -> None:
-        now_s, wire_bytes = time.perf_counter(), self._link.meter.stats.wire_bytes
+        now_s, wire_bytes = time.perf_counter(), self._context.meter.stats.wire_bytes
         trial = self._trial
         if self._began_s is not None:
             if trial.skip:
@@ -161,9 +181,9 @@ class Auto(Exchange):
 
     def _agreed_cost(self) -> _Cost:
         mine = [statistics.median(self._trial.step_s), statistics.median(self._trial.wire_bytes)]
-        cost = torch.tensor(mine, dtype=torch.float64, device=self._link.device)
+        cost = torch.tensor(mine, dtype=torch.float64, device=self._context.device)
         # the slowest rank sets the pace, and every rank must decide on the same numbers
-        dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._link.group)
+        dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._context.group)
         return _Cost(*cost.tolist())
 
     def _conclude(self) -> None:
@@ -173,7 +193,7 @@ class Auto(Exchange):
             self._exchange = self._trial.exchange
             return
         self._choose(_cheapest(self._costs))
-        if self._link.rank == 0:
+        if self._context.rank == 0:
             costs = [
                 f"{name} {1e3 * cost.step_s:.1f} ms a step, {cost.wire_bytes / 1e6:.3g} MB"
                 for name, cost in self._costs.items()

@@ -2,60 +2,22 @@
 
 Each is launched while the backward pass goes on. When it is over every bucket is received, and
 only if all of them are finite is any delivered: a step that overflowed on any rank is void, and
-until then nothing that a rank owes has changed.
+until then no rank's residual has changed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.coherence import Coherence
 from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.layout import Layout
-from topq_dist.telemetry import Meter
 
 
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """The ranks that an exchange runs among."""
-
-    group: dist.ProcessGroup
-    device: torch.device
-    meter: Meter
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.group.size()
-
-    @property
-    def rank(self) -> int:
-        """This process's place in the group."""
-        return self.group.rank()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One bucket to be averaged in place.
-
-    compress(parts) returns the frames of `parts` Parts of the bucket, or None where this rank has
-    failed and must tell the others.
-    """
-
-    bucket: Tensor
-    layout: Layout
-    settings_digest: int
-    compress: Callable[[int], Compressed | None]
-
-
-class Pending(Protocol):
+class ExchangeWork(Protocol):
     """A bucket on its way; every method is called once, on every rank in the same order."""
 
     @property
@@ -72,27 +34,43 @@ class Pending(Protocol):
         """
 
     def deliver(self) -> None:
-        """Write the average into the bucket, and keep what was not sent."""
+        """Write the average into the bucket, and update the residual."""
 
 
 class Exchange(ABC):
     """A way of averaging buckets.
 
-    tells: whether every rank's frames tell every other rank of its settings and of a failure;
-    where they do not, the pipeline does. sparse: whether the step that has begun sends a part of
-    each gradient, and not all of it. chosen: what "auto" has decided on, None for all others.
-    dense_steps: how many steps have sent everything, by which the residual is paid out; 0 of one
-    that never does.
+    frames_per_bucket: how many frames of a bucket this rank is to be given, each of one part of it
+    (see BlockCyclicPartition); 0 where it needs none. carries_settings: whether every rank's frames
+    tell every other rank of its settings and of a failure; where they do not, the pipeline does.
+    sparse: whether the step that has begun sends a part of each gradient, and not all of it.
+    chosen: what "auto" has decided on, None for all others. dense_steps: how many steps have sent
+    everything, by which the residual is flushed; 0 of one that never does.
     """
 
-    tells = True
+    frames_per_bucket = 1
+    carries_settings = True
     sparse = True
     chosen: str | None = None
     dense_steps = 0
 
+    def prepare(self, bucket: Tensor) -> None:  # noqa: B027 - most leave it as it is
+        """Get a bucket ready to be compressed; on every rank alike."""
+
     @abstractmethod
-    def launch(self, job: Job) -> Pending:
-        """Start on one bucket, without waiting for other ranks where that can be helped."""
+    def launch(
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        *,
+        settings_digest: int,
+    ) -> ExchangeWork:
+        """Start on one bucket, to be averaged in place, without waiting where that can be helped.
+
+        compressed: as many frames of it as are asked for; None where that is none, or this rank has
+        failed and must tell the others.
+        """
 
     def begin_step(self) -> None:  # noqa: B027 - most have nothing to note
         """Take note of a new step, before its first bucket; on every rank alike."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Literal, get_args
 
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.exchange.allgather import AllGather
 from topq_dist.exchange.auto import TRIAL_STEPS, Auto
-from topq_dist.exchange.base import Exchange, Link
+from topq_dist.exchange.base import Exchange
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.dense import Dense
 from topq_dist.exchange.hierarchical import Hierarchical
 from topq_dist.exchange.split_reduce import SplitReduce
@@ -16,7 +17,7 @@ from topq_dist.exchange.split_reduce import SplitReduce
 ExchangeName = Literal["auto", "allgather", "split", "hierarchical", "dense"]
 
 
-def check_exchange(name: ExchangeName, link: Link, ranks_per_node: int | None) -> int:
+def check_exchange(name: ExchangeName, context: CommContext, ranks_per_node: int | None) -> int:
     """Return the ranks a node, 1 but for "hierarchical"; raise unless this can be made."""
     if name not in get_args(ExchangeName):
         known = ", ".join(get_args(ExchangeName))
@@ -25,9 +26,9 @@ def check_exchange(name: ExchangeName, link: Link, ranks_per_node: int | None) -
         per_node = _ranks_per_node(ranks_per_node)
         if isinstance(per_node, bool) or not isinstance(per_node, int):
             raise TypeError(f"ranks_per_node={per_node!r}: expected an integer")
-        if per_node < 1 or link.size % per_node:
+        if per_node < 1 or context.size % per_node:
             raise ValueError(
-                f"ranks_per_node={per_node}: expected a divisor of the {link.size} ranks"
+                f"ranks_per_node={per_node}: expected a divisor of the {context.size} ranks"
             )
         return per_node
     if ranks_per_node is not None:
@@ -39,25 +40,25 @@ def check_exchange(name: ExchangeName, link: Link, ranks_per_node: int | None) -
 
 
 def make_exchange(
-    name: ExchangeName, link: Link, compressor: FlatCompressor, per_node: int
+    name: ExchangeName, context: CommContext, compressor: TopKCompressor, per_node: int
 ) -> Exchange:
     """Return the exchange of this name; "hierarchical" makes process groups, a collective."""
     if name == "allgather":
-        return AllGather(link)
+        return AllGather(context, compressor)
     if name == "split":
-        return SplitReduce(link, compressor)
+        return SplitReduce(context, compressor)
     if name == "dense":
-        return Dense(link, compressor)
+        return Dense(context, compressor)
     if name == "hierarchical":
-        return Hierarchical(link, per_node)
-    candidates: dict[str, Exchange] = {"allgather": AllGather(link)}
+        return Hierarchical(context, compressor, per_node)
+    candidates: dict[str, Exchange] = {"allgather": AllGather(context, compressor)}
     if compressor.error_feedback:
         # with two ranks a split sends as much, in twice as many messages
-        if link.size > 2:
-            candidates["split"] = SplitReduce(link, compressor)
-        # a trial is no reason to pay what is owed: that is for when it is chosen
-        candidates["dense"] = Dense(link, compressor, unpaid_steps=TRIAL_STEPS)
-    return Auto(link, candidates)
+        if context.size > 2:
+            candidates["split"] = SplitReduce(context, compressor)
+        # a trial is no reason to flush the residual: that is for when it is chosen
+        candidates["dense"] = Dense(context, compressor, waiting_steps=TRIAL_STEPS)
+    return Auto(context, candidates)
 
 
 def _ranks_per_node(ranks_per_node: int | None) -> int:

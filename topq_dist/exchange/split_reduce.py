@@ -11,63 +11,96 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from topq_dist.compress.aggregate import decode_parts
+from topq_dist.compress.aggregate import decode_partition
 from topq_dist.compress.codec.frame import Frame, FrameError
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.compressor import FlatCompressor, Reduced
-from topq_dist.compress.layout import ByLayout
+from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.layout import Layout, LayoutCache
+from topq_dist.compress.reduce import PartReducer, Reduced
 from topq_dist.exchange.agreement import ExchangeError
-from topq_dist.exchange.base import Exchange, Job, Link, Pending
-from topq_dist.exchange.collectives import FrameSwap, Lanes
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.collectives import AllToAllLanes, CommContext, FrameAllToAll
 
 
 class SplitReduce(Exchange):
     """Send each part's frame to the rank that owns the part; gather the owners' reduced frames.
 
     An owner passes on the largest elements of its part, as many as a rank has sent it on average,
-    and owes the rest itself; without error feedback it passes on all that are not zero.
+    and keeps the rest in its own residual; without error feedback it passes on all that are not
+    zero.
     """
 
-    def __init__(self, link: Link, compressor: FlatCompressor) -> None:
-        self._link = link
+    def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
+        self.frames_per_bucket = context.size
+        self._context = context
         self._compressor = compressor
-        self._lanes = ByLayout(lambda: (Lanes.among(link.size), Lanes.among(link.size)))
+        self._reducer = PartReducer(compressor.residuals if compressor.error_feedback else None)
+        self._lanes = LayoutCache(
+            lambda: (AllToAllLanes.among(context.size), AllToAllLanes.among(context.size))
+        )
 
-    def launch(self, job: Job) -> Pending:
-        return _Splitting(job, self._link, self._compressor, *self._lanes.of(job.layout))
+    def launch(
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        *,
+        settings_digest: int,
+    ) -> ExchangeWork:
+        return SplitReduceWork(
+            bucket,
+            layout,
+            compressed,
+            settings_digest,
+            self._context,
+            self._compressor,
+            self._reducer,
+            self._lanes.of(layout),
+        )
 
 
-class _Splitting:
+class SplitReduceWork:
+    """A bucket's parts on their way to their owners, and then the reduced parts to every rank."""
+
     def __init__(
-        self, job: Job, link: Link, compressor: FlatCompressor, lanes: Lanes, reduced_lanes: Lanes
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        settings_digest: int,
+        context: CommContext,
+        compressor: TopKCompressor,
+        reducer: PartReducer,
+        lanes: tuple[AllToAllLanes, AllToAllLanes],
     ) -> None:
-        self._job = job
-        self._link = link
+        self._bucket = bucket
+        self._layout = layout
+        self._compressed = compressed
+        self._settings_digest = settings_digest
+        self._context = context
         self._compressor = compressor
-        self._reduced_lanes = reduced_lanes
-        self._compressed = job.compress(link.size)
-        self._reduction: Reduced | None = None
+        self._reducer = reducer
+        self._reduced_lanes = lanes[1]
+        self._reduced: Reduced | None = None
         self._error: ExchangeError | None = None
         self._failure: FrameError | None = None
-        self._reduced: list[Frame] = []
-        self._gather: FrameSwap | None = None
+        self._decoded: list[Frame] = []
+        self._gather: FrameAllToAll | None = None
         self.coherence = NO_COHERENCE
-        if self._compressed is None:
-            self._scatter = self._swap(None, lanes)
+        if compressed is None:
+            self._scatter = self._exchange(None, lanes[0])
         else:
-            self._scatter = self._swap(self._compressed.frames, lanes, self._compressed.coherence)
+            self._scatter = self._exchange(compressed.frames, lanes[0], compressed.coherence)
 
-    def _swap(
-        self, frames: Sequence[Tensor] | None, lanes: Lanes, coherence: Coherence = NO_COHERENCE
-    ) -> FrameSwap:
-        return FrameSwap(
-            frames,
-            coherence=coherence,
-            settings_digest=self._job.settings_digest,
-            lanes=lanes,
-            group=self._link.group,
-            device=self._link.device,
-            meter=self._link.meter,
+    def _exchange(
+        self,
+        frames: Sequence[Tensor] | None,
+        lanes: AllToAllLanes,
+        coherence: Coherence = NO_COHERENCE,
+    ) -> FrameAllToAll:
+        digest = self._settings_digest
+        return FrameAllToAll(
+            frames, lanes, self._context, settings_digest=digest, coherence=coherence
         )
 
     def advance(self) -> None:
@@ -76,25 +109,25 @@ class _Splitting:
         except ExchangeError as error:
             self._error = error
             return
-        # of the second swap, the owners of the parts have nothing to add
+        # of the second exchange, the owners of the parts have nothing to add
         self.coherence = self._scatter.coherence
         reduced = self._reduce(frames)
         # an all-gather would pad all of them to the longest
-        self._gather = self._swap(
-            None if reduced is None else [reduced] * self._link.size, self._reduced_lanes
+        self._gather = self._exchange(
+            None if reduced is None else [reduced] * self._context.size, self._reduced_lanes
         )
 
     def _reduce(self, frames: list[Tensor]) -> Tensor | None:
         try:
-            with self._link.meter.timed("select_s"):
-                self._reduction = self._compressor.reduce(
-                    frames, self._job.layout, part=self._link.rank, parts=self._link.size
+            with self._context.meter.timed("select_s"):
+                self._reduced = self._reducer.reduce(
+                    frames, self._layout, part=self._context.rank, parts=self._context.size
                 )
         except FrameError as error:
             # raised once the other ranks have been told
             self._failure = error
             return None
-        return self._reduction.frame
+        return self._reduced.frame
 
     def receive(self) -> bool:
         if self._error is not None:
@@ -105,11 +138,11 @@ class _Splitting:
             frames = self._gather.frames()
         except ExchangeError as error:
             raise self._failure or error from None
-        self._reduced = decode_parts(frames, numel=self._job.bucket.numel())
-        return all(frame.finite for frame in self._reduced)
+        self._decoded = decode_partition(frames, numel=self._bucket.numel())
+        return all(frame.finite for frame in self._decoded)
 
     def deliver(self) -> None:
-        if self._compressed is None or self._reduction is None:
+        if self._compressed is None or self._reduced is None:
             raise RuntimeError("a rank that has failed has nothing to deliver")
-        self._compressed.commit_and_write(self._reduced, divisor=1)
-        self._reduction.commit()
+        self._compressor.update_and_write(self._compressed, self._decoded, divisor=1)
+        self._compressor.residuals.apply(self._reduced.update)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import required
 from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
 from topq_dist.partition_topk import keep_top_
-from topq_dist.sparsity import draw_q, kept_count
+from topq_dist.sparsity import draw_q, k_from_q
 from topq_dist.validation import check_fraction
 
 _REQUIRED: Any = required  # shown as <required parameter> in the signature
@@ -107,7 +107,7 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
         if param.grad is not None:
             rows = param.grad.flatten(1)
             q = draw_q(optim_group["q"], optim_group["dq"], self.generator)
-            keep_top_(rows, kept_count(q, rows.shape[1]))
+            keep_top_(rows, k_from_q(q, rows.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -20,7 +20,7 @@ from topq_dist.compress.codec.frame import (
     peek_header,
 )
 from topq_dist.compress.codec.indices import IndexCoding
-from topq_dist.compress.codec.values import VALUE_FORMATS
+from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
 
 FORMATS = st.sampled_from(VALUE_FORMATS)
 
@@ -57,17 +57,18 @@ def test_round_trip(
     k = round(density * numel)
     indices = torch.arange(k) + (numel - k) // 2 if clustered else random_indices(numel, k, seed)
     values = torch.randn(k, generator=torch.Generator().manual_seed(seed))
-    encoded = encode_frame(numel, indices, values, value_format)
-    frame = decode_frame(encoded.frame, numel=numel)
+    quantized = quantize(values, value_format)
+    encoded = encode_frame(numel, indices, quantized)
+    frame = decode_frame(encoded, numel=numel)
     assert frame.finite
     assert frame.numel == numel
     assert torch.equal(frame.indices, indices)
-    assert torch.equal(frame.values, encoded.decoded)
-    header = peek_header(encoded.frame)
-    assert header.frame_bytes == encoded.frame.numel() <= max_frame_bytes(numel, k, value_format)
+    assert torch.equal(frame.values, quantized.decoded)
+    header = peek_header(encoded)
+    assert header.frame_bytes == encoded.numel() <= max_frame_bytes(numel, k, value_format)
     assert (header.numel, header.k, header.value_format) == (numel, k, value_format)
     # one content, one frame
-    assert torch.equal(encode_frame(numel, indices, values, value_format).frame, encoded.frame)
+    assert torch.equal(encode_frame(numel, indices, quantize(values, value_format)), encoded)
 
 
 @given(
@@ -80,11 +81,11 @@ def test_sparse_indices_of_huge_vectors(numel: int, gaps: list[int], seed: int) 
     positions = np.cumsum([gap + 1 for gap in gaps]) - 1 if gaps else np.zeros(0)
     indices = torch.from_numpy(positions[positions < numel].astype(np.int64))
     values = torch.randn(indices.numel(), generator=torch.Generator().manual_seed(seed))
-    encoded = encode_frame(numel, indices, values)
-    frame = decode_frame(encoded.frame, numel=numel)
+    encoded = encode_frame(numel, indices, quantize(values))
+    frame = decode_frame(encoded, numel=numel)
     assert torch.equal(frame.indices, indices)
     assert torch.equal(frame.values, values)
-    assert encoded.frame.numel() <= max_frame_bytes(numel, indices.numel(), "fp32")
+    assert encoded.numel() <= max_frame_bytes(numel, indices.numel(), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_the_smallest_coding_is_picked(
     numel: int, indices: list[int] | range, coding: IndexCoding
 ) -> None:
     at = torch.tensor(list(indices), dtype=torch.int64)
-    frame = encode_frame(numel, at, torch.ones(at.numel())).frame
+    frame = encode_frame(numel, at, quantize(torch.ones(at.numel())))
     assert peek_header(frame).index_coding is coding
     assert torch.equal(decode_frame(frame, numel=numel).indices, at)
 
@@ -135,7 +136,7 @@ def test_frame_size_against_the_entropy_of_the_index_set(density: float, most_ov
     indices = random_indices(numel, k, seed=7)
     choices = math.lgamma(numel + 1) - math.lgamma(k + 1) - math.lgamma(numel - k + 1)
     least_bits = choices / math.log(2) + 16 * k
-    frame = encode_frame(numel, indices, torch.ones(k), "fp16").frame
+    frame = encode_frame(numel, indices, quantize(torch.ones(k), "fp16"))
     assert least_bits <= frame.numel() * 8 <= least_bits * (1 + most_over)
     assert frame.numel() <= max_frame_bytes(numel, k, "fp16") <= frame.numel() * 1.03
 
@@ -157,9 +158,9 @@ def test_frames_add_up(dtype: torch.dtype, value_format: str) -> None:
     out, expected = torch.zeros(2000, dtype=dtype), torch.zeros(2000, dtype=dtype)
     for seed in range(3):
         indices, values = random_indices(2000, 300, seed), torch.arange(300) / 8.0
-        decode_frame(encode_frame(2000, indices, values, value_format).frame, numel=2000).add_to(
-            out
-        )
+        decode_frame(
+            encode_frame(2000, indices, quantize(values, value_format)), numel=2000
+        ).add_to(out)
         expected[indices] += values.to(dtype)
     assert torch.equal(out, expected)
     with pytest.raises(ValueError, match=r"out has shape \(3,\): expected \(7,\)"):
@@ -167,14 +168,14 @@ def test_frames_add_up(dtype: torch.dtype, value_format: str) -> None:
 
 
 def test_bytes_views_and_slots() -> None:
-    encoded = encode_frame(100, torch.tensor([3, 70]), torch.tensor([1.0, -2.0]))
-    raw = encoded.frame.numpy().tobytes()
-    for buffer in (raw, bytearray(raw), memoryview(raw), encoded.frame):
+    encoded = encode_frame(100, torch.tensor([3, 70]), quantize(torch.tensor([1.0, -2.0])))
+    raw = encoded.numpy().tobytes()
+    for buffer in (raw, bytearray(raw), memoryview(raw), encoded):
         assert decode_frame(buffer, numel=100).indices.tolist() == [3, 70]
     # odd offsets: nothing in a frame needs alignment
     assert decode_frame(memoryview(b"x" + raw)[1:], numel=100).values.tolist() == [1.0, -2.0]
     slot = torch.full((len(raw) + 9,), 255, dtype=torch.uint8)
-    slot[: len(raw)] = encoded.frame
+    slot[: len(raw)] = encoded
     assert peek_header(slot).frame_bytes == len(raw)
     assert decode_frame(slot, numel=100, padded=True).indices.tolist() == [3, 70]
     with pytest.raises(FrameError, match=f"{len(raw) + 9} bytes: expected a frame of {len(raw)}"):
@@ -182,9 +183,9 @@ def test_bytes_views_and_slots() -> None:
 
 
 def test_decoded_values_are_in_memory_of_their_own() -> None:
-    encoded = encode_frame(10, torch.tensor([1, 2]), torch.tensor([1.0, 2.0]))
-    frame = decode_frame(encoded.frame, numel=10)
-    encoded.frame.zero_()
+    encoded = encode_frame(10, torch.tensor([1, 2]), quantize(torch.tensor([1.0, 2.0])))
+    frame = decode_frame(encoded, numel=10)
+    encoded.zero_()
     assert frame.values.tolist() == [1.0, 2.0]
     assert frame.indices.tolist() == [1, 2]
 
@@ -207,17 +208,19 @@ def test_bad_content_is_refused(
     numel: int, indices: list[int], values: list[float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_frame(numel, torch.tensor(indices, dtype=torch.int64), torch.tensor(values))
+        encode_frame(
+            numel, torch.tensor(indices, dtype=torch.int64), quantize(torch.tensor(values))
+        )
 
 
 def test_bad_arguments_are_named() -> None:
     one = torch.tensor([0])
     with pytest.raises(ValueError, match="value_format='fp8'"):
-        encode_frame(1, one, torch.ones(1), "fp8")
+        encode_frame(1, one, quantize(torch.ones(1), "fp8"))
     with pytest.raises(ValueError, match=r"indices has dtype torch.float32"):
-        encode_frame(1, torch.zeros(1), torch.ones(1))
-    with pytest.raises(ValueError, match=r"values torch.int64"):
-        encode_frame(1, one, one)
+        encode_frame(1, torch.zeros(1), quantize(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"values has dtype torch.int64"):
+        encode_frame(1, one, quantize(one))
     with pytest.raises(ValueError, match=r"k=3: expected a number in \[0, numel=2\]"):
         max_frame_bytes(2, 3, "fp32")
     for buffer in (
@@ -231,7 +234,7 @@ def test_bad_arguments_are_named() -> None:
         decode_frame("TOPQ", numel=1)  # type: ignore[arg-type]
 
 
-GOOD = encode_frame(1000, torch.arange(0, 1000, 50), torch.linspace(1, 2, 20), "fp16").frame
+GOOD = encode_frame(1000, torch.arange(0, 1000, 50), quantize(torch.linspace(1, 2, 20), "fp16"))
 
 
 @pytest.mark.parametrize(
@@ -273,11 +276,11 @@ def test_a_flipped_bit_anywhere_is_noticed() -> None:
 
 
 def bitmap_frame() -> Tensor:
-    return encode_frame(11, torch.tensor([0, 2, 4, 6, 8, 9]), torch.ones(6)).frame
+    return encode_frame(11, torch.tensor([0, 2, 4, 6, 8, 9]), quantize(torch.ones(6)))
 
 
 def raw_frame() -> Tensor:
-    frame = encode_frame(2**31 - 1, torch.tensor([2**31 - 2]), torch.ones(1)).frame
+    frame = encode_frame(2**31 - 1, torch.tensor([2**31 - 2]), quantize(torch.ones(1)))
     assert peek_header(frame).index_coding is IndexCoding.RAW
     return frame
 
@@ -293,7 +296,7 @@ def test_structure_is_checked_whatever_the_checksum_says() -> None:
     infinity = np.float32(np.inf).tobytes()
     with pytest.raises(FrameError, match="a value is not finite"):
         decode_frame(altered(raw_frame(), 36, infinity), numel=2**31 - 1)
-    int2 = encode_frame(9, torch.arange(3), torch.ones(3), "int2").frame
+    int2 = encode_frame(9, torch.arange(3), quantize(torch.ones(3), "int2"))
     with pytest.raises(FrameError, match="values end in bits that are not zero"):
         decode_frame(altered(int2, int2.numel() - 1, b"\xff"), numel=9)
 

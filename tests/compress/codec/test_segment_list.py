@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topq_dist.compress.aggregate import decode_parts
+from topq_dist.compress.aggregate import decode_partition
 from topq_dist.compress.codec.frame import (
     HEADER_BYTES,
     FrameError,
@@ -23,10 +23,11 @@ from topq_dist.compress.codec.frame import (
     peek_header,
 )
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
-from topq_dist.compress.codec.values import VALUE_FORMATS, encode_values
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import Cut, uniform_cuts
+from topq_dist.compress.reduce import PartReducer
+from topq_dist.compress.sparsify.segments import Segment, uniform_segments
 
 LOW = st.sampled_from(["int8", "int4", "int2"])
 KS = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=12)
@@ -53,26 +54,29 @@ def test_a_segment_is_rounded_as_if_it_were_alone(
 ) -> None:
     k = sum(ks)
     values, indices, numel = some_values(k, seed), torch.arange(k) * spread, k * spread
-    encoded = encode_frame(numel, indices, values, value_format, segment_ks=ks)
-    frame = decode_frame(encoded.frame, numel=numel)
+    quantized = quantize(values, value_format, segment_ks=ks)
+    encoded = encode_frame(numel, indices, quantized)
+    frame = decode_frame(encoded, numel=numel)
     assert torch.equal(frame.indices, indices)
-    assert frame.values.numpy().tobytes() == encoded.decoded.numpy().tobytes()
+    assert frame.values.numpy().tobytes() == quantized.decoded.numpy().tobytes()
     for start, stop in pairwise([0, *accumulate(ks)]):
-        alone = encode_values(values[start:stop], value_format).decoded
+        alone = quantize(values[start:stop], value_format).decoded
         assert torch.equal(alone, frame.values[start:stop])
     longest = max_frame_bytes(numel, k, value_format, segments=len(ks))
-    assert peek_header(encoded.frame).frame_bytes == encoded.frame.numel() <= longest
+    assert peek_header(encoded).frame_bytes == encoded.numel() <= longest
     if sum(one > 0 for one in ks) < 2:
-        plain = encode_frame(numel, indices, values, value_format)
-        assert torch.equal(plain.frame, encoded.frame)
+        plain = encode_frame(numel, indices, quantize(values, value_format))
+        assert torch.equal(plain, encoded)
 
 
 @pytest.mark.parametrize("value_format", ["fp64", "fp32", "fp16", "bf16"])
 def test_other_formats_have_no_segments(value_format: str) -> None:
     values = some_values(30, 1)
-    plain = encode_frame(30, torch.arange(30), values, value_format)
-    cut = encode_frame(30, torch.arange(30), values, value_format, segment_ks=[10, 20])
-    assert torch.equal(plain.frame, cut.frame)
+    plain = encode_frame(30, torch.arange(30), quantize(values, value_format))
+    segmented = encode_frame(
+        30, torch.arange(30), quantize(values, value_format, segment_ks=[10, 20])
+    )
+    assert torch.equal(plain, segmented)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_frames_of_one_segment_are_those_of_older_versions(value_format: str, sh
         values = (scrambled.astype(np.float64) / 2**31 - 1).astype(np.float32)
         values += np.sign(values) * np.float32(0.5)
         at = torch.arange(k) * 10
-        frame = encode_frame(10 * k + 1, at, torch.from_numpy(values), value_format).frame
+        frame = encode_frame(10 * k + 1, at, quantize(torch.from_numpy(values), value_format))
         digest.update(frame.numpy().tobytes())
     assert digest.hexdigest()[:32] == sha256
 
@@ -99,10 +103,10 @@ def test_frames_of_one_segment_are_those_of_older_versions(value_format: str, sh
 @pytest.mark.parametrize("ks", [[1, 1], [3], [-1, 4], [[3]], [2**40, 3 - 2**40]])
 def test_segments_that_do_not_fit_are_refused(ks: list[int]) -> None:
     if ks == [3]:
-        encode_frame(9, torch.arange(3), torch.ones(3), "int2", segment_ks=ks)
+        encode_frame(9, torch.arange(3), quantize(torch.ones(3), "int2", segment_ks=ks))
         return
     with pytest.raises(ValueError, match="expected a sum of 3"):
-        encode_frame(9, torch.arange(3), torch.ones(3), "int2", segment_ks=ks)
+        encode_frame(9, torch.arange(3), quantize(torch.ones(3), "int2", segment_ks=ks))
 
 
 @given(ks=st.lists(st.integers(1, 2**32), min_size=2, max_size=50))
@@ -146,8 +150,8 @@ def test_bad_lists_are_named(raw: bytes, message: str) -> None:
 
 
 INT4 = encode_frame(
-    200, torch.arange(0, 200, 2), torch.linspace(1, 2, 100), "int4", segment_ks=[30, 70]
-).frame
+    200, torch.arange(0, 200, 2), quantize(torch.linspace(1, 2, 100), "int4", segment_ks=[30, 70])
+)
 LIST = HEADER_BYTES + 8 + peek_header(INT4).index_bytes
 
 
@@ -175,7 +179,9 @@ def test_each_bad_field_is_named(raw: bytes, message: str) -> None:
 
 
 def test_blocks_must_be_those_of_the_list() -> None:
-    two = encode_frame(400, torch.arange(300), torch.ones(300), "int8", segment_ks=[150, 150]).frame
+    two = encode_frame(
+        400, torch.arange(300), quantize(torch.ones(300), "int8", segment_ks=[150, 150])
+    )
     assert peek_header(two).blocks == 4
     at = HEADER_BYTES + 8 + peek_header(two).index_bytes
     # as many values, in three blocks; each list of as many bytes
@@ -203,16 +209,18 @@ def test_a_bucket_rounds_alike_in_whatever_order(
     sent = []
     for chosen in (list(gradients), names):
         layout = named({name: gradients[name].numel() for name in chosen})
-        compressor = FlatCompressor(value_format=value_format, error_feedback=True, bound=2.0)
+        compressor = TopKCompressor(value_format=value_format, error_feedback=True, bound=2.0)
         for _ in range(2):
             flat = torch.cat([gradients[name] for name in chosen])
-            cuts = uniform_cuts([gradients[n].numel() for n in chosen], q=q, scope="parameter")
-            compressed = compressor.compress(flat, layout, cuts)
-            compressed.commit()
+            segments = uniform_segments(
+                [gradients[n].numel() for n in chosen], q=q, scope="parameter"
+            )
+            compressed = compressor.compress(flat, layout, segments)
+            compressor.residuals.apply(compressed.update)
         dense = torch.zeros(layout.numel)
         decode_frame(compressed.frames[0], numel=layout.numel).add_to(dense)
         state = compressor.residuals.state_dict()
-        there = dict(zip(chosen, layout.stretches(), strict=True))
+        there = dict(zip(chosen, layout.slices(), strict=True))
         sent.append({name: (dense[there[name]], state[name]) for name in gradients})
     for name in gradients:
         for one, other in zip(sent[0][name], sent[1][name], strict=True):
@@ -227,33 +235,33 @@ def test_parts_and_their_means_keep_segments_apart(value_format: str) -> None:
     generator = torch.Generator().manual_seed(3)
     gradient = some_values(numel, 3).sign() * (1 + torch.rand(numel, generator=generator))
     gradient[4_000:] *= 1e-6
-    cuts = uniform_cuts(tuple(sizes.values()), q=0.9, scope="parameter")
-    compressors = [FlatCompressor(value_format=value_format, error_feedback=True) for _ in range(2)]
-    compressed = [one.compress(gradient, layout, cuts, parts=2) for one in compressors]
+    segments = uniform_segments(tuple(sizes.values()), q=0.9, scope="parameter")
+    compressors = [TopKCompressor(value_format=value_format, error_feedback=True) for _ in range(2)]
+    compressed = [one.compress(gradient, layout, segments, parts=2) for one in compressors]
     reduced = [
-        compressors[part].reduce(
+        PartReducer(compressors[part].residuals).reduce(
             [one.frames[part] for one in compressed], layout, part=part, parts=2
         )
         for part in range(2)
     ]
     for frames in (compressed[0].frames, [one.frame for one in reduced]):
         dense = torch.zeros(numel)
-        for frame in decode_parts(frames, numel=numel):
+        for frame in decode_partition(frames, numel=numel):
             frame.add_to(dense)
         where = dense.nonzero().flatten()
         assert where.numel() == 800
         assert bool((dense[where] / gradient[where] - 1).abs().max() < 0.1)
-    is_cut = [peek_header(frame).segment_bytes > 0 for frame in compressed[0].frames]
-    assert is_cut == [value_format in ("int8", "int4", "int2")] * 2
+    has_segments = [peek_header(frame).segment_bytes > 0 for frame in compressed[0].frames]
+    assert has_segments == [value_format in ("int8", "int4", "int2")] * 2
 
 
 def test_rows_of_a_parameter_are_one_segment() -> None:
     gradient = some_values(600, 5)
     layout = named({"a": 400, "b": 200})
-    cuts = [
-        Cut(start=0, rows=40, row_numel=10, kept=2),
-        Cut(start=400, rows=1, row_numel=200, kept=20),
+    segments = [
+        Segment(start=0, rows=40, row_numel=10, k=2),
+        Segment(start=400, rows=1, row_numel=200, k=20),
     ]
-    compressor = FlatCompressor(value_format="int2", error_feedback=False)
-    header = peek_header(compressor.compress(gradient, layout, cuts).frames[0])
+    compressor = TopKCompressor(value_format="int2", error_feedback=False)
+    header = peek_header(compressor.compress(gradient, layout, segments).frames[0])
     assert (header.segment_bytes, header.blocks) == (2, 2)

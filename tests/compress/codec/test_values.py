@@ -13,8 +13,8 @@ from topq_dist.compress.codec.values import (
     VALUE_FORMATS,
     check_value_format,
     decode_values,
-    encode_values,
     payload_bytes,
+    quantize,
 )
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -30,7 +30,8 @@ def heavy_tail(numel: int) -> Tensor:
 @given(values=SINGLES, value_format=st.sampled_from(VALUE_FORMATS))
 @settings(max_examples=500, deadline=None)
 def test_what_is_decoded_is_what_the_encoder_said(values: np.ndarray, value_format: str) -> None:
-    payload, exponent, decoded = encode_values(torch.from_numpy(values), value_format)
+    quantized = quantize(torch.from_numpy(values), value_format)
+    payload, exponent, decoded = quantized.payload, quantized.exponent, quantized.decoded
     assert payload.size == payload_bytes(values.size, value_format)
     again = decode_values(payload, values.size, value_format, exponent)
     assert again.dtype == decoded.dtype
@@ -51,7 +52,7 @@ def test_what_is_decoded_is_what_the_encoder_said(values: np.ndarray, value_form
 )
 def test_relative_error_of_the_tail_of_a_normal(value_format: str, most_error: float) -> None:
     values = heavy_tail(10_000)
-    decoded = encode_values(values, value_format).decoded
+    decoded = quantize(values, value_format).decoded
     assert float((decoded - values).norm() / values.norm()) <= most_error
     assert bool((decoded.sign() == values.sign()).all())
 
@@ -62,7 +63,7 @@ def test_no_scale_of_gradients_costs_precision(scale: float, value_format: str) 
     values = heavy_tail(1000).double()
 
     def relative_error(factor: float) -> float:
-        decoded = encode_values((values * factor).float(), value_format).decoded.double()
+        decoded = quantize((values * factor).float(), value_format).decoded.double()
         return float((decoded - values * factor).norm() / (values * factor).norm())
 
     # a factor that is no power of two shifts where in a binade the values lie
@@ -74,7 +75,7 @@ def test_the_largest_numbers_stay_finite(value_format: str) -> None:
     largest = torch.finfo(torch.float32).max
     for dtype, top in ((torch.float32, largest), (torch.float64, 1e300)):
         values = torch.tensor([top, -top, largest / 2, 1.0], dtype=dtype)
-        decoded = encode_values(values, value_format).decoded
+        decoded = quantize(values, value_format).decoded
         assert bool(torch.isfinite(decoded).all())
         assert bool((decoded.double().abs() <= values.double().abs().max() * 1.01).all())
         assert float(decoded[0]) > 1e38
@@ -83,7 +84,7 @@ def test_the_largest_numbers_stay_finite(value_format: str) -> None:
 
 def test_the_smallest_numbers_survive_in_fp16() -> None:
     values = torch.tensor([1e-45, -3e-45, 2.0**-133, 0.0])
-    assert torch.equal(encode_values(values, "fp16").decoded, values)
+    assert torch.equal(quantize(values, "fp16").decoded, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -95,7 +96,7 @@ def test_gradients_of_a_dtype_survive_in_its_own_format(dtype: torch.dtype) -> N
         torch.float64: "fp64",
     }
     values = (torch.randn(1000, generator=torch.Generator().manual_seed(2)) * 3.0).to(dtype)
-    decoded = encode_values(values, own[dtype]).decoded
+    decoded = quantize(values, own[dtype]).decoded
     assert torch.equal(decoded.double(), values.double())
 
 
@@ -108,7 +109,7 @@ def test_bits_a_value_with_scales() -> None:
 
 def test_two_bits_keep_the_sum_of_magnitudes_of_each_block() -> None:
     values = heavy_tail(1280)
-    decoded = encode_values(values, "int2").decoded
+    decoded = quantize(values, "int2").decoded
     blocks, kept = values.view(-1, 128).abs(), decoded.view(-1, 128).abs()
     # base and step are bf16
     assert torch.allclose(kept.mean(1), blocks.mean(1), rtol=0.02)
@@ -117,7 +118,7 @@ def test_two_bits_keep_the_sum_of_magnitudes_of_each_block() -> None:
 def test_decoded_values_do_not_change_with_the_input() -> None:
     for value_format in VALUE_FORMATS:
         values = torch.ones(5)
-        encoded = encode_values(values, value_format)
+        encoded = quantize(values, value_format)
         values.zero_()
         assert bool((encoded.decoded == 1.0).all())
         assert bool((decode_values(encoded.payload, 5, value_format, encoded.exponent) == 1).all())
@@ -128,7 +129,7 @@ def test_decoded_values_do_not_change_with_the_input() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_what_is_not_finite_is_refused(bad: float, value_format: str, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="values holds NaN or infinity"):
-        encode_values(torch.tensor([1.0, bad], dtype=dtype), value_format)
+        quantize(torch.tensor([1.0, bad], dtype=dtype), value_format)
 
 
 def test_an_unknown_format_is_named() -> None:
@@ -154,7 +155,7 @@ def test_fields_of_every_width(fields: np.ndarray, width: int) -> None:
 @pytest.mark.parametrize("value_format", ["fp32", "fp64"])
 def test_values_in_place_are_a_view_where_that_can_be(value_format: str) -> None:
     values = torch.tensor([1.5, -2.0, 3.25], dtype=torch.float64)
-    payload = encode_values(values, value_format).payload
+    payload = quantize(values, value_format).payload
     room = np.zeros(payload.size + 8, dtype=np.uint8)
     for offset, shared in ((0, True), (1, False)):
         raw = room[offset : offset + payload.size]

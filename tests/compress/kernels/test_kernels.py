@@ -16,7 +16,7 @@ import topq_dist
 from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.kernels.jit import LANES
 from topq_dist.compress.kernels.select import find_differing, find_reaching, keep_largest
-from topq_dist.compress.residual import Terms, add_terms, settle
+from topq_dist.compress.residual import Terms, update_residual
 
 SIZES = st.integers(0, 3 * LANES + 5)
 KEYS = st.sampled_from(["u2", "u4", "u8"]).flatmap(
@@ -50,12 +50,12 @@ def test_elements_that_reach_a_key_are_found_in_order(size: int, seed: int, dtyp
 def test_sums_that_reach_a_key_are_found_with_their_values(
     size: int, seed: int, dtype: str
 ) -> None:
-    vector, owed = floats(dtype, size, seed), floats(dtype, size, seed + 100)
-    total = vector + owed
+    vector, residual = floats(dtype, size, seed), floats(dtype, size, seed + 100)
+    total = vector + residual
     low = np.array([2.0], dtype).view(f"i{vector.itemsize}")[0]
     expected = np.flatnonzero(np.abs(total) >= 2.0)
     indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, dtype)
-    assert find_reaching(vector, owed, low, 0, indices, numbers, 0, None, None) == expected.size
+    assert find_reaching(vector, residual, low, 0, indices, numbers, 0, None, None) == expected.size
     np.testing.assert_array_equal(indices[: expected.size], expected)
     np.testing.assert_array_equal(numbers[: expected.size], total[expected])
 
@@ -112,12 +112,10 @@ def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None
     with pytest.raises(IndexError, match="frame"):
         Frame(numel=5, indices=at, values=value, finite=True).add_to(torch.zeros(5))
     with pytest.raises(ValueError, match="indices"):
-        settle(torch.zeros(5), torch.zeros(5), at, value)
+        update_residual(torch.zeros(5), torch.zeros(5), at, value)
     terms = Terms(at.numpy(), value.numpy(), np.array([0, 2]))
     with pytest.raises(ValueError, match="indices"):
-        settle(torch.zeros(5), torch.zeros(5), at[:0], value[:0], replace_by=terms)
-    with pytest.raises(ValueError, match="index"):
-        add_terms(torch.zeros(5), terms)
+        update_residual(torch.zeros(5), torch.zeros(5), at[:0], value[:0], replace_by=terms)
 
 
 def run_program(

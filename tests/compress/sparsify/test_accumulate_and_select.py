@@ -21,13 +21,13 @@ from vectors import DTYPES, drawn
 
 from topq_dist.compress.aggregate import write_sum
 from topq_dist.compress.codec.frame import Frame, decode_frame
-from topq_dist.compress.compressor import Compressed, Compressor, FlatCompressor
+from topq_dist.compress.compressor import Compressed, Compressor, TopKCompressor
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL
 from topq_dist.compress.kernels.select import find_reaching
-from topq_dist.compress.layout import Layout, Pieces
-from topq_dist.compress.residual import settle
+from topq_dist.compress.layout import ChunkedVector, Layout
+from topq_dist.compress.residual import update_residual
 from topq_dist.compress.sparsify import threshold
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.compress.sparsify.topk import Selector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def residual_like(gradient: Tensor) -> Tensor:
     # from one step to the next: last step's threshold is far too high, or far too low
     scales=st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1.0, 1e3]), min_size=1, max_size=4),
 )
-def test_taking_up_is_to_select_and_to_settle(
+def test_to_accumulate_and_select_is_to_select_and_to_update(
     seed: int, numel: int, fraction: float, dtype: torch.dtype, scales: list[float]
 ) -> None:
     k = math.ceil(fraction * numel)
@@ -57,8 +57,8 @@ def test_taking_up_is_to_select_and_to_settle(
         gradient = drawn(seed + step, numel, dtype, scale=scale)
         untouched = gradient.clone()
         picked = other.select(gradient, k, residual=theirs)
-        settle(theirs, gradient, picked.indices, picked.values / 3)
-        with one.taking_up(ours, gradient, k) as taken:
+        update_residual(theirs, gradient, picked.indices, picked.values / 3)
+        with one.accumulate_and_select(ours, gradient, k) as taken:
             assert taken.finite
             assert torch.equal(taken.indices, picked.indices)
             assert torch.equal(taken.values, picked.values)
@@ -79,8 +79,8 @@ def test_taking_up_goes_on_past_the_last_candidate_wanted(dtype: torch.dtype, th
     for step, scale in enumerate([1e-2, 1.0, 1e-2]):
         gradient = drawn(2 * step, numel, dtype, scale=scale)
         picked = other.select(gradient, 500, residual=theirs)
-        settle(theirs, gradient, picked.indices, torch.zeros_like(picked.values))
-        with one.taking_up(ours, gradient, 500) as taken:
+        update_residual(theirs, gradient, picked.indices, torch.zeros_like(picked.values))
+        with one.accumulate_and_select(ours, gradient, 500) as taken:
             assert torch.equal(taken.indices, picked.indices)
             ours[taken.indices] = 0.0
         assert torch.equal(ours, theirs)
@@ -95,12 +95,12 @@ def test_what_is_not_finite_leaves_the_residual_bit_for_bit(
     torch.set_num_threads(threads)
     selector, gradient = Selector(), drawn(2, numel, torch.float32)
     residual = drawn(4, numel, torch.float32, scale=1e-6)
-    with selector.taking_up(residual, gradient, k) as taken:
+    with selector.accumulate_and_select(residual, gradient, k) as taken:
         residual[taken.indices] = 0.0
     residual[-1] = -0.0
     before = residual.clone().view(torch.int32)
     gradient[numel // 2] = bad
-    with selector.taking_up(residual, gradient, k) as taken:
+    with selector.accumulate_and_select(residual, gradient, k) as taken:
         assert not taken.finite
     assert torch.equal(residual.view(torch.int32), before)
 
@@ -109,7 +109,7 @@ def test_a_sum_may_overflow_where_neither_summand_has() -> None:
     largest = torch.finfo(torch.float32).max
     residual, gradient = torch.zeros(5_000), torch.zeros(5_000)
     residual[7] = gradient[7] = largest
-    with Selector().taking_up(residual, gradient, 5) as taken:
+    with Selector().accumulate_and_select(residual, gradient, 5) as taken:
         assert not taken.finite
     assert residual[7] == largest
     assert residual.sum() == largest
@@ -120,7 +120,7 @@ def test_a_block_that_raises_leaves_the_residual_as_it_was() -> None:
     before = residual.clone()
 
     def interrupted() -> None:
-        with Selector().taking_up(residual, gradient, 9):
+        with Selector().accumulate_and_select(residual, gradient, 9):
             assert not torch.equal(residual, before)
             raise KeyboardInterrupt
 
@@ -152,7 +152,7 @@ def test_a_search_that_is_interrupted_leaves_the_residual_as_it_was(
         if interrupted > passes:
             return
         with pytest.raises(KeyboardInterrupt):
-            Selector().taking_up(residual, gradient, 900).__enter__()
+            Selector().accumulate_and_select(residual, gradient, 900).__enter__()
     assert torch.equal(residual, before)
 
 
@@ -216,9 +216,9 @@ def test_several_threads_share_a_compressor() -> None:
 def test_what_cannot_be_taken_up_changes_nothing() -> None:
     residual, gradient = torch.ones(9), torch.ones(8)
     with pytest.raises(ValueError, match="residual has shape"):
-        Selector().taking_up(residual, gradient, 1).__enter__()
+        Selector().accumulate_and_select(residual, gradient, 1).__enter__()
     with pytest.raises(ValueError, match="k=10: expected"):
-        Selector().taking_up(residual, torch.ones(9), 10).__enter__()
+        Selector().accumulate_and_select(residual, torch.ones(9), 10).__enter__()
     assert residual.tolist() == [1.0] * 9
 
 
@@ -229,26 +229,31 @@ def test_a_compressor_sends_what_a_step_in_two_halves_sends(
 ) -> None:
     numel = 30_000
     layout = Layout(names=("w",), shapes=((numel,),))
-    cut = Cut(start=0, rows=1, row_numel=numel, kept=300)
+    segment = Segment(start=0, rows=1, row_numel=numel, k=300)
     ours = Compressor(q=0.99, value_format=value_format)
-    theirs = FlatCompressor(value_format=value_format, error_feedback=True)
+    theirs = TopKCompressor(value_format=value_format, error_feedback=True)
     for step in range(4):
         gradient = drawn(2 * step, numel, dtype, scale=10.0**step)
         if step == 2:
             gradient[5] = math.nan
-        compressed = theirs.compress(gradient, layout, [cut])
-        compressed.commit()
+        compressed = theirs.compress(gradient, layout, [segment])
+        theirs.residuals.apply(compressed.update)
         assert torch.equal(ours.compress("w", gradient), compressed.frames[0])
         assert torch.equal(ours.state_dict()["w"], theirs.residuals.state_dict()["w"])
 
 
 def averaged(
-    compressed: Compressed, frames: Sequence[Frame], gradient: Tensor, *, fused: bool
+    compressor: TopKCompressor,
+    compressed: Compressed,
+    frames: Sequence[Frame],
+    gradient: Tensor,
+    *,
+    fused: bool,
 ) -> Tensor:
     if fused:
-        compressed.commit_and_write(frames, divisor=len(frames))
+        compressor.update_and_write(compressed, frames, divisor=len(frames))
         return gradient
-    compressed.commit()
+    compressor.residuals.apply(compressed.update)
     return write_sum(frames, divisor=len(frames), out=gradient.clone())
 
 
@@ -262,26 +267,26 @@ def test_the_average_is_that_of_a_sum_of_its_own(
     torch.set_num_threads(threads)
     shapes = ((500, 601), (1_000,), (70, 41))
     layout = Layout(names=("a", "b", "c"), shapes=shapes)
-    stretches = layout.stretches()
+    slices = layout.slices()
     value_format = "fp64" if dtype == torch.float64 else "fp16"
 
-    def compress(rank: int) -> tuple[FlatCompressor, Compressed, Tensor]:
-        # some keep nothing of a stretch, one keeps everything of it
-        kept = [3_000, 10 * rank, 2_870 if rank == 1 else 0]
-        cuts = [
-            Cut(start=where.start, rows=1, row_numel=where.stop - where.start, kept=k)
-            for where, k in zip(stretches, kept, strict=True)
+    def compress(rank: int) -> tuple[TopKCompressor, Compressed, Tensor]:
+        # some send nothing of a tensor, one sends everything of it
+        ks = [3_000, 10 * rank, 2_870 if rank == 1 else 0]
+        segments = [
+            Segment(start=where.start, rows=1, row_numel=where.stop - where.start, k=k)
+            for where, k in zip(slices, ks, strict=True)
         ]
         gradient = drawn(2 * rank, layout.numel, dtype)
-        compressor = FlatCompressor(value_format=value_format, error_feedback=feedback)
-        return compressor, compressor.compress(gradient, layout, cuts), gradient
+        compressor = TopKCompressor(value_format=value_format, error_feedback=feedback)
+        return compressor, compressor.compress(gradient, layout, segments), gradient
 
     frames = [compress(rank)[1].frames[0] for rank in range(ranks)]
     results = []
     for fused in (True, False):
         compressor, compressed, gradient = compress(0)
         decoded = [decode_frame(frame, numel=layout.numel) for frame in frames]
-        mean = averaged(compressed, decoded, gradient, fused=fused)
+        mean = averaged(compressor, compressed, decoded, gradient, fused=fused)
         results.append((mean, compressor.residuals.state_dict()))
     (mean, state), (expected, expected_state) = results
     assert torch.equal(mean, expected)
@@ -291,10 +296,11 @@ def test_the_average_is_that_of_a_sum_of_its_own(
 
 def test_only_a_finite_vector_in_one_piece_can_take_a_sum() -> None:
     layout = Layout(names=("a", "b"), shapes=((2,), (2,)))
-    cuts = [Cut(start=start, rows=1, row_numel=2, kept=1) for start in (0, 2)]
-    compressor = FlatCompressor(value_format="fp32", error_feedback=True)
-    pieces = [torch.ones(2), torch.ones(2)]
-    for gradient in (Pieces(pieces), Pieces([torch.full((4,), math.nan)])):
+    segments = [Segment(start=start, rows=1, row_numel=2, k=1) for start in (0, 2)]
+    compressor = TopKCompressor(value_format="fp32", error_feedback=True)
+    chunks = [torch.ones(2), torch.ones(2)]
+    for gradient in (ChunkedVector(chunks), ChunkedVector([torch.full((4,), math.nan)])):
+        compressed = compressor.compress(gradient, layout, segments)
         with pytest.raises(ValueError, match="in one piece"):
-            compressor.compress(gradient, layout, cuts).commit_and_write([], divisor=1)
-    assert [piece.tolist() for piece in pieces] == [[1.0, 1.0]] * 2
+            compressor.update_and_write(compressed, [], divisor=1)
+    assert [chunk.tolist() for chunk in chunks] == [[1.0, 1.0]] * 2

@@ -13,28 +13,30 @@ from torch import Tensor
 from vectors import DTYPES, drawn
 
 from topq_dist import Compressor
-from topq_dist.compress.aggregate import decode_parts
+from topq_dist.compress.aggregate import decode_partition
 from topq_dist.compress.codec.values import VALUE_FORMATS
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 
 BOUNDS = st.sampled_from([1e-3, 0.5, 1.0, 1.5, 3.0, 1e30])
 ROWS = st.tuples(st.integers(0, 4), st.integers(0, 40), st.floats(0, 1))
 
 
-def cuts_of(drawn_rows: list[tuple[int, int, float]]) -> list[Cut]:
-    cuts, start = [], 0
+def segments_of(drawn_rows: list[tuple[int, int, float]]) -> list[Segment]:
+    segments, start = [], 0
     for rows, row_numel, share in drawn_rows:
-        kept = round(share * row_numel)
-        cuts.append(Cut(start=start, rows=rows, row_numel=row_numel, kept=kept))
+        k = round(share * row_numel)
+        segments.append(Segment(start=start, rows=rows, row_numel=row_numel, k=k))
         start += rows * row_numel
-    return cuts
+    return segments
 
 
-def layout_of(cuts: list[Cut]) -> Layout:
-    names = tuple(f"p{number}" for number in range(len(cuts)))
-    return Layout(names=names, shapes=tuple((cut.rows, cut.row_numel) for cut in cuts))
+def layout_of(segments: list[Segment]) -> Layout:
+    names = tuple(f"p{number}" for number in range(len(segments)))
+    return Layout(
+        names=names, shapes=tuple((segment.rows, segment.row_numel) for segment in segments)
+    )
 
 
 def heavy(seed: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -45,7 +47,7 @@ def heavy(seed: int, numel: int, dtype: torch.dtype) -> Tensor:
 
 def sum_of(frames: list[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
     total = torch.zeros(numel, dtype=dtype)
-    for frame in decode_parts(frames, numel=numel):
+    for frame in decode_partition(frames, numel=numel):
         frame.add_to(total)
     return total
 
@@ -61,28 +63,31 @@ def sum_of(frames: list[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
 def test_each_row_is_clipped_and_nothing_is_lost(
     rows: list[tuple[int, int, float]], dtype: torch.dtype, bound: float, parts: int, seed: int
 ) -> None:
-    cuts, numel = cuts_of(rows), sum(number * width for number, width, _ in rows)
-    layout, wide = layout_of(cuts), torch.float64 if dtype == torch.float64 else torch.float32
+    segments, numel = segments_of(rows), sum(number * width for number, width, _ in rows)
+    layout, wide = layout_of(segments), torch.float64 if dtype == torch.float64 else torch.float32
     lossless = "fp64" if wide == torch.float64 else "fp32"
-    one = FlatCompressor(value_format=lossless, error_feedback=True, bound=bound)
-    other = FlatCompressor(value_format=lossless, error_feedback=True)
+    one = TopKCompressor(value_format=lossless, error_feedback=True, bound=bound)
+    other = TopKCompressor(value_format=lossless, error_feedback=True)
     for step in range(3):
         gradient = heavy(seed + step, numel, dtype)
         if one.residuals.holds(layout):
             other.residuals.load_state_dict(one.residuals.state_dict())
         before = other.residuals.flat(layout, dtype=wide, device=gradient.device).clone()
-        compressed = one.compress(gradient, layout, cuts, parts=parts)
+        compressed = one.compress(gradient, layout, segments, parts=parts)
         sent = sum_of(compressed.frames, numel, wide)
-        compressed.commit()
+        one.residuals.apply(compressed.update)
         # to the bit, however much is clipped
         assert torch.equal(sent + one.residuals.home(layout), gradient.to(wide) + before)
-        selected = sum_of(other.compress(gradient, layout, cuts, parts=parts).frames, numel, wide)
-        for cut in cuts:
-            for row in range(cut.rows):
+        selected = sum_of(
+            other.compress(gradient, layout, segments, parts=parts).frames, numel, wide
+        )
+        for segment in segments:
+            for row in range(segment.rows):
                 where = slice(
-                    cut.start + row * cut.row_numel, cut.start + (row + 1) * cut.row_numel
+                    segment.start + row * segment.row_numel,
+                    segment.start + (row + 1) * segment.row_numel,
                 )
-                check_row(sent[where], selected[where], cut.kept, bound)
+                check_row(sent[where], selected[where], segment.k, bound)
 
 
 def check_row(sent: Tensor, selected: Tensor, k: int, bound: float) -> None:
@@ -115,31 +120,31 @@ def test_a_compressor_of_any_format_keeps_what_it_clips(
 ) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     compressor = Compressor(q=q, value_format=value_format, bound=1.5)
-    owed = torch.zeros(numel, dtype=wide)
+    left = torch.zeros(numel, dtype=wide)
     for step in range(3):
         gradient = heavy(seed + step, numel, dtype)
         sent = compressor.decompress(
             compressor.compress("w", gradient), torch.empty(numel, dtype=torch.float64)
         )
-        whole, residual = gradient.to(wide) + owed, compressor.state_dict()["w"]
+        whole, residual = gradient.to(wide) + left, compressor.state_dict()["w"]
         expected = (whole.double() - sent).to(wide)
         assert torch.equal(residual, torch.where(sent != 0, expected, whole))
-        owed = residual
+        left = residual
 
 
-def test_two_ways_of_one_cut_are_one() -> None:
+def test_two_ways_of_one_segment_are_one() -> None:
     for dtype in DTYPES:
         gradient = heavy(4, 3_000, dtype)
         layout = Layout(names=("w",), shapes=((3_000,),))
-        cut = Cut(start=0, rows=1, row_numel=3_000, kept=90)
+        segment = Segment(start=0, rows=1, row_numel=3_000, k=90)
         one, other = (
-            FlatCompressor(value_format="int2", error_feedback=True, bound=2.0) for _ in range(2)
+            TopKCompressor(value_format="int2", error_feedback=True, bound=2.0) for _ in range(2)
         )
         for _ in range(3):
-            compressed = one.compress(gradient, layout, [cut])
-            compressed.commit()
+            compressed = one.compress(gradient, layout, [segment])
+            one.residuals.apply(compressed.update)
             assert torch.equal(
-                compressed.frames[0], other.compress_and_commit(gradient, layout, 90)
+                compressed.frames[0], other.compress_and_update(gradient, layout, 90)
             )
             assert torch.equal(one.residuals.home(layout), other.residuals.home(layout))
 
@@ -174,7 +179,7 @@ def test_a_gradient_that_is_not_finite_is_told_as_ever(bad: float) -> None:
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf, True, "2", [1.0]])
 def test_a_bound_that_is_none_is_named(bound: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="bound="):
-        FlatCompressor(value_format=None, error_feedback=True, bound=bound)
+        TopKCompressor(value_format=None, error_feedback=True, bound=bound)
     with pytest.raises((TypeError, ValueError), match="bound="):
         Compressor(bound=bound)
 
@@ -183,7 +188,7 @@ def test_a_bound_needs_feedback_and_is_among_the_settings() -> None:
     with pytest.raises(ValueError, match=r"bound=2.0 with error_feedback=False: expected None"):
         Compressor(error_feedback=False, bound=2.0)
     texts = {
-        FlatCompressor(value_format="int2", error_feedback=True, bound=bound).settings()
+        TopKCompressor(value_format="int2", error_feedback=True, bound=bound).settings()
         for bound in (None, 1.0, 2, 3.5)
     }
     assert len(texts) == 4

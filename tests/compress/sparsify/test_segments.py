@@ -1,4 +1,4 @@
-"""All cuts of a vector at once, compared with one after the other."""
+"""All segments of a vector at once, compared with one after the other."""
 
 import math
 from collections.abc import Callable
@@ -12,40 +12,48 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vectors import DTYPES, drawn
 
-from topq_dist.compress.kernels.select import select_stretches
-from topq_dist.compress.layout import Pieces
-from topq_dist.compress.sparsify import segments, topk
+from topq_dist.compress.kernels.select import select_segments
+from topq_dist.compress.layout import ChunkedVector
+from topq_dist.compress.sparsify import segments as segments_module
+from topq_dist.compress.sparsify import topk
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection
-from topq_dist.compress.sparsify.segments import Cut, CutSelector
+from topq_dist.compress.sparsify.segments import Segment, SegmentSelector
 from topq_dist.compress.sparsify.threshold import find_candidates
 from topq_dist.compress.sparsify.topk import Selector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def cuts_of(numels: list[int], fractions: list[float]) -> list[Cut]:
-    cuts, start = [], 0
+def segments_of(numels: list[int], fractions: list[float]) -> list[Segment]:
+    segments, start = [], 0
     for numel, fraction in zip(numels, fractions, strict=True):
-        kept = min(numel, math.ceil(fraction * numel))
-        cuts.append(Cut(start=start, rows=1, row_numel=numel, kept=kept))
+        k = min(numel, math.ceil(fraction * numel))
+        segments.append(Segment(start=start, rows=1, row_numel=numel, k=k))
         start += numel
-    return cuts
+    return segments
 
 
 class OneByOne:
-    """What CutSelector does, without any of its ways of doing it."""
+    """What SegmentSelector does, without any of its ways of doing it."""
 
     def __init__(self) -> None:
         self._selectors: dict[int, Selector] = {}
 
-    def select(self, gradient: Tensor, residual: Tensor | None, cuts: list[Cut]) -> Selection:
+    def select(
+        self, gradient: Tensor, residual: Tensor | None, segments: list[Segment]
+    ) -> Selection:
         parts = []
-        for at, cut in enumerate(cuts):
-            owed = None if residual is None else residual[cut.stretch]
+        for at, segment in enumerate(segments):
+            its_residual = None if residual is None else residual[segment.where]
             selector = self._selectors.setdefault(at, Selector())
-            parts.append(selector.select(gradient[cut.stretch], cut.kept, residual=owed))
+            parts.append(selector.select(gradient[segment.where], segment.k, residual=its_residual))
         return Selection(
-            torch.cat([part.indices + cut.start for part, cut in zip(parts, cuts, strict=True)]),
+            torch.cat(
+                [
+                    part.indices + segment.start
+                    for part, segment in zip(parts, segments, strict=True)
+                ]
+            ),
             torch.cat([part.values for part in parts]),
             all(part.finite for part in parts),
         )
@@ -85,25 +93,25 @@ def test_all_cuts_at_once_are_the_same_as_one_by_one(
     other = data.draw(st.integers(0, len(numels) - 1))
     fractions = [fraction] * len(numels)
     fractions[other] = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
-    cuts = cuts_of(numels, fractions)
+    segments = segments_of(numels, fractions)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     residual = drawn(seed + 100, numel, wide) if feedback else None
-    ours, theirs = CutSelector(), OneByOne()
+    ours, theirs = SegmentSelector(), OneByOne()
     for step, scale in enumerate(scales):
         gradient = drawn(seed + step, numel, dtype) * scale
         if step == 2:
             gradient[data.draw(st.integers(0, numel - 1))] = math.inf
         before = gradient.clone()
-        picked = ours.select(Pieces([gradient]), residual, cuts)
-        assert_alike(picked, theirs.select(gradient, residual, cuts))
+        picked = ours.select(ChunkedVector([gradient]), residual, segments)
+        assert_alike(picked, theirs.select(gradient, residual, segments))
         assert torch.equal(gradient, before)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_warm_step_is_one_call_a_thread_and_a_miss_one_pass_more(threads: int) -> None:
     torch.set_num_threads(threads)
-    cuts = cuts_of([30_000, 1_000, 30_000, 500], [0.01] * 4)
-    selector, residual = CutSelector(), torch.zeros(61_500)
+    segments = segments_of([30_000, 1_000, 30_000, 500], [0.01] * 4)
+    selector, residual = SegmentSelector(), torch.zeros(61_500)
     gradient = drawn(2, 61_500, torch.float32)
     calls: list[int] = []
 
@@ -116,17 +124,17 @@ def test_a_warm_step_is_one_call_a_thread_and_a_miss_one_pass_more(threads: int)
 
     def passes(gradient: Tensor) -> list[int]:
         calls.clear()
-        selector.select(Pieces([gradient]), residual, cuts)
+        selector.select(ChunkedVector([gradient]), residual, segments)
         return sorted(calls)
 
     with (
         mock.patch.object(topk, "find_candidates", counted(find_candidates)),
-        mock.patch.object(segments, "select_stretches", counted(select_stretches)),
+        mock.patch.object(segments_module, "select_segments", counted(select_segments)),
     ):
         assert passes(gradient) == [30_000, 30_000]
         warm = [61_500] if threads == 1 else [30_000, 31_500]
         assert passes(gradient) == warm
-        gradient[cuts[2].stretch] /= 1e3
+        gradient[segments[2].where] /= 1e3
         assert passes(gradient) == sorted([*warm, 30_000])
         assert passes(gradient) == warm
 
@@ -138,13 +146,15 @@ def test_taking_up_with_a_threshold_that_misses_takes_one_pass_more() -> None:
         for scale, count in ((1.0, 1), (1.0, 1), (1e-3, 2), (1e6, 2)):
             residual.zero_()
             passes.reset_mock()
-            with selector.taking_up(residual, drawn(2, 50_000, torch.float32) * scale, 50):
+            with selector.accumulate_and_select(
+                residual, drawn(2, 50_000, torch.float32) * scale, 50
+            ):
                 pass
             assert passes.call_count == count
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    cuts = cuts_of([10, 10], [0.1, 0.1])
+    segments = segments_of([10, 10], [0.1, 0.1])
     for gradient, residual in (
         (torch.ones(20), torch.ones(19)),
         (torch.ones(20), torch.ones(20, dtype=torch.float64)),
@@ -152,7 +162,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (torch.ones(20, dtype=torch.int32), None),
     ):
         with pytest.raises(ValueError, match=r"expected"):
-            CutSelector().select(Pieces([gradient]), residual, cuts)
-    for kept in (-1, 21):
-        with pytest.raises(ValueError, match=rf"kept={kept}: expected a number in \[0, 20\]"):
-            Cut(start=0, rows=1, row_numel=20, kept=kept)
+            SegmentSelector().select(ChunkedVector([gradient]), residual, segments)
+    for k in (-1, 21):
+        with pytest.raises(ValueError, match=rf"k={k}: expected a number in \[0, 20\]"):
+            Segment(start=0, rows=1, row_numel=20, k=k)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topq_dist.compress.residual import Terms, settle
+from topq_dist.compress.residual import Terms, update_residual
 from topq_dist.compress.sparsify.magnitude import Selection
 from topq_dist.compress.sparsify.topk import Selector, select_rows
 from topq_dist.compress.sparsify.topk_torch import select_with_torch
@@ -118,7 +118,7 @@ def test_ten_thousand_vectors_against_torch_topk() -> None:
             picked = selector.select(gradient, k, residual=residual)
             assert_is_top_k(picked, total, k)
             if residual is not None and picked.finite:
-                settle(residual, gradient, picked.indices, torch.zeros_like(picked.values))
+                update_residual(residual, gradient, picked.indices, torch.zeros_like(picked.values))
             checked += 1
 
 
@@ -143,7 +143,7 @@ def test_any_number_of_threads_selects_the_same(threads: int) -> None:
         assert_is_top_k(picked, residual + gradient, 15_000)
         expected = residual + gradient
         expected[picked.indices] = 0.0
-        settle(residual, gradient, picked.indices, torch.zeros(15_000))
+        update_residual(residual, gradient, picked.indices, torch.zeros(15_000))
         assert torch.equal(residual, expected)
 
 
@@ -156,7 +156,7 @@ def test_half_gradients_across_block_edges(dtype: torch.dtype, threads: int) -> 
     assert_is_top_k(picked, residual + gradient, 7_000)
     expected = residual + gradient
     expected[picked.indices] = 0.25
-    settle(residual, gradient, picked.indices, torch.full((7_000,), 0.25))
+    update_residual(residual, gradient, picked.indices, torch.full((7_000,), 0.25))
     assert torch.equal(residual, expected)
 
 
@@ -367,5 +367,5 @@ def test_terms_of_another_dtype_are_refused_and_change_nothing() -> None:
         (torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)),
     ):
         with pytest.raises(ValueError, match="expected one dtype"):
-            settle(residual, gradient, at, value.to(residual), replace_by=terms)
+            update_residual(residual, gradient, at, value.to(residual), replace_by=terms)
         assert gradient.tolist() == residual.tolist() == [1.0] * 5

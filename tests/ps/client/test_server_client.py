@@ -19,7 +19,7 @@ from ps.workers import backward, batch, make_model, side_by_side, values
 from server_process import ServerProcess
 from torch import Tensor, nn
 
-from topq_dist.compress.compressor import FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.connection import Connection, TransientError
 from topq_dist.ps.client.replay_log import ReplayLog
@@ -40,7 +40,7 @@ def client_of(
     """Join as a worker with one parameter of four zeros."""
     shard = Shard(
         {"weight": nn.Parameter(torch.zeros(4))},
-        FlatCompressor(value_format=None, error_feedback=True),
+        TopKCompressor(value_format=None, error_feedback=True),
     )
     client = ServerClient(
         shard.model,
@@ -60,7 +60,7 @@ def push(client: ServerClient, shard: Shard, *gradient: float, q: float = 0.0) -
     shard.parameters["weight"].grad = torch.tensor(gradient, dtype=torch.float32)
     made = shard.compress(q=q, scope="parameter")
     for part in made:
-        part.commit()
+        shard.compressor.residuals.apply(part.update)
     client.begin(frames_of(made), ())
 
 

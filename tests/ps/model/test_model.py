@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topq_dist.compress.codec.frame import encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError
@@ -168,5 +169,5 @@ def test_no_frame_is_longer_than_the_bound(dtype: torch.dtype, numel: int) -> No
     for value_format in ("fp64", "fp32", "fp16", "bf16", "int8", "int4", "int2"):
         for k in {0, 1, numel // 2, numel - 1, numel}:
             indices = torch.randperm(numel)[:k].sort().values
-            frame = encode_frame(numel, indices, torch.randn(k), value_format).frame
+            frame = encode_frame(numel, indices, quantize(torch.randn(k), value_format))
             assert frame.numel() <= bound

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import encode_frame, encode_non_finite_frame
 from topq_dist.compress.codec.header import read_header, write_header
+from topq_dist.compress.codec.values import quantize
 from topq_dist.ps.client.probe import NoAnswerError, ask_status
 from topq_dist.ps.protocol.errors import REASON_KEY
 from topq_dist.ps.protocol.types import push_digest
@@ -262,8 +263,9 @@ def altered(frames: list[memoryview]) -> list[memoryview]:
 
 
 def of_numel(numel: int) -> list[memoryview]:
-    frame = encode_frame(numel, torch.arange(numel), torch.ones(numel)).frame
-    return [frame.numpy().data, encode_frame(3, torch.arange(3), torch.ones(3)).frame.numpy().data]
+    frame = encode_frame(numel, torch.arange(numel), quantize(torch.ones(numel)))
+    other = encode_frame(3, torch.arange(3), quantize(torch.ones(3)))
+    return [frame.numpy().data, other.numpy().data]
 
 
 def holding(value: float) -> list[memoryview]:

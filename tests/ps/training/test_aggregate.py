@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame, decode_frame, encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.training.aggregate import GradientSum
@@ -19,8 +20,8 @@ def frame_of(values: Tensor, indices: Tensor | None = None) -> Frame:
     indices = torch.arange(values.numel()) if indices is None else indices
     numel = NUMEL if values.dtype == torch.float32 else values.numel()
     value_format = "fp64" if values.dtype == torch.float64 else "fp32"
-    encoded = encode_frame(numel, indices, values, value_format)
-    return decode_frame(encoded.frame, numel=numel)
+    frame = encode_frame(numel, indices, quantize(values, value_format))
+    return decode_frame(frame, numel=numel)
 
 
 def draws(count: int) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from topq_dist.compress.aggregate import write_sum
 from topq_dist.compress.codec.frame import Frame, decode_frame
-from topq_dist.compress.compressor import FlatCompressor
-from topq_dist.compress.sparsify.segments import uniform_cuts
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.sparsify.segments import uniform_segments
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.model.update import apply_update
@@ -60,9 +60,9 @@ def push_of(
 ) -> Push:
     frames: list[Frame] = []
     for vector, gradient in zip(model.spec.vectors, gradients, strict=True):
-        compressor = FlatCompressor(value_format=None, error_feedback=False)
-        cuts = uniform_cuts(vector.numels, q=q, scope="parameter")
-        frame = compressor.compress(gradient, vector.layout, cuts).frames[0]
+        compressor = TopKCompressor(value_format=None, error_feedback=False)
+        segments = uniform_segments(vector.numels, q=q, scope="parameter")
+        frame = compressor.compress(gradient, vector.layout, segments).frames[0]
         frames.append(decode_frame(frame, numel=vector.numel))
     return Push(
         worker="w", epoch=1, sequence=1, base=START, frames=tuple(frames), lr=lr, digest=b""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topq_dist.compress.codec.frame import encode_frame, encode_non_finite_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.ps.client.connection import refusal_of
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol import errors
@@ -48,7 +49,7 @@ def frames() -> list[memoryview]:
     made = []
     for vector in SPEC.vectors:
         values = torch.arange(1.0, 1.0 + vector.numel)
-        made.append(encode_frame(vector.numel, torch.arange(vector.numel), values).frame)
+        made.append(encode_frame(vector.numel, torch.arange(vector.numel), quantize(values)))
     return [frame.numpy().data for frame in made]
 
 

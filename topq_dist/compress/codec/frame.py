@@ -7,9 +7,7 @@ of coding, Rice parameter and scale: unused bits are zero, and decoding insists 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +35,9 @@ from topq_dist.compress.codec.lowbit import BLOCK_NUMEL, Counts, block_count
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
 from topq_dist.compress.codec.values import (
     LOW_BITS,
+    Quantized,
     check_value_format,
     decode_values,
-    encode_values,
     payload_bytes,
 )
 from topq_dist.compress.kernels.accumulate import scatter_add
@@ -47,7 +45,6 @@ from topq_dist.compress.kernels.accumulate import scatter_add
 __all__ = [
     "HEADER_BYTES",
     "Buffer",
-    "EncodedFrame",
     "Frame",
     "FrameError",
     "FrameHeader",
@@ -59,13 +56,6 @@ __all__ = [
 ]
 
 Buffer = Tensor | bytes | bytearray | memoryview
-
-
-class EncodedFrame(NamedTuple):
-    """A frame (1-D uint8 CPU tensor), and the values (fp32, or fp64) that it decodes to."""
-
-    frame: Tensor
-    decoded: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,62 +84,42 @@ class Frame:
             out.index_add_(0, indices, self.values.to(device=out.device, dtype=out.dtype))
 
 
-def encode_frame(
-    numel: int,
-    indices: Tensor,
-    values: Tensor,
-    value_format: str = "fp32",
-    *,
-    segment_ks: Sequence[int] | Counts | None = None,
-) -> EncodedFrame:
-    """Write `values` at strictly ascending `indices` of a vector of `numel` elements as a frame.
+def encode_frame(numel: int, indices: Tensor, quantized: Quantized) -> Tensor:
+    """Return the frame of quantized values at strictly ascending `indices` below `numel`.
 
-    `indices` is an integer tensor and `values` a float tensor, both of shape (k,). `segment_ks`
-    says how many of them each segment of the vector has, in order: the blocks of "int8", "int4" and
-    "int2" begin anew with each, so that its values are rounded as if they were alone. None: the
-    vector is one segment. Raises ValueError for indices out of order or range, values that are not
-    finite (see encode_non_finite_frame), segments that are not of k values, an unknown value
-    format, or sizes past the header's fields (k below 2**32, numel at most 2**48).
+    `indices` is an integer tensor of shape (k,); the frame is 1-D uint8 on the CPU. Raises
+    ValueError for indices out of order or range, or as many as there are no values, or sizes past
+    the header's fields (k below 2**32, numel at most 2**48).
     """
-    check_value_format(value_format)
-    if indices.dim() != 1 or indices.shape != values.shape:
+    k = quantized.decoded.numel()
+    if indices.dim() != 1 or indices.shape != quantized.decoded.shape:
         raise ValueError(
-            f"indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}: "
-            "expected one dimension, the same for both"
+            f"indices has shape {tuple(indices.shape)} and values "
+            f"{tuple(quantized.decoded.shape)}: expected one dimension, the same for both"
         )
-    if indices.dtype.is_floating_point or not values.dtype.is_floating_point:
-        raise ValueError(
-            f"indices has dtype {indices.dtype} and values {values.dtype}: "
-            "expected an integer and a float dtype"
-        )
-    k = values.numel()
+    if indices.dtype.is_floating_point:
+        raise ValueError(f"indices has dtype {indices.dtype}: expected an integer dtype")
     _check_counts(numel, k)
-    ks = None if segment_ks is None else _several_segments(segment_ks, k, value_format)
-    encoded = encode_values(values.detach().cpu(), value_format, segment_ks=ks)
     index = encode_indices(indices.cpu().numpy().astype(np.int64, copy=False), numel)
     if index.payload.size > LARGEST_FIELD:
         raise ValueError(f"{index.payload.size} index bytes: expected at most {LARGEST_FIELD}")
+    ks = quantized.segment_ks
     listed = np.zeros(0, np.uint8) if ks is None else encode_ks(ks)
     if listed.size > LARGEST_FIELD:
         raise ValueError(f"{listed.size} bytes of segments: expected at most {LARGEST_FIELD}")
-    frame = _assemble(
-        FrameHeader(
-            finite=True,
-            value_format=value_format,
-            index_coding=index.coding,
-            rice_bits=index.rice_bits,
-            exponent=encoded.exponent,
-            index_bytes=index.payload.size,
-            numel=numel,
-            k=k,
-            segment_bytes=listed.size,
-            blocks=None if ks is None else block_count(ks),
-        ),
-        index.payload,
-        listed,
-        encoded.payload,
+    header = FrameHeader(
+        finite=True,
+        value_format=quantized.value_format,
+        index_coding=index.coding,
+        rice_bits=index.rice_bits,
+        exponent=quantized.exponent,
+        index_bytes=index.payload.size,
+        numel=numel,
+        k=k,
+        segment_bytes=listed.size,
+        blocks=None if ks is None else block_count(ks),
     )
-    return EncodedFrame(frame, encoded.decoded)
+    return _assemble(header, index.payload, listed, quantized.payload)
 
 
 def encode_non_finite_frame(numel: int, value_format: str = "fp32") -> Tensor:
@@ -257,19 +227,6 @@ def _as_bytes(buffer: Buffer) -> Bytes:
     if not view.c_contiguous:
         raise FrameError("buffer is a memoryview with gaps: expected a contiguous one")
     return np.frombuffer(view, dtype=np.uint8)
-
-
-def _several_segments(
-    segment_ks: Sequence[int] | Counts, k: int, value_format: str
-) -> Counts | None:
-    """Return how many values each segment has that has any; None where nothing hangs on it."""
-    ks = np.asarray(segment_ks, np.int64)
-    if ks.ndim != 1 or (ks < 0).any() or ks.sum() != k:
-        raise ValueError(
-            f"segment_ks of shape {ks.shape} and sum {ks.sum()}: expected a sum of {k}"
-        )
-    ks = ks[ks > 0]
-    return ks if value_format in LOW_BITS and ks.size > 1 else None
 
 
 def _read_ks(listed: Bytes, header: FrameHeader) -> Counts | None:

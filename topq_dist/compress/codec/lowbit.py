@@ -1,11 +1,11 @@
 """Values in 8, 4 or 2 bits: a sign and a level of the block's own magnitude range.
 
-What top-k keeps lies above a threshold, so a block's magnitudes fill [low, high] with low well away
-from zero; levels spread over [0, high] would waste the bottom ones. Each block of up to 128 values
-stores two bf16 numbers, `base` and `step`, and a code of sign and level m for each value, which
-decodes to sign * (base + m * step). With 8 and 4 bits base is the smallest magnitude and the top
-level reaches the largest. With 2 bits there are two levels, the means of the magnitudes below and
-above their mean, which is one step of Lloyd's algorithm (1957) and leaves the block's sum of
+What top-k selects lies above a threshold, so a block's magnitudes fill [low, high] with low well
+away from zero; levels spread over [0, high] would waste the bottom ones. Each block of up to 128
+values stores two bf16 numbers, `base` and `step`, and a code of sign and level m for each value,
+which decodes to sign * (base + m * step). With 8 and 4 bits base is the smallest magnitude and the
+top level reaches the largest. With 2 bits there are two levels, the means of the magnitudes below
+and above their mean, which is one step of Lloyd's algorithm (1957) and leaves the block's sum of
 magnitudes unchanged.
 
 Blocks begin anew with each segment (parameter), so that one of small gradients does not share a

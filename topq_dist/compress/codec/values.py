@@ -1,10 +1,11 @@
 """Value formats: fp64 and fp32 as they are, fp16 and bf16 rounded, 8, 4 and 2 bits with scales.
 
-Every encoder also returns the decoded values, so that the caller can keep the rounding error.
+Quantized values know what they decode to, so that the caller can keep the rounding error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +40,30 @@ _LARGEST = {
 }
 
 
-class EncodedValues(NamedTuple):
-    """A payload, the power of two that it is scaled by, and the values a receiver will see."""
+class Quantized(NamedTuple):
+    """Values as a frame holds them.
 
+    payload: their bytes. exponent: the power of two that they are scaled by. decoded: the values
+    that a receiver will see, fp32, or fp64 for "fp64". segment_ks: how many of them each segment
+    has that has any, where the format asks and there are several.
+    """
+
+    value_format: str
+    payload: Bytes
+    exponent: int
+    decoded: Tensor
+    segment_ks: Counts | None = None
+
+    def error(self, values: Tensor) -> npt.NDArray[np.floating]:
+        """Return `values`, on the CPU, less what a receiver will see of them, in their dtype."""
+        # numpy, since torch would wake its threads
+        wide = values.numpy()
+        rest: npt.NDArray[np.floating] = wide - self.decoded.numpy()
+        # "fp64" decodes to more than narrower values need
+        return rest.astype(wide.dtype, copy=False)
+
+
+class _Encoded(NamedTuple):
     payload: Bytes
     exponent: int
     decoded: Tensor
@@ -70,18 +92,43 @@ def payload_bytes(count: int, value_format: str, *, blocks: int | None = None) -
     return count * WHOLE[value_format].itemsize
 
 
-def encode_values(
-    values: Tensor, value_format: str, *, segment_ks: Counts | None = None
-) -> EncodedValues:
-    """Encode `values`, a 1-D CPU tensor of any float dtype.
+def quantize(
+    values: Tensor,
+    value_format: str = "fp32",
+    *,
+    segment_ks: Sequence[int] | Counts | None = None,
+) -> Quantized:
+    """Round `values`, a 1-D tensor of any float dtype, to a format.
 
-    segment_ks: how many of them each segment has, which adds up to all; None: there is one. Only
-        formats of 8 bits and fewer ask.
+    segment_ks: how many of them each segment of the vector has, in order: the blocks of "int8",
+        "int4" and "int2" begin anew with each, so that its values are rounded as if they were
+        alone. None: the vector is one segment.
 
     A finite value that the format cannot hold becomes the largest that it can. "fp16" is scaled by
     one power of two, chosen from the largest magnitude, so that neither large nor tiny gradients
-    leave its range. Raises ValueError where a value is NaN or infinite.
+    leave its range. Raises ValueError for an unknown format, values that are no floats or not
+    finite (see encode_non_finite_frame), and segments that are not of as many values.
     """
+    check_value_format(value_format)
+    if not values.dtype.is_floating_point:
+        raise ValueError(f"values has dtype {values.dtype}: expected a float dtype")
+    ks = None if segment_ks is None else _several(segment_ks, values.numel(), value_format)
+    payload, exponent, decoded = _encode(values.detach().cpu(), value_format, ks)
+    return Quantized(value_format, payload, exponent, decoded, ks)
+
+
+def _several(segment_ks: Sequence[int] | Counts, k: int, value_format: str) -> Counts | None:
+    """Return how many values each segment has that has any; None where nothing hangs on it."""
+    ks = np.asarray(segment_ks, np.int64)
+    if ks.ndim != 1 or (ks < 0).any() or ks.sum() != k:
+        raise ValueError(
+            f"segment_ks of shape {ks.shape} and sum {ks.sum()}: expected a sum of {k}"
+        )
+    ks = ks[ks > 0]
+    return ks if value_format in LOW_BITS and ks.size > 1 else None
+
+
+def _encode(values: Tensor, value_format: str, segment_ks: Counts | None) -> _Encoded:
     wide = _as_floats(values, accumulate_dtype(values.dtype))
     # NaN is the maximum of what holds one, and no absolute values need room
     peak = max(float(wide.max()), -float(wide.min())) if wide.size else 0.0
@@ -89,7 +136,7 @@ def encode_values(
         raise ValueError("values holds NaN or infinity: expected finite numbers")
     if value_format == "fp64":
         exact = wide.astype(np.float64)
-        return EncodedValues(exact.view(np.uint8), 0, torch.from_numpy(exact))
+        return _Encoded(exact.view(np.uint8), 0, torch.from_numpy(exact))
     largest = _LARGEST.get(value_format, _LARGEST_FP32)
     if peak > largest:
         wide, peak = np.clip(wide, -largest, largest), largest
@@ -98,14 +145,14 @@ def encode_values(
     # a copy even where nothing is rounded: what is decoded must not change with `values`
     single = wide.astype(np.float32)
     if value_format == "fp32":
-        return EncodedValues(single.view(np.uint8), 0, torch.from_numpy(single))
+        return _Encoded(single.view(np.uint8), 0, torch.from_numpy(single))
     if value_format in LOW_BITS:
         ks = _one_segment(single.size) if segment_ks is None else segment_ks
         payload, levels = encode_blocks(single, LOW_BITS[value_format], ks)
-        return EncodedValues(payload, 0, torch.from_numpy(levels))
+        return _Encoded(payload, 0, torch.from_numpy(levels))
     stored = cast(torch.from_numpy(single), torch.bfloat16)
     payload = stored.view(torch.int16).numpy().view(np.uint8)
-    return EncodedValues(payload, 0, cast(stored, torch.float32))
+    return _Encoded(payload, 0, cast(stored, torch.float32))
 
 
 def decode_values(
@@ -119,7 +166,7 @@ def decode_values(
 ) -> Tensor:
     """Return the `count` values of `payload`, fp32 (fp64 for "fp64"), in memory of their own.
 
-    segment_ks: as it was encoded with.
+    segment_ks: as it was quantized with.
     in_place: the caller leaves `payload` to the values, which are then a view of it where that can
         be. Raises ValueError where one is NaN or infinite, or padding bits are not zero.
     """
@@ -146,7 +193,7 @@ def decode_values(
 
 
 def exponent_is_valid(value_format: str, exponent: int) -> bool:
-    """Return whether encode_values could have chosen this exponent."""
+    """Return whether quantize could have chosen this exponent."""
     if value_format == "fp16":
         return _LOWEST_EXPONENT <= exponent <= _HIGHEST_EXPONENT
     return exponent == 0
@@ -161,12 +208,12 @@ def _as_floats(values: Tensor, dtype: torch.dtype) -> npt.NDArray[np.floating]:
     return (values if values.dtype == dtype else cast(values, dtype)).numpy()
 
 
-def _encode_half(values: npt.NDArray[np.float32], exponent: int) -> EncodedValues:
+def _encode_half(values: npt.NDArray[np.float32], exponent: int) -> _Encoded:
     scratch, halves = np.empty_like(values), np.empty(values.size, np.uint16)
     bits = scratch.view(np.int32)
     round_to_half(values, np.float32(2.0**-exponent), scratch, bits, halves)
     widen_half(halves, np.float32(2.0**exponent), scratch, bits)
-    return EncodedValues(halves.view(np.uint8), exponent, torch.from_numpy(scratch))
+    return _Encoded(halves.view(np.uint8), exponent, torch.from_numpy(scratch))
 
 
 def _fp16_exponent(peak: float) -> int:

@@ -1,4 +1,4 @@
-"""The loops that add up: what is owed, and the sums of sparse vectors; see select.py."""
+"""The loops that add up: residuals, and the sums of sparse vectors; see select.py."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from numba import njit
 from topq_dist.compress.kernels.jit import compiled
 from topq_dist.compress.kernels.select import find_reaching
 
-# elements settled in one go: both vectors' stay in a core's first cache
-_SETTLED = 2_048
+# elements updated in one go: both vectors' stay in a core's first cache
+_UPDATED_NUMEL = 2_048
 
 
 @njit
 def _add_terms(out: Any, begin: Any, terms: Any, summands: Any, next_term: Any, ends: Any) -> None:
-    """Add to `out`, which begins at `begin`, what comes next in each stretch and lies in it."""
+    """Add to `out`, which begins at `begin`, what comes next of each sparse vector and lies in it.
+
+    out: (n,) floats. begin: int, the index of out[0]. The others are as in update_residual_span.
+    """
     size = np.uint64(out.size)
-    for stretch in range(ends.size):
-        at = next_term[stretch]
-        while at < ends[stretch]:
+    for one in range(ends.size):
+        at = next_term[one]
+        while at < ends[one]:
             place = np.uint64(terms[at] - begin)
             if place >= size:
                 break
             out[place] += summands[at]
             at += 1
-        next_term[stretch] = at
+        next_term[one] = at
 
 
 @njit
 def _at_ends(next_term: Any, ends: Any) -> Any:
-    """Return whether every stretch of terms has been added up, none left out of order or range."""
+    """Return whether every sparse vector has been added up, no term out of order or range."""
     complete = True
-    for stretch in range(ends.size):
-        complete &= next_term[stretch] == ends[stretch]
+    for one in range(ends.size):
+        complete &= next_term[one] == ends[one]
     return complete
 
 
 @compiled
-def settle_span(
+def update_residual_span(
     residual: Any,
     gradient: Any,
     begin: Any,
@@ -53,23 +56,28 @@ def settle_span(
 ) -> Any:
     """residual += gradient, then residual[indices - begin] = rest.
 
-    With `replace` the gradient becomes zero, and gradient[terms - begin] += summands, a stretch
-    of them from each of `next_term` to that of `ends`. The indices ascend, and the terms in a
-    stretch. Returns False where one of them, less begin, is out of range: nothing is written there.
+    residual, gradient: (n,) floats of one dtype. begin: int, the index of residual[0].
+    indices: int64 (k,), ascending. rest: (k,) like residual.
+    replace: bool; where true the gradient becomes zero, and then gradient[terms - begin] +=
+        summands, for what comes next of each of some sparse vectors.
+    terms: int64 (t,), the indices of one sparse vector after the other, ascending in each.
+    summands: (t,) like gradient. next_term, ends: int64 (vectors,), where in terms the rest of each
+        vector begins, which moves on, and where it ends.
+    Returns False where an index or term is out of range: nothing is written there.
     """
     written = 0
-    for start in range(0, residual.size, _SETTLED):
+    for start in range(0, residual.size, _UPDATED_NUMEL):
         # indices that count from 0 are known not to be negative, which vector code needs
-        owed = residual[start : start + _SETTLED]
-        more = gradient[start : start + _SETTLED]
-        for at in range(owed.size):
-            owed[at] += more[at]
-        size = np.uint64(owed.size)
+        left = residual[start : start + _UPDATED_NUMEL]
+        more = gradient[start : start + _UPDATED_NUMEL]
+        for at in range(left.size):
+            left[at] += more[at]
+        size = np.uint64(left.size)
         while written < indices.size:
             place = np.uint64(indices[written] - begin - start)
             if place >= size:
                 break
-            owed[place] = rest[written]
+            left[place] = rest[written]
             written += 1
         if replace:
             more[:] = 0
@@ -92,9 +100,10 @@ def sum_terms(
 ) -> Any:
     """List where the sum of sparse vectors of `numel` elements is not zero, and its bits there.
 
-    Terms and so on are as for settle_span. `window` is scratch of any size, `bits` the same memory
-    as integers, of which `one` is 1; `indices` and `numbers` have room for all terms and LANES
-    more. Returns how many they hold, or -1 where an index is out of range, or comes after that of a
+    terms, summands, next_term, ends: as in update_residual_span. numel: int.
+    window: (w,) like summands, scratch of any size. bits: (w,) signed integers, the same memory.
+    one: 1 in bits' dtype. indices: int64 (t + LANES,). numbers: (t + LANES,) of bits' dtype.
+    Returns how many these two hold, or -1 where a term is out of range, or comes after that of a
     later window.
     """
     found = 0
@@ -110,7 +119,10 @@ def sum_terms(
 
 @compiled
 def scatter_add(out: Any, indices: Any, values: Any) -> Any:
-    """out[indices] += values, one after the other; returns False at the first out of range."""
+    """out[indices] += values, one after the other; returns False at the first out of range.
+
+    out: (n,) floats. indices: int64 (k,). values: (k,) like out.
+    """
     size = np.uint64(out.size)
     for at in range(indices.size):
         # below zero is far above any size then, and no Python index that counts from the end

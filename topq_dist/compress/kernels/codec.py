@@ -26,7 +26,10 @@ _LARGEST = np.finfo(np.float32).max
 
 @compiled
 def gaps_between(indices: Any, numel: Any, gaps: Any) -> Any:
-    """Write how many positions are skipped before each index; False unless they ascend in range."""
+    """Write how many positions are skipped before each index; False unless they ascend in range.
+
+    indices: int64 (k,). numel: int. gaps: int32 or int64 (k,), wide enough for numel.
+    """
     previous = -1
     for at in range(indices.size):
         index = indices[at]
@@ -39,7 +42,10 @@ def gaps_between(indices: Any, numel: Any, gaps: Any) -> Any:
 
 @compiled
 def sum_of_quotients(gaps: Any, bits: Any) -> Any:
-    """Return the sum of gaps >> bits, which may be over an int32."""
+    """Return the sum of gaps >> bits, which may be over an int32.
+
+    gaps: int32 or int64 (k,). bits: int.
+    """
     total = np.int64(0)
     for at in range(gaps.size):
         total += gaps[at] >> bits
@@ -50,7 +56,8 @@ def sum_of_quotients(gaps: Any, bits: Any) -> Any:
 def write_gaps(gaps: Any, bits: Any, unary: Any, planes: Any, fields: Any) -> None:
     """Write gaps in Rice code: quotients in unary, whole low bytes, the rest in fields of bits % 8.
 
-    All three outputs begin as zeros and have room; `planes` is (bits // 8, k).
+    gaps: int32 or int64 (k,). bits: int. unary: uint8 (bytes of the quotients,), zeros at first.
+    planes: uint8 (bits // 8, k). fields: uint8 (bytes of the fields,), zeros at first.
     """
     at_bit = -1
     whole, width = bits // 8, bits % 8
@@ -75,9 +82,10 @@ def write_gaps(gaps: Any, bits: Any, unary: Any, planes: Any, fields: Any) -> No
 
 @compiled
 def read_gaps(unary: Any, planes: Any, fields: Any, bits: Any, indices: Any) -> Any:
-    """Undo write_gaps, into ascending indices; `unary` comes as uint64 words, bit 0 first.
+    """Undo write_gaps, into ascending indices.
 
-    Returns (how many codes there are, the last one's bit); reads no more than indices.size.
+    unary: uint64 (words,), bit 0 first. planes, fields, bits: as in write_gaps. indices: int64
+    (k,). Returns (how many codes there are, the last one's bit); reads no more than k.
     """
     whole, width = bits // 8, bits % 8
     held, filled, at_byte = 0, 0, 0
@@ -111,7 +119,8 @@ def read_gaps(unary: Any, planes: Any, fields: Any, bits: Any, indices: Any) -> 
 def round_to_half(numbers: Any, scale: Any, scaled: Any, bits: Any, halves: Any) -> None:
     """halves = the bits of fp16(numbers * scale), ties to even; the products are below 65520.
 
-    `scaled` is scratch of fp32, `bits` the same memory as int32, `halves` uint16.
+    numbers: fp32 (k,). scale: fp32. scaled: fp32 (k,), scratch. bits: int32 (k,), the same memory.
+    halves: uint16 (k,).
     """
     for at in range(numbers.size):
         scaled[at] = numbers[at] * scale
@@ -134,7 +143,7 @@ def round_to_half(numbers: Any, scale: Any, scaled: Any, bits: Any, halves: Any)
 def widen_half(halves: Any, scale: Any, widened: Any, bits: Any) -> Any:
     """widened = fp32(halves) * scale; returns False where a number is not finite.
 
-    `halves` is uint16, `widened` fp32 and `bits` the same memory as int32.
+    halves: uint16 (k,). scale: fp32. widened: fp32 (k,). bits: int32 (k,), the same memory.
     """
     finite = True
     for at in range(halves.size):
@@ -156,8 +165,8 @@ def widen_half(halves: Any, scale: Any, widened: Any, bits: Any) -> Any:
 def magnitude_ranges(magnitudes: Any, ks: Any, block_numel: Any, low: Any, high: Any) -> None:
     """Write each block's smallest and largest magnitude.
 
-    `magnitudes` is fp32 (k,), `ks` int64 (segments,), which add up to k; `low` and `high` are fp32
-    (blocks,).
+    magnitudes: fp32 (k,). ks: int64 (segments,), which add up to k. block_numel: int, the most
+    values of a block. low, high: fp32 (blocks,).
     """
     block = start = 0
     for segment in range(ks.size):
@@ -178,8 +187,8 @@ def magnitude_ranges(magnitudes: Any, ks: Any, block_numel: Any, low: Any, high:
 def two_means(magnitudes: Any, ks: Any, block: Any, below: Any, above: Any) -> None:
     """Write the means of each block's magnitudes up to and above their mean.
 
-    `magnitudes` and `ks` are as in magnitude_ranges; `block` is scratch of fp64 (block_numel,), a
-    multiple of 8; `below` and `above` are fp64 (blocks,), the same where all are alike.
+    magnitudes, ks: as in magnitude_ranges. block: fp64 (block_numel,), a multiple of 8, scratch.
+    below, above: fp64 (blocks,), the same where all magnitudes are.
     """
     lanes = np.empty(_LANES, np.float64)
     number = start = 0
@@ -213,8 +222,8 @@ def nearest_levels(
 ) -> None:
     """Write the level in [0, top] for which base + level * step is nearest to each magnitude.
 
-    `magnitudes` and `ks` are as in magnitude_ranges; `base` and `step` are fp32 (blocks,), `top`
-    fp32, `levels` uint8 (k,).
+    magnitudes, ks, block_numel: as in magnitude_ranges. base, step: fp32 (blocks,). top: fp32.
+    levels: uint8 (k,).
     """
     block = start = 0
     for segment in range(ks.size):
@@ -240,8 +249,8 @@ def values_of_levels(
 ) -> None:
     """Write what codes of `width` bits stand for: base + level * step, with a sign.
 
-    `codes` is uint8 (k,), the highest bit the sign; `ks`, `base` and `step` are as in
-    nearest_levels; `values` is fp32 (k,), `bits` the same memory as uint32.
+    codes: uint8 (k,), the highest of width (int) bits the sign. ks, block_numel, base, step: as in
+    nearest_levels. values: fp32 (k,). bits: uint32 (k,), the same memory.
     """
     mask, shift = np.int32((1 << (width - 1)) - 1), np.uint32(32 - width)
     block = start = 0

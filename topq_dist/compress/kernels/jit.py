@@ -86,11 +86,13 @@ def _mask_of(lanes: int) -> Any:
             width = first.dtype.bitwidth
             keys = ir.VectorType(ir.IntType(width), lanes)
             if second is not types.none:
-                owed = _load(context, builder, second, args[1], place, lanes)
-                bits = builder.fadd(bits, owed)
+                summand = _load(context, builder, second, args[1], place, lanes)
+                bits = builder.fadd(bits, summand)
                 if before is not types.none:
                     _store(context, builder, second, args[1], place, bits)
-                    _store(context, builder, before, args[2], place, owed, streaming=lanes == LANES)
+                    _store(
+                        context, builder, before, args[2], place, summand, streaming=lanes == LANES
+                    )
                 bits = builder.bitcast(bits, keys)
             magnitudes = builder.and_(bits, ir.Constant(keys, [(1 << (width - 1)) - 1] * lanes))
             reached = builder.icmp_signed(">=", magnitudes, _spread(builder, args[4], keys))

@@ -1,4 +1,4 @@
-"""Blocks of long vectors, the threads that share them, and scratch that is kept for both."""
+"""Blocks of long vectors, the slices that threads get of them, and each thread's scratch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK_NUMEL = 262_144
 
 
 def spans(count: int, unit: int) -> list[tuple[int, int]]:
-    """Return range(count) in contiguous stretches of whole units, one for each thread at most."""
+    """Return range(count) in slices of whole units, as (start, stop), at most one a thread."""
     units = -(-count // unit)
     parts = max(1, min(thread_count(), units))
     edges = [units * part // parts * unit for part in range(parts + 1)]
@@ -36,7 +36,7 @@ def blocks(start: int, stop: int, numel: int = BLOCK_NUMEL) -> Iterator[tuple[in
 
 
 class _Scratch(threading.local):
-    """Kept buffers, a set for each thread, shared by everything that runs in it."""
+    """Reusable buffers, a set for each thread, shared by everything that runs in it."""
 
     def __init__(self) -> None:
         self._block = np.empty(BLOCK_NUMEL, dtype=np.uint64)
@@ -81,7 +81,7 @@ def _widened(narrow: Tensor) -> Tensor:
 
 
 def as_summand(bits: Keys, dtype: torch.dtype, wide: torch.dtype) -> Floats:
-    """Return the numbers of bit patterns of `dtype` in `wide`; of a block, in kept scratch."""
+    """Return the numbers of bit patterns of `dtype` in `wide`; of a block, in scratch."""
     if dtype == wide:
         return bits.view(f"f{bits.itemsize}")
     return _widened(tensor_of(bits, dtype)).numpy()

@@ -26,17 +26,17 @@ from topq_dist.compress.kernels.jit import (
 
 
 @njit
-def _number(vector: Any, owed: Any, before: Any, at: Any) -> Any:
-    if owed is None:
+def _number(vector: Any, residual: Any, before: Any, at: Any) -> Any:
+    if residual is None:
         return vector[at]
     # with `before` it has been added already
-    return vector[at] + owed[at] if before is None else owed[at]
+    return vector[at] + residual[at] if before is None else residual[at]
 
 
 @compiled
 def find_reaching(
     vector: Any,
-    owed: Any,
+    residual: Any,
     low: Any,
     begin: Any,
     indices: Any,
@@ -45,17 +45,21 @@ def find_reaching(
     before: Any,
     added: Any,
 ) -> Any:
-    """List where the keys of vector + owed (floats), or of vector (integers), reach `low`.
+    """List where the keys of vector + residual, or of vector, reach `low`; return how many do.
 
-    Goes on behind the `found` entries that `indices` and `numbers` hold, counting from `begin`, and
-    returns how many they hold then; lists no more where fewer than LANES entries are free. With
-    `before`, of owed's kind and STREAM_ALIGNMENT, owed += vector in any case, `before` is what owed
-    was, and `added` is grown by vector.size.
+    vector: (n,) floats of the sum's dtype, or without `residual` signed integers of their size.
+    residual: None, or (n,) floats like vector. low: signed integer of their size, a key.
+    begin: int, the index of vector[0]; listed indices count from it.
+    indices: int64 (room,). numbers: (room,) of vector's dtype. The first `found` (int) entries of
+        both stay; no more are listed where fewer than LANES are free.
+    before: None, or (n,) like residual, at an address that STREAM_ALIGNMENT divides: then residual
+        += vector in any case, and `before` becomes what residual was.
+    added: None, or with `before` int64 (1,), which grows by n.
     """
     room = indices.size - LANES
     whole = vector.size // LANES * LANES
     for block in range(0, whole, LANES):
-        mask = reached_by_64(vector, owed, before, block, low)
+        mask = reached_by_64(vector, residual, before, block, low)
         if found > room:
             if before is None:
                 return found
@@ -66,24 +70,24 @@ def find_reaching(
         for entry in range(2):
             at = block + lowest_bit(mask)
             indices[found + entry] = begin + at
-            numbers[found + entry] = _number(vector, owed, before, at)
+            numbers[found + entry] = _number(vector, residual, before, at)
             mask &= mask - np.uint64(1)
         entry = found + 2
         found += count
         while entry < found:
             at = block + lowest_bit(mask)
             indices[entry] = begin + at
-            numbers[entry] = _number(vector, owed, before, at)
+            numbers[entry] = _number(vector, residual, before, at)
             mask &= mask - np.uint64(1)
             entry += 1
     for at in range(whole, vector.size):
-        if reached_by_one(vector, owed, before, at, low) != 0:
+        if reached_by_one(vector, residual, before, at, low) != 0:
             if found > room:
                 if before is None:
                     return found
                 continue
             indices[found] = begin + at
-            numbers[found] = _number(vector, owed, before, at)
+            numbers[found] = _number(vector, residual, before, at)
             found += 1
     if before is not None:
         # here, since what interrupts Python does so only once this has returned
@@ -93,7 +97,10 @@ def find_reaching(
 
 @compiled
 def find_differing(ours: Any, theirs: Any, indices: Any) -> Any:
-    """List where two vectors of integers differ; return how many, or -1 where `indices` is full."""
+    """List where two vectors differ; return how many times, or -1 where `indices` is full.
+
+    ours, theirs: (n,) signed integers of one dtype. indices: int64 (room,).
+    """
     found = 0
     whole = ours.size // LANES * LANES
     for block in range(0, whole, LANES):
@@ -121,13 +128,16 @@ def keep_largest(
     k: Any,
     counts: Any,
     near: Any,
-    kept: Any,
-    kept_bits: Any,
+    top: Any,
+    top_bits: Any,
 ) -> Any:
     """Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
 
-    Writes them to `kept` and `kept_bits`, which have room for one more; returns the k-th and the
-    highest magnitude. `near` has room for all bits; `counts` is scratch of any size.
+    indices: int64 (n,). bits: (n,) unsigned integers, the numbers' bit patterns. magnitude: the
+    mask of bits' dtype that clears the sign. k: int in [1, n].
+    counts: int64, scratch of any size. near: (n,) of bits' dtype, scratch.
+    top: int64 (k + 1,) and top_bits: (k + 1,) of bits' dtype, whose first k become the entries.
+    Returns the k-th and the highest magnitude, int64.
     """
     # with the sign bit cleared even 64 bits are an int64, which, unlike uint64, adds to integers
     lowest = highest = np.int64(bits[0] & magnitude)
@@ -160,55 +170,58 @@ def keep_largest(
         pattern = bits[at]
         key = pattern & magnitude
         # written whether it counts or not: a branch that is taken now and then costs more
-        kept[count] = indices[at]
-        kept_bits[count] = pattern
+        top[count] = indices[at]
+        top_bits[count] = pattern
         tied = (key == kth) & (ties_left > 0)
         ties_left -= tied
         count += (key > kth) | tied
     return np.int64(kth), highest
 
 
-def _stretch_of(owed: Any, start: Any, stop: Any) -> Any:
+def _slice_of(residual: Any, start: Any, stop: Any) -> Any:
     raise NotImplementedError("for compiled code only")
 
 
-@overload(_stretch_of, strict=False)
-def _typed_stretch_of(owed: Any, start: Any, stop: Any) -> Any:
+@overload(_slice_of, strict=False)
+def _typed_slice_of(residual: Any, start: Any, stop: Any) -> Any:
     # a branch within one function would make it an optional array
-    if owed is types.none:
-        return lambda owed, start, stop: None
-    return lambda owed, start, stop: owed[start:stop]
+    if residual is types.none:
+        return lambda residual, start, stop: None
+    return lambda residual, start, stop: residual[start:stop]
 
 
 @compiled
-def select_stretches(
+def select_segments(
     vector: Any,
-    owed: Any,
+    residual: Any,
     begin: Any,
     plan: Any,
     lows: Any,
     magnitude: Any,
     scratch: Any,
-    kept: Any,
-    kept_bits: Any,
+    top: Any,
+    top_bits: Any,
     outcomes: Any,
 ) -> None:
-    """Keep the largest of each stretch of vector + owed, or of vector, as keep_largest does.
+    """Keep the largest of each segment of vector + residual, or of vector, as keep_largest does.
 
-    A row of `plan` is a stretch's start, its end, k, and how many candidates are worth having, one
-    of `lows` the key that they reach; the indices kept count from `begin`. A row of `outcomes`
-    becomes how many reach it, the k-th key and the highest: where they are fewer than k, or too
-    many, the stretch's k places are left as they are. `scratch` is what find_reaching and
-    keep_largest need: indices, numbers, the same memory as bits, near and counts.
+    vector, residual, begin, magnitude: as in find_reaching and keep_largest.
+    plan: int64 (segments, 4), of each its start and end in vector, its k, and how many candidates
+        are worth having. lows: (segments,) signed integers, the key that they reach.
+    scratch: what find_reaching and keep_largest need: indices, numbers, the same memory as bits,
+        near and counts.
+    top, top_bits: as in keep_largest, for the sum of all k and one more. A segment's k places are
+        left as they are where fewer than k candidates reach its key, or too many.
+    outcomes: int64 (segments, 3), becomes how many reach the key, the k-th key and the highest.
     """
     indices, numbers, bits, near, counts = scratch
-    start_of_kept = 0
+    first = 0
     for at in range(plan.shape[0]):
         start, stop, k, limit = plan[at]
         room = min(limit, stop - start) + 1 + LANES
         found = find_reaching(
             vector[start:stop],
-            _stretch_of(owed, start, stop),
+            _slice_of(residual, start, stop),
             lows[at],
             begin + start,
             indices[:room],
@@ -226,8 +239,8 @@ def select_stretches(
                 k,
                 counts,
                 near,
-                kept[start_of_kept:],
-                kept_bits[start_of_kept:],
+                top[first:],
+                top_bits[first:],
             )
             outcomes[at, 1], outcomes[at, 2] = kth, highest
-        start_of_kept += k
+        first += k

@@ -1,4 +1,4 @@
-"""A few kept threads for passes over long vectors, whose loops release Python's lock.
+"""A few standing threads for passes over long vectors, whose loops release Python's lock.
 
 Not an executor: an interrupt in the midst of its submit can leave one of its locks taken, and the
 process then never ends. Here nothing that interrupts a caller loses a task or runs one twice.
@@ -67,7 +67,7 @@ def run_all(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Run the tasks at the same time, the first in the caller's thread; results in their order.
 
     Where one raises, or the caller is interrupted, that is raised once all of them have ended: none
-    still writes into kept scratch then. Tasks must not call run_all: they would wait for the
+    still writes into scratch then. Tasks must not call run_all: they would wait for the
     threads that they occupy.
     """
     if len(tasks) == 1:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.sparsify.segments import Cut
+from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.validation import check_number
 
 
@@ -34,21 +34,16 @@ def check_bound(bound: float | None, *, error_feedback: bool) -> float | None:
     return number
 
 
-def bounded(values: Tensor, cuts: Sequence[Cut], bound: float) -> Tensor:
+def bounded(values: Tensor, segments: Sequence[Segment], bound: float) -> Tensor:
     """Return the selected values, each row's clipped to `bound` times their mean magnitude.
 
-    `values`, (k,) of fp32 or fp64, finite, on the CPU, are those of the rows of `cuts` in order. A
-    row of which half or more is selected stays as it is: nothing in it waits for long. The
+    `values`, (k,) of fp32 or fp64, finite, on the CPU, are those of the rows of `segments` in
+    order. A row of which half or more is selected stays as it is: nothing in it waits for long. The
     difference to `values` is exact: where a value is clipped, the limit is rounded to whatever
     makes it so.
     """
-    k, row_numel, rows = (
-        np.array(
-            [(cut.kept, cut.row_numel, cut.rows) for cut in cuts if cut.kept and cut.rows], np.int64
-        )
-        .reshape(-1, 3)
-        .T
-    )
+    shapes = [(one.k, one.row_numel, one.rows) for one in segments if one.k and one.rows]
+    k, row_numel, rows = np.array(shapes, np.int64).reshape(-1, 3).T
     k, row_numel = np.repeat(k, rows), np.repeat(row_numel, rows)
     if not k.size:
         return values

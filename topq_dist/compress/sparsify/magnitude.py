@@ -42,15 +42,14 @@ class CompensatedGradient:
         keys = scratch.block(self.dtype)[: stop - start]
         bits = self._gradient_bits[start:stop]
         if self._residual is not None:
-            owed = self._residual[start:stop]
-            np.add(
-                owed, as_summand(bits, self._gradient_dtype, self.dtype), out=keys.view(owed.dtype)
-            )
+            residual = self._residual[start:stop]
+            gradient = as_summand(bits, self._gradient_dtype, self.dtype)
+            np.add(residual, gradient, out=keys.view(residual.dtype))
             bits = keys
         np.bitwise_and(bits, sign_cleared(self.dtype), out=keys)
         return keys
 
-    def stretch(self, start: int, stop: int) -> tuple[npt.NDArray[Any], Floats | None]:
+    def operands(self, start: int, stop: int) -> tuple[npt.NDArray[Any], Floats | None]:
         """What a kernel looks at: two floats of the sum's dtype, or integers and None.
 
         Where `gradient` is narrower than the sum, `stop - start` is at most BLOCK_NUMEL, and what
@@ -62,8 +61,8 @@ class CompensatedGradient:
         return as_summand(bits, self._gradient_dtype, self.dtype), self._residual[start:stop]
 
     @property
-    def longest_stretch(self) -> int:
-        """How many elements `stretch` can take."""
+    def largest_slice(self) -> int:
+        """How many elements `operands` can take."""
         whole = self._residual is None or self._gradient_dtype == self.dtype
         return max(1, self.numel) if whole else BLOCK_NUMEL
 
@@ -77,7 +76,7 @@ class CompensatedGradient:
         ).view(FLOATS[self.dtype].key)
 
 
-class TakenUp:
+class UndoLog:
     """What a residual was, as far as a gradient has been added to it; undone by the same thread.
 
     There is one a thread at a time: it holds the thread's scratch.

@@ -17,7 +17,7 @@ from topq_dist.compress.kernels.jit import LANES
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks, scratch, spans
 from topq_dist.compress.kernels.select import find_reaching
 from topq_dist.compress.kernels.threads import run_all
-from topq_dist.compress.sparsify.magnitude import CompensatedGradient, TakenUp
+from topq_dist.compress.sparsify.magnitude import CompensatedGradient, UndoLog
 from topq_dist.dtypes import FLOATS, Indices, Keys, sign_cleared
 
 _SAMPLE_NUMEL = 32_768
@@ -41,19 +41,19 @@ def most_candidates(k: int) -> int:
 
 
 def find_candidates(
-    vector: CompensatedGradient, threshold: int, limit: int, taken_up: TakenUp | None = None
+    vector: CompensatedGradient, threshold: int, limit: int, undo_log: UndoLog | None = None
 ) -> Candidates:
     """Return where the vector's keys reach `threshold`, if there are no more than `limit`.
 
-    With `taken_up`, of the residual, that becomes the sum in the same pass. What is returned is
+    With `undo_log`, of the residual, that becomes the sum in the same pass. What is returned is
     valid until the calling thread's next search.
     """
-    search = partial(_find_in_span, vector, threshold, limit, taken_up)
-    stretches = spans(vector.numel, BLOCK_NUMEL)
-    if len(stretches) == 1:
-        return search(*stretches[0])
+    search = partial(_find_in_span, vector, threshold, limit, undo_log)
+    slices = spans(vector.numel, BLOCK_NUMEL)
+    if len(slices) == 1:
+        return search(*slices[0])
     # a thread's scratch is another caller's before long
-    parts = run_all([partial(_copied, search, *stretch) for stretch in stretches])
+    parts = run_all([partial(_copied, search, *one) for one in slices])
     reached = sum(part.reached for part in parts)
     if reached > limit:
         return Candidates(parts[0].indices[:0], parts[0].bits[:0], reached)
@@ -110,7 +110,7 @@ def _find_in_span(
     vector: CompensatedGradient,
     threshold: int,
     limit: int,
-    taken_up: TakenUp | None,
+    undo_log: UndoLog | None,
     start: int,
     stop: int,
 ) -> Candidates:
@@ -118,14 +118,14 @@ def _find_in_span(
     low = np.dtype(f"i{key_dtype.itemsize}").type(threshold)
     # LANES more, or the kernel would stop before it has found one too many
     room = min(limit, stop - start) + 1 + LANES
-    added = None if taken_up is None else taken_up.begin(start)
+    added = None if undo_log is None else undo_log.begin(start)
     found = 0
-    for at, end in blocks(start, stop, vector.longest_stretch):
-        numbers, owed = vector.stretch(at, end)
+    for at, end in blocks(start, stop, vector.largest_slice):
+        numbers, residual = vector.operands(at, end)
         indices, listed = scratch.listing(room, numbers.dtype)
-        before = None if taken_up is None else taken_up.before[at:end]
-        found = find_reaching(numbers, owed, low, at, indices, listed, found, before, added)
-        if found > limit and taken_up is None:
+        before = None if undo_log is None else undo_log.before[at:end]
+        found = find_reaching(numbers, residual, low, at, indices, listed, found, before, added)
+        if found > limit and undo_log is None:
             break
     indices, bits = scratch.listing(room, key_dtype)
     shown = found if found <= limit else 0

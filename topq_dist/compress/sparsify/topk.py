@@ -1,12 +1,12 @@
 """Exact top-k by magnitude of gradient + residual: exactly k elements, indices ascending.
 
-One step's k-th magnitude is close to the last step's, so a pass over the vector keeps only the few
+One step's k-th magnitude is close to the last step's, so a pass over the vector finds only the few
 candidates above a slightly lower threshold, and only those are partitioned. A wrong threshold
 costs time, never exactness. Order is that of the bit patterns with the sign cleared: NaN above
-infinity, denormals whole. Among equal magnitudes at the k-th place the lowest indices are kept.
+infinity, denormals whole. Among equal magnitudes at the k-th place the lowest indices are selected.
 
-Selecting changes nothing; settling does, once the step is sure to count. Where it is from the
-start, `taking_up` adds and selects in one pass.
+Selecting changes nothing; updating the residual does, once the step is sure to count. Where it is
+from the start, `accumulate_and_select` adds and selects in one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.sparsify.magnitude import (
     CompensatedGradient,
     Selection,
-    TakenUp,
+    UndoLog,
     check_vectors,
     not_finite_allowed,
 )
@@ -63,9 +63,9 @@ _SMALLEST_SLACK = 0.002
 class Selector:
     """Selects from one named vector, step after step; remembers where last step's threshold lay.
 
-    Scratch (for each thread one block, the candidates and, to take a gradient up, what the residual
-    was) is shared by all selectors of a process. Distinct selectors may be used from distinct
-    threads at once.
+    Scratch (for each thread one block, the candidates and, to accumulate a gradient, what the
+    residual was) is shared by all selectors of a process. Distinct selectors may be used from
+    distinct threads at once.
     """
 
     def __init__(self) -> None:
@@ -97,11 +97,13 @@ class Selector:
         return self._largest_of(found, k, vector.dtype)
 
     @contextmanager
-    def taking_up(self, residual: Tensor, gradient: Tensor, k: int) -> Iterator[Selection]:
+    def accumulate_and_select(
+        self, residual: Tensor, gradient: Tensor, k: int
+    ) -> Iterator[Selection]:
         """Within the block residual += gradient; give the residual's k elements of most magnitude.
 
         Both are as for `select`, on the CPU. The residual is what it was where the sum is not
-        finite, or the block, in which this thread must not take up another, raises.
+        finite, or the block, in which this thread must not accumulate another, raises.
         """
         check_vectors(gradient, residual)
         _check_k(k, gradient.numel())
@@ -112,9 +114,9 @@ class Selector:
         elif low is None:
             with not_finite_allowed():
                 low = sampled_threshold(vector, k)
-        taken_up, finite = TakenUp(residual), False
+        undo_log, finite = UndoLog(residual), False
         try:
-            found = find_candidates(vector, low, limit, taken_up)
+            found = find_candidates(vector, low, limit, undo_log)
             if k == 0:
                 selection = _nothing(vector.dtype, finite=found.reached == 0)
             elif k <= found.reached <= limit:
@@ -125,7 +127,7 @@ class Selector:
             finite = selection.finite
         finally:
             if not finite:
-                taken_up.undo()
+                undo_log.undo()
 
     def first_key(self, k: int, numel: int, dtype: torch.dtype) -> int | None:
         """Return the key that the k largest of a vector should reach, by last step's threshold.
@@ -173,13 +175,13 @@ class Selector:
     def _largest_of(self, candidates: Candidates, k: int, dtype: torch.dtype) -> Selection:
         """Keep the k largest candidates, and remember where the k-th lies."""
         indices, bits = candidates.indices, candidates.bits
-        kept, kept_bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
+        top, top_bits = np.empty(k + 1, np.int64), np.empty(k + 1, bits.dtype)
         near = np.empty(bits.size, bits.dtype)
         kth, highest = keep_largest(
-            indices, bits, sign_cleared(dtype), k, scratch.counts, near, kept, kept_bits
+            indices, bits, sign_cleared(dtype), k, scratch.counts, near, top, top_bits
         )
         finite = self.remember(kth, highest, dtype)
-        return Selection(torch.from_numpy(kept[:k]), tensor_of(kept_bits[:k], dtype), finite)
+        return Selection(torch.from_numpy(top[:k]), tensor_of(top_bits[:k], dtype), finite)
 
 
 def select_rows(matrix: Tensor, k: int, *, residual: Tensor | None = None) -> Selection:

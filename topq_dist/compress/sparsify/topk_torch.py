@@ -31,7 +31,7 @@ def select_with_torch(
 ) -> Selection:
     """Do what Selector.select, or with `row_numel` select_rows, does, by torch on any device.
 
-    Which of several equal magnitudes at the k-th place is kept is not specified.
+    Which of several equal magnitudes at the k-th place is selected is not specified.
     """
     vector, keys = _sum_and_keys(gradient, residual)
     rows = keys.view(1, -1) if row_numel is None else keys.view(-1, row_numel)
@@ -51,7 +51,7 @@ class DeviceSelector:
     def select(self, gradient: Tensor, k: int, residual: Tensor | None) -> Selection:
         """Return what Selector.select returns and takes, on the vector's device.
 
-        Which of several equal magnitudes at the k-th place is kept is not specified.
+        Which of several equal magnitudes at the k-th place is selected is not specified.
         """
         vector, keys = _sum_and_keys(gradient, residual)
         dtype = vector.dtype

@@ -12,13 +12,14 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from topq_dist.compress.compressor import Compressed, FlatCompressor
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import (
     DEFAULT_BOUND,
     DEFAULT_Q,
     DEFAULT_VALUE_FORMAT,
     usual_bound,
 )
+from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope, check_scope
 from topq_dist.ps.client.arguments import addresses_of, checked_worker, trainable
 from topq_dist.ps.client.param_groups import ServerGroups
@@ -104,7 +105,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._shards = [
             Shard(
                 {name: named[name] for name in names},
-                FlatCompressor(
+                TopKCompressor(
                     value_format=value_format,
                     error_feedback=error_feedback,
                     bound=usual_bound(bound, error_feedback=error_feedback),
@@ -166,7 +167,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """
         self._check_not_closed()
         loss = None
-        left_out: list[Compressed] = []
+        left_out: list[tuple[Residuals, ResidualUpdate | None]] = []
         if self._open:
             _log.warning("finishing the step that was broken off, with its own gradient")
             self._take_up()
@@ -178,7 +179,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
         def update_residuals() -> None:
             while left_out:
-                left_out.pop(0).commit()
+                residuals, update = left_out.pop(0)
+                residuals.apply(update)
 
         with self._meter.timed("wait_s"):
             try:
@@ -191,8 +193,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
         return loss
 
-    def _begin(self) -> list[Compressed]:
-        """Make the next push for each server; return what is to be committed."""
+    def _begin(self) -> list[tuple[Residuals, ResidualUpdate | None]]:
+        """Make the next push for each server; return the residuals and their updates."""
         rates = self._groups.rates(self.param_groups)
         momenta = self._groups.momenta(self.param_groups)
         elsewhere = self._take_up()
@@ -214,7 +216,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, compressed, lr, momentum in pushes:
             client.begin(frames_of(compressed), lr, momentum, coherence_of(compressed))
         self._open = True
-        return [part for compressed in made for part in compressed]
+        return [
+            (shard.compressor.residuals, part.update)
+            for shard, compressed in zip(self._shards, made, strict=True)
+            for part in compressed
+        ]
 
     def _at_all(
         self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None

@@ -13,9 +13,9 @@ from torch.autograd.graph import increment_version
 
 from topq_dist.compress.codec.frame import decode_frame, peek_header
 from topq_dist.compress.coherence import NO_COHERENCE, measure_coherence, total
-from topq_dist.compress.compressor import Compressed, FlatCompressor
-from topq_dist.compress.layout import Layout, Pieces
-from topq_dist.compress.sparsify.segments import Scope, uniform_cuts
+from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.layout import ChunkedVector, Layout
+from topq_dist.compress.sparsify.segments import Scope, uniform_segments
 from topq_dist.dtypes import accumulate_dtype
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
@@ -62,7 +62,7 @@ class Shard:
     model: the values that the worker holds; `write_back` puts them into the parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], compressor: FlatCompressor) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], compressor: TopKCompressor) -> None:
         self.parameters = dict(parameters)
         self.spec = ModelSpec.of(self.parameters.items())
         self.model = FlatModel(self.spec)
@@ -114,7 +114,7 @@ class Shard:
 
     def _scatter(self, changed: Sequence[Tensor]) -> None:
         for vector, flat, indices in zip(self.spec.vectors, self.model.flats, changed, strict=True):
-            stretches = vector.layout.stretches()
+            stretches = vector.layout.slices()
             starts = np.array([stretch.start for stretch in stretches])
             edges = [*np.searchsorted(indices.numpy(), starts).tolist(), indices.numel()]
             for name, stretch, (low, high) in zip(
@@ -144,10 +144,10 @@ class Shard:
         """
         compressed = []
         for place, vector in enumerate(self.spec.vectors):
-            cuts = uniform_cuts(vector.numels, q=q, scope=scope)
+            segments = uniform_segments(vector.numels, q=q, scope=scope)
             pieces = self._in_place(vector) if scope == "parameter" and scale == 1.0 else None
             gradient = pieces or self._gather(place, vector, scale)
-            made = self.compressor.compress(gradient, vector.layout, cuts)
+            made = self.compressor.compress(gradient, vector.layout, segments)
             if measures_coherence and self.compressor.error_feedback:
                 residual = self.compressor.residuals.home(vector.layout)
                 coherence = measure_coherence(gradient, residual, vector.layout)
@@ -161,7 +161,7 @@ class Shard:
                 )
         return compressed
 
-    def _in_place(self, vector: VectorSpec) -> Pieces | None:
+    def _in_place(self, vector: VectorSpec) -> ChunkedVector | None:
         """Return the gradients where they lie; None unless they can be read as a flat vector."""
         gradients = [self.parameters[name].grad for name in vector.layout.names]
         device = self._device(vector.layout)
@@ -174,7 +174,7 @@ class Shard:
             and not gradient.is_neg()
             and (gradient.dtype, gradient.device) == (vector.dtype, device)
         ]
-        return Pieces(found) if len(found) == len(gradients) else None
+        return ChunkedVector(found) if len(found) == len(gradients) else None
 
     def _gather(self, place: int, vector: VectorSpec, scale: float) -> Tensor:
         if place not in self._gathered:
@@ -182,7 +182,7 @@ class Shard:
                 vector.numel, dtype=vector.dtype, device=self._device(vector.layout)
             )
         flat = self._gathered[place]
-        for name, stretch in zip(vector.layout.names, vector.layout.stretches(), strict=True):
+        for name, stretch in zip(vector.layout.names, vector.layout.slices(), strict=True):
             parameter = self.parameters[name]
             if parameter.grad is None:
                 flat[stretch].zero_()

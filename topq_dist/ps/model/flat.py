@@ -29,7 +29,7 @@ class FlatModel:
         for vector, flat in zip(self.spec.vectors, self.flats, strict=True):
             layout = vector.layout
             for name, shape, stretch in zip(
-                layout.names, layout.shapes, layout.stretches(), strict=True
+                layout.names, layout.shapes, layout.slices(), strict=True
             ):
                 views[name] = flat[stretch].view(shape)
         return {tensor.name: views[tensor.name] for tensor in self.spec.tensors}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError, decode_frame, encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.kernels.select import find_differing
 from topq_dist.dtypes import bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
@@ -105,11 +106,13 @@ def _sampled_bytes(old: FlatModel, new: FlatModel) -> float:
 
 
 def _lossless_frame(vector: VectorSpec, change: Change) -> Tensor:
-    frame, decoded = encode_frame(vector.numel, *change, vector.value_format)
-    if vector.dtype == torch.float16 and bool(_differ(decoded.half(), change.values).any()):
+    quantized = quantize(change.values, vector.value_format)
+    if vector.dtype == torch.float16 and bool(
+        _differ(quantized.decoded.half(), change.values).any()
+    ):
         # scaled down beside very large values, the smallest lose a bit
-        return encode_frame(vector.numel, *change, "fp32").frame
-    return frame
+        quantized = quantize(change.values, "fp32")
+    return encode_frame(vector.numel, change.indices, quantized)
 
 
 def apply_update(model: FlatModel, update: Update) -> list[Tensor] | None:

@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from topq_dist.compress.codec.frame import decode_frame, encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.types import STREAM_WINDOW_BYTES
 from topq_dist.ps.security.address import Address
@@ -152,7 +153,7 @@ def _load_loops() -> None:
     """Have the loops of the codec loaded, or compiled: the first push would wait for it."""
     numel = 1024
     indices = torch.arange(0, numel, numel // 16)
-    frame, _ = encode_frame(numel, indices, torch.ones(indices.numel()))
+    frame = encode_frame(numel, indices, quantize(torch.ones(indices.numel())))
     decode_frame(frame, numel=numel).add_to(torch.zeros(numel))
 
 

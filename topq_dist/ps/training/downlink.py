@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import encode_frame
-from topq_dist.compress.codec.values import check_value_format
-from topq_dist.compress.layout import Pieces
-from topq_dist.compress.sparsify.segments import CutSelector, count_between, uniform_cuts
+from topq_dist.compress.codec.values import check_value_format, quantize
+from topq_dist.compress.layout import ChunkedVector
+from topq_dist.compress.sparsify.segments import SegmentSelector, count_between, uniform_segments
 from topq_dist.dtypes import accumulate_dtype
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view, zeros
 from topq_dist.ps.model.spec import ModelSpec
@@ -166,10 +166,11 @@ class TopQDownlink:
     def __init__(self, params: FlatModel, *, q: float, value_format: str | None) -> None:
         self._spec = params.spec
         self._value_format = value_format
-        self._cuts = [
-            uniform_cuts(vector.numels, q=q, scope="parameter") for vector in params.spec.vectors
+        self._segments = [
+            uniform_segments(vector.numels, q=q, scope="parameter")
+            for vector in params.spec.vectors
         ]
-        self._selectors = [CutSelector() for _ in params.spec.vectors]
+        self._selectors = [SegmentSelector() for _ in params.spec.vectors]
         # kept negative, so that selecting from params - shadow is one fused pass; in fp32 for half
         # precision, as selection wants its residuals
         self._negative = [
@@ -187,12 +188,13 @@ class TopQDownlink:
             self._catch_up(params)
             return _full(params)
         parts = []
-        for vector, found, cuts in zip(self._spec.vectors, chosen, self._cuts, strict=True):
+        for vector, found, segments in zip(self._spec.vectors, chosen, self._segments, strict=True):
             value_format = self._value_format or vector.value_format
             # less than was asked for, where little has changed
-            ks = count_between(found[0], [cut.stretch.stop for cut in cuts])
-            frame, decoded = encode_frame(vector.numel, *found, value_format, segment_ks=ks)
-            parts.append((frame, found[0], decoded))
+            ks = count_between(found[0], [segment.where.stop for segment in segments])
+            quantized = quantize(found[1], value_format, segment_ks=ks)
+            frame = encode_frame(vector.numel, found[0], quantized)
+            parts.append((frame, found[0], quantized.decoded))
         for negative, vector, (_, indices, decoded) in zip(
             self._negative, self._spec.vectors, parts, strict=True
         ):
@@ -228,10 +230,10 @@ class TopQDownlink:
     def _largest(self, params: FlatModel) -> list[tuple[Tensor, Tensor]] | None:
         """Return indices and values of what to send of each vector; None: they are not finite."""
         chosen = []
-        for selector, flat, negative, cuts in zip(
-            self._selectors, params.flats, self._negative, self._cuts, strict=True
+        for selector, flat, negative, segments in zip(
+            self._selectors, params.flats, self._negative, self._segments, strict=True
         ):
-            places, gaps, finite = selector.select(Pieces([flat]), negative, cuts)
+            places, gaps, finite = selector.select(ChunkedVector([flat]), negative, segments)
             if not finite:
                 return None
             kept = gaps != 0
@@ -250,7 +252,7 @@ def _full(params: FlatModel) -> Payloads:
 def _nothing(kind: UpdateKind, spec: ModelSpec) -> Payloads:
     nowhere = torch.zeros(0, dtype=torch.int64)
     frames = [
-        encode_frame(vector.numel, nowhere, torch.zeros(0), vector.value_format).frame
+        encode_frame(vector.numel, nowhere, quantize(torch.zeros(0), vector.value_format))
         for vector in spec.vectors
     ]
     return Payloads(kind, tuple(raw_view(frame) for frame in frames))

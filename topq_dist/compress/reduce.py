@@ -1,0 +1,106 @@
+"""The frames of one part of a vector, one from each rank, reduced to the frame of their mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topq_dist.compress.aggregate import sparse_mean
+from topq_dist.compress.codec.frame import (
+    Buffer,
+    Frame,
+    FrameHeader,
+    decode_frame,
+    encode_frame,
+    encode_non_finite_frame,
+    peek_header,
+)
+from topq_dist.compress.codec.values import Quantized, quantize
+from topq_dist.compress.layout import Layout, LayoutCache
+from topq_dist.compress.partition import BlockCyclicPartition
+from topq_dist.compress.residual import Residuals, ResidualUpdate
+from topq_dist.compress.sparsify.segments import count_between
+from topq_dist.compress.sparsify.topk import Selector
+
+
+class Reduced(NamedTuple):
+    """The frame of a part's mean, and the update that keeps what it leaves out."""
+
+    frame: Tensor
+    update: ResidualUpdate | None = None
+
+
+class PartReducer:
+    """Reduces parts for one rank, which keeps what a mean's frame leaves out in its residual.
+
+    residuals: None where there is no error feedback.
+    """
+
+    def __init__(self, residuals: Residuals | None) -> None:
+        self._residuals = residuals
+        self._selectors = LayoutCache(Selector)
+
+    def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
+        """Return the mean of the ranks' frames of one of `parts` parts, as one frame.
+
+        With residuals, which must hold `layout`, it has the largest of those that are not zero, as
+        many as the frames do on average, rounded up; the update adds the rest to this rank's. With
+        none it has all that are not zero. Where a frame has segments the mean has one for each
+        tensor. It says non-finite where a frame does, or the mean is past what a residual can hold.
+        Raises FrameError for bytes that are no frame of that part.
+        """
+        partition = BlockCyclicPartition(numel=layout.numel, count=parts)
+        numel = partition.numel_of(part)
+        received = [decode_frame(frame, numel=numel) for frame in frames]
+        headers = [peek_header(frame) for frame in frames]
+        sent = sum(frame.values.numel() for frame in received)
+        mean = sparse_mean(received) if all(frame.finite for frame in received) else None
+        if mean is None or not _peak(mean) < self._limit(layout, len(frames)):
+            return Reduced(encode_non_finite_frame(numel, headers[0].value_format))
+        if self._residuals is None:
+            indices = partition.to_global(part, mean.indices)
+            quantized = _quantize(mean.values, indices, layout, headers)
+            return Reduced(encode_frame(numel, mean.indices, quantized))
+        rest = mean.values.numpy()
+        # fewer than were sent are left where ranks chose the same, and their values cancel out
+        k = min(-(-sent // len(frames)), rest.size)
+        selected = self._selectors.of(layout).select(mean.values, k)
+        places = mean.indices[selected.indices]
+        quantized = _quantize(selected.values, partition.to_global(part, places), layout, headers)
+        rest[selected.indices.numpy()] = quantized.error(selected.values)
+        some = rest.nonzero()[0]
+        # in the residual of one rank of many, and divided by their number when it is sent
+        left = Frame(
+            numel=layout.numel,
+            indices=partition.to_global(part, torch.from_numpy(mean.indices.numpy()[some])),
+            values=torch.from_numpy(rest[some] * len(frames)),
+            finite=True,
+        )
+        residual = self._residuals.home(layout)
+        update = ResidualUpdate(layout=layout, residual=residual, added=left)
+        return Reduced(encode_frame(numel, places, quantized), update)
+
+    def _limit(self, layout: Layout, ranks: int) -> float:
+        # what goes to the residual is as many times the mean
+        if self._residuals is None:
+            return math.inf
+        return torch.finfo(self._residuals.home(layout).dtype).max / ranks
+
+
+def _quantize(
+    values: Tensor, indices: Tensor, layout: Layout, headers: Sequence[FrameHeader]
+) -> Quantized:
+    ks = None
+    if any(header.segment_bytes for header in headers):
+        ks = count_between(indices, np.array([where.stop for where in layout.slices()]))
+    return quantize(values, headers[0].value_format, segment_ks=ks)
+
+
+def _peak(frame: Frame) -> float:
+    values = frame.values.numpy()
+    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))

@@ -1,0 +1,132 @@
+"""Slots for frames, which every rank sizes alike, and what a slot says about the frame in it.
+
+A slot is sized from what its users know alike, the frames of the last steps, so that one collective
+carries frames of different lengths.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
+from topq_dist.exchange.agreement import ExchangeError, SettingsDifferError
+
+# frame length, digest of the settings it was made with, whether the rank has failed, whether a
+# frame of its has no room in its slot, the two sums of its coherence
+_HEAD = struct.Struct("<QIHHdd")
+_SLOT_ALIGN_BYTES = 64
+NO_FRAME = torch.empty(0, dtype=torch.uint8)
+
+
+class Head(NamedTuple):
+    """What a slot says about the frame in it."""
+
+    frame_bytes: int
+    settings_digest: int
+    failed: bool
+    tailed: bool
+    coherence: Coherence = NO_COHERENCE
+
+
+class ReusableBuffer:
+    """A byte buffer that steps use one after the other, lent to one collective at a time."""
+
+    def __init__(self) -> None:
+        self._buffer = NO_FRAME
+        self._lent = False
+
+    def take(self, numel: int, device: torch.device) -> Tensor:
+        """Return `numel` bytes of any content, this borrower's until `release`."""
+        # what an aborted pass never brought back may still be written to
+        if self._lent or self._buffer.numel() < numel or self._buffer.device != device:
+            self._buffer = torch.empty(numel + numel // 8, dtype=torch.uint8, device=device)
+        self._lent = True
+        return self._buffer[:numel]
+
+    def release(self) -> None:
+        """Take the bytes back."""
+        self._lent = False
+
+
+class Slot:
+    """How many bytes are reserved for a frame of one bucket, the same on each rank that uses it.
+
+    spare: room beyond the frame of the last step, the longest of several, as a fraction of it.
+    """
+
+    def __init__(self, spare: float = 0.02) -> None:
+        self._spare = spare
+        self.bytes = _SLOT_ALIGN_BYTES
+
+    @property
+    def room_bytes(self) -> int:
+        """The length of the longest frame that fits."""
+        return self.bytes - _HEAD.size
+
+    def holds(self, frame_bytes: int) -> bool:
+        """Return whether a frame of this length fits."""
+        return frame_bytes <= self.room_bytes
+
+    def fit(self, frame_bytes: int) -> None:
+        """Make room for a frame of this length and the spare, in whole cache lines.
+
+        A slot shrinks slowly: a step that overflowed, or drew a higher q, says little of the next.
+        """
+        need = int((_HEAD.size + frame_bytes) * (1.0 + self._spare))
+        need = max(need, int(0.9 * self.bytes))
+        self.bytes = -(-need // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES
+
+
+def pack(
+    row: Tensor,
+    frame: Tensor | None,
+    settings_digest: int,
+    *,
+    coherence: Coherence,
+    tailed: bool = False,
+) -> None:
+    """Write a slot, its head and what it holds of the frame; None says that this rank has failed.
+
+    tailed: whether a frame of this rank, this one or another, does not fit its slot.
+    """
+    length = 0 if frame is None else frame.numel()
+    fields = _HEAD.pack(length, settings_digest, frame is None, tailed, *coherence)
+    row[: _HEAD.size] = torch.frombuffer(bytearray(fields), dtype=torch.uint8)
+    if frame is not None:
+        held = frame[: row.numel() - _HEAD.size]
+        row[_HEAD.size : _HEAD.size + held.numel()] = held
+
+
+def unpack(row: Tensor) -> Head:
+    """Read a slot's head."""
+    length, settings_digest, failed, tailed, *sums = _HEAD.unpack(
+        row[: _HEAD.size].numpy().tobytes()
+    )
+    return Head(length, settings_digest, bool(failed), bool(tailed), Coherence(*sums))
+
+
+def frame_in(row: Tensor, head: Head) -> Tensor:
+    """Return what a slot holds of its frame, sharing its memory."""
+    return row[_HEAD.size : _HEAD.size + head.frame_bytes]
+
+
+def check_heads(heads: Sequence[Head]) -> None:
+    """Raise ExchangeError where a rank has failed or has other settings than rank 0."""
+    failed = [str(rank) for rank, head in enumerate(heads) if head.failed]
+    if failed:
+        raise ExchangeError(
+            f"rank {', '.join(failed)} could not compress its gradient, and says why in an "
+            "error of its own; this rank stops with it"
+        )
+    others = [
+        str(rank)
+        for rank, head in enumerate(heads)
+        if head.settings_digest != heads[0].settings_digest
+    ]
+    if others:
+        raise SettingsDifferError(f"rank {', '.join(others)} has other settings than rank 0")
