@@ -52,7 +52,7 @@ def by_rows(q: float, param_ndim: int | None) -> Choose:
 
 
 class Reference:
-    """What W ranks with the hook must arrive at, computed in one process."""
+    """The numbers that W ranks with the hook must arrive at, computed in one process."""
 
     def __init__(
         self, model: nn.Module, world_size: int, choose: Choose, *, error_feedback: bool

@@ -1,4 +1,4 @@
-"""What top-Q means, checked against a slow reading of its definition and against rai_toolbox."""
+"""Top-Q itself, checked against a slow reading of its definition and against rai_toolbox."""
 
 from __future__ import annotations
 

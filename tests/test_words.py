@@ -31,16 +31,25 @@ GONE = {
     "Stumble stumble stumbled": "recover_from",
     "start_over": "resync_from",
     "break_off": "cancel_calls",
-    "by_layout": "LayoutCache",
+    "ByLayout by_layout": "LayoutCache",
+    "owes forgive forgiven": "residual, clear_residuals",
+    "settle settles settled settling": "update_residual",
+    "Cut( CutSelector uniform_cuts cuts": "Segment, SegmentSelector",
+    "kept_count": "k_from_q",
+    "Pieces(": "ChunkedVector",
+    "Parts deal_out gather_back": "BlockCyclicPartition",
+    "TakenUp taking_up": "UndoLog, accumulate_and_select",
+    "Density": "SparsityPolicy",
+    "Link": "CommContext",
+    "Pending Gathering Splitting Reducing": "ExchangeWork, AllGatherWork, SplitReduceWork",
+    "FrameGather FrameSwap KeptBuffer": "FrameAllGather, FrameAllToAll, ReusableBuffer",
 }
 # rooms whose docstrings begin with a noun, the thing, or a verb, what it does
 WITH_DOCSTRINGS = (
     "launch",
     "benchmarks/harness",
     "topq_dist/ps",
-    "tests/ps",
-    "tests/optim",
-    "tests/docker",
+    "tests",
 )
 
 

@@ -1,4 +1,4 @@
-"""What coherence says of gradients that agree, and of such that do not."""
+"""Coherence of gradients that agree, and of such that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept for a bucket goes when its names move to another."""
+"""Entries of a bucket go when its names move to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes behind the hook's back: frozen parameters, groups that lose one, odd states."""
+"""Changes behind the hook's back: frozen parameters, groups that lose one, odd states."""
 
 from __future__ import annotations
 

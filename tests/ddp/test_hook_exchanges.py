@@ -85,7 +85,7 @@ def test_without_feedback_each_exchange_is_exact(tmp_path: Path) -> None:
 
 
 def conserving(rank: int) -> dict[str, list[dict[str, Any]]]:
-    """What each step brought and left, with one rank overflowing in the last but one step."""
+    """The outcome of each step and what it left, one rank overflowing in the last but one."""
     results: dict[str, list[dict[str, Any]]] = {}
     for exchange in EXCHANGES:
         model, state, optimizer = hooked(exchange, value_format="fp16")
@@ -147,7 +147,7 @@ def near_the_largest(rank: int) -> bool:
     return all(bool(g.isfinite().all()) for g in gradients(model.module).values())
 
 
-def test_a_sum_past_what_can_be_owed_voids_the_step_on_every_rank(tmp_path: Path) -> None:
+def test_a_sum_past_what_a_residual_can_hold_voids_the_step_on_every_rank(tmp_path: Path) -> None:
     assert all(run_ranks(2, near_the_largest, tmp_path))
 
 
@@ -165,7 +165,7 @@ def dense_is_ddp(rank: int) -> bool:
 
 
 def split_bytes(rank: int) -> float:
-    """Bytes on the link over those of an all-gather's frames, once lengths have settled."""
+    """Bytes on the link over those of an all-gather's frames, once lengths are known."""
     wire_bytes = {}
     for exchange in EXCHANGES[:2]:
         model = DistributedDataParallel(nn.Linear(500, 400))

@@ -154,7 +154,7 @@ def sharded(rank: int) -> bool:
 
 
 def handed_over(rank: int) -> bool:
-    """Where the exchange changes from sparse to dense, and where the hook is taken off."""
+    """The steps at which the exchange changes from sparse to dense, and the hook is taken off."""
     model, optimizer, state = hooked(sgd)
     train(model, optimizer, rank)
     assert all("momentum_buffer" not in s for s in optimizer.state.values())

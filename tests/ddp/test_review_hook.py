@@ -1,4 +1,4 @@
-"""What a hook says, refuses and resumes, where it once did not."""
+"""Cases that a hook tells of, refuses and resumes, where it once did not."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SINGLES = hnp.arrays(np.float32, st.integers(0, 300), elements=FINITE)
 
 
 def heavy_tail(numel: int) -> Tensor:
-    """What top-k keeps of a normal gradient: magnitudes above a threshold, both signs."""
+    """The top k of a normal gradient: magnitudes above a threshold, both signs."""
     normal = torch.randn(numel * 100, generator=torch.Generator().manual_seed(1))
     return normal[normal.abs().topk(numel).indices.sort().values]
 

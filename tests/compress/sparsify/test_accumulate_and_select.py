@@ -1,4 +1,4 @@
-"""What is done in one pass over memory, compared with the same in several."""
+"""One pass over memory, compared with the same in several."""
 
 import contextlib
 import itertools
@@ -69,7 +69,9 @@ def test_to_accumulate_and_select_is_to_select_and_to_update(
 
 @pytest.mark.parametrize("threads", [1, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_taking_up_goes_on_past_the_last_candidate_wanted(dtype: torch.dtype, threads: int) -> None:
+def test_accumulating_goes_on_past_the_last_candidate_wanted(
+    dtype: torch.dtype, threads: int
+) -> None:
     torch.set_num_threads(threads)
     numel = 2 * BLOCK_NUMEL + 77
     one, other = Selector(), Selector()

@@ -1,4 +1,4 @@
-"""What is sent is bounded by the mean of what is selected, and what is clipped is kept."""
+"""Bounding: values are clipped by the mean of those selected, and what is clipped stays."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def segments_of(numels: list[int], fractions: list[float]) -> list[Segment]:
 
 
 class OneByOne:
-    """What SegmentSelector does, without any of its ways of doing it."""
+    """The definition of SegmentSelector, without any of its ways of doing it."""
 
     def __init__(self) -> None:
         self._selectors: dict[int, Selector] = {}
@@ -77,7 +77,7 @@ def assert_alike(one: Selection, other: Selection) -> None:
     seed=st.integers(0, 1_000),
     data=st.data(),
 )
-def test_all_cuts_at_once_are_the_same_as_one_by_one(
+def test_all_segments_at_once_are_the_same_as_one_by_one(
     numels: list[int],
     fraction: float,
     scales: list[float],
@@ -139,7 +139,7 @@ def test_a_warm_step_is_one_call_a_thread_and_a_miss_one_pass_more(threads: int)
         assert passes(gradient) == warm
 
 
-def test_taking_up_with_a_threshold_that_misses_takes_one_pass_more() -> None:
+def test_accumulating_with_a_threshold_that_misses_takes_one_pass_more() -> None:
     selector, residual = Selector(), torch.zeros(50_000)
     passes = mock.Mock(side_effect=find_candidates)
     with mock.patch.object(topk, "find_candidates", passes):
