@@ -1,0 +1,409 @@
+"""The compiled kernels as Python functions; topq_kernels.h says what they do with which shapes.
+
+Arrays are contiguous; TypeError for one that is not, or of a dtype that the others do not go with.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+from typing import Any
+
+import numpy as np
+
+from topq_dist.compress.native.library import (
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    LIBRARY,
+    UINT8,
+    UINT16,
+    Array,
+    read,
+    written,
+)
+
+_LIBRARY: Any = LIBRARY
+_Pair = c_int64 * 2
+
+
+def find_reaching(
+    vector: Array,
+    owed: Array | None,
+    low: Any,
+    begin: int,
+    indices: Array,
+    numbers: Array,
+    found: int,
+    before: Array | None,
+    added: Array | None,
+) -> int:
+    """List where the keys of vector + owed, or of a vector of integers, reach `low`."""
+    dtype = vector.dtype
+    owed_at = before_at = added_at = None
+    _check_kind(dtype, "iu" if owed is None else "f")
+    if owed is not None and before is not None and added is not None:
+        owed_at, before_at = written(owed, dtype), written(before, dtype)
+        added_at = written(added, INT64)
+    elif owed is not None:
+        owed_at = read(owed, dtype)
+    count: int = _LIBRARY.topq_find_reaching(
+        dtype.itemsize,
+        read(vector, dtype),
+        owed_at,
+        vector.size,
+        int(low),
+        begin,
+        written(indices, INT64),
+        written(numbers, dtype),
+        indices.size,
+        found,
+        before_at,
+        added_at,
+    )
+    return _known(count, dtype)
+
+
+def find_differing(ours: Array, theirs: Array, indices: Array) -> int:
+    """List where two vectors of integers differ; return how many, -1 where `indices` is full."""
+    dtype = ours.dtype
+    _check_kind(dtype, "iu")
+    count: int = _LIBRARY.topq_find_differing(
+        dtype.itemsize,
+        read(ours, dtype),
+        read(theirs, dtype),
+        ours.size,
+        written(indices, INT64),
+        indices.size,
+    )
+    return _known(count, dtype)
+
+
+def keep_largest(
+    indices: Array,
+    bits: Array,
+    magnitude: Any,
+    k: int,
+    counts: Array,
+    near: Array,
+    kept: Array,
+    kept_bits: Array,
+) -> tuple[int, int]:
+    """Keep the k entries of largest magnitude; return the k-th and the highest."""
+    dtype, outcome = bits.dtype, _Pair()
+    _check_kind(dtype, "iu")
+    status = _LIBRARY.topq_keep_largest(
+        dtype.itemsize,
+        read(indices, INT64),
+        read(bits, dtype),
+        bits.size,
+        k,
+        written(near, dtype),
+        written(kept, INT64),
+        written(kept_bits, dtype),
+        outcome,
+    )
+    _known(status, dtype)
+    kth, highest = outcome
+    return kth, highest
+
+
+def select_stretches(
+    vector: Array,
+    owed: Array | None,
+    begin: int,
+    plan: Array,
+    lows: Array,
+    magnitude: Any,
+    scratch: tuple[Array, ...],
+    kept: Array,
+    kept_bits: Array,
+    outcomes: Array,
+) -> None:
+    """Keep the largest of each segment of vector + owed, or of a vector of integers."""
+    indices, numbers, bits, near, _ = scratch
+    dtype = vector.dtype
+    _check_kind(dtype, "iu" if owed is None else "f")
+    status = _LIBRARY.topq_select_segments(
+        dtype.itemsize,
+        read(vector, dtype),
+        None if owed is None else read(owed, dtype),
+        begin,
+        read(plan, INT64),
+        lows.size,
+        read(lows, _SIGNED[dtype.itemsize]),
+        written(indices, INT64),
+        written(numbers, dtype),
+        written(near, bits.dtype),
+        written(kept, INT64),
+        written(kept_bits, bits.dtype),
+        written(outcomes, INT64),
+    )
+    _known(status, dtype)
+
+
+def settle_span(
+    residual: Array,
+    gradient: Array,
+    begin: int,
+    indices: Array,
+    rest: Array,
+    replace: bool,
+    terms: Array,
+    summands: Array,
+    next_term: Array,
+    ends: Array,
+) -> bool:
+    """residual += gradient, then residual[indices - begin] = rest; see topq_settle_span."""
+    dtype = residual.dtype
+    _check_kind(dtype, "f")
+    done: int = _LIBRARY.topq_settle_span(
+        dtype.itemsize,
+        written(residual, dtype),
+        written(gradient, dtype) if replace else read(gradient, dtype),
+        residual.size,
+        begin,
+        read(indices, INT64),
+        read(rest, dtype),
+        indices.size,
+        replace,
+        read(terms, INT64),
+        read(summands, dtype) if replace else None,
+        written(next_term, INT64),
+        read(ends, INT64),
+        ends.size,
+    )
+    return bool(_known(done, dtype))
+
+
+def sum_terms(
+    terms: Array,
+    summands: Array,
+    next_term: Array,
+    ends: Array,
+    numel: int,
+    window: Array,
+    bits: Array,
+    one: Any,
+    indices: Array,
+    numbers: Array,
+) -> int:
+    """List where the sum of sparse vectors is not zero, and its bits there; see topq_sum_terms."""
+    dtype = summands.dtype
+    _check_kind(dtype, "f")
+    found: int = _LIBRARY.topq_sum_terms(
+        dtype.itemsize,
+        read(terms, INT64),
+        read(summands, dtype),
+        written(next_term, INT64),
+        read(ends, INT64),
+        ends.size,
+        numel,
+        written(window, dtype),
+        window.size,
+        written(indices, INT64),
+        written(numbers, bits.dtype),
+        indices.size,
+    )
+    return _known(found, dtype)
+
+
+def scatter_add(out: Array, indices: Array, values: Array) -> bool:
+    """out[indices] += values, one after the other; return False at the first out of range."""
+    if not out.flags.c_contiguous:
+        whole = np.ascontiguousarray(out)
+        complete = scatter_add(whole, indices, values)
+        out[...] = whole
+        return complete
+    dtype = out.dtype
+    _check_kind(dtype, "f")
+    indices, values = np.ascontiguousarray(indices), np.ascontiguousarray(values)
+    done: int = _LIBRARY.topq_scatter_add(
+        dtype.itemsize,
+        written(out, dtype),
+        out.size,
+        read(indices, INT64),
+        read(values, dtype),
+        indices.size,
+    )
+    return bool(_known(done, dtype))
+
+
+def gaps_between(indices: Array, numel: int, gaps: Array) -> bool:
+    """Write how many positions are skipped before each index; False unless they ascend in range."""
+    dtype = gaps.dtype
+    done: int = _LIBRARY.topq_gaps_between(
+        dtype.itemsize, read(indices, INT64), indices.size, numel, written(gaps, dtype)
+    )
+    return bool(_known(done, dtype))
+
+
+def sum_of_quotients(gaps: Array, bits: int) -> int:
+    """Return the sum of gaps >> bits."""
+    dtype = gaps.dtype
+    total: int = _LIBRARY.topq_sum_of_quotients(dtype.itemsize, read(gaps, dtype), gaps.size, bits)
+    return _known(total, dtype)
+
+
+def write_gaps(gaps: Array, bits: int, unary: Array, planes: Array, fields: Array) -> None:
+    """Write gaps in Rice code; see topq_write_gaps."""
+    dtype = gaps.dtype
+    status: int = _LIBRARY.topq_write_gaps(
+        dtype.itemsize,
+        read(gaps, dtype),
+        gaps.size,
+        bits,
+        written(unary, UINT8),
+        written(planes, UINT8),
+        written(fields, UINT8),
+    )
+    _known(status, dtype)
+
+
+def read_gaps(
+    unary: Array, planes: Array, fields: Array, bits: int, indices: Array
+) -> tuple[int, int]:
+    """Undo write_gaps; return how many codes there are, at most one too many, and the last's bit.
+
+    `unary` may be of any integers.
+    """
+    outcome = _Pair()
+    status: int = _LIBRARY.topq_read_gaps(
+        read(unary, unary.dtype),
+        unary.nbytes,
+        read(planes, UINT8),
+        read(fields, UINT8),
+        bits,
+        written(indices, INT64),
+        indices.size,
+        outcome,
+    )
+    _known(status, UINT8)
+    count, last_bit = outcome
+    return count, last_bit
+
+
+def round_to_half(numbers: Array, scale: Any, scaled: Array, bits: Array, halves: Array) -> None:
+    """halves = the bits of fp16(numbers * scale), and scaled the products."""
+    _LIBRARY.topq_round_to_half(
+        read(numbers, FLOAT32),
+        numbers.size,
+        float(scale),
+        written(scaled, FLOAT32),
+        written(halves, UINT16),
+    )
+
+
+def widen_half(halves: Array, scale: Any, widened: Array, bits: Array) -> bool:
+    """widened = fp32(halves) * scale; return False where a number is not finite."""
+    return bool(
+        _LIBRARY.topq_widen_half(
+            read(halves, UINT16), halves.size, float(scale), written(widened, FLOAT32)
+        )
+    )
+
+
+def magnitude_ranges(
+    magnitudes: Array, ks: Array, block_numel: int, low: Array, high: Array
+) -> None:
+    """Write each block's smallest and largest magnitude."""
+    _LIBRARY.topq_magnitude_ranges(
+        read(magnitudes, FLOAT32),
+        read(ks, INT64),
+        ks.size,
+        block_numel,
+        written(low, FLOAT32),
+        written(high, FLOAT32),
+    )
+
+
+def two_means(magnitudes: Array, ks: Array, block: Array, below: Array, above: Array) -> None:
+    """Write the means of each block's magnitudes up to and above their mean."""
+    _LIBRARY.topq_two_means(
+        read(magnitudes, FLOAT32),
+        read(ks, INT64),
+        ks.size,
+        written(block, FLOAT64),
+        block.size,
+        written(below, FLOAT64),
+        written(above, FLOAT64),
+    )
+
+
+def nearest_levels(
+    magnitudes: Array,
+    ks: Array,
+    block_numel: int,
+    base: Array,
+    step: Array,
+    top: Any,
+    levels: Array,
+) -> None:
+    """Write the level in [0, top] for which base + level * step is nearest to each magnitude."""
+    _LIBRARY.topq_nearest_levels(
+        read(magnitudes, FLOAT32),
+        read(ks, INT64),
+        ks.size,
+        block_numel,
+        read(base, FLOAT32),
+        read(step, FLOAT32),
+        float(top),
+        written(levels, UINT8),
+    )
+
+
+def values_of_levels(
+    codes: Array,
+    ks: Array,
+    block_numel: int,
+    base: Array,
+    step: Array,
+    width: int,
+    values: Array,
+    bits: Array,
+) -> None:
+    """Write what codes of `width` bits stand for: base + level * step, with a sign."""
+    _LIBRARY.topq_values_of_levels(
+        read(codes, UINT8),
+        read(ks, INT64),
+        ks.size,
+        block_numel,
+        read(base, FLOAT32),
+        read(step, FLOAT32),
+        width,
+        written(values, FLOAT32),
+    )
+
+
+def deal_out(indices: Array, block_numel: int, edges: Array, mine: Array, places: Array) -> None:
+    """Sort indices by the part that their block belongs to, in turn."""
+    _LIBRARY.topq_deal_out(
+        read(indices, INT64),
+        indices.size,
+        block_numel,
+        written(edges, INT64),
+        edges.size - 1,
+        written(mine, INT64),
+        written(places, INT64),
+    )
+
+
+def gather_back(places: Array, block_numel: int, count: int, part: int, indices: Array) -> None:
+    """Write the indices in the vector of these places in one of `count` parts."""
+    _LIBRARY.topq_gather_back(
+        read(places, INT64), places.size, block_numel, count, part, written(indices, INT64)
+    )
+
+
+_UNKNOWN = -9
+_SIGNED = {size: np.dtype(f"i{size}") for size in (2, 4, 8)}
+
+
+def _check_kind(dtype: np.dtype[Any], kinds: str) -> None:
+    if dtype.kind not in kinds:
+        raise TypeError(f"an array of {dtype}: expected one of kind {' or '.join(kinds)}")
+
+
+def _known(status: int, dtype: np.dtype[Any]) -> int:
+    if status == _UNKNOWN:
+        raise TypeError(f"an array of {dtype}: there is no kernel for its width")
+    return status

@@ -1,0 +1,108 @@
+"""The shared library of compiled kernels, where it has been built, and pointers into arrays."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from ctypes import CDLL, addressof, c_char, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_ABI = 1
+_SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
+INT64, FLOAT64, FLOAT32, UINT8, UINT16 = (
+    np.dtype(name) for name in ("int64", "float64", "float32", "uint8", "uint16")
+)
+
+# what is returned and what is given, a letter each: pointers, whole numbers, fp32, nothing
+_TYPES = {"p": c_void_p, "n": c_int64, "f": c_float, "-": None}
+_SIGNATURES = {
+    "find_reaching": "n nppnnnppnnpp",
+    "keep_largest": "n nppnnpppp",
+    "select_segments": "n nppnpnppppppp",
+    "find_differing": "n nppnpn",
+    "settle_span": "n nppnnppnnppppn",
+    "sum_terms": "n nppppnnpnppn",
+    "scatter_add": "n npnppn",
+    "gaps_between": "n npnnp",
+    "sum_of_quotients": "n npnn",
+    "write_gaps": "n npnnppp",
+    "read_gaps": "n pnppnpnp",
+    "round_to_half": "- pnfpp",
+    "widen_half": "n pnfp",
+    "magnitude_ranges": "- ppnnpp",
+    "two_means": "- ppnpnpp",
+    "nearest_levels": "- ppnnppfp",
+    "values_of_levels": "- ppnnppnp",
+    "deal_out": "- pnnpnpp",
+    "gather_back": "- pnnnnp",
+}
+
+
+def library_path() -> Path:
+    """Return where the library is, or would be: TOPQ_NATIVE_LIBRARY, else beside this file."""
+    named = os.environ.get("TOPQ_NATIVE_LIBRARY")
+    return Path(named) if named else Path(__file__).with_name(f"_topq_kernels.{_SUFFIX}")
+
+
+def load(path: Path) -> CDLL:
+    """Return the library with its argument lists; raises OSError for one that does not fit."""
+    library = CDLL(str(path))
+    try:
+        for name, signature in _SIGNATURES.items():
+            returned, given = signature.split()
+            function = getattr(library, f"topq_{name}")
+            function.restype = _TYPES[returned]
+            function.argtypes = [_TYPES[letter] for letter in given]
+    except AttributeError as error:
+        raise OSError(f"{path}: {error}") from error
+    abi = library.topq_abi()
+    if abi != _ABI:
+        raise OSError(f"{path} has argument lists of version {abi}: expected {_ABI}")
+    return library
+
+
+def _load_if_there() -> CDLL | None:
+    """Return the library; None where there is none, or TOPQ_NATIVE is 0."""
+    path = library_path()
+    if os.environ.get("TOPQ_NATIVE") == "0" or not path.exists():
+        return None
+    try:
+        return load(path)
+    except OSError as error:
+        warnings.warn(f"the compiled kernels are not used: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
+LIBRARY = _load_if_there()
+
+# a view of no bytes finds an array's memory five times as fast as array.ctypes does
+_view_of: Callable[[Any], c_char] = (c_char * 0).from_buffer  # type: ignore[assignment]
+
+
+def written(array: Array, dtype: np.dtype[Any]) -> int:
+    """Return the address of a contiguous array of this dtype that can be written to."""
+    if array.dtype is not dtype and array.dtype != dtype:
+        raise TypeError(f"an array of {array.dtype}: expected {dtype}")
+    return addressof(_view_of(array))
+
+
+def read(array: Array, dtype: np.dtype[Any]) -> int:
+    """Return the address of a contiguous array of this dtype."""
+    if array.dtype is not dtype and array.dtype != dtype:
+        raise TypeError(f"an array of {array.dtype}: expected {dtype}")
+    try:
+        return addressof(_view_of(array))
+    except TypeError:
+        # not to be written to
+        if not array.flags.c_contiguous:
+            raise
+        address: int = array.__array_interface__["data"][0]
+        return address

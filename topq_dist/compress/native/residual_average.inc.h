@@ -1,0 +1,75 @@
+/* One width of residual_average.c: FLOAT. */
+
+/* Add to out, which begins at `begin`, what comes next in each list and lies in it. */
+static void NAMED(add_terms)(FLOAT *restrict out, int64_t numel, int64_t begin,
+                             const int64_t *restrict terms, const FLOAT *restrict summands,
+                             int64_t *restrict next_term, const int64_t *ends, int64_t lists)
+{
+    for (int64_t list = 0; list < lists; list++) {
+        int64_t at = next_term[list];
+        for (; at < ends[list]; at++) {
+            /* below zero is far above any size */
+            const uint64_t place = (uint64_t)terms[at] - (uint64_t)begin;
+            if (place >= (uint64_t)numel)
+                break;
+            out[place] += summands[at];
+        }
+        next_term[list] = at;
+    }
+}
+
+static int64_t NAMED(settle)(FLOAT *restrict residual, FLOAT *restrict gradient, int64_t numel,
+                             int64_t begin, const int64_t *restrict indices,
+                             const FLOAT *restrict rest, int64_t count, int64_t replace,
+                             const int64_t *terms, const FLOAT *summands, int64_t *next_term,
+                             const int64_t *ends, int64_t lists)
+{
+    int64_t written = 0;
+    for (int64_t start = 0; start < numel; start += UPDATED) {
+        const int64_t size = MIN(numel - start, UPDATED);
+        FLOAT *restrict owed = residual + start, *restrict more = gradient + start;
+        for (int64_t at = 0; at < size; at++)
+            owed[at] += more[at];
+        for (; written < count; written++) {
+            const uint64_t place = (uint64_t)indices[written] - (uint64_t)(begin + start);
+            if (place >= (uint64_t)size)
+                break;
+            owed[place] = rest[written];
+        }
+        if (replace) {
+            memset(more, 0, (size_t)size * sizeof *more);
+            NAMED(add_terms)(more, size, begin + start, terms, summands, next_term, ends, lists);
+        }
+    }
+    return written == count && at_ends(next_term, ends, lists);
+}
+
+static int64_t NAMED(sum)(const int64_t *terms, const FLOAT *summands, int64_t *next_term,
+                          const int64_t *ends, int64_t lists, int64_t numel, FLOAT *window,
+                          int64_t window_numel, int64_t *indices, void *numbers, int64_t room)
+{
+    int64_t found = 0;
+    for (int64_t start = 0; start < numel; start += window_numel) {
+        const int64_t size = MIN(numel - start, window_numel);
+        memset(window, 0, (size_t)size * sizeof *window);
+        NAMED(add_terms)(window, size, start, terms, summands, next_term, ends, lists);
+        found = topq_find_reaching(sizeof *window, window, NULL, size, 1, start, indices, numbers,
+                                   room, found, NULL, NULL);
+    }
+    return at_ends(next_term, ends, lists) ? found : -1;
+}
+
+static int64_t NAMED(scatter)(FLOAT *restrict out, int64_t numel, const int64_t *restrict indices,
+                              const FLOAT *restrict values, int64_t count)
+{
+    for (int64_t at = 0; at < count; at++) {
+        const uint64_t place = (uint64_t)indices[at];
+        if (place >= (uint64_t)numel)
+            return 0;
+        out[place] += values[at];
+    }
+    return 1;
+}
+
+#undef FLOAT
+#undef NAMED
