@@ -99,6 +99,22 @@ def two_means(block: Array, block_numel: int) -> tuple[float, float]:
     return float(below), float(sum_above / count_above if count_above else below)
 
 
+def scales(block: Array, code_bits: int) -> tuple[np.float32, np.float32]:
+    """Return a block's base and step."""
+
+    def cut_off(number: np.float32, more: int = 0) -> np.float32:
+        bits = (number.view(np.uint32) + np.uint32(more)) & np.uint32(0xFFFF0000)
+        return np.float32(bits.view(np.float32))
+
+    if code_bits == 2:
+        below, above = two_means(block, 128)
+        base = cut_off(np.float32(below))
+        return base, cut_off(np.float32(above - np.float64(base)))
+    base = cut_off(block.min())
+    top = np.float32((1 << (code_bits - 1)) - 1)
+    return base, cut_off((block.max() - base) / top, 0xFFFF)
+
+
 def nearest_levels(block: Array, base: np.float32, step: np.float32, top: int) -> Array:
     """Return each magnitude's nearest level in [0, top]."""
     if step == 0.0:

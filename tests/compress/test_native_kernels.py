@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,11 +14,15 @@ import kernels_reference as reference
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from native_build import SOURCES, compile_kernels, compilers
 
 import topq_dist.compress
+from topq_dist.compress import lowbit
+from topq_dist.compress.bounding import bounded
+from topq_dist.compress.cuts import Cut
 from topq_dist.compress.native import binding, library
 
 Array = npt.NDArray[Any]
@@ -28,6 +33,16 @@ NUMBERS = ["f4", "f8"]
 INTEGERS = ["i2", "i4", "i8"]
 
 
+@contextmanager
+def without_library() -> Iterator[None]:
+    """Have what asks for the library find none."""
+    there, library.LIBRARY = library.LIBRARY, None
+    try:
+        yield
+    finally:
+        library.LIBRARY = there
+
+
 def _numba(name: str) -> ModuleType:
     """Return a module of kernels as it is without the library."""
     path = Path(topq_dist.compress.__file__).with_name(f"{name}.py")
@@ -35,18 +50,15 @@ def _numba(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    there, library.LIBRARY = library.LIBRARY, None
-    try:
+    with without_library():
         spec.loader.exec_module(module)
-    finally:
-        library.LIBRARY = there
     return module
 
 
 numba = SimpleNamespace(
     **{
         name: kernel
-        for file in ("kernels", "gap_kernels", "half_kernels", "lowbit_kernels", "part_kernels")
+        for file in ("kernels", "gap_kernels", "half_kernels", "part_kernels")
         for name, kernel in vars(_numba(file)).items()
     }
 )
@@ -475,55 +487,111 @@ def check_round_to_half(numbers: Array, scale: float) -> None:
     assert_same(found[0], expected.view(np.uint16))
 
 
-KS = st.lists(st.sampled_from([0, 1, 2, 127, 128, 129, 300]), max_size=6)
+KS = st.lists(st.sampled_from([0, 1, 2, 3, 127, 128, 129, 300]), max_size=6)
 
 
-def magnitudes_of(ks: Array, seed: int) -> Array:
-    drawn = np.abs(floats("f4", int(ks.sum()), seed, finite=True))
-    return np.minimum(drawn, np.float32(2.0**127))
-
-
-@given(ks=KS, seed=st.integers(0, 999), width=st.sampled_from([2, 4, 8]))
-def test_blocks_of_levels(ks: list[int], seed: int, width: int) -> None:
-    check_blocks_of_levels(np.array(ks, np.int64), seed, width)
+@given(ks=KS, seed=st.integers(0, 999), code_bits=st.sampled_from([2, 4, 8]))
+def test_blocks_of_levels(ks: list[int], seed: int, code_bits: int) -> None:
+    check_blocks_of_levels(np.array(ks, np.int64), seed, code_bits)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("width", [2, 4, 8])
-def test_blocks_of_levels_of_one_segment(size: int, width: int) -> None:
-    check_blocks_of_levels(np.array([size]), 1, width)
+@pytest.mark.parametrize("code_bits", [2, 4, 8])
+def test_blocks_of_levels_of_one_segment(size: int, code_bits: int) -> None:
+    check_blocks_of_levels(np.array([size]), 1, code_bits)
 
 
-def check_blocks_of_levels(ks: Array, seed: int, width: int) -> None:
-    magnitudes, blocks = magnitudes_of(ks, seed), reference.blocks_of(ks, 128)
-    count, top = len(blocks), (1 << (width - 1)) - 1
-    found = []
-    for kind in (binding, numba):
-        low, high = np.empty((2, count), np.float32)
-        kind.magnitude_ranges(magnitudes, ks, 128, low, high)
-        below, above = np.empty((2, count))
-        kind.two_means(magnitudes, ks, np.empty(128), below, above)
-        base = low if width > 2 else below.astype(np.float32)
-        step = (high - base) / np.float32(top) if width > 2 else (above - base).astype(np.float32)
-        levels = np.empty(magnitudes.size, np.uint8)
-        kind.nearest_levels(magnitudes, ks, 128, base, step, np.float32(top), levels)
-        codes = levels | np.random.default_rng(seed).integers(0, 2, levels.size, np.uint8) << (
-            width - 1
-        )
-        values = np.empty(codes.size, np.float32)
-        kind.values_of_levels(codes, ks, 128, base, step, width, values, values.view(np.uint32))
-        found.append((low, high, below, above, levels, values, base, step, codes))
-    for ours, theirs in zip(*found, strict=True):
-        assert_same(ours, theirs)
-    low, high, below, above, levels, values, base, step, codes = found[0]
-    for at, where in enumerate(blocks):
-        block = magnitudes[where]
-        assert (low[at], high[at]) == (block.min(), block.max())
-        assert (below[at], above[at]) == reference.two_means(block, 128)
-        assert_same(levels[where], reference.nearest_levels(block, base[at], step[at], top))
-        assert_same(
-            values[where], reference.values_of_levels(codes[where], base[at], step[at], width)
-        )
+def check_blocks_of_levels(ks: Array, seed: int, code_bits: int) -> None:
+    values = floats("f4", int(ks.sum()), seed, finite=True)
+    if seed % 3 == 0:
+        # many alike
+        values = np.copysign(np.float32(seed), values)
+    blocks = lowbit.block_count(ks)
+    payload = np.full(lowbit.lowbit_bytes(values.size, code_bits, blocks) + 1, 77, np.uint8)
+    scales, packed = np.split(payload[:-1], [4 * blocks])
+    decoded = np.full(values.size + 1, 77, np.float32)
+    binding.encode_blocks(values, ks, code_bits, scales, packed, decoded[:-1])
+    assert payload[-1] == decoded[-1] == 77
+    payload, decoded = payload[:-1], decoded[:-1]
+    with without_library():
+        expected, levels = lowbit.encode_blocks(values, code_bits, ks)
+        again = lowbit.decode_blocks(payload, values.size, code_bits, ks)
+    assert_same(payload, expected)
+    assert_same(decoded, levels)
+    assert_same(decoded, again)
+    assert_same(
+        np.concatenate([np.zeros(0, np.uint8), *payload_by_numpy(values, ks, code_bits)]), payload
+    )
+    back = np.empty_like(values)
+    binding.decode_blocks(payload, ks, code_bits, back)
+    assert_same(back, decoded)
+
+
+def payload_by_numpy(values: Array, ks: Array, code_bits: int) -> tuple[Array, Array]:
+    """Return scales and packed codes."""
+    top, scales, codes = (1 << (code_bits - 1)) - 1, [], [np.zeros(0, np.uint8)]
+    for where in reference.blocks_of(ks, 128):
+        block = np.minimum(np.abs(values[where]), np.float32(2.0**127))
+        base, step = reference.scales(block, code_bits)
+        scales += [base, step]
+        levels = reference.nearest_levels(block, base, step, top)
+        codes.append(levels | np.signbit(values[where]).astype(np.uint8) << (code_bits - 1))
+    halves = (np.array(scales, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits = np.concatenate(codes)[:, None] >> np.arange(code_bits) & 1
+    return halves.view(np.uint8), np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+
+
+@pytest.mark.parametrize("code_bits", [2, 4, 8])
+def test_a_payload_that_does_not_fit_is_refused(code_bits: int) -> None:
+    ks, values = np.array([5, 130]), floats("f4", 135, 1, finite=True)
+    payload = np.concatenate(payload_by_numpy(values, ks, code_bits))
+    for wrong_ks in ([135], [5, 129], [5, 131], [-1, 136], [2**62, 2**62, 135], []):
+        with pytest.raises(ValueError, match="bytes"):
+            binding.decode_blocks(payload, np.array(wrong_ks, np.int64), code_bits, values)
+    for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
+        with pytest.raises(ValueError, match="bytes"):
+            binding.decode_blocks(wrong, ks, code_bits, values)
+    if code_bits < 8:
+        payload[-1] |= 128
+        with pytest.raises(ValueError, match="not zero"):
+            binding.decode_blocks(payload, ks, code_bits, values)
+        payload[-1] &= 127
+    payload[:2] = np.array([0x7F80], np.uint16).view(np.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        binding.decode_blocks(payload, ks, code_bits, values)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([1, 2, 9, 130, 300, 1_000]), st.booleans()), max_size=6
+    ),
+    dtype=st.sampled_from(NUMBERS),
+    bound=st.sampled_from([1.0, 0.3, 5.0]),
+    seed=st.integers(0, 999),
+)
+def test_bound_rows(rows: list[tuple[int, bool]], dtype: str, bound: float, seed: int) -> None:
+    check_bound_rows(rows, dtype, bound, seed)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_bound_one_row(size: int, dtype: str) -> None:
+    check_bound_rows([(size, False)], dtype, 1.0, 1)
+
+
+def check_bound_rows(rows: list[tuple[int, bool]], dtype: str, bound: float, seed: int) -> None:
+    ks = np.array([k for k, _ in rows], np.int64)
+    # half of a row, or less
+    numels = np.array([2 * k + (not whole) for k, whole in rows], np.int64)
+    values = floats(dtype, int(ks.sum()), seed, finite=True)
+    if seed % 5 == 0:
+        values[: ks[0] if rows else 0] *= 0
+    ours = np.empty_like(values)
+    binding.bound_rows(values, ks, numels, bound, ours)
+    cuts = [Cut(start=0, rows=1, row_numel=n, kept=k) for k, n in zip(ks, numels, strict=True)]
+    with without_library():
+        theirs = bounded(torch.from_numpy(values), cuts, bound)
+    assert_same(ours, theirs.numpy())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -555,7 +623,11 @@ def test_argument_lists_are_those_of_the_header() -> None:
     header = (SOURCES / "topq_kernels.h").read_text()
     declared = {}
     for returned, name, takes in re.findall(r"TOPQ_API\s+(\w+) topq_(\w+)\(([^)]*)\);", header):
-        letters = ["p" if "*" in one else "nf"["float" in one] for one in takes.split(",")]
+        kinds = {"*": "p", "float": "f", "double": "d", "": "n"}
+        letters = [
+            next(letter for kind, letter in kinds.items() if kind in one)
+            for one in takes.split(",")
+        ]
         declared[name] = f"{'-' if returned == 'void' else 'n'} {''.join(letters)}"
     assert declared.pop("abi")
     assert declared == library._SIGNATURES

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from topq_dist.compress.native import library
 from topq_dist.compress.native.library import (
     FLOAT32,
-    FLOAT64,
     INT64,
-    LIBRARY,
     UINT8,
     UINT16,
     Array,
@@ -22,7 +21,7 @@ from topq_dist.compress.native.library import (
     written,
 )
 
-_LIBRARY: Any = LIBRARY
+_LIBRARY: Any = library.LIBRARY
 _Pair = c_int64 * 2
 
 
@@ -271,13 +270,16 @@ def read_gaps(
         read(unary, unary.dtype),
         unary.nbytes,
         read(planes, UINT8),
+        planes.size,
         read(fields, UINT8),
+        fields.size,
         bits,
         written(indices, INT64),
         indices.size,
         outcome,
     )
-    _known(status, UINT8)
+    if _known(status, UINT8):
+        raise ValueError("Rice codes of indices past any vector, or that end too early")
     count, last_bit = outcome
     return count, last_bit
 
@@ -302,76 +304,51 @@ def widen_half(halves: Array, scale: Any, widened: Array, bits: Array) -> bool:
     )
 
 
-def magnitude_ranges(
-    magnitudes: Array, ks: Array, block_numel: int, low: Array, high: Array
+def encode_blocks(
+    values: Array, ks: Array, code_bits: int, scales: Array, packed: Array, decoded: Array
 ) -> None:
-    """Write each block's smallest and largest magnitude."""
-    _LIBRARY.topq_magnitude_ranges(
-        read(magnitudes, FLOAT32),
+    """Write values in blocks of levels; see topq_encode_blocks."""
+    status: int = _LIBRARY.topq_encode_blocks(
+        read(values, FLOAT32),
         read(ks, INT64),
         ks.size,
-        block_numel,
-        written(low, FLOAT32),
-        written(high, FLOAT32),
+        code_bits,
+        written(scales, UINT8),
+        written(packed, UINT8),
+        written(decoded, FLOAT32),
     )
+    _known(status, UINT8)
 
 
-def two_means(magnitudes: Array, ks: Array, block: Array, below: Array, above: Array) -> None:
-    """Write the means of each block's magnitudes up to and above their mean."""
-    _LIBRARY.topq_two_means(
-        read(magnitudes, FLOAT32),
+def decode_blocks(payload: Array, ks: Array, code_bits: int, values: Array) -> None:
+    """Undo encode_blocks; raise ValueError for a payload that is none of so many values."""
+    status: int = _LIBRARY.topq_decode_blocks(
+        read(payload, UINT8),
+        payload.size,
         read(ks, INT64),
         ks.size,
-        written(block, FLOAT64),
-        block.size,
-        written(below, FLOAT64),
-        written(above, FLOAT64),
-    )
-
-
-def nearest_levels(
-    magnitudes: Array,
-    ks: Array,
-    block_numel: int,
-    base: Array,
-    step: Array,
-    top: Any,
-    levels: Array,
-) -> None:
-    """Write the level in [0, top] for which base + level * step is nearest to each magnitude."""
-    _LIBRARY.topq_nearest_levels(
-        read(magnitudes, FLOAT32),
-        read(ks, INT64),
-        ks.size,
-        block_numel,
-        read(base, FLOAT32),
-        read(step, FLOAT32),
-        float(top),
-        written(levels, UINT8),
-    )
-
-
-def values_of_levels(
-    codes: Array,
-    ks: Array,
-    block_numel: int,
-    base: Array,
-    step: Array,
-    width: int,
-    values: Array,
-    bits: Array,
-) -> None:
-    """Write what codes of `width` bits stand for: base + level * step, with a sign."""
-    _LIBRARY.topq_values_of_levels(
-        read(codes, UINT8),
-        read(ks, INT64),
-        ks.size,
-        block_numel,
-        read(base, FLOAT32),
-        read(step, FLOAT32),
-        width,
+        code_bits,
         written(values, FLOAT32),
+        values.size,
     )
+    if _known(status, UINT8):
+        raise ValueError(_WRONG[status])
+
+
+def bound_rows(values: Array, ks: Array, row_numels: Array, bound: float, bounded: Array) -> None:
+    """Clip each row's values to `bound` times their mean magnitude; see topq_bound_rows."""
+    dtype = values.dtype
+    _check_kind(dtype, "f")
+    status: int = _LIBRARY.topq_bound_rows(
+        dtype.itemsize,
+        read(values, dtype),
+        read(ks, INT64),
+        read(row_numels, INT64),
+        ks.size,
+        bound,
+        written(bounded, dtype),
+    )
+    _known(status, dtype)
 
 
 def deal_out(indices: Array, block_numel: int, edges: Array, mine: Array, places: Array) -> None:
@@ -394,7 +371,17 @@ def gather_back(places: Array, block_numel: int, count: int, part: int, indices:
     )
 
 
+def kernels(*names: str) -> dict[str, Any]:
+    """Return these kernels by name, or nothing where there is no library."""
+    return {} if library.LIBRARY is None else {name: globals()[name] for name in names}
+
+
 _UNKNOWN = -9
+_WRONG = {
+    -2: "values do not take the bytes that they have",
+    -3: "values end in bits that are not zero",
+    -4: "a value is not finite",
+}
 _SIGNED = {size: np.dtype(f"i{size}") for size in (2, 4, 8)}
 
 

@@ -6,7 +6,13 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-enum { SUM_LANES = 8 };
+/* how many values share two scales, and what is sent of a larger magnitude */
+enum { BLOCK = 128, SUM_LANES = 8 };
+#define LARGEST 0x1p127f
+
+/* vectors of the compiler's own, of as many bytes as every machine has */
+typedef double Pair __attribute__((vector_size(16), may_alias));
+typedef int64_t Flags __attribute__((vector_size(16)));
 
 static inline uint32_t bits_of(float number)
 {
@@ -59,130 +65,217 @@ int64_t topq_widen_half(const uint16_t *restrict halves, int64_t count, float sc
     return beyond == 0;
 }
 
-static void range_of(const float *restrict numbers, int64_t count, float *low, float *high)
+/* Cut off the bits that bf16 has no room for, in fp32. */
+static inline float bf16_below(float number)
 {
-    float smallest = numbers[0], largest = numbers[0];
-    for (int64_t at = 0; at < count; at++) {
-        smallest = MIN(smallest, numbers[at]);
-        largest = MAX(largest, numbers[at]);
+    return float_of(bits_of(number) & 0xffff0000u);
+}
+
+static inline float bf16_above(float number)
+{
+    return float_of((bits_of(number) + 0xffffu) & 0xffff0000u);
+}
+
+/* The scales of 4 and 8 bits: from the smallest magnitude, so that `top` steps reach the largest. */
+static void spread_levels(const float *magnitudes, int count, float top, float *base, float *step)
+{
+    float smallest = magnitudes[0], largest = magnitudes[0];
+    for (int at = 0; at < count; at++) {
+        smallest = MIN(smallest, magnitudes[at]);
+        largest = MAX(largest, magnitudes[at]);
     }
-    *low = smallest;
-    *high = largest;
+    *base = bf16_below(smallest);
+    *step = bf16_above((largest - *base) / top);
 }
 
-static double sum_of(const double *numbers, int64_t count)
+/* The sum of lanes, in pairs, as numpy does it. */
+static inline double sum_of(const Pair *lanes)
 {
-    double lanes[SUM_LANES] = {0};
-    for (int64_t at = 0; at < count; at += SUM_LANES)
-        for (int lane = 0; lane < SUM_LANES; lane++)
-            lanes[lane] += numbers[at + lane];
-    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
-           ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    return ((lanes[0][0] + lanes[0][1]) + (lanes[1][0] + lanes[1][1])) +
+           ((lanes[2][0] + lanes[2][1]) + (lanes[3][0] + lanes[3][1]));
 }
 
-/* `block` is scratch of `size`, of which `count` are filled */
-static void means_of(const float *restrict numbers, int64_t count, double *restrict block,
-                     int64_t size, double *below, double *above)
+/* The scales of 2 bits: the means of the magnitudes up to and above their mean, in SUM_LANES lanes. */
+static void two_levels(const float *magnitudes, int count, float *base, float *step)
 {
-    for (int64_t at = 0; at < count; at++)
-        block[at] = numbers[at];
-    for (int64_t at = count; at < size; at++)
+    const int size = (count + SUM_LANES - 1) / SUM_LANES * SUM_LANES;
+    Pair pairs[BLOCK / 2], lanes[SUM_LANES / 2] = {{0}}, larger[SUM_LANES / 2] = {{0}};
+    double *const block = (double *)pairs;
+    for (int at = 0; at < count; at++)
+        block[at] = magnitudes[at];
+    for (int at = count; at < size; at++)
         block[at] = 0.0;
-    const double total = sum_of(block, size), mean = total / (double)count;
-    int64_t count_above = 0;
-    for (int64_t at = 0; at < size; at++) {
-        const int is_above = block[at] > mean;
-        count_above += is_above;
-        block[at] = is_above ? block[at] : 0.0;
-    }
-    const double sum_above = sum_of(block, size);
+    for (int at = 0; at < size / 2; at += SUM_LANES / 2)
+        for (int lane = 0; lane < SUM_LANES / 2; lane++)
+            lanes[lane] += pairs[at + lane];
+    const double total = sum_of(lanes), mean = total / (double)count;
+    Flags above_of[SUM_LANES / 2] = {{0}};
+    for (int at = 0; at < size / 2; at += SUM_LANES / 2)
+        for (int lane = 0; lane < SUM_LANES / 2; lane++) {
+            const Flags is_above = pairs[at + lane] > (Pair){mean, mean};
+            above_of[lane] -= is_above;
+            larger[lane] += (Pair)((Flags)pairs[at + lane] & is_above);
+        }
+    const Flags counts = above_of[0] + above_of[1] + above_of[2] + above_of[3];
+    const double count_above = (double)(counts[0] + counts[1]), sum_above = sum_of(larger);
     /* never all of them: a mean of fp32 numbers in fp64 is not below the smallest */
-    *below = (total - sum_above) / (double)(count - count_above);
-    *above = count_above ? sum_above / (double)count_above : *below;
+    const double below = (total - sum_above) / ((double)count - count_above);
+    const double above = count_above > 0.0 ? sum_above / count_above : below;
+    *base = bf16_below((float)below);
+    *step = bf16_below((float)(above - (double)*base));
 }
 
-static void levels_of(const float *restrict numbers, int64_t count, float base, float step,
-                      float top, uint8_t *restrict levels)
+static void levels_of(const float *restrict magnitudes, int count, float base, float step, float top,
+                      uint8_t *restrict levels)
 {
     /* what is added to it and taken off again is rounded to whole numbers: its last bit is worth 1 */
     const float whole = 12582912.0f;
     if (step == 0.0f) {
-        for (int64_t at = 0; at < count; at++)
-            levels[at] = numbers[at] > base ? (uint8_t)top : 0;
+        for (int at = 0; at < count; at++)
+            levels[at] = magnitudes[at] > base ? (uint8_t)top : 0;
         return;
     }
-    for (int64_t at = 0; at < count; at++) {
-        const float level = (numbers[at] - base) / step;
+    for (int at = 0; at < count; at++) {
+        const float level = (magnitudes[at] - base) / step;
         const float within = MIN(MAX(level, 0.0f), top);
         levels[at] = (uint8_t)(int32_t)((within + whole) - whole);
     }
 }
 
-static void values_of(const uint8_t *restrict codes, int64_t count, float base, float step,
+static void values_of(const uint8_t *restrict codes, int count, float base, float step,
                       int code_bits, float *restrict values)
 {
     const uint32_t mask = (1u << (code_bits - 1)) - 1;
-    for (int64_t at = 0; at < count; at++) {
+    for (int at = 0; at < count; at++) {
         const uint32_t code = codes[at];
         const float number = (float)(int32_t)(code & mask) * step + base;
         values[at] = float_of(bits_of(number) | (code << (32 - code_bits) & 0x80000000u));
     }
 }
 
-/* The blocks of all segments in turn: next() goes to the first, and then to the next. */
-typedef struct {
-    const int64_t *ks, *end_of_ks;
-    int64_t block_numel, block, start, stop, end;
-} Blocks;
-
-static inline Blocks blocks_of(const int64_t *ks, int64_t segments, int64_t block_numel)
+/* Write whole bytes of codes, the first one in the lowest bits; return how many codes are left. */
+static int pack(const uint8_t *codes, int count, int code_bits, uint8_t **packed)
 {
-    return (Blocks){.ks = ks, .end_of_ks = ks + segments, .block_numel = block_numel, .block = -1};
+    uint8_t *restrict out = *packed;
+    const int each = 8 / code_bits, whole = count / each;
+    if (code_bits == 2)
+        for (int at = 0; at < whole; at++)
+            out[at] = (uint8_t)(codes[4 * at] | codes[4 * at + 1] << 2 | codes[4 * at + 2] << 4 |
+                                codes[4 * at + 3] << 6);
+    else if (code_bits == 4)
+        for (int at = 0; at < whole; at++)
+            out[at] = (uint8_t)(codes[2 * at] | codes[2 * at + 1] << 4);
+    else
+        memcpy(out, codes, (size_t)whole);
+    *packed += whole;
+    return count - whole * each;
 }
 
-static inline int next(Blocks *at)
+int64_t topq_encode_blocks(const float *restrict values, const int64_t *ks, int64_t segments,
+                           int64_t code_bits, uint8_t *restrict scales, uint8_t *packed,
+                           float *restrict decoded)
 {
-    at->start = at->stop;
-    while (at->start == at->end) {
-        if (at->ks == at->end_of_ks)
-            return 0;
-        at->end += *at->ks++;
+    if (code_bits != 2 && code_bits != 4 && code_bits != 8)
+        return TOPQ_UNKNOWN;
+    const int bits = (int)code_bits;
+    const float top = (float)((1 << (bits - 1)) - 1);
+    uint8_t codes[BLOCK + 8];
+    float magnitudes[BLOCK];
+    int held = 0;
+    for (int64_t segment = 0; segment < segments; segment++) {
+        for (int64_t left = ks[segment]; left > 0; left -= BLOCK) {
+            const int count = (int)MIN(left, BLOCK);
+            float base, step;
+            for (int at = 0; at < count; at++) {
+                const float magnitude = float_of(bits_of(values[at]) & 0x7fffffffu);
+                magnitudes[at] = MIN(magnitude, LARGEST);
+            }
+            if (bits == 2)
+                two_levels(magnitudes, count, &base, &step);
+            else
+                spread_levels(magnitudes, count, top, &base, &step);
+            levels_of(magnitudes, count, base, step, top, codes + held);
+            for (int at = 0; at < count; at++)
+                codes[held + at] |= (uint8_t)(bits_of(values[at]) >> 31 << (bits - 1));
+            values_of(codes + held, count, base, step, bits, decoded);
+            const uint16_t both[2] = {(uint16_t)(bits_of(base) >> 16), (uint16_t)(bits_of(step) >> 16)};
+            memcpy(scales, both, sizeof both);
+            const int rest = pack(codes, held + count, bits, &packed);
+            memmove(codes, codes + held + count - rest, (size_t)rest);
+            held = rest;
+            values += count;
+            decoded += count;
+            scales += sizeof both;
+        }
     }
-    at->stop = MIN(at->start + at->block_numel, at->end);
-    at->block++;
-    return 1;
+    if (held) {
+        memset(codes + held, 0, 8);
+        pack(codes, 8 / bits, bits, &packed);
+    }
+    return 0;
 }
 
-void topq_magnitude_ranges(const float *restrict magnitudes, const int64_t *ks, int64_t segments,
-                           int64_t block_numel, float *restrict low, float *restrict high)
+int64_t topq_decode_blocks(const uint8_t *restrict payload, int64_t payload_bytes,
+                           const int64_t *ks, int64_t segments, int64_t code_bits,
+                           float *restrict values, int64_t count)
 {
-    for (Blocks at = blocks_of(ks, segments, block_numel); next(&at);)
-        range_of(magnitudes + at.start, at.stop - at.start, low + at.block, high + at.block);
+    if (code_bits != 2 && code_bits != 4 && code_bits != 8)
+        return TOPQ_UNKNOWN;
+    const int bits = (int)code_bits, each = 8 / bits;
+    int64_t blocks = 0, unlisted = count;
+    for (int64_t segment = 0; segment < segments; segment++) {
+        if (ks[segment] < 0 || ks[segment] > unlisted)
+            return TOPQ_RANGE;
+        unlisted -= ks[segment];
+        blocks += ks[segment] / BLOCK + (ks[segment] % BLOCK != 0);
+    }
+    const int64_t whole = count / each, rest = count % each;
+    if (unlisted != 0 || payload_bytes != 4 * blocks + whole + (rest != 0))
+        return TOPQ_RANGE;
+    if (rest != 0 && payload[payload_bytes - 1] >> rest * bits != 0)
+        return TOPQ_PADDING;
+    const uint8_t *packed = payload + 4 * blocks;
+    uint8_t codes[BLOCK + 8];
+    uint32_t beyond = 0;
+    /* of the byte that the block begins in */
+    int used = 0;
+    for (int64_t segment = 0; segment < segments; segment++) {
+        for (int64_t left = ks[segment]; left > 0; left -= BLOCK) {
+            const int here = (int)MIN(left, BLOCK), bytes = (used + here + each - 1) / each;
+            uint16_t both[2];
+            memcpy(both, payload, sizeof both);
+            payload += sizeof both;
+            for (int at = 0; at < bytes; at++)
+                for (int code = 0; code < each; code++)
+                    codes[at * each + code] =
+                        (uint8_t)(packed[at] >> code * bits & ((1 << bits) - 1));
+            values_of(codes + used, here, float_of((uint32_t)both[0] << 16),
+                      float_of((uint32_t)both[1] << 16), bits, values);
+            for (int at = 0; at < here; at++)
+                beyond |= (bits_of(values[at]) & 0x7fffffffu) > 0x7f7fffffu;
+            packed += (used + here) / each;
+            used = (used + here) % each;
+            values += here;
+        }
+    }
+    return beyond ? TOPQ_NOT_FINITE : 0;
 }
 
-void topq_two_means(const float *restrict magnitudes, const int64_t *ks, int64_t segments,
-                    double *restrict block, int64_t block_numel, double *restrict below,
-                    double *restrict above)
-{
-    for (Blocks at = blocks_of(ks, segments, block_numel); next(&at);)
-        means_of(magnitudes + at.start, at.stop - at.start, block, block_numel, below + at.block,
-                 above + at.block);
-}
+#define FLOAT float
+#define NAMED(name) name##_32
+#include "half_lowbit.inc.h"
+#define FLOAT double
+#define NAMED(name) name##_64
+#include "half_lowbit.inc.h"
 
-void topq_nearest_levels(const float *restrict magnitudes, const int64_t *ks, int64_t segments,
-                         int64_t block_numel, const float *base, const float *step, float top,
-                         uint8_t *restrict levels)
+int64_t topq_bound_rows(int64_t width, const void *values, const int64_t *ks,
+                        const int64_t *row_numels, int64_t rows, double bound, void *bounded)
 {
-    for (Blocks at = blocks_of(ks, segments, block_numel); next(&at);)
-        levels_of(magnitudes + at.start, at.stop - at.start, base[at.block], step[at.block], top,
-                  levels + at.start);
-}
-
-void topq_values_of_levels(const uint8_t *restrict codes, const int64_t *ks, int64_t segments,
-                           int64_t block_numel, const float *base, const float *step,
-                           int64_t code_bits, float *restrict values)
-{
-    for (Blocks at = blocks_of(ks, segments, block_numel); next(&at);)
-        values_of(codes + at.start, at.stop - at.start, base[at.block], step[at.block],
-                  (int)code_bits, values + at.start);
+    if (width == 4)
+        bound_rows_32(values, ks, row_numels, rows, bound, bounded);
+    else if (width == 8)
+        bound_rows_64(values, ks, row_numels, rows, bound, bounded);
+    else
+        return TOPQ_UNKNOWN;
+    return 0;
 }

@@ -1,6 +1,12 @@
 /* Ascending indices as gaps, and gaps in Rice code. */
 #include "topq_kernels.h"
 
+#include <string.h>
+
+/* with bits below this, and indices up to there, no sum leaves 64 bits */
+#define LARGEST_BITS 55
+#define LARGEST_INDEX ((uint64_t)1 << 56)
+
 #define GAP int32_t
 #define NAMED(name) name##_32
 #include "index_coding.inc.h"
@@ -40,50 +46,61 @@ int64_t topq_write_gaps(int64_t width, const void *gaps, int64_t count, int64_t 
     return 0;
 }
 
-/* up to 8 bytes of a stream as a number, the first one lowest */
-static uint64_t word_at(const uint8_t *bytes, int64_t left)
+/* The bytes of a stream that are left, 8 at most, as a number, the first one lowest. */
+static inline uint64_t next_word(const uint8_t *bytes, int64_t left)
 {
     uint64_t word = 0;
-    for (int64_t at = 0; at < left && at < 8; at++)
-        word |= (uint64_t)bytes[at] << 8 * at;
+    memcpy(&word, bytes, (size_t)(left < 8 ? left : 8));
     return word;
 }
 
 int64_t topq_read_gaps(const uint8_t *unary, int64_t unary_bytes, const uint8_t *planes,
-                       const uint8_t *fields, int64_t bits, int64_t *indices, int64_t count,
-                       int64_t *outcome)
+                       int64_t planes_bytes, const uint8_t *fields, int64_t fields_bytes,
+                       int64_t bits, int64_t *indices, int64_t count, int64_t *outcome)
 {
-    if (bits < 0 || bits > 63)
+    if (bits < 0 || bits > LARGEST_BITS)
         return TOPQ_UNKNOWN;
     const int whole = (int)bits / 8, width = (int)bits % 8;
-    uint32_t held = 0;
+    if (planes_bytes / (whole ? whole : 1) < (whole ? count : 0) ||
+        fields_bytes < (count * width + 7) / 8)
+        return TOPQ_RANGE;
+    const uint8_t *const end_of_fields = fields + fields_bytes;
+    uint64_t held = 0, index = (uint64_t)-1;
     int filled = 0;
     int64_t found = 0, last_bit = -1;
-    /* without a sign, since what was made up may be past any number */
-    uint64_t index = (uint64_t)-1;
     for (int64_t at_byte = 0; at_byte < unary_bytes; at_byte += 8) {
-        uint64_t word = word_at(unary + at_byte, unary_bytes - at_byte);
+        uint64_t word = unary_bytes - at_byte >= 8 ? next_word(unary + at_byte, 8)
+                                                   : next_word(unary + at_byte, unary_bytes - at_byte);
         for (; word != 0; word &= word - 1) {
+#ifndef TOPQ_BREAK_A_BOUND /* for a test that shows that this would be noticed */
             if (found == count) {
                 outcome[0] = count + 1;
                 outcome[1] = last_bit;
                 return 0;
             }
+#endif
             const int64_t bit = 8 * at_byte + __builtin_ctzll(word);
-            uint64_t gap = (uint64_t)(bit - last_bit - 1) << bits;
+            uint64_t gap = (uint64_t)(bit - last_bit - 1);
+            if (gap > LARGEST_INDEX >> bits)
+                return TOPQ_RANGE;
+            gap <<= bits;
             last_bit = bit;
             for (int plane = 0; plane < whole; plane++)
                 gap |= (uint64_t)planes[plane * count + found] << 8 * plane;
             if (width) {
                 if (filled < width) {
-                    held |= (uint32_t)*fields++ << filled;
-                    filled += 8;
+                    const int64_t left = end_of_fields - fields, taken = left < 4 ? left : 4;
+                    held |= (left < 4 ? next_word(fields, left) : next_word(fields, 4)) << filled;
+                    fields += taken;
+                    filled += 8 * (int)taken;
                 }
-                gap |= (uint64_t)(held & ((1u << width) - 1)) << 8 * whole;
+                gap |= (held & ((1u << width) - 1)) << 8 * whole;
                 held >>= width;
                 filled -= width;
             }
             index += gap + 1;
+            if (index > LARGEST_INDEX)
+                return TOPQ_RANGE;
             indices[found++] = (int64_t)index;
         }
     }

@@ -27,28 +27,39 @@ static void NAMED(write_gaps)(const GAP *restrict gaps, int64_t count, int64_t b
                               uint8_t *restrict fields)
 {
     const int whole = (int)bits / 8, width = (int)bits % 8;
-    const GAP mask = (GAP)(((GAP)1 << width) - 1);
-    uint32_t held = 0;
-    int filled = 0;
-    int64_t bit = -1;
+    uint64_t word = 0;
+    int64_t bit = -1, at_word = 0;
     for (int64_t at = 0; at < count; at++) {
-        const GAP gap = gaps[at];
-        bit += (gap >> bits) + 1;
-        unary[bit >> 3] |= (uint8_t)(1 << (bit & 7));
-        for (int plane = 0; plane < whole; plane++)
-            planes[plane * count + at] = (uint8_t)(gap >> 8 * plane);
-        if (width) {
-            held |= (uint32_t)(gap >> 8 * whole & mask) << filled;
-            filled += width;
-            if (filled >= 8) {
-                *fields++ = (uint8_t)held;
-                held >>= 8;
-                filled -= 8;
-            }
+        bit += (gaps[at] >> bits) + 1;
+        if (bit >> 6 != at_word) {
+            memcpy(unary + 8 * at_word, &word, sizeof word);
+            at_word = bit >> 6;
+            word = 0;
+        }
+        word |= (uint64_t)1 << (bit & 63);
+    }
+    if (count > 0)
+        memcpy(unary + 8 * at_word, &word, (size_t)((bit & 63) / 8 + 1));
+    for (int plane = 0; plane < whole; plane++)
+        for (int64_t at = 0; at < count; at++)
+            planes[plane * count + at] = (uint8_t)(gaps[at] >> 8 * plane);
+    if (width == 0)
+        return;
+    const GAP mask = (GAP)(((GAP)1 << width) - 1);
+    uint64_t held = 0;
+    int filled = 0;
+    for (int64_t at = 0; at < count; at++) {
+        held |= (uint64_t)(gaps[at] >> 8 * whole & mask) << filled;
+        filled += width;
+        if (filled >= 32) {
+            const uint32_t some = (uint32_t)held;
+            memcpy(fields, &some, sizeof some);
+            fields += sizeof some;
+            held >>= 32;
+            filled -= 32;
         }
     }
-    if (filled)
-        *fields = (uint8_t)held;
+    memcpy(fields, &held, (size_t)(filled + 7) / 8);
 }
 
 #undef GAP

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from ctypes import CDLL, addressof, c_char, c_float, c_int64, c_void_p
+from ctypes import CDLL, addressof, c_char, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ Array = npt.NDArray[Any]
 
 _ABI = 1
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
-INT64, FLOAT64, FLOAT32, UINT8, UINT16 = (
-    np.dtype(name) for name in ("int64", "float64", "float32", "uint8", "uint16")
-)
+INT64, FLOAT32, UINT8, UINT16 = (np.dtype(name) for name in ("int64", "float32", "uint8", "uint16"))
 
-# what is returned and what is given, a letter each: pointers, whole numbers, fp32, nothing
-_TYPES = {"p": c_void_p, "n": c_int64, "f": c_float, "-": None}
+# what is returned and what is given, a letter each: pointers, whole numbers, fp32, fp64, nothing
+_TYPES = {"p": c_void_p, "n": c_int64, "f": c_float, "d": c_double, "-": None}
 _SIGNATURES = {
     "find_reaching": "n nppnnnppnnpp",
     "keep_largest": "n nppnnpppp",
@@ -34,13 +32,12 @@ _SIGNATURES = {
     "gaps_between": "n npnnp",
     "sum_of_quotients": "n npnn",
     "write_gaps": "n npnnppp",
-    "read_gaps": "n pnppnpnp",
+    "read_gaps": "n pnpnpnnpnp",
     "round_to_half": "- pnfpp",
     "widen_half": "n pnfp",
-    "magnitude_ranges": "- ppnnpp",
-    "two_means": "- ppnpnpp",
-    "nearest_levels": "- ppnnppfp",
-    "values_of_levels": "- ppnnppnp",
+    "encode_blocks": "n ppnnppp",
+    "decode_blocks": "n pnpnnpn",
+    "bound_rows": "n npppndp",
     "deal_out": "- pnnpnpp",
     "gather_back": "- pnnnnp",
 }

@@ -34,6 +34,10 @@
 TOPQ_API int64_t topq_abi(void);
 
 #define TOPQ_UNKNOWN (-9)
+/* what is wrong with bytes from elsewhere */
+#define TOPQ_RANGE (-2)
+#define TOPQ_PADDING (-3)
+#define TOPQ_NOT_FINITE (-4)
 /* Elements that are looked at together: lists need room for as many more than they are to hold. */
 #define TOPQ_LANES 64
 /* What divides the address of memory that is written past the caches. */
@@ -149,16 +153,18 @@ TOPQ_API int64_t topq_write_gaps(int64_t width, const void *gaps, int64_t count,
 
 /* Undo topq_write_gaps.
  *
- *   unary    (unary_bytes,); planes and fields are as long as `count` codes take
- *   indices  (count,), ascending, unless they leave the range of int64_t
+ *   unary    (unary_bytes,); planes (planes_bytes,) and fields (fields_bytes,) at least as long as
+ *            `count` codes take
+ *   indices  (count,), ascending
  *   outcome  (2,): how many codes there are, count + 1 for all that are more, and the last one's
  *            bit, -1 where there is none
  *
- * Returns TOPQ_UNKNOWN unless bits is in [0, 64), else 0. WIRE.
+ * Returns 0, TOPQ_RANGE where an index is above 2**56 or a stream too short, TOPQ_UNKNOWN unless
+ * bits is in [0, 55]. WIRE.
  */
 TOPQ_API int64_t topq_read_gaps(const uint8_t *unary, int64_t unary_bytes, const uint8_t *planes,
-                                const uint8_t *fields, int64_t bits, int64_t *indices,
-                                int64_t count, int64_t *outcome);
+                                int64_t planes_bytes, const uint8_t *fields, int64_t fields_bytes,
+                                int64_t bits, int64_t *indices, int64_t count, int64_t *outcome);
 
 /* ---- half_lowbit.c -------------------------------------------------------------------------- */
 
@@ -171,29 +177,37 @@ TOPQ_API void topq_round_to_half(const float *numbers, int64_t count, float scal
 TOPQ_API int64_t topq_widen_half(const uint16_t *halves, int64_t count, float scale,
                                  float *widened);
 
-/* Values in blocks of up to block_numel, which begin anew with each segment: of ks (segments,), none
- * below zero, and finite magnitudes (the sum of ks,); low, high and so on are (blocks,). */
+/* Write values in blocks of up to 128, which begin anew with each segment, of 2, 4 or 8 code_bits;
+ * lowbit.py says what they look like.
+ *
+ *   values   (the sum of ks,), finite
+ *   ks       (segments,), none below zero
+ *   scales   (4 * blocks,): base and step of each in bf16
+ *   packed   ((the sum of ks * code_bits + 7) / 8,): signs and levels
+ *   decoded  (the sum of ks,), what topq_decode_blocks makes of it
+ */
+TOPQ_API int64_t topq_encode_blocks(const float *values, const int64_t *ks, int64_t segments,
+                                    int64_t code_bits, uint8_t *scales, uint8_t *packed,
+                                    float *decoded);
 
-/* Write each block's smallest and largest magnitude. */
-TOPQ_API void topq_magnitude_ranges(const float *magnitudes, const int64_t *ks, int64_t segments,
-                                    int64_t block_numel, float *low, float *high);
+/* Undo topq_encode_blocks, of a payload of scales and then packed, into values (count,).
+ *
+ * Returns 0, or TOPQ_RANGE where ks do not add up to count or payload_bytes is not what they take,
+ * TOPQ_PADDING where bits at the end are not zero, TOPQ_NOT_FINITE where a value is not. WIRE.
+ */
+TOPQ_API int64_t topq_decode_blocks(const uint8_t *payload, int64_t payload_bytes,
+                                    const int64_t *ks, int64_t segments, int64_t code_bits,
+                                    float *values, int64_t count);
 
-/* Write the means of each block's magnitudes up to and above their mean, the same where all are
- * alike. Sums are of 8 lanes, and these in pairs, as numpy does it. block is scratch
- * (block_numel,), which 8 divides. */
-TOPQ_API void topq_two_means(const float *magnitudes, const int64_t *ks, int64_t segments,
-                             double *block, int64_t block_numel, double *below, double *above);
-
-/* Write the level in [0, top] for which base + level * step is nearest; top is 255 at most. */
-TOPQ_API void topq_nearest_levels(const float *magnitudes, const int64_t *ks, int64_t segments,
-                                  int64_t block_numel, const float *base, const float *step,
-                                  float top, uint8_t *levels);
-
-/* Write what codes of `code_bits` stand for: base + level * step, their highest bit being the sign.
- * codes and values are (the sum of ks,). */
-TOPQ_API void topq_values_of_levels(const uint8_t *codes, const int64_t *ks, int64_t segments,
-                                    int64_t block_numel, const float *base, const float *step,
-                                    int64_t code_bits, float *values);
+/* Clip the values of each row to `bound` times their mean magnitude, a limit rounded so that value -
+ * bounded is exact; rows of which half or more is there stay as they are.
+ *
+ *   values, bounded  (the sum of ks,), finite
+ *   ks, row_numels   (rows,): how many values a row has here, and how many in all
+ */
+TOPQ_API int64_t topq_bound_rows(int64_t width, const void *values, const int64_t *ks,
+                                 const int64_t *row_numels, int64_t rows, double bound,
+                                 void *bounded);
 
 /* ---- partition.c ---------------------------------------------------------------------------- */
 
