@@ -20,10 +20,12 @@ def keys_of(numbers: Array) -> Array:
     return keys
 
 
-def find_reaching(vector: Array, owed: Array | None, low: int, begin: int) -> tuple[Array, Array]:
+def find_reaching(
+    vector: Array, residual: Array | None, low: int, begin: int
+) -> tuple[Array, Array]:
     """Return the indices and the numbers of all that reach `low`."""
     with np.errstate(all="ignore"):
-        numbers = vector if owed is None else vector + owed
+        numbers = vector if residual is None else vector + residual
     where = np.flatnonzero(keys_of(numbers).astype(np.uint64) >= np.uint64(low))
     return where + begin, numbers[where]
 

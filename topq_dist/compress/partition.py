@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.kernels.jit import compiled
+from topq_dist.compress.native import binding
 
 # a prime, so that no row or column length puts hot ones into a single part
 _BLOCK_NUMEL = 509
@@ -97,3 +98,7 @@ def indices_of_part(places: Any, block_numel: Any, count: Any, part: Any, indice
             rounds = places[at] // block_numel
             begin, before = rounds * block_numel, (rounds * (count - 1) + part) * block_numel
         indices[at] = places[at] + before
+
+
+# where the library is there; else numba's stay
+globals().update(binding.kernels("split_indices", "indices_of_part"))

@@ -123,7 +123,8 @@ def run_program(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, **environment},
+        # numba's, which are there where the library is not
+        env={**os.environ, "TOPQ_NATIVE": "0", **environment},
         cwd=cwd,
         capture_output=True,
         text=True,

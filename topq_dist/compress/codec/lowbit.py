@@ -31,6 +31,7 @@ from topq_dist.compress.kernels.codec import (
     two_means,
     values_of_levels,
 )
+from topq_dist.compress.native import binding, library
 
 BLOCK_NUMEL = 128
 Singles = npt.NDArray[np.float32]
@@ -54,6 +55,14 @@ def encode_blocks(values: Singles, bits: int, ks: Counts) -> tuple[Bytes, Single
 
     `ks`, which add up to their number, says how many values each segment has.
     """
+    if library.LIBRARY is not None:
+        blocks = block_count(ks)
+        written = np.empty(lowbit_bytes(values.size, bits, blocks), np.uint8)
+        decoded = np.empty(values.size, np.float32)
+        binding.encode_blocks(
+            values, ks, bits, written[: 4 * blocks], written[4 * blocks :], decoded
+        )
+        return written, decoded
     magnitudes = np.minimum(np.abs(values), _LARGEST)
     base, step = _two_levels(magnitudes, ks) if bits == 2 else _spread_levels(magnitudes, ks, bits)
     codes = np.empty(values.size, np.uint8)
@@ -72,6 +81,10 @@ def decode_blocks(payload: Bytes, count: int, bits: int, ks: Counts) -> Singles:
     Raises ValueError where padding bits are not zero. Altered scales can decode to non-finite
     values: the caller checks.
     """
+    if library.LIBRARY is not None:
+        values = np.empty(count, np.float32)
+        binding.decode_blocks(payload, ks, bits, values)
+        return values
     scale_bytes = block_count(ks) * 4
     scales = payload[:scale_bytes].copy().view("<u2").astype(np.uint32) << 16
     base, step = np.ascontiguousarray(scales.view(np.float32).reshape(-1, 2).T)

@@ -9,6 +9,7 @@ from numba import njit
 
 from topq_dist.compress.kernels.jit import compiled
 from topq_dist.compress.kernels.select import find_reaching
+from topq_dist.compress.native import binding
 
 # elements updated in one go: both vectors' stay in a core's first cache
 _UPDATED_NUMEL = 2_048
@@ -131,3 +132,7 @@ def scatter_add(out: Any, indices: Any, values: Any) -> Any:
             return False
         out[place] += values[at]
     return True
+
+
+# where the library is there; else numba's stay
+globals().update(binding.kernels("scatter_add", "update_residual_span", "sum_terms"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from topq_dist.compress.kernels.jit import compiled, lowest_bit
+from topq_dist.compress.native import binding
 
 # sums are added up in so many lanes, and these in pairs, as numpy does it
 _LANES = 8
@@ -278,3 +279,11 @@ def _sum(numbers: Any, lanes: Any) -> Any:
             lanes[lane] += numbers[at + lane]
     low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
     return low + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+
+
+# where the library is there; else numba's stay
+globals().update(
+    binding.kernels(
+        "gaps_between", "read_gaps", "round_to_half", "sum_of_quotients", "widen_half", "write_gaps"
+    )
+)

@@ -23,6 +23,7 @@ from topq_dist.compress.kernels.jit import (
     reached_by_64,
     reached_by_one,
 )
+from topq_dist.compress.native import binding
 
 
 @njit
@@ -244,3 +245,9 @@ def select_segments(
             )
             outcomes[at, 1], outcomes[at, 2] = kth, highest
         first += k
+
+
+# where the library is there; else numba's stay
+globals().update(
+    binding.kernels("find_differing", "find_reaching", "keep_largest", "select_segments")
+)

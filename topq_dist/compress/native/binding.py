@@ -27,7 +27,7 @@ _Pair = c_int64 * 2
 
 def find_reaching(
     vector: Array,
-    owed: Array | None,
+    residual: Array | None,
     low: Any,
     begin: int,
     indices: Array,
@@ -36,19 +36,19 @@ def find_reaching(
     before: Array | None,
     added: Array | None,
 ) -> int:
-    """List where the keys of vector + owed, or of a vector of integers, reach `low`."""
+    """List where the keys of vector + residual, or of a vector of integers, reach `low`."""
     dtype = vector.dtype
-    owed_at = before_at = added_at = None
-    _check_kind(dtype, "iu" if owed is None else "f")
-    if owed is not None and before is not None and added is not None:
-        owed_at, before_at = written(owed, dtype), written(before, dtype)
+    residual_at = before_at = added_at = None
+    _check_kind(dtype, "iu" if residual is None else "f")
+    if residual is not None and before is not None and added is not None:
+        residual_at, before_at = written(residual, dtype), written(before, dtype)
         added_at = written(added, INT64)
-    elif owed is not None:
-        owed_at = read(owed, dtype)
+    elif residual is not None:
+        residual_at = read(residual, dtype)
     count: int = _LIBRARY.topq_find_reaching(
         dtype.itemsize,
         read(vector, dtype),
-        owed_at,
+        residual_at,
         vector.size,
         int(low),
         begin,
@@ -84,8 +84,8 @@ def keep_largest(
     k: int,
     counts: Array,
     near: Array,
-    kept: Array,
-    kept_bits: Array,
+    top: Array,
+    top_bits: Array,
 ) -> tuple[int, int]:
     """Keep the k entries of largest magnitude; return the k-th and the highest."""
     dtype, outcome = bits.dtype, _Pair()
@@ -97,8 +97,8 @@ def keep_largest(
         bits.size,
         k,
         written(near, dtype),
-        written(kept, INT64),
-        written(kept_bits, dtype),
+        written(top, INT64),
+        written(top_bits, dtype),
         outcome,
     )
     _known(status, dtype)
@@ -106,26 +106,26 @@ def keep_largest(
     return kth, highest
 
 
-def select_stretches(
+def select_segments(
     vector: Array,
-    owed: Array | None,
+    residual: Array | None,
     begin: int,
     plan: Array,
     lows: Array,
     magnitude: Any,
     scratch: tuple[Array, ...],
-    kept: Array,
-    kept_bits: Array,
+    top: Array,
+    top_bits: Array,
     outcomes: Array,
 ) -> None:
-    """Keep the largest of each segment of vector + owed, or of a vector of integers."""
+    """Keep the largest of each segment of vector + residual, or of a vector of integers."""
     indices, numbers, bits, near, _ = scratch
     dtype = vector.dtype
-    _check_kind(dtype, "iu" if owed is None else "f")
+    _check_kind(dtype, "iu" if residual is None else "f")
     status = _LIBRARY.topq_select_segments(
         dtype.itemsize,
         read(vector, dtype),
-        None if owed is None else read(owed, dtype),
+        None if residual is None else read(residual, dtype),
         begin,
         read(plan, INT64),
         lows.size,
@@ -133,14 +133,14 @@ def select_stretches(
         written(indices, INT64),
         written(numbers, dtype),
         written(near, bits.dtype),
-        written(kept, INT64),
-        written(kept_bits, bits.dtype),
+        written(top, INT64),
+        written(top_bits, bits.dtype),
         written(outcomes, INT64),
     )
     _known(status, dtype)
 
 
-def settle_span(
+def update_residual_span(
     residual: Array,
     gradient: Array,
     begin: int,
@@ -152,10 +152,10 @@ def settle_span(
     next_term: Array,
     ends: Array,
 ) -> bool:
-    """residual += gradient, then residual[indices - begin] = rest; see topq_settle_span."""
+    """residual += gradient, then residual[indices - begin] = rest; see the header."""
     dtype = residual.dtype
     _check_kind(dtype, "f")
-    done: int = _LIBRARY.topq_settle_span(
+    done: int = _LIBRARY.topq_update_residual_span(
         dtype.itemsize,
         written(residual, dtype),
         written(gradient, dtype) if replace else read(gradient, dtype),
@@ -351,9 +351,11 @@ def bound_rows(values: Array, ks: Array, row_numels: Array, bound: float, bounde
     _known(status, dtype)
 
 
-def deal_out(indices: Array, block_numel: int, edges: Array, mine: Array, places: Array) -> None:
+def split_indices(
+    indices: Array, block_numel: int, edges: Array, mine: Array, places: Array
+) -> None:
     """Sort indices by the part that their block belongs to, in turn."""
-    _LIBRARY.topq_deal_out(
+    _LIBRARY.topq_split_indices(
         read(indices, INT64),
         indices.size,
         block_numel,
@@ -364,9 +366,9 @@ def deal_out(indices: Array, block_numel: int, edges: Array, mine: Array, places
     )
 
 
-def gather_back(places: Array, block_numel: int, count: int, part: int, indices: Array) -> None:
+def indices_of_part(places: Array, block_numel: int, count: int, part: int, indices: Array) -> None:
     """Write the indices in the vector of these places in one of `count` parts."""
-    _LIBRARY.topq_gather_back(
+    _LIBRARY.topq_indices_of_part(
         read(places, INT64), places.size, block_numel, count, part, written(indices, INT64)
     )
 

@@ -31,10 +31,12 @@ static inline float float_of(uint32_t bits)
 /* fp32's exponent is biased by 127 and fp16's by 15; fp32 has 13 more bits of mantissa. */
 static inline uint16_t half_of(float number)
 {
-    const uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000u,
+                   magnitude = bits & 0x7fffffffu;
     const uint32_t normal =
         (magnitude - ((127u - 15u) << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    /* below the normal numbers: a sum with 0.5, whose last bit is worth 2**-24, is rounded as fp16 */
+    /* below the normal numbers: a sum with 0.5, whose last bit is worth 2**-24, is rounded as fp16
+     */
     const uint32_t tiny = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     return (uint16_t)(sign | (magnitude >= (113u << 23) ? normal : tiny));
 }
@@ -59,7 +61,8 @@ int64_t topq_widen_half(const uint16_t *restrict halves, int64_t count, float sc
         const float leading = float_of(is_tiny ? 113u << 23 : 0u);
         const float number =
             (float_of((magnitude << 13) + ((112u + is_tiny) << 23)) - leading) * scale;
-        beyond |= (uint32_t)(magnitude >= 0x7c00u) | (uint32_t)((bits_of(number) & 0x7fffffffu) > 0x7f7fffffu);
+        beyond |= (uint32_t)(magnitude >= 0x7c00u) |
+                  (uint32_t)((bits_of(number) & 0x7fffffffu) > 0x7f7fffffu);
         widened[at] = float_of(bits_of(number) ^ (half & 0x8000u) << 16);
     }
     return beyond == 0;
@@ -76,7 +79,8 @@ static inline float bf16_above(float number)
     return float_of((bits_of(number) + 0xffffu) & 0xffff0000u);
 }
 
-/* The scales of 4 and 8 bits: from the smallest magnitude, so that `top` steps reach the largest. */
+/* The scales of 4 and 8 bits: from the smallest magnitude, so that `top` steps reach the largest.
+ */
 static void spread_levels(const float *magnitudes, int count, float top, float *base, float *step)
 {
     float smallest = magnitudes[0], largest = magnitudes[0];
@@ -95,7 +99,8 @@ static inline double sum_of(const Pair *lanes)
            ((lanes[2][0] + lanes[2][1]) + (lanes[3][0] + lanes[3][1]));
 }
 
-/* The scales of 2 bits: the means of the magnitudes up to and above their mean, in SUM_LANES lanes. */
+/* The scales of 2 bits: the means of the magnitudes up to and above their mean, in SUM_LANES lanes.
+ */
 static void two_levels(const float *magnitudes, int count, float *base, float *step)
 {
     const int size = (count + SUM_LANES - 1) / SUM_LANES * SUM_LANES;
@@ -125,10 +130,11 @@ static void two_levels(const float *magnitudes, int count, float *base, float *s
     *step = bf16_below((float)(above - (double)*base));
 }
 
-static void levels_of(const float *restrict magnitudes, int count, float base, float step, float top,
-                      uint8_t *restrict levels)
+static void levels_of(const float *restrict magnitudes, int count, float base, float step,
+                      float top, uint8_t *restrict levels)
 {
-    /* what is added to it and taken off again is rounded to whole numbers: its last bit is worth 1 */
+    /* what is added to it and taken off again is rounded to whole numbers: its last bit is worth 1
+     */
     const float whole = 12582912.0f;
     if (step == 0.0f) {
         for (int at = 0; at < count; at++)
@@ -198,7 +204,8 @@ int64_t topq_encode_blocks(const float *restrict values, const int64_t *ks, int6
             for (int at = 0; at < count; at++)
                 codes[held + at] |= (uint8_t)(bits_of(values[at]) >> 31 << (bits - 1));
             values_of(codes + held, count, base, step, bits, decoded);
-            const uint16_t both[2] = {(uint16_t)(bits_of(base) >> 16), (uint16_t)(bits_of(step) >> 16)};
+            const uint16_t both[2] = {(uint16_t)(bits_of(base) >> 16),
+                                      (uint16_t)(bits_of(step) >> 16)};
             memcpy(scales, both, sizeof both);
             const int rest = pack(codes, held + count, bits, &packed);
             memmove(codes, codes + held + count - rest, (size_t)rest);

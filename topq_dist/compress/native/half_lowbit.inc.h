@@ -31,8 +31,8 @@ static void NAMED(bound_rows)(const FLOAT *restrict values, const int64_t *ks,
         if (k <= 0)
             continue;
         /* the first one apart, as numpy's reduceat has it */
-        const double sum = __builtin_fabs((double)values[0]) +
-                           NAMED(sum_of_magnitudes)(values + 1, k - 1);
+        const double sum =
+            __builtin_fabs((double)values[0]) + NAMED(sum_of_magnitudes)(values + 1, k - 1);
         const FLOAT limit =
             2 * k >= row_numels[row] ? (FLOAT)__builtin_inf() : (FLOAT)(sum * (bound / (double)k));
         for (int64_t at = 0; at < k; at++) {

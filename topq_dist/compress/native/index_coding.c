@@ -34,8 +34,8 @@ int64_t topq_sum_of_quotients(int64_t width, const void *gaps, int64_t count, in
     return TOPQ_UNKNOWN;
 }
 
-int64_t topq_write_gaps(int64_t width, const void *gaps, int64_t count, int64_t bits, uint8_t *unary,
-                        uint8_t *planes, uint8_t *fields)
+int64_t topq_write_gaps(int64_t width, const void *gaps, int64_t count, int64_t bits,
+                        uint8_t *unary, uint8_t *planes, uint8_t *fields)
 {
     if (width == 4)
         write_gaps_32(gaps, count, bits, unary, planes, fields);
@@ -69,8 +69,9 @@ int64_t topq_read_gaps(const uint8_t *unary, int64_t unary_bytes, const uint8_t 
     int filled = 0;
     int64_t found = 0, last_bit = -1;
     for (int64_t at_byte = 0; at_byte < unary_bytes; at_byte += 8) {
-        uint64_t word = unary_bytes - at_byte >= 8 ? next_word(unary + at_byte, 8)
-                                                   : next_word(unary + at_byte, unary_bytes - at_byte);
+        uint64_t word = unary_bytes - at_byte >= 8
+                            ? next_word(unary + at_byte, 8)
+                            : next_word(unary + at_byte, unary_bytes - at_byte);
         for (; word != 0; word &= word - 1) {
 #ifndef TOPQ_BREAK_A_BOUND /* for a test that shows that this would be noticed */
             if (found == count) {

@@ -26,7 +26,7 @@ _SIGNATURES = {
     "keep_largest": "n nppnnpppp",
     "select_segments": "n nppnpnppppppp",
     "find_differing": "n nppnpn",
-    "settle_span": "n nppnnppnnppppn",
+    "update_residual_span": "n nppnnppnnppppn",
     "sum_terms": "n nppppnnpnppn",
     "scatter_add": "n npnppn",
     "gaps_between": "n npnnp",
@@ -38,8 +38,8 @@ _SIGNATURES = {
     "encode_blocks": "n ppnnppp",
     "decode_blocks": "n pnpnnpn",
     "bound_rows": "n npppndp",
-    "deal_out": "- pnnpnpp",
-    "gather_back": "- pnnnnp",
+    "split_indices": "- pnnpnpp",
+    "indices_of_part": "- pnnnnp",
 }
 
 

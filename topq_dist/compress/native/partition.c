@@ -1,9 +1,9 @@
 /* Dealing indices out to parts, and back, with a division a block. */
 #include "topq_kernels.h"
 
-void topq_deal_out(const int64_t *restrict indices, int64_t count, int64_t block_numel,
-                   int64_t *restrict edges, int64_t parts, int64_t *restrict mine,
-                   int64_t *restrict places)
+void topq_split_indices(const int64_t *restrict indices, int64_t count, int64_t block_numel,
+                        int64_t *restrict edges, int64_t parts, int64_t *restrict mine,
+                        int64_t *restrict places)
 {
     int64_t begin = 0, owner = 0, before = 0;
     for (int64_t at = 0; at < count; at++) {
@@ -34,8 +34,8 @@ void topq_deal_out(const int64_t *restrict indices, int64_t count, int64_t block
     edges[0] = 0;
 }
 
-void topq_gather_back(const int64_t *restrict places, int64_t count, int64_t block_numel,
-                      int64_t parts, int64_t part, int64_t *restrict indices)
+void topq_indices_of_part(const int64_t *restrict places, int64_t count, int64_t block_numel,
+                          int64_t parts, int64_t part, int64_t *restrict indices)
 {
     int64_t begin = 0, before = part * block_numel;
     for (int64_t at = 0; at < count; at++) {

@@ -25,16 +25,17 @@ static int at_ends(const int64_t *next_term, const int64_t *ends, int64_t lists)
 #define NAMED(name) name##_64
 #include "residual_average.inc.h"
 
-int64_t topq_settle_span(int64_t width, void *residual, void *gradient, int64_t numel, int64_t begin,
-                         const int64_t *indices, const void *rest, int64_t count, int64_t replace,
-                         const int64_t *terms, const void *summands, int64_t *next_term,
-                         const int64_t *ends, int64_t lists)
+int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient, int64_t numel,
+                                  int64_t begin, const int64_t *indices, const void *rest,
+                                  int64_t count, int64_t replace, const int64_t *terms,
+                                  const void *summands, int64_t *next_term, const int64_t *ends,
+                                  int64_t lists)
 {
     if (width == 4)
-        return settle_32(residual, gradient, numel, begin, indices, rest, count, replace, terms,
+        return update_32(residual, gradient, numel, begin, indices, rest, count, replace, terms,
                          summands, next_term, ends, lists);
     if (width == 8)
-        return settle_64(residual, gradient, numel, begin, indices, rest, count, replace, terms,
+        return update_64(residual, gradient, numel, begin, indices, rest, count, replace, terms,
                          summands, next_term, ends, lists);
     return TOPQ_UNKNOWN;
 }

@@ -18,23 +18,23 @@ static void NAMED(add_terms)(FLOAT *restrict out, int64_t numel, int64_t begin,
     }
 }
 
-static int64_t NAMED(settle)(FLOAT *restrict residual, FLOAT *restrict gradient, int64_t numel,
-                             int64_t begin, const int64_t *restrict indices,
-                             const FLOAT *restrict rest, int64_t count, int64_t replace,
-                             const int64_t *terms, const FLOAT *summands, int64_t *next_term,
-                             const int64_t *ends, int64_t lists)
+static int64_t NAMED(update)(FLOAT *residual, FLOAT *gradient, int64_t numel, int64_t begin,
+                             const int64_t *restrict indices, const FLOAT *restrict rest,
+                             int64_t count, int64_t replace, const int64_t *terms,
+                             const FLOAT *summands, int64_t *next_term, const int64_t *ends,
+                             int64_t lists)
 {
     int64_t written = 0;
     for (int64_t start = 0; start < numel; start += UPDATED) {
         const int64_t size = MIN(numel - start, UPDATED);
-        FLOAT *restrict owed = residual + start, *restrict more = gradient + start;
+        FLOAT *restrict here = residual + start, *restrict more = gradient + start;
         for (int64_t at = 0; at < size; at++)
-            owed[at] += more[at];
+            here[at] += more[at];
         for (; written < count; written++) {
             const uint64_t place = (uint64_t)indices[written] - (uint64_t)(begin + start);
             if (place >= (uint64_t)size)
                 break;
-            owed[place] = rest[written];
+            here[place] = rest[written];
         }
         if (replace) {
             memset(more, 0, (size_t)size * sizeof *more);

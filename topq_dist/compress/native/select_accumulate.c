@@ -1,5 +1,5 @@
-/* Listing what is large in a vector, or in gradient + residual while it is added up, and keeping the
- * largest. Everything is compared and copied as bit patterns; only sums are floats. */
+/* Listing what is large in a vector, or in gradient + residual while it is added up, and keeping
+ * the largest. Everything is compared and copied as bit patterns; only sums are floats. */
 #include "topq_kernels.h"
 
 #include <string.h>
@@ -37,10 +37,10 @@ typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES), may_alias));
 #if __has_extension(ext_vector_type_boolean)
 #define HAS_VECTORS_OF_BITS
 #endif
-#define EVEN_BYTES(a, b) \
+#define EVEN_BYTES(a, b)                                                                           \
     __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #else
-#define EVEN_BYTES(a, b) \
+#define EVEN_BYTES(a, b)                                                                           \
     __builtin_shuffle(a, b, (Bytes){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30})
 #endif
 
@@ -87,49 +87,50 @@ static inline uint64_t word_of(Bytes *masks, int width)
 #define NAMED(name) name##_64
 #include "select_accumulate.inc.h"
 
-int64_t topq_find_reaching(int64_t width, const void *vector, void *owed, int64_t numel,
+int64_t topq_find_reaching(int64_t width, const void *vector, void *residual, int64_t numel,
                            int64_t low, int64_t begin, int64_t *indices, void *numbers,
                            int64_t room, int64_t found, void *before, int64_t *added)
 {
-    if (width == 2 && owed == NULL)
-        return find_16(vector, NULL, numel, (int16_t)low, begin, indices, numbers, room, found, NULL,
-                       NULL);
+    if (width == 2 && residual == NULL)
+        return find_16(vector, NULL, numel, (int16_t)low, begin, indices, numbers, room, found,
+                       NULL, NULL);
     if (width == 4)
-        return find_32(vector, owed, numel, (int32_t)low, begin, indices, numbers, room, found,
+        return find_32(vector, residual, numel, (int32_t)low, begin, indices, numbers, room, found,
                        before, added);
     if (width == 8)
-        return find_64(vector, owed, numel, low, begin, indices, numbers, room, found, before, added);
+        return find_64(vector, residual, numel, low, begin, indices, numbers, room, found, before,
+                       added);
     return TOPQ_UNKNOWN;
 }
 
 int64_t topq_keep_largest(int64_t width, const int64_t *indices, const void *bits, int64_t count,
-                          int64_t k, void *near, int64_t *kept, void *kept_bits, int64_t *outcome)
+                          int64_t k, void *near, int64_t *top, void *top_bits, int64_t *outcome)
 {
     if (width == 2)
-        keep_16(indices, bits, count, k, near, kept, kept_bits, outcome);
+        keep_16(indices, bits, count, k, near, top, top_bits, outcome);
     else if (width == 4)
-        keep_32(indices, bits, count, k, near, kept, kept_bits, outcome);
+        keep_32(indices, bits, count, k, near, top, top_bits, outcome);
     else if (width == 8)
-        keep_64(indices, bits, count, k, near, kept, kept_bits, outcome);
+        keep_64(indices, bits, count, k, near, top, top_bits, outcome);
     else
         return TOPQ_UNKNOWN;
     return 0;
 }
 
-int64_t topq_select_segments(int64_t width, const void *vector, const void *owed, int64_t begin,
+int64_t topq_select_segments(int64_t width, const void *vector, const void *residual, int64_t begin,
                              const int64_t *plan, int64_t segments, const void *lows,
-                             int64_t *indices, void *numbers, void *near, int64_t *kept,
-                             void *kept_bits, int64_t *outcomes)
+                             int64_t *indices, void *numbers, void *near, int64_t *top,
+                             void *top_bits, int64_t *outcomes)
 {
-    if (width == 2 && owed == NULL)
-        select_16(vector, NULL, begin, plan, segments, lows, indices, numbers, near, kept, kept_bits,
+    if (width == 2 && residual == NULL)
+        select_16(vector, NULL, begin, plan, segments, lows, indices, numbers, near, top, top_bits,
                   outcomes);
     else if (width == 4)
-        select_32(vector, owed, begin, plan, segments, lows, indices, numbers, near, kept, kept_bits,
-                  outcomes);
+        select_32(vector, residual, begin, plan, segments, lows, indices, numbers, near, top,
+                  top_bits, outcomes);
     else if (width == 8)
-        select_64(vector, owed, begin, plan, segments, lows, indices, numbers, near, kept, kept_bits,
-                  outcomes);
+        select_64(vector, residual, begin, plan, segments, lows, indices, numbers, near, top,
+                  top_bits, outcomes);
     else
         return TOPQ_UNKNOWN;
     return 0;

@@ -1,6 +1,6 @@
 /* One width of select_accumulate.c: KEY, SIGNED of the same width, FLOAT where there is one. */
 
-#define MAGNITUDE ((KEY)((KEY)~(KEY)0 >> 1))
+#define MAGNITUDE ((KEY)((KEY) ~(KEY)0 >> 1))
 
 typedef SIGNED NAMED(Keys) __attribute__((vector_size(VECTOR_BYTES)));
 typedef NAMED(Keys) NAMED(KeysAt) __attribute__((aligned(sizeof(KEY)), may_alias));
@@ -20,8 +20,8 @@ static inline uint64_t NAMED(reached)(const KEY *bits, SIGNED low)
 typedef FLOAT NAMED(Floats) __attribute__((vector_size(VECTOR_BYTES)));
 typedef NAMED(Floats) NAMED(FloatsAt) __attribute__((aligned(sizeof(FLOAT)), may_alias));
 
-/* owed + more of TOPQ_LANES elements, to `sums` or, with before, to owed */
-static inline uint64_t NAMED(reached_by_sums)(const FLOAT *more, FLOAT *owed, FLOAT *before,
+/* residual + more of TOPQ_LANES elements, to `sums` or, with before, to residual */
+static inline uint64_t NAMED(reached_by_sums)(const FLOAT *more, FLOAT *residual, FLOAT *before,
                                               FLOAT *sums, SIGNED low)
 {
     const SIGNED below = (SIGNED)(low - 1);
@@ -30,7 +30,7 @@ static inline uint64_t NAMED(reached_by_sums)(const FLOAT *more, FLOAT *owed, FL
         NAMED(Floats) was[4], sum[4];
         for (int part = 0; part < 4; part++) {
             const int at = line + part * LANES_OF_VECTOR;
-            was[part] = *(const NAMED(FloatsAt) *)(owed + at);
+            was[part] = *(const NAMED(FloatsAt) *)(residual + at);
             sum[part] = *(const NAMED(FloatsAt) *)(more + at) + was[part];
         }
         /* a line of the cache at once: one that is written in two parts costs twice as much */
@@ -47,14 +47,14 @@ static inline uint64_t NAMED(reached_by_sums)(const FLOAT *more, FLOAT *owed, FL
 }
 
 /* The same of fewer elements. */
-static inline uint64_t NAMED(reached_by_few)(const FLOAT *more, FLOAT *owed, FLOAT *before,
+static inline uint64_t NAMED(reached_by_few)(const FLOAT *more, FLOAT *residual, FLOAT *before,
                                              FLOAT *sums, SIGNED low, int count)
 {
     FLOAT padded[TOPQ_LANES] = {0};
     for (int at = 0; at < count; at++)
-        padded[at] = more[at] + owed[at];
+        padded[at] = more[at] + residual[at];
     if (before != NULL)
-        memcpy(before, owed, (size_t)count * sizeof(FLOAT));
+        memcpy(before, residual, (size_t)count * sizeof(FLOAT));
     memcpy(sums, padded, (size_t)count * sizeof(FLOAT));
     return NAMED(reached)((const KEY *)padded, low);
 }
@@ -69,9 +69,9 @@ static inline void NAMED(list)(const KEY *bits, int64_t begin, uint64_t word, in
     *number = bits[at];
 }
 
-static int64_t NAMED(find)(const KEY *vector, void *owed, int64_t numel, SIGNED low, int64_t begin,
-                           int64_t *restrict indices, KEY *restrict numbers, int64_t room,
-                           int64_t found, void *before, int64_t *added)
+static int64_t NAMED(find)(const KEY *vector, void *residual, int64_t numel, SIGNED low,
+                           int64_t begin, int64_t *restrict indices, KEY *restrict numbers,
+                           int64_t room, int64_t found, void *before, int64_t *added)
 {
     for (int64_t block = 0; block < numel; block += TOPQ_LANES) {
         const int count = (int)MIN(numel - block, TOPQ_LANES);
@@ -79,19 +79,18 @@ static int64_t NAMED(find)(const KEY *vector, void *owed, int64_t numel, SIGNED 
         uint64_t word;
 #ifdef FLOAT
         FLOAT scratch[TOPQ_LANES];
-        if (owed != NULL) {
+        if (residual != NULL) {
             const FLOAT *more = (const FLOAT *)bits;
-            FLOAT *here = (FLOAT *)owed + block, *sums = before == NULL ? scratch : here;
+            FLOAT *here = (FLOAT *)residual + block, *sums = before == NULL ? scratch : here;
             FLOAT *was = before == NULL ? NULL : (FLOAT *)before + block;
-            word = count == TOPQ_LANES
-                       ? NAMED(reached_by_sums)(more, here, was, sums, low)
-                       : NAMED(reached_by_few)(more, here, was, sums, low, count);
+            word = count == TOPQ_LANES ? NAMED(reached_by_sums)(more, here, was, sums, low)
+                                       : NAMED(reached_by_few)(more, here, was, sums, low, count);
             bits = (const KEY *)sums;
         } else
 #else
-        (void)owed;
+        (void)residual;
 #endif
-        if (count == TOPQ_LANES) {
+            if (count == TOPQ_LANES) {
             word = NAMED(reached)(bits, low);
         } else {
             KEY padded[TOPQ_LANES] = {0};
@@ -109,7 +108,8 @@ static int64_t NAMED(find)(const KEY *vector, void *owed, int64_t numel, SIGNED 
          * after none, one or two costs more than they do */
         const int64_t end = found + __builtin_popcountll(word);
         for (int entry = 0; entry < 2; entry++, word &= word - 1)
-            NAMED(list)(bits, begin + block, word, indices + found + entry, numbers + found + entry);
+            NAMED(list)(bits, begin + block, word, indices + found + entry,
+                        numbers + found + entry);
         for (int64_t entry = found + 2; entry < end; entry++, word &= word - 1)
             NAMED(list)(bits, begin + block, word, indices + entry, numbers + entry);
         found = end;
@@ -176,8 +176,8 @@ static int64_t NAMED(narrow)(KEY *keys, int64_t *count, int64_t k, KEY *lowest, 
 }
 
 static void NAMED(keep)(const int64_t *restrict indices, const KEY *restrict bits, int64_t count,
-                        int64_t k, KEY *restrict near, int64_t *restrict kept,
-                        KEY *restrict kept_bits, int64_t *restrict outcome)
+                        int64_t k, KEY *restrict near, int64_t *restrict top,
+                        KEY *restrict top_bits, int64_t *restrict outcome)
 {
     KEY lowest = MAGNITUDE, highest = 0;
     for (int64_t at = 0; at < count; at++) {
@@ -197,8 +197,8 @@ static void NAMED(keep)(const int64_t *restrict indices, const KEY *restrict bit
     for (int64_t at = 0; at < count; at++) {
         const KEY pattern = bits[at], key = pattern & MAGNITUDE;
         /* written whether it counts or not: a branch that is taken now and then costs more */
-        kept[entries] = indices[at];
-        kept_bits[entries] = pattern;
+        top[entries] = indices[at];
+        top_bits[entries] = pattern;
         const int tied = (key == kth) & (ties > 0);
         ties -= tied;
         entries += (key > kth) | tied;
@@ -207,22 +207,23 @@ static void NAMED(keep)(const int64_t *restrict indices, const KEY *restrict bit
     outcome[1] = (int64_t)largest;
 }
 
-static void NAMED(select)(const KEY *vector, const void *owed, int64_t begin, const int64_t *plan,
-                          int64_t segments, const SIGNED *lows, int64_t *indices, KEY *numbers,
-                          KEY *near, int64_t *kept, KEY *kept_bits, int64_t *outcomes)
+static void NAMED(select)(const KEY *vector, const void *residual, int64_t begin,
+                          const int64_t *plan, int64_t segments, const SIGNED *lows,
+                          int64_t *indices, KEY *numbers, KEY *near, int64_t *top, KEY *top_bits,
+                          int64_t *outcomes)
 {
     for (int64_t segment = 0; segment < segments; segment++, plan += 4, outcomes += 3) {
         const int64_t start = plan[0], numel = plan[1] - start, k = plan[2], limit = plan[3];
         const int64_t room = MIN(limit, numel) + 1 + TOPQ_LANES;
         /* nothing is written to it where there is no `before` */
-        void *here = owed == NULL ? NULL : (void *)((const KEY *)owed + start);
+        void *here = residual == NULL ? NULL : (void *)((const KEY *)residual + start);
         const int64_t found = NAMED(find)(vector + start, here, numel, lows[segment], begin + start,
                                           indices, numbers, room, 0, NULL, NULL);
         outcomes[0] = found;
         if (0 < k && k <= found && found <= limit)
-            NAMED(keep)(indices, numbers, found, k, near, kept, kept_bits, outcomes + 1);
-        kept += k;
-        kept_bits += k;
+            NAMED(keep)(indices, numbers, found, k, near, top, top_bits, outcomes + 1);
+        top += k;
+        top_bits += k;
     }
 }
 

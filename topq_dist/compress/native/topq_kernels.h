@@ -7,14 +7,15 @@
  *
  * Aliasing. No vector that is written shares memory with another of the call.
  *
- * Threads. No kernel keeps anything between calls, allocates or locks: any number may run at once on
- * vectors that do not overlap. They are called without Python's lock.
+ * Threads. No kernel keeps anything between calls, allocates or locks: any number may run at once
+ * on vectors that do not overlap. They are called without Python's lock.
  *
- * Bounds. Callers check sizes. Kernels marked WIRE take what came from elsewhere: they check whatever
- * of it decides where to read or write, and touch nothing outside their vectors.
+ * Bounds. Callers check sizes. Kernels marked WIRE take what came from elsewhere: they check
+ * whatever of it decides where to read or write, and touch nothing outside their vectors.
  *
  * Numbers are rounded to nearest, ties to even, once an operation, in the order that is given:
- * results are the same to the bit on every machine. Where a sum is NaN, its sign and payload are not.
+ * results are the same to the bit on every machine. Where a sum is NaN, its sign and payload are
+ * not.
  *
  * Returns TOPQ_UNKNOWN for a width that the kernel is not there for.
  */
@@ -45,49 +46,51 @@ TOPQ_API int64_t topq_abi(void);
 
 /* ---- select_accumulate.c -------------------------------------------------------------------- */
 
-/* List where the keys of vector + owed, or of a vector of patterns where owed is NULL, reach `low`.
+/* List where the keys of vector + residual, or of a vector of patterns where residual is NULL,
+ * reach `low`.
  *
  * A key are an element's bits without the sign, as an integer. Goes on behind the `found` entries
- * that indices and numbers hold, and returns how many they hold then; lists no more where fewer than
- * TOPQ_LANES of `room` are free.
+ * that indices and numbers hold, and returns how many they hold then; lists no more where fewer
+ * than TOPQ_LANES of `room` are free.
  *
- *   vector   (numel,)
- *   owed     NULL, or (numel,); where before is given, owed += vector for all elements
- *   begin    what indices count from
- *   indices  (room,), ascending
- *   numbers  (room,), the elements there
- *   before   NULL, or (numel,) at TOPQ_STREAM_ALIGNMENT: becomes what owed was
- *   added    (1,), with before: grows by numel at the end
+ *   vector    (numel,)
+ *   residual  NULL, or (numel,); where before is given, residual += vector for all elements
+ *   begin     what indices count from
+ *   indices   (room,), ascending
+ *   numbers   (room,), the elements there
+ *   before    NULL, or (numel,) at TOPQ_STREAM_ALIGNMENT: becomes what residual was
+ *   added     (1,), with before: grows by numel at the end
  */
-TOPQ_API int64_t topq_find_reaching(int64_t width, const void *vector, void *owed, int64_t numel,
-                                    int64_t low, int64_t begin, int64_t *indices, void *numbers,
-                                    int64_t room, int64_t found, void *before, int64_t *added);
+TOPQ_API int64_t topq_find_reaching(int64_t width, const void *vector, void *residual,
+                                    int64_t numel, int64_t low, int64_t begin, int64_t *indices,
+                                    void *numbers, int64_t room, int64_t found, void *before,
+                                    int64_t *added);
 
 /* Keep the k entries of largest magnitude, the first ones of those that tie at the k-th place.
  *
  *   indices  (count,); bits (count,), patterns; 1 <= k <= count
  *   near     (count,), scratch
- *   kept     (k + 1,), the indices kept, in their order; kept_bits (k + 1,), their patterns
+ *   top      (k + 1,), the indices of those, in their order; top_bits (k + 1,), their patterns
  *   outcome  (2,), becomes the k-th and the highest key
  */
 TOPQ_API int64_t topq_keep_largest(int64_t width, const int64_t *indices, const void *bits,
-                                   int64_t count, int64_t k, void *near, int64_t *kept,
-                                   void *kept_bits, int64_t *outcome);
+                                   int64_t count, int64_t k, void *near, int64_t *top,
+                                   void *top_bits, int64_t *outcome);
 
-/* Do both for every segment of vector + owed, or of patterns where owed is NULL.
+/* Do both for every segment of vector + residual, or of patterns where residual is NULL.
  *
  *   plan      (segments, 4): start, stop, k, and how many candidates are worth having
  *   lows      (segments,), integers of the same width: the keys that candidates reach
  *   indices, numbers, near: scratch (room,), the room being at least
  *             min(worth having, stop - start) + 1 + TOPQ_LANES of each segment
- *   kept      (sum of k, + 1), counted from begin; kept_bits as long
- *   outcomes  (segments, 3): how many reach, the k-th key, the highest. Where fewer than k reach, or
- *             more than are worth having, the last two and the k places are left as they are.
+ *   top       (sum of k, + 1), counted from begin; top_bits as long
+ *   outcomes  (segments, 3): how many reach, the k-th key, the highest. Where fewer than k reach,
+ * or more than are worth having, the last two and the k places are left as they are.
  */
-TOPQ_API int64_t topq_select_segments(int64_t width, const void *vector, const void *owed,
+TOPQ_API int64_t topq_select_segments(int64_t width, const void *vector, const void *residual,
                                       int64_t begin, const int64_t *plan, int64_t segments,
                                       const void *lows, int64_t *indices, void *numbers, void *near,
-                                      int64_t *kept, void *kept_bits, int64_t *outcomes);
+                                      int64_t *top, void *top_bits, int64_t *outcomes);
 
 /* List where patterns (numel,) differ; return how many, or -1 where they are more than `room`. */
 TOPQ_API int64_t topq_find_differing(int64_t width, const void *ours, const void *theirs,
@@ -107,22 +110,22 @@ TOPQ_API int64_t topq_find_differing(int64_t width, const void *ours, const void
  * Returns 1, or 0 where an index or a term is out of order, or not in [begin, begin + numel):
  * nothing is written for it. WIRE.
  */
-TOPQ_API int64_t topq_settle_span(int64_t width, void *residual, void *gradient, int64_t numel,
-                                  int64_t begin, const int64_t *indices, const void *rest,
-                                  int64_t count, int64_t replace, const int64_t *terms,
-                                  const void *summands, int64_t *next_term, const int64_t *ends,
-                                  int64_t lists);
+TOPQ_API int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient,
+                                           int64_t numel, int64_t begin, const int64_t *indices,
+                                           const void *rest, int64_t count, int64_t replace,
+                                           const int64_t *terms, const void *summands,
+                                           int64_t *next_term, const int64_t *ends, int64_t lists);
 
 /* List where the sum of sparse vectors of `numel` elements is not zero, and its bits there.
  *
- * Terms and so on are as for topq_settle_span. window is scratch (window_numel,), at least 1; indices
- * and numbers are (room,), with room for all terms and TOPQ_LANES more. Returns how many they hold,
- * or -1 where a term is out of range, or comes after that of a later window. WIRE.
+ * Terms and so on are as for topq_update_residual_span. window is scratch (window_numel,), at least
+ * 1; indices and numbers are (room,), with room for all terms and TOPQ_LANES more. Returns how many
+ * they hold, or -1 where a term is out of range, or comes after that of a later window. WIRE.
  */
 TOPQ_API int64_t topq_sum_terms(int64_t width, const int64_t *terms, const void *summands,
                                 int64_t *next_term, const int64_t *ends, int64_t lists,
-                                int64_t numel, void *window, int64_t window_numel,
-                                int64_t *indices, void *numbers, int64_t room);
+                                int64_t numel, void *window, int64_t window_numel, int64_t *indices,
+                                void *numbers, int64_t room);
 
 /* out[indices] += values, one after the other, both (count,), out (numel,). Returns 1, or 0 at the
  * first index that is out of range. WIRE. */
@@ -199,8 +202,8 @@ TOPQ_API int64_t topq_decode_blocks(const uint8_t *payload, int64_t payload_byte
                                     const int64_t *ks, int64_t segments, int64_t code_bits,
                                     float *values, int64_t count);
 
-/* Clip the values of each row to `bound` times their mean magnitude, a limit rounded so that value -
- * bounded is exact; rows of which half or more is there stay as they are.
+/* Clip the values of each row to `bound` times their mean magnitude, a limit rounded so that value
+ * - bounded is exact; rows of which half or more is there stay as they are.
  *
  *   values, bounded  (the sum of ks,), finite
  *   ks, row_numels   (rows,): how many values a row has here, and how many in all
@@ -217,11 +220,11 @@ TOPQ_API int64_t topq_bound_rows(int64_t width, const void *values, const int64_
  *   edges         (parts + 1,), zeros before: part p's lie from edges[p] to edges[p + 1]
  *   mine, places  (count,): where they are in `indices`, and where in the part
  */
-TOPQ_API void topq_deal_out(const int64_t *indices, int64_t count, int64_t block_numel,
-                            int64_t *edges, int64_t parts, int64_t *mine, int64_t *places);
+TOPQ_API void topq_split_indices(const int64_t *indices, int64_t count, int64_t block_numel,
+                                 int64_t *edges, int64_t parts, int64_t *mine, int64_t *places);
 
 /* Write the indices in the vector of these places in one of `parts` parts, both (count,). */
-TOPQ_API void topq_gather_back(const int64_t *places, int64_t count, int64_t block_numel,
-                               int64_t parts, int64_t part, int64_t *indices);
+TOPQ_API void topq_indices_of_part(const int64_t *places, int64_t count, int64_t block_numel,
+                                   int64_t parts, int64_t part, int64_t *indices);
 
 #endif

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topq_dist.compress.native import binding, library
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.validation import check_number
 
@@ -48,6 +49,10 @@ def bounded(values: Tensor, segments: Sequence[Segment], bound: float) -> Tensor
     if not k.size:
         return values
     wide = values.numpy()
+    if library.LIBRARY is not None:
+        sent = np.empty_like(wide)
+        binding.bound_rows(wide, k, row_numel, bound, sent)
+        return torch.from_numpy(sent)
     # in one piece and in double precision, or the sum would depend on what lies beside a row
     magnitudes, starts = np.abs(wide).astype(np.float64), np.cumsum(k) - k
     with np.errstate(over="ignore"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import kernels_reference as reference
@@ -19,11 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_build import SOURCES, compile_kernels, compilers
 
-import topq_dist.compress
-from topq_dist.compress import lowbit
-from topq_dist.compress.bounding import bounded
-from topq_dist.compress.cuts import Cut
+from topq_dist.compress.codec import lowbit
 from topq_dist.compress.native import binding, library
+from topq_dist.compress.sparsify.bounding import bounded
+from topq_dist.compress.sparsify.segments import Segment
 
 Array = npt.NDArray[Any]
 LANES = 64
@@ -43,25 +42,27 @@ def without_library() -> Iterator[None]:
         library.LIBRARY = there
 
 
-def _numba(name: str) -> ModuleType:
-    """Return a module of kernels as it is without the library."""
-    path = Path(topq_dist.compress.__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"numba_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with without_library():
-        spec.loader.exec_module(module)
-    return module
+def _numbas() -> SimpleNamespace:
+    """Return the kernels as they are without the library."""
+    files = ("kernels.select", "kernels.accumulate", "kernels.codec", "partition")
+    names = [f"topq_dist.compress.{file}" for file in files]
+    for name in names:
+        importlib.import_module(name)
+    there = {name: sys.modules.pop(name) for name in names}
+    try:
+        with without_library():
+            modules = [importlib.import_module(name) for name in names]
+    finally:
+        for name, module in there.items():
+            sys.modules[name] = module
+            package, _, last = name.rpartition(".")
+            setattr(sys.modules[package], last, module)
+    return SimpleNamespace(
+        **{name: one for module in modules for name, one in vars(module).items()}
+    )
 
 
-numba = SimpleNamespace(
-    **{
-        name: kernel
-        for file in ("kernels", "gap_kernels", "half_kernels", "part_kernels")
-        for name, kernel in vars(_numba(file)).items()
-    }
-)
+numba = _numbas()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,16 +126,16 @@ def lows_of(numbers: Array, seed: int) -> list[int]:
 def test_find_reaching(size: int, dtype: str, update: bool) -> None:
     is_float = dtype[0] == "f"
     vector = floats(f"f{dtype[1]}", size, 1)
-    owed = floats(dtype, size, 2) if is_float else None
+    residual = floats(dtype, size, 2) if is_float else None
     with np.errstate(all="ignore"):
-        total = vector if owed is None else vector + owed
+        total = vector if residual is None else vector + residual
     if not is_float:
         vector = vector.view(dtype)
     for low in lows_of(total, size):
         ways: list[Callable[..., int]] = [binding.find_reaching, numba.find_reaching]
         found = []
         for find in ways:
-            mine = None if owed is None else owed.copy()
+            mine = None if residual is None else residual.copy()
             before = aligned(size, dtype) if update else None
             added = np.full(1, 5) if update else None
             indices, numbers = np.empty(size + LANES, np.int64), np.empty(size + LANES, dtype)
@@ -144,7 +145,7 @@ def test_find_reaching(size: int, dtype: str, update: bool) -> None:
         for ours, theirs in zip(*found, strict=True):
             if ours is not None:
                 assert_same(ours, theirs)
-        expected, values = reference.find_reaching(vector, owed, low, 7)
+        expected, values = reference.find_reaching(vector, residual, low, 7)
         assert_same(found[0][0], expected)
         assert_same(found[0][1], values)
 
@@ -178,8 +179,8 @@ def test_keep_largest(size: int, dtype: str) -> None:
             # far from all others: what is narrowed down is narrowed down again
             bits[generator.integers(0, size, 2)] = most // 2
         for k in {1, size // 100 + 1, size // 2 + 1, size}:
-            kept = check_keep_largest(bits, k)
-            assert_same(kept, reference.keep_largest(bits, k))
+            top = check_keep_largest(bits, k)
+            assert_same(top, reference.keep_largest(bits, k))
 
 
 @given(
@@ -189,8 +190,8 @@ def test_keep_largest_of_all_kinds_of_keys(
     size: int, seed: int, spread: int, data: st.DataObject
 ) -> None:
     bits = np.random.default_rng(seed).integers(0, 1 << spread, size, np.uint32, endpoint=True)
-    kept = check_keep_largest(bits, data.draw(st.integers(1, size)))
-    assert kept.size
+    top = check_keep_largest(bits, data.draw(st.integers(1, size)))
+    assert top.size
 
 
 def check_keep_largest(bits: Array, k: int) -> Array:
@@ -199,16 +200,16 @@ def check_keep_largest(bits: Array, k: int) -> Array:
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max // 2)
     found = []
     for keep in (binding.keep_largest, numba.keep_largest):
-        near, kept_bits = np.empty_like(bits), np.empty(k + 1, bits.dtype)
-        kept, counts = np.empty(k + 1, np.int64), np.empty(99, np.int64)
-        outcome = keep(indices, bits, magnitude, k, counts, near, kept, kept_bits)
-        found.append((np.array(outcome), kept[:k], kept_bits[:k]))
+        near, top_bits = np.empty_like(bits), np.empty(k + 1, bits.dtype)
+        top, counts = np.empty(k + 1, np.int64), np.empty(99, np.int64)
+        outcome = keep(indices, bits, magnitude, k, counts, near, top, top_bits)
+        found.append((np.array(outcome), top[:k], top_bits[:k]))
     for ours, theirs in zip(*found, strict=True):
         assert_same(ours, theirs)
-    kept = found[0][1]
+    top = found[0][1]
     keys = reference.keys_of(bits)
-    assert found[0][0].tolist() == [int(keys[kept].min()), int(keys.max())]
-    return kept
+    assert found[0][0].tolist() == [int(keys[top].min()), int(keys.max())]
+    return top
 
 
 @pytest.mark.parametrize("dtype", INTEGERS + NUMBERS)
@@ -216,15 +217,15 @@ def check_keep_largest(bits: Array, k: int) -> Array:
 def test_select_segments(sizes: list[int], dtype: str) -> None:
     key_dtype, size = np.dtype(f"u{dtype[1]}"), sum(sizes)
     vector = floats(f"f{dtype[1]}", size, 1, finite=True)
-    owed = floats(dtype, size, 2, finite=True) if dtype[0] == "f" else None
-    numbers = vector if owed is None else vector + owed * 0.5
-    owed = None if owed is None else owed * 0.5
+    residual = floats(dtype, size, 2, finite=True) if dtype[0] == "f" else None
+    numbers = vector if residual is None else vector + residual * 0.5
+    residual = None if residual is None else residual * 0.5
     keys = reference.keys_of(numbers)
     ends = np.cumsum(sizes)
     plan, lows = [], []
     for start, stop in zip(ends - sizes, ends, strict=True):
         k = (stop - start) // 10 + (stop > start)
-        # too high a key as well, and too low a one: nothing is kept then
+        # too high a key as well, and too low a one: nothing is top then
         order = np.sort(keys[start:stop])
         for rank in (2 * k, k // 2 + 1):
             plan.append((start, stop, k, 3 * k + 5))
@@ -233,9 +234,9 @@ def test_select_segments(sizes: list[int], dtype: str) -> None:
         vector = vector.view(dtype)
     room = size + 1 + LANES
     found = []
-    for select in (binding.select_stretches, numba.select_stretches):
+    for select in (binding.select_segments, numba.select_segments):
         kept_size = sum(k for _, _, k, _ in plan) + 1
-        kept, kept_bits = np.full(kept_size, -1), np.full(kept_size, 77).astype(key_dtype)
+        top, top_bits = np.full(kept_size, -1), np.full(kept_size, 77).astype(key_dtype)
         listed, outcomes = np.empty(room, dtype), np.zeros((len(plan), 3), np.int64)
         scratch = (
             np.empty(room, np.int64),
@@ -246,19 +247,19 @@ def test_select_segments(sizes: list[int], dtype: str) -> None:
         )
         select(
             vector,
-            owed,
+            residual,
             100,
             np.array(plan, np.int64),
             np.array(lows).astype(f"i{dtype[1]}"),
             key_dtype.type(np.iinfo(key_dtype).max // 2),
             scratch,
-            kept,
-            kept_bits,
+            top,
+            top_bits,
             outcomes,
         )
         # the place behind a segment's last is written whether it counts or not
-        kept[-1] = kept_bits[-1] = 0
-        found.append((kept, kept_bits, outcomes))
+        top[-1] = top_bits[-1] = 0
+        found.append((top, top_bits, outcomes))
     counted = found[0][2]
     place = 0
     for (start, stop, k, limit), (reached, _, _) in zip(plan, counted, strict=True):
@@ -305,12 +306,12 @@ def lists_of(dtype: str, numel: int, lists: int, seed: int) -> tuple[Array, Arra
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", NUMBERS)
 @pytest.mark.parametrize("replace", [False, True])
-def test_settle_span(size: int, dtype: str, replace: bool) -> None:
+def test_update_residual_span(size: int, dtype: str, replace: bool) -> None:
     indices = np.flatnonzero(np.random.default_rng(3).random(size) < 0.02)
     rest = floats(dtype, indices.size, 4)
     terms, summands, edges = lists_of(dtype, size, 3, 5)
     found = []
-    for settle in (binding.settle_span, numba.settle_span):
+    for settle in (binding.update_residual_span, numba.update_residual_span):
         residual, gradient = floats(dtype, size, 1), floats(dtype, size, 2)
         next_term = edges[:-1].copy()
         args = (indices + 9, rest, replace, terms + 9, summands, next_term, edges[1:])
@@ -334,7 +335,7 @@ def test_what_is_out_of_order_or_range_is_not_written(dtype: str, wrong: list[in
     indices, rest = np.array(wrong), np.ones(len(wrong), dtype)
     none, nothing = np.zeros(0, np.int64), np.zeros(0, dtype)
     room, more = np.zeros(12, dtype), np.zeros(10, dtype)
-    settle = binding.settle_span
+    settle = binding.update_residual_span
     if wrong != [5, 5, 4]:
         args = (none, nothing, none, none)
         assert not settle(room[1:11], more, 0, indices, rest, False, *args)
@@ -588,21 +589,21 @@ def check_bound_rows(rows: list[tuple[int, bool]], dtype: str, bound: float, see
         values[: ks[0] if rows else 0] *= 0
     ours = np.empty_like(values)
     binding.bound_rows(values, ks, numels, bound, ours)
-    cuts = [Cut(start=0, rows=1, row_numel=n, kept=k) for k, n in zip(ks, numels, strict=True)]
+    segments = [Segment(start=0, rows=1, row_numel=n, k=k) for k, n in zip(ks, numels, strict=True)]
     with without_library():
-        theirs = bounded(torch.from_numpy(values), cuts, bound)
+        theirs = bounded(torch.from_numpy(values), segments, bound)
     assert_same(ours, theirs.numpy())
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("parts", [1, 2, 3, 16])
-def test_deal_out_and_gather_back(size: int, parts: int) -> None:
+def test_split_indices_and_indices_of_part(size: int, parts: int) -> None:
     indices = np.flatnonzero(np.random.default_rng(1).random(7 * size + 1) < 1 / 7)
     found = []
     for kind in (binding, numba):
         edges = np.zeros(parts + 1, np.int64)
         mine, places = np.empty_like(indices), np.empty_like(indices)
-        kind.deal_out(indices, 509, edges, mine, places)
+        kind.split_indices(indices, 509, edges, mine, places)
         found.append((edges, mine, places))
     for ours, theirs in zip(*found, strict=True):
         assert_same(ours, theirs)
@@ -613,8 +614,8 @@ def test_deal_out_and_gather_back(size: int, parts: int) -> None:
         assert_same(mine[here], np.flatnonzero(owner == part))
         assert_same(places[here], place[owner == part])
         ours, theirs = np.empty_like(places[here]), np.empty_like(places[here])
-        binding.gather_back(places[here], 509, parts, part, ours)
-        numba.gather_back(places[here], 509, parts, part, theirs)
+        binding.indices_of_part(places[here], 509, parts, part, ours)
+        numba.indices_of_part(places[here], 509, parts, part, theirs)
         assert_same(ours, theirs)
         assert_same(ours, indices[mine[here]])
 
@@ -644,7 +645,7 @@ def test_wrong_arrays_are_refused_before_anything_is_written() -> None:
     with pytest.raises(TypeError, match="width"):
         binding.find_differing(numbers.astype(np.int8), numbers.astype(np.int8), indices)
     with pytest.raises(TypeError, match="contiguous"):
-        binding.gather_back(indices[::2], 1, 1, 0, indices[:70])
+        binding.indices_of_part(indices[::2], 1, 1, 0, indices[:70])
     indices.flags.writeable = False
     with pytest.raises(TypeError, match="writable"):
-        binding.gather_back(indices, 1, 1, 0, indices)
+        binding.indices_of_part(indices, 1, 1, 0, indices)
