@@ -1,0 +1,213 @@
+/* Feeds damaged frames to every kernel that reads what came over a wire.
+ *
+ *     fuzz_driver COUNT SEED < frames
+ *
+ * stdin holds frames as they are sent, each behind its length (uint32). COUNT times one of them is
+ * damaged and taken apart as topq_dist does it, but without Python's checks: whatever lengths and
+ * indices come out go to the kernels, with memory of just the sizes that their header asks for, so
+ * that a sanitizer sees every step outside. Prints how many frames each kernel took.
+ */
+#include "topq_kernels.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { HEADER = 32, MOST_K = 1 << 12, MOST_NUMEL = 1 << 12, MOST_FRAMES = 1024, ROUNDS = 12 };
+enum { FP16 = 1, INT8 = 3, INT2 = 5, RAW = 1, RICE = 3, SEGMENTED = 2 };
+
+static uint64_t state;
+
+static uint64_t drawn(uint64_t below)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return below ? state % below : 0;
+}
+
+static void *room_for(int64_t bytes)
+{
+    void *room = malloc(bytes > 0 ? (size_t)bytes : 1);
+    if (room == NULL)
+        exit(3);
+    return room;
+}
+
+static void *copy_of(const uint8_t *from, int64_t bytes)
+{
+    void *copy = room_for(bytes);
+    memcpy(copy, from, (size_t)(bytes > 0 ? bytes : 0));
+    return copy;
+}
+
+static uint64_t field(const uint8_t *frame, int at, int bytes)
+{
+    uint64_t number = 0;
+    memcpy(&number, frame + at, (size_t)bytes);
+    return number;
+}
+
+static void damage(uint8_t *frame, int64_t *length)
+{
+    static const uint8_t telling[] = {0, 1, 2, 127, 128, 254, 255};
+    for (uint64_t left = 1 + drawn(ROUNDS); left > 0; left--) {
+        /* half of it where lengths and counts are */
+        const int64_t at = (int64_t)drawn(drawn(2) ? (uint64_t)*length : HEADER + 8);
+        if (at >= *length)
+            continue;
+        switch (drawn(5)) {
+        case 0:
+            frame[at] ^= (uint8_t)(1u << drawn(8));
+            break;
+        case 1:
+            frame[at] = telling[drawn(sizeof telling)];
+            break;
+        case 2:
+            frame[at] = (uint8_t)drawn(256);
+            break;
+        case 3:
+            memset(frame + at, telling[drawn(sizeof telling)],
+                   drawn((uint64_t)(*length - at)) % 64);
+            break;
+        default:
+            if (*length - at > HEADER)
+                *length -= at;
+        }
+    }
+}
+
+/* Everything that adds up at these indices, wherever they point. */
+static void add_up(int64_t *indices, float *values, int64_t k, int64_t numel)
+{
+    const int64_t begin = (int64_t)drawn(3) - 1;
+    float *out = room_for(4 * numel), *gradient = room_for(4 * numel), *window = room_for(4 * 64);
+    memset(out, 0, (size_t)(4 * numel));
+    memset(gradient, 0, (size_t)(4 * numel));
+    topq_scatter_add(4, out, numel, indices, values, k);
+    int64_t next_term[2] = {0, k / 2}, ends[2] = {k / 2, k};
+    topq_update_residual_span(4, out, gradient, numel, begin, indices, values, k, 1, indices,
+                              values, next_term, ends, 2);
+    int64_t *listed = room_for(8 * (k + TOPQ_LANES)), first[2] = {0, k / 2};
+    float *sums = room_for(4 * (k + TOPQ_LANES));
+    topq_sum_terms(4, indices, values, first, ends, 2, numel, window, 64, listed, sums,
+                   k + TOPQ_LANES);
+    int32_t *gaps = room_for(4 * k);
+    topq_gaps_between(4, indices, k, numel, gaps);
+    free(out);
+    free(gradient);
+    free(window);
+    free(listed);
+    free(sums);
+    free(gaps);
+}
+
+static int64_t segments_of(const uint8_t *listed, int64_t bytes, int64_t *ks)
+{
+    int64_t count = 0, at = 0;
+    while (at < bytes) {
+        uint64_t k = 0;
+        for (int shift = 0; at < bytes; shift += 7) {
+            k |= shift < 64 ? (uint64_t)(listed[at] & 127) << shift : 0;
+            if (listed[at++] < 128)
+                break;
+        }
+        ks[count++] = (int64_t)k;
+    }
+    return count;
+}
+
+static void decode(const uint8_t *frame, int64_t length, uint64_t *taken)
+{
+    const int format = frame[6], coding = frame[7], rice_bits = frame[8];
+    const int64_t numel = (int64_t)(field(frame, 16, 8) % MOST_NUMEL);
+    const int64_t k = (int64_t)(field(frame, 24, 4) % MOST_K);
+    int64_t start = HEADER + (frame[5] == SEGMENTED ? 8 : 0);
+    start = start < length ? start : length;
+    int64_t index_bytes = (int64_t)field(frame, 12, 4), listed_bytes = 0;
+    index_bytes = index_bytes < length - start ? index_bytes : length - start;
+    int64_t *indices = room_for(8 * k), outcome[2];
+    for (int64_t at = 0; at < k; at++)
+        indices[at] = (int64_t)drawn(4) - 1 + at;
+    const uint8_t *index = frame + start;
+    if (coding == RICE) {
+        const int64_t low_bytes = k * (rice_bits / 8) + (k * (rice_bits % 8) + 7) / 8;
+        const int64_t wanted = index_bytes - (int64_t)(drawn(8) ? low_bytes : drawn(99));
+        const int64_t unary_bytes = wanted < 0 ? 0 : wanted;
+        const int64_t rest = index_bytes - unary_bytes, whole = k * (rice_bits / 8);
+        const int64_t planes_bytes = whole < rest ? whole : rest;
+        uint8_t *unary = copy_of(index, unary_bytes);
+        uint8_t *planes = copy_of(index + unary_bytes, planes_bytes);
+        uint8_t *fields = copy_of(index + unary_bytes + planes_bytes, rest - planes_bytes);
+        taken[0] += 0 == topq_read_gaps(unary, unary_bytes, planes, planes_bytes, fields,
+                                        rest - planes_bytes, rice_bits, indices, k, outcome);
+        free(unary);
+        free(planes);
+        free(fields);
+    } else if (coding == RAW) {
+        for (int64_t at = 0; at < k && 4 * at + 4 <= index_bytes; at++)
+            indices[at] = (int32_t)field(index + 4 * at, 0, 4);
+    }
+    start += index_bytes;
+    if (frame[5] == SEGMENTED && length >= HEADER + 8) {
+        listed_bytes = (int64_t)field(frame, HEADER, 4);
+        listed_bytes = listed_bytes < length - start ? listed_bytes : length - start;
+    }
+    float *values = room_for(4 * k);
+    for (int64_t at = 0; at < k; at++)
+        values[at] = (float)at;
+    int64_t *ks = room_for(8 * (listed_bytes + 1)), segments = 1;
+    ks[0] = k;
+    if (listed_bytes > 0)
+        segments = segments_of(frame + start, listed_bytes, ks);
+    start += listed_bytes;
+    if (format >= INT8 && format <= INT2) {
+        uint8_t *payload = copy_of(frame + start, length - start);
+        taken[1] += 0 == topq_decode_blocks(payload, length - start, ks, segments,
+                                            8 >> (format - INT8), values, k);
+        free(payload);
+    } else if (format == FP16) {
+        const int64_t halves = (length - start) / 2 < k ? (length - start) / 2 : k;
+        uint16_t *payload = copy_of(frame + start, 2 * halves);
+        taken[2] += 1 == topq_widen_half(payload, halves, 0.5f, values);
+        free(payload);
+    }
+    add_up(indices, values, k, numel);
+    free(indices);
+    free(values);
+    free(ks);
+}
+
+int main(int count, char **words)
+{
+    static uint8_t *frames[MOST_FRAMES];
+    static int64_t lengths[MOST_FRAMES];
+    int64_t held = 0;
+    uint32_t length;
+    uint64_t taken[3] = {0};
+    if (count != 3)
+        return 2;
+    const uint64_t wanted = strtoull(words[1], NULL, 10);
+    state = strtoull(words[2], NULL, 10) * 2 + 1;
+    while (held < MOST_FRAMES && fread(&length, sizeof length, 1, stdin) == 1) {
+        frames[held] = room_for(length);
+        lengths[held] = length;
+        if (length < HEADER + 8 || fread(frames[held++], 1, length, stdin) != length)
+            return 2;
+    }
+    for (uint64_t at = 0; held > 0 && at < wanted; at++) {
+        const int64_t one = (int64_t)drawn((uint64_t)held);
+        uint8_t *frame = copy_of(frames[one], lengths[one]);
+        int64_t left = lengths[one];
+        if (drawn(16))
+            damage(frame, &left);
+        decode(frame, left, taken);
+        free(frame);
+    }
+    for (int64_t at = 0; at < held; at++)
+        free(frames[at]);
+    printf("%llu frames; taken as Rice code: %llu, as levels: %llu, as fp16: %llu\n",
+           (unsigned long long)wanted, (unsigned long long)taken[0], (unsigned long long)taken[1],
+           (unsigned long long)taken[2]);
+    return 0;
+}
