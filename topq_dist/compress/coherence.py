@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,9 @@ def measure_coherence(
     a tensor, and in fp64 nearly to the bit what it comes to, does not depend on its bucket.
     """
     of_gradient, of_residual = (
-        torch.cat([_sampled(flat[where]) for where in layout.slices()]).double()
+        torch.cat(
+            [_sampled(flat[where]) if long else flat[where] for where, long in _stretches(layout)]
+        ).double()
         for flat in (gradient, residual)
     )
     sums = torch.stack([torch.dot(of_residual, of_gradient), torch.dot(of_gradient, of_gradient)])
@@ -73,9 +76,19 @@ def measure_coherence(
     return Coherence(aligned, energy)
 
 
+@lru_cache(maxsize=64)
+def _stretches(layout: Layout) -> list[tuple[slice, bool]]:
+    """Return where the tensors lie, and whether as samples: what is taken whole as one slice."""
+    found: list[tuple[slice, bool]] = []
+    for where in layout.slices():
+        whole = where.stop - where.start <= _WHOLE_NUMEL
+        if whole and found and not found[-1][1]:
+            where = slice(found.pop()[0].start, where.stop)
+        found.append((where, not whole))
+    return found
+
+
 def _sampled(flat: Tensor) -> Tensor:
-    if flat.numel() <= _WHOLE_NUMEL:
-        return flat
     blocks = flat.numel() // _BLOCK_NUMEL
     return flat[: blocks * _BLOCK_NUMEL].view(blocks, _BLOCK_NUMEL)[::_EVERY].reshape(-1)
 

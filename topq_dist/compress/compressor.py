@@ -17,7 +17,12 @@ from topq_dist.compress.layout import ChunkedVector, Layout, LayoutCache
 from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
-from topq_dist.compress.sparsify.segments import Segment, SegmentSelector, count_between
+from topq_dist.compress.sparsify.segments import (
+    Segment,
+    Segments,
+    SegmentSelector,
+    count_between,
+)
 from topq_dist.compress.sparsify.topk import Selector
 from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype
 from topq_dist.sparsity import at_least_one
@@ -93,6 +98,7 @@ class TopKCompressor:
         be dropped as if it had not been.
         """
         vector = gradient if isinstance(gradient, ChunkedVector) else ChunkedVector([gradient])
+        segments = Segments.of(segments)
         value_format = self._value_format(vector)
         partition = BlockCyclicPartition(numel=vector.numel, count=parts)
         numels = [partition.numel_of(part) for part in range(parts)]
@@ -110,10 +116,10 @@ class TopKCompressor:
 
         # 3. quantize
         sent = values if self.bound is None else bounded(values, segments, self.bound)
-        ends = np.cumsum([segment.rows * segment.k for segment in segments])
         split = partition.split(indices)
         quantized = [
-            quantize(sent[mine], value_format, segment_ks=_ks_in(mine, ends)) for mine, _ in split
+            quantize(sent[mine], value_format, segment_ks=_ks_in(mine, segments.ends))
+            for mine, _ in split
         ]
 
         # 4. encode

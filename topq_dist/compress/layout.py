@@ -6,12 +6,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Generic, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
+
+from topq_dist.compress.native import binding, library
+from topq_dist.dtypes import Indices, bits_of
 
 T = TypeVar("T")
 
@@ -23,15 +27,31 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
+    def __hash__(self) -> int:
+        # remembered, since it is asked for often, and takes a millisecond for 10,000 names
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.names, self.shapes))
+
+    def __getstate__(self) -> dict[str, object]:
+        # another process hashes strings otherwise
+        return {"names": self.names, "shapes": self.shapes}
+
+    @cached_property
+    def edges(self) -> Indices:
+        """Where in the flat vector each of the tensors starts, and the last one ends."""
+        return np.cumsum([0, *(prod(shape) for shape in self.shapes)], dtype=np.int64)
+
     @property
     def numel(self) -> int:
         """Elements in the flat vector."""
-        return sum(prod(shape) for shape in self.shapes)
+        return int(self.edges[-1])
 
     def slices(self) -> list[slice]:
         """Where in the flat vector each of the tensors lies."""
-        edges = [0, *accumulate(prod(shape) for shape in self.shapes)]
-        return [slice(start, stop) for start, stop in pairwise(edges)]
+        return [slice(start, stop) for start, stop in pairwise(self.edges.tolist())]
 
 
 class ChunkedVector:
@@ -65,6 +85,33 @@ class ChunkedVector:
         slices = zip(pairwise(self._edges), pairwise(edges), strict=True)
         for chunk, ((start, stop), (low, high)) in zip(self._chunks, slices, strict=True):
             yield slice(start, stop), chunk, slice(low, high)
+
+
+def gather_tensors(tensors: Sequence[Tensor | None], layout: Layout, out: Tensor) -> bool:
+    """Copy the tensors of `layout` into `out`, (layout.numel,), in one call of compiled code.
+
+    Returns False, having done nothing, where that cannot be: for tensors that are not there, not
+    dense, contiguous and of out's dtype, or on another device than the CPU.
+    """
+    if library.LIBRARY is None or not out.is_cpu:
+        return False
+    dtype, numels = out.dtype, np.diff(layout.edges).tolist()
+    addresses = [
+        one.data_ptr()
+        for one, numel in zip(tensors, numels, strict=True)
+        if type(one) is Tensor
+        and one.dtype is dtype
+        and one.is_cpu
+        and one.layout is strided
+        and one.is_contiguous()
+        and not one.is_neg()
+        and one.numel() == numel
+    ]
+    if len(addresses) < len(numels):
+        return False
+    edges_bytes = layout.edges * dtype.itemsize
+    binding.gather_tensors(np.array(addresses, np.int64), edges_bytes, bits_of(out))
+    return True
 
 
 # one for all, which can be pickled: something is made once a bucket, and hardly ever again

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.defaults import DEFAULT_Q
-from topq_dist.compress.sparsify.segments import Scope, Segment, check_scope, uniform_segments
+from topq_dist.compress.sparsify.segments import Scope, Segment, UniformSegments, check_scope
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.sparsity import draw_q, k_from_q, row_shape
 from topq_dist.validation import check_fraction
@@ -28,7 +28,7 @@ class SparsityPolicy(Protocol):
     def sent_fraction(self) -> float:
         """Return about which fraction of all gradients this step sends, the same on every rank."""
 
-    def segments(self, parameters: Sequence[Tensor]) -> list[Segment]:
+    def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
         """Return the segments of a flat vector of the gradients of `parameters` in order."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,6 +66,7 @@ class FixedSparsity:
     def __init__(self, q: float, scope: Scope) -> None:
         self.scope = check_scope(scope)
         self.q = check_fraction("q", q)
+        self._segments = UniformSegments()
 
     def begin_step(self) -> None:
         self.q = check_fraction("q", self.q)
@@ -76,9 +77,9 @@ class FixedSparsity:
     def sent_fraction(self) -> float:
         return 1.0 - self.q
 
-    def segments(self, parameters: Sequence[Tensor]) -> list[Segment]:
-        numels = [parameter.numel() for parameter in parameters]
-        return uniform_segments(numels, q=self.q, scope=self.scope)
+    def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
+        numels = tuple(parameter.numel() for parameter in parameters)
+        return self._segments.of(numels, q=self.q, scope=self.scope)
 
     def state_dict(self) -> dict[str, Any]:
         return {"q": self.q}

@@ -620,6 +620,25 @@ def test_split_indices_and_indices_of_part(size: int, parts: int) -> None:
         assert_same(ours, indices[mine[here]])
 
 
+@given(sizes=st.lists(st.sampled_from([0, 1, 2, 16, 100]), min_size=1), seed=st.integers(0, 99))
+def test_gather_and_scatter_tensors(sizes: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    edges = np.cumsum([0, *sizes])
+    for dtype in ("u2", "u4", "u8"):
+        tensors = [generator.integers(0, 2**16, size).astype(dtype) for size in sizes]
+        addresses = np.array([tensor.ctypes.data for tensor in tensors])
+        flat = np.empty(edges[-1], dtype)
+        binding.gather_tensors(addresses, edges * flat.itemsize, flat)
+        assert_same(flat, np.concatenate(tensors))
+        indices = np.flatnonzero(generator.random(flat.size) < 0.3)
+        other = flat + flat.dtype.type(1)
+        assert binding.scatter_to_tensors(addresses, edges, other, indices)
+        flat[indices] = other[indices]
+        assert_same(flat, np.concatenate(tensors))
+        for wrong in ([-1], [flat.size], [2**60], [0, 0] if flat.size else [0]):
+            assert not binding.scatter_to_tensors(addresses, edges, other, np.array(wrong))
+
+
 def test_argument_lists_are_those_of_the_header() -> None:
     header = (SOURCES / "topq_kernels.h").read_text()
     declared = {}

@@ -17,7 +17,13 @@ from topq_dist.compress.layout import ChunkedVector
 from topq_dist.compress.sparsify import segments as segments_module
 from topq_dist.compress.sparsify import topk
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection
-from topq_dist.compress.sparsify.segments import Segment, SegmentSelector
+from topq_dist.compress.sparsify.segments import (
+    Segment,
+    Segments,
+    SegmentSelector,
+    UniformSegments,
+    uniform_segments,
+)
 from topq_dist.compress.sparsify.threshold import find_candidates
 from topq_dist.compress.sparsify.topk import Selector
 
@@ -166,3 +172,28 @@ def test_what_does_not_fit_is_refused() -> None:
     for k in (-1, 21):
         with pytest.raises(ValueError, match=rf"k={k}: expected a number in \[0, 20\]"):
             Segment(start=0, rows=1, row_numel=20, k=k)
+
+
+def test_uniform_segments_are_made_once_while_their_settings_stay() -> None:
+    made = UniformSegments()
+    first = made.of((5, 70), q=0.9, scope="parameter")
+    assert first == tuple(uniform_segments((5, 70), q=0.9, scope="parameter"))
+    assert made.of((5, 70), q=0.9, scope="parameter") is first
+    assert Segments.of(first) is first
+    assert [segment.k for segment in made.of((5, 70), q=0.5, scope="parameter")] == [2, 35]
+    assert made.of((5, 70), q=0.5, scope="bucket").table.tolist() == [[0, 1, 75, 38]]
+    with pytest.raises(ValueError, match="q"):
+        made.of((5, 70), q=1.5, scope="parameter")
+
+
+def test_tables_of_segments() -> None:
+    segments = Segments.of(
+        [
+            Segment(start=0, rows=2, row_numel=3, k=1),
+            Segment(start=6, rows=1, row_numel=9_000, k=5),
+            Segment(start=9_006, rows=1, row_numel=9_000, k=0),
+        ]
+    )
+    assert segments.ends.tolist() == [2, 7, 7]
+    assert not segments.in_single_rows
+    assert segments.large == [1]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.native import library
+from topq_dist.ps.client import shard as shard_module
 from topq_dist.ps.client.shard import Shard
 
 
@@ -84,26 +86,51 @@ def test_autograd_knows_that_a_parameter_was_written_to() -> None:
         torch.autograd.backward(loss)
 
 
-def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered() -> None:
-    read, gathered, generator = make_shard(), make_shard(), torch.Generator().manual_seed(4)
+def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = read, at_once, gathered = make_shard(), make_shard(), make_shard()
+    generator = torch.Generator().manual_seed(4)
     for _ in range(5):
         for name, parameter in read.parameters.items():
             gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             parameter.grad = gradient
+            at_once.parameters[name].grad = gradient.clone()
             # the same numbers, with gaps between them
             gaps = torch.stack([gradient, gradient], dim=-1)[..., 0]
             gathered.parameters[name].grad = gaps
         frames = []
-        for shard in (read, gathered):
+        for shard in shards:
+            # those of a model of large tensors are read in place
+            monkeypatch.setattr(shard_module, "_SMALL_NUMEL", 0 if shard is read else 4_096)
             made = shard.compress(q=0.6, scope="parameter")
             for part in made:
                 shard.compressor.residuals.apply(part.update)
             frames.append([frame.tolist() for part in made for frame in part.frames])
-        assert frames[0] == frames[1]
-    residuals = [shard.compressor.residuals.state_dict() for shard in (read, gathered)]
-    assert all(torch.equal(residuals[0][name], residuals[1][name]) for name in read.parameters)
+        assert frames[0] == frames[1] == frames[2]
+    residuals = [shard.compressor.residuals.state_dict() for shard in shards]
+    for name in read.parameters:
+        assert torch.equal(residuals[0][name], residuals[1][name])
+        assert torch.equal(residuals[0][name], residuals[2][name])
     assert not read._gathered
+    assert at_once._gathered
     assert gathered._gathered
+
+
+def test_changes_reach_the_parameters_without_the_library_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "LIBRARY", None)
+    test_changes_reach_the_parameters_wherever_they_are()
+
+
+@pytest.mark.skipif(library.LIBRARY is None, reason="the library has not been built")
+def test_an_index_past_the_parameters_is_refused() -> None:
+    shard = make_shard()
+    shard.write_back()
+    numel = shard.model.flats[0].numel()
+    with pytest.raises(IndexError, match="an index"):
+        shard.write_back([[torch.tensor([0, numel]), torch.zeros(0, dtype=torch.int64)]])
 
 
 def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:

@@ -373,6 +373,30 @@ def indices_of_part(places: Array, block_numel: int, count: int, part: int, indi
     )
 
 
+def gather_tensors(addresses: Array, edges_bytes: Array, flat: Array) -> None:
+    """Copy tensors at these addresses one behind the other into `flat`, of any dtype."""
+    _LIBRARY.topq_gather_tensors(
+        read(addresses, INT64),
+        read(edges_bytes, INT64),
+        addresses.size,
+        written(flat, flat.dtype),
+    )
+
+
+def scatter_to_tensors(addresses: Array, edges: Array, flat: Array, indices: Array) -> bool:
+    """Copy what lies at ascending indices of `flat` to tensors; False for one out of range."""
+    done: int = _LIBRARY.topq_scatter_to_tensors(
+        flat.itemsize,
+        read(addresses, INT64),
+        read(edges, INT64),
+        addresses.size,
+        read(flat, flat.dtype),
+        read(indices, INT64),
+        indices.size,
+    )
+    return bool(_known(done, flat.dtype))
+
+
 def kernels(*names: str) -> dict[str, Any]:
     """Return these kernels by name, or nothing where there is no library."""
     return {} if library.LIBRARY is None else {name: globals()[name] for name in names}

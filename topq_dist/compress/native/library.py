@@ -40,6 +40,8 @@ _SIGNATURES = {
     "bound_rows": "n npppndp",
     "split_indices": "- pnnpnpp",
     "indices_of_part": "- pnnnnp",
+    "gather_tensors": "- ppnp",
+    "scatter_to_tensors": "n nppnppn",
 }
 
 

@@ -227,4 +227,21 @@ TOPQ_API void topq_split_indices(const int64_t *indices, int64_t count, int64_t 
 TOPQ_API void topq_indices_of_part(const int64_t *places, int64_t count, int64_t block_numel,
                                    int64_t parts, int64_t part, int64_t *indices);
 
+/* ---- tensor_list.c -------------------------------------------------------------------------- */
+
+/* Copy tensors one behind the other into flat.
+ *
+ *   addresses    (tensors,), of contiguous memory
+ *   edges_bytes  (tensors + 1,), ascending from 0: where in flat each starts, and the last one ends
+ */
+TOPQ_API void topq_gather_tensors(const int64_t *addresses, const int64_t *edges_bytes,
+                                  int64_t tensors, uint8_t *flat);
+
+/* Copy what lies at ascending indices (count,) of flat to the same places of the tensors. edges are
+ * as above, but count elements. Returns 1, or 0 at the first index that is out of order or range.
+ * WIRE. */
+TOPQ_API int64_t topq_scatter_to_tensors(int64_t width, const int64_t *addresses,
+                                         const int64_t *edges, int64_t tensors, const void *flat,
+                                         const int64_t *indices, int64_t count);
+
 #endif

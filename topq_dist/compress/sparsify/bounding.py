@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.native import binding, library
-from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.compress.sparsify.segments import Segment, Segments
 from topq_dist.validation import check_number
 
 
@@ -43,8 +43,8 @@ def bounded(values: Tensor, segments: Sequence[Segment], bound: float) -> Tensor
     difference to `values` is exact: where a value is clipped, the limit is rounded to whatever
     makes it so.
     """
-    shapes = [(one.k, one.row_numel, one.rows) for one in segments if one.k and one.rows]
-    k, row_numel, rows = np.array(shapes, np.int64).reshape(-1, 3).T
+    _, rows, row_numel, k = Segments.of(segments).table.T
+    rows = np.where(k > 0, rows, 0)
     k, row_numel = np.repeat(k, rows), np.repeat(row_numel, rows)
     if not k.size:
         return values

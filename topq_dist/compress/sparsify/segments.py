@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,8 +20,8 @@ from topq_dist.compress.kernels.threads import run_all, thread_count
 from topq_dist.compress.layout import ChunkedVector
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection, check_vectors
 from topq_dist.compress.sparsify.threshold import most_candidates
-from topq_dist.compress.sparsify.topk import Selector, select_rows
-from topq_dist.dtypes import FLOATS, Indices, Keys, bits_of, sign_cleared, tensor_of
+from topq_dist.compress.sparsify.topk import SMALL_NUMEL, Selector, select_rows
+from topq_dist.dtypes import FLOATS, Indices, Keys, bits_of, key_of, sign_cleared, tensor_of
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
@@ -49,6 +48,36 @@ class Segment:
         return slice(self.start, self.start + self.rows * self.row_numel)
 
 
+class Segments(tuple[Segment, ...]):
+    """Segments that cover a flat vector in order, and what they hold as arrays, made once."""
+
+    @staticmethod
+    def of(segments: Sequence[Segment]) -> Segments:
+        """Return segments as Segments: those that are such already, themselves."""
+        return segments if isinstance(segments, Segments) else Segments(segments)
+
+    @cached_property
+    def table(self) -> Indices:
+        """start, rows, row_numel and k of each: int64 (segments, 4)."""
+        rows = [(one.start, one.rows, one.row_numel, one.k) for one in self]
+        return np.array(rows, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def ends(self) -> Indices:
+        """How many elements are selected of each segment and those before it."""
+        return np.cumsum(self.table[:, 1] * self.table[:, 3])
+
+    @cached_property
+    def in_single_rows(self) -> bool:
+        """Whether each has one row."""
+        return bool((self.table[:, 1] == 1).all())
+
+    @cached_property
+    def large(self) -> list[int]:
+        """The places of those that a threshold is remembered for."""
+        return np.flatnonzero((self.table[:, 2] > SMALL_NUMEL) & (self.table[:, 3] > 0)).tolist()
+
+
 def count_between(ascending: Tensor, ends: Sequence[int] | Indices) -> Indices:
     """Return how many of these numbers lie below each end, and not below the one before."""
     return np.diff(np.searchsorted(ascending.numpy(), ends), prepend=0)
@@ -70,7 +99,7 @@ class SegmentSelector:
         """
         missing = len(segments) - len(self._selectors)
         self._selectors.extend(Selector() for _ in range(missing))
-        at_once = self._select_at_once(gradient, residual, segments)
+        at_once = self._select_at_once(gradient, residual, Segments.of(segments))
         if at_once is not None:
             return at_once
         selected = [
@@ -87,86 +116,92 @@ class SegmentSelector:
         return Selection(indices.cpu(), values.cpu(), finite)
 
     def _select_at_once(
-        self, gradient: ChunkedVector, residual: Tensor | None, segments: Sequence[Segment]
+        self, gradient: ChunkedVector, residual: Tensor | None, segments: Segments
     ) -> Selection | None:
         """Do what select does in one compiled call a thread, or return None where that cannot be.
 
         It cannot for a vector in chunks, on another device, in rows, narrower than its residual and
         longer than a block, or not to be divided well; nor before every segment has a threshold.
+        Python does nothing for a segment unless it is large, or last step's threshold has missed.
         """
         whole = gradient.whole
-        if (
-            whole is None
-            or whole.device.type != "cpu"
-            or any(segment.rows != 1 for segment in segments)
-        ):
+        if whole is None or whole.device.type != "cpu" or not segments.in_single_rows:
             return None
         check_vectors(whole, residual)
         vector = CompensatedGradient(whole, residual)
-        lows = [
-            selector.first_key(segment.k, segment.row_numel, vector.dtype)
-            for segment, selector in zip(segments, self._selectors, strict=False)
-        ]
+        keys = self._first_keys(segments, vector.dtype)
         groups = _groups(segments, thread_count())
-        if None in lows or groups is None or vector.largest_slice < vector.numel:
+        if keys is None or groups is None or vector.largest_slice < vector.numel:
             return None
-        keys = np.array(lows, f"i{vector.dtype.itemsize}")
         found = run_all(
-            [partial(_select_group, vector, segments[one], keys[one]) for one in groups]
+            [partial(_select_group, vector, segments.table[one], keys[one]) for one in groups]
         )
         indices = _joined([group.indices for group in found])
         bits = _joined([group.bits for group in found])
-        finite, start = True, 0
-        for at, (reached, kth, highest) in enumerate(o for group in found for o in group.outcomes):
-            segment, selector = segments[at], self._selectors[at]
-            stop = start + segment.k
-            if not segment.k:
-                finite &= reached == 0
-            elif segment.k <= reached <= most_candidates(segment.k):
-                finite &= selector.remember(kth, highest, vector.dtype)
-            else:
-                # last step's threshold has missed
-                selected = _select_one(selector, gradient, residual, segment, missed=lows[at])
-                indices[start:stop] = selected.indices.numpy()
-                indices[start:stop] += segment.start
-                bits[start:stop] = bits_of(selected.values)
-                finite &= selected.finite
-            start = stop
+        reached, kth, highest = _joined([group.outcomes for group in found]).T
+        k = segments.table[:, 3]
+        hit = (k <= reached) & (reached <= most_candidates(k)) & (k > 0)
+        finite = not reached[k == 0].any()
+        finite &= bool((highest[hit] < key_of(np.inf, vector.dtype)).all())
+        for at in segments.large:
+            if hit[at]:
+                self._selectors[at].remember(int(kth[at]), int(highest[at]), vector.dtype)
+        for at in np.flatnonzero(~hit & (k > 0)).tolist():
+            segment, missed, stop = segments[at], int(keys[at]), int(segments.ends[at])
+            selected = _select_one(self._selectors[at], gradient, residual, segment, missed=missed)
+            mine = slice(stop - segment.k, stop)
+            indices[mine] = selected.indices.numpy()
+            indices[mine] += segment.start
+            bits[mine] = bits_of(selected.values)
+            finite &= selected.finite
         return Selection(torch.from_numpy(indices), tensor_of(bits, vector.dtype), finite)
+
+    def _first_keys(
+        self, segments: Segments, dtype: torch.dtype
+    ) -> npt.NDArray[np.signedinteger] | None:
+        """Return the key that candidates of each segment reach; None where one has none yet."""
+        keys = np.zeros(len(segments), f"i{dtype.itemsize}")
+        keys[segments.table[:, 3] == 0] = key_of(np.inf, dtype)
+        for at in segments.large:
+            segment = segments[at]
+            key = self._selectors[at].first_key(segment.k, segment.row_numel, dtype)
+            if key is None:
+                return None
+            keys[at] = key
+        return keys
 
 
 class _Found(NamedTuple):
     """The largest of a group's segments, a gap where they have not been found.
 
-    An outcome is how many elements reached the threshold, the k-th key and the highest.
+    outcomes: int64 (segments, 3), how many elements reached the threshold, the k-th key and the
+        highest.
     """
 
     indices: Indices
     bits: Keys
-    outcomes: list[list[int]]
+    outcomes: Indices
 
 
 def _select_group(
-    vector: CompensatedGradient, segments: Sequence[Segment], keys: npt.NDArray[np.signedinteger]
+    vector: CompensatedGradient, table: Indices, keys: npt.NDArray[np.signedinteger]
 ) -> _Found:
-    start, stop = segments[0].start, segments[-1].where.stop
-    numbers, residual = vector.operands(start, stop)
-    plan = [
-        (segment.start - start, segment.where.stop - start, segment.k, most_candidates(segment.k))
-        for segment in segments
-    ]
-    k = sum(segment.k for segment in segments)
-    room = max(min(limit, high - low) for low, high, _, limit in plan) + 1 + LANES
+    starts, _, numels, ks = table.T
+    start = int(starts[0])
+    numbers, residual = vector.operands(start, int(starts[-1] + numels[-1]))
+    limits = most_candidates(ks)
+    plan = np.stack([starts - start, starts - start + numels, ks, limits], axis=1)
+    k, room = int(ks.sum()), int(np.minimum(limits, numels).max()) + 1 + LANES
     key_dtype = np.dtype(FLOATS[vector.dtype].key)
     indices, listed = scratch.listing(room, numbers.dtype)
     _, bits = scratch.listing(room, key_dtype)
     top, top_bits = np.empty(k + 1, np.int64), np.empty(k + 1, key_dtype)
-    outcomes = np.zeros((len(segments), 3), np.int64)
+    outcomes = np.zeros((len(table), 3), np.int64)
     select_segments(
         numbers,
         residual,
         start,
-        np.array(plan, np.int64),
+        plan,
         keys,
         sign_cleared(vector.dtype),
         (indices, listed, bits, np.empty(room, key_dtype), scratch.counts),
@@ -174,17 +209,18 @@ def _select_group(
         top_bits,
         outcomes,
     )
-    return _Found(top[:k], top_bits[:k], outcomes.tolist())
+    return _Found(top[:k], top_bits[:k], outcomes)
 
 
-def _groups(segments: Sequence[Segment], threads: int) -> list[slice] | None:
+def _groups(segments: Segments, threads: int) -> list[slice] | None:
     """Return segments for each thread, about alike in size; None where that cannot be."""
-    ends = list(accumulate(segment.row_numel for segment in segments))
+    ends = np.cumsum(segments.table[:, 2])
     share = ends[-1] / threads
-    edges = [0, *(bisect_right(ends, share * part) for part in range(1, threads)), len(segments)]
+    shares = share * np.arange(1, threads)
+    edges = [0, *np.searchsorted(ends, shares, side="right").tolist(), len(segments)]
     groups = [slice(low, high) for low, high in pairwise(edges) if low < high]
-    largest = max(sum(segment.row_numel for segment in segments[group]) for group in groups)
-    return groups if largest <= _LARGEST_SHARE * share else None
+    sizes = [ends[one.stop - 1] - (ends[one.start - 1] if one.start else 0) for one in groups]
+    return groups if max(sizes) <= _LARGEST_SHARE * share else None
 
 
 def _select_one(
@@ -219,7 +255,7 @@ def check_scope(scope: Scope) -> Scope:
     return scope
 
 
-def uniform_segments(numels: Sequence[int], *, q: float, scope: Scope) -> list[Segment]:
+def uniform_segments(numels: Sequence[int], *, q: float, scope: Scope) -> Segments:
     """Return the segments of a flat vector of tensors of these sizes, one a tensor or one for all.
 
     At least one element of each is selected unless q is 1, so that no bias is left behind for good.
@@ -227,8 +263,24 @@ def uniform_segments(numels: Sequence[int], *, q: float, scope: Scope) -> list[S
     check_fraction("q", q)
     if check_scope(scope) == "bucket":
         numels = [sum(numels)]
-    segments, start = [], 0
-    for numel in numels:
-        segments.append(Segment(start=start, rows=1, row_numel=numel, k=at_least_one(q, numel)))
-        start += numel
-    return segments
+    starts = accumulate(numels, initial=0)
+    return Segments(
+        Segment(start=start, rows=1, row_numel=numel, k=at_least_one(q, numel))
+        for start, numel in zip(starts, numels, strict=False)
+    )
+
+
+class UniformSegments:
+    """uniform_segments of the vectors of a model, made once while q and scope stay as they are."""
+
+    def __init__(self) -> None:
+        self._settings: tuple[float, Scope] | None = None
+        self._made: dict[tuple[int, ...], Segments] = {}
+
+    def of(self, numels: tuple[int, ...], *, q: float, scope: Scope) -> Segments:
+        """Return the segments of tensors of these sizes."""
+        if (q, scope) != self._settings:
+            self._settings, self._made = (q, scope), {}
+        if numels not in self._made:
+            self._made[numels] = uniform_segments(numels, q=q, scope=scope)
+        return self._made[numels]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from topq_dist.compress.sparsify.magnitude import CompensatedGradient, UndoLog
 from topq_dist.dtypes import FLOATS, Indices, Keys, sign_cleared
 
 _SAMPLE_NUMEL = 32_768
+
+K = TypeVar("K", int, Indices)
 
 
 class Candidates(NamedTuple):
@@ -35,7 +37,7 @@ class Candidates(NamedTuple):
     reached: int
 
 
-def most_candidates(k: int) -> int:
+def most_candidates(k: K) -> K:
     """Return how many candidates for k places are worth having; past it, a better threshold is."""
     return 4 * k + _SAMPLE_NUMEL
 

@@ -50,7 +50,7 @@ from topq_dist.dtypes import (
 from topq_dist.partition_topk import top_indices
 
 # up to here a partition of everything is cheaper than a search
-_SMALL_NUMEL = 4_096
+SMALL_NUMEL = 4_096
 # of all but zero
 _SMALLEST_KEY = 1
 # how far below last step's threshold to begin, as a fraction of it: the lower, the more candidates,
@@ -92,7 +92,7 @@ class Selector:
             if k == 0:
                 beyond = find_candidates(vector, key_of(np.inf, vector.dtype), limit=0).reached
                 return _nothing(vector.dtype, finite=beyond == 0)
-            small = vector.numel <= _SMALL_NUMEL or k == vector.numel
+            small = vector.numel <= SMALL_NUMEL or k == vector.numel
             found = all_candidates(vector) if small else self._search(vector, k, missed)
         return self._largest_of(found, k, vector.dtype)
 
@@ -136,7 +136,7 @@ class Selector:
         """
         if k == 0:
             return key_of(np.inf, dtype)
-        if numel <= _SMALL_NUMEL:
+        if numel <= SMALL_NUMEL:
             return 0
         if self._threshold is None or k == numel:
             return None

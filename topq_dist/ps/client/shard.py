@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from torch.autograd.graph import increment_version
 from topq_dist.compress.codec.frame import decode_frame, peek_header
 from topq_dist.compress.coherence import NO_COHERENCE, measure_coherence, total
 from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import ChunkedVector, Layout
-from topq_dist.compress.sparsify.segments import Scope, uniform_segments
-from topq_dist.dtypes import accumulate_dtype
+from topq_dist.compress.layout import ChunkedVector, Layout, gather_tensors
+from topq_dist.compress.native import binding, library
+from topq_dist.compress.sparsify.segments import Scope, UniformSegments
+from topq_dist.dtypes import accumulate_dtype, bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
 from topq_dist.ps.protocol.errors import NonFiniteError
@@ -56,6 +56,10 @@ def shard_by_size(sizes_bytes: Mapping[str, int], servers: Sequence[str]) -> dic
     return {server: [name for name in sizes_bytes if name in held[server]] for server in held}
 
 
+# where tensors are smaller than this on average, they are gathered
+_SMALL_NUMEL = 4_096
+
+
 class Shard:
     """Named parameters, their gradients as flat vectors, and their residuals.
 
@@ -71,6 +75,7 @@ class Shard:
         self.read_parameters()
         # gathered gradients, by place of their vector, where they cannot be read where they lie
         self._gathered: dict[int, Tensor] = {}
+        self._segments = UniformSegments()
 
     @property
     def names(self) -> list[str]:
@@ -110,22 +115,31 @@ class Shard:
         return [(p._version, p.data_ptr()) for p in self.parameters.values()]
 
     def _takes_scatters(self) -> bool:
-        return all(p.device.type == "cpu" and p.is_contiguous() for p in self.parameters.values())
+        return all(
+            p.is_cpu and p.is_contiguous() and p.numel() == tensor.numel
+            for p, tensor in zip(self.parameters.values(), self.spec.tensors, strict=True)
+        )
 
     def _scatter(self, changed: Sequence[Tensor]) -> None:
         for vector, flat, indices in zip(self.spec.vectors, self.model.flats, changed, strict=True):
-            stretches = vector.layout.slices()
-            starts = np.array([stretch.start for stretch in stretches])
-            edges = [*np.searchsorted(indices.numpy(), starts).tolist(), indices.numel()]
-            for name, stretch, (low, high) in zip(
-                vector.layout.names, stretches, pairwise(edges), strict=True
-            ):
-                if low == high:
-                    continue
-                parameter, there = self.parameters[name], indices[low:high]
-                put(parameter.detach().view(-1), there - stretch.start, picked(flat, there))
-                # autograd must know of it, as it does of torch's own writes
-                increment_version(parameter)
+            parameters = self._parameters_of(vector)
+            edges = vector.layout.edges
+            places = np.searchsorted(indices.numpy(), edges)
+            touched = np.flatnonzero(np.diff(places)).tolist()
+            if library.LIBRARY is not None:
+                addresses = np.array([p.data_ptr() for p in parameters], np.int64)
+                bits, where = bits_of(flat), indices.numpy()
+                if not binding.scatter_to_tensors(addresses, edges, bits, where):
+                    raise IndexError(f"an index is not in [0, {vector.numel}), or out of order")
+            else:
+                for at in touched:
+                    there = indices[places[at] : places[at + 1]]
+                    flat_parameter = parameters[at].detach().view(-1)
+                    put(flat_parameter, there - int(edges[at]), picked(flat, there))
+            _count_writes([parameters[at] for at in touched])
+
+    def _parameters_of(self, vector: VectorSpec) -> list[Tensor]:
+        return [self.parameters[name] for name in vector.layout.names]
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put other values, by name, into the parameters."""
@@ -144,8 +158,11 @@ class Shard:
         """
         compressed = []
         for place, vector in enumerate(self.spec.vectors):
-            segments = uniform_segments(vector.numels, q=q, scope=scope)
-            pieces = self._in_place(vector) if scope == "parameter" and scale == 1.0 else None
+            segments = self._segments.of(vector.numels, q=q, scope=scope)
+            # many small ones are sooner copied than looked at one by one
+            small = vector.numel < _SMALL_NUMEL * len(vector.layout.names)
+            in_place = scope == "parameter" and scale == 1.0 and not small
+            pieces = self._in_place(vector) if in_place else None
             gradient = pieces or self._gather(place, vector, scale)
             made = self.compressor.compress(gradient, vector.layout, segments)
             if measures_coherence and self.compressor.error_feedback:
@@ -182,6 +199,9 @@ class Shard:
                 vector.numel, dtype=vector.dtype, device=self._device(vector.layout)
             )
         flat = self._gathered[place]
+        gradients = [parameter.grad for parameter in self._parameters_of(vector)]
+        if gather_tensors(gradients, vector.layout, flat):
+            return flat if scale == 1.0 else flat.mul_(1.0 / scale)
         for name, stretch in zip(vector.layout.names, vector.layout.slices(), strict=True):
             parameter = self.parameters[name]
             if parameter.grad is None:
@@ -218,6 +238,16 @@ class Shard:
     def clear_residuals(self) -> None:
         """Forget all residuals."""
         self.compressor.residuals.load_state_dict({})
+
+
+def _count_writes(parameters: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it has not seen, as it knows of torch's own."""
+    try:
+        increment_version(parameters)
+    except TypeError:
+        # a torch that takes one at a time
+        for parameter in parameters:
+            increment_version(parameter)
 
 
 def coherence_of(compressed: Sequence[Compressed]) -> tuple[float, ...]:
