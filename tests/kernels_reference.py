@@ -43,7 +43,7 @@ def add_terms(out: Array, terms: Array, summands: Array) -> Array:
     return total
 
 
-def settle(residual: Array, gradient: Array, indices: Array, rest: Array) -> Array:
+def update_residual(residual: Array, gradient: Array, indices: Array, rest: Array) -> Array:
     """Return the residual after residual += gradient, then residual[indices] = rest."""
     with np.errstate(all="ignore"):
         total = residual + gradient

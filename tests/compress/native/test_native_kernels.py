@@ -311,20 +311,20 @@ def test_update_residual_span(size: int, dtype: str, replace: bool) -> None:
     rest = floats(dtype, indices.size, 4)
     terms, summands, edges = lists_of(dtype, size, 3, 5)
     found = []
-    for settle in (binding.update_residual_span, numba.update_residual_span):
+    for update_residual in (binding.update_residual_span, numba.update_residual_span):
         residual, gradient = floats(dtype, size, 1), floats(dtype, size, 2)
         next_term = edges[:-1].copy()
         args = (indices + 9, rest, replace, terms + 9, summands, next_term, edges[1:])
         if replace:
-            assert settle(residual, gradient, 9, *args)
+            assert update_residual(residual, gradient, 9, *args)
         else:
             done = (edges[1:], edges[1:])
-            assert settle(residual, gradient, 9, *args[:5], done[0].copy(), done[1])
+            assert update_residual(residual, gradient, 9, *args[:5], done[0].copy(), done[1])
         found.append((residual, gradient))
     for ours, theirs in zip(*found, strict=True):
         assert_same(ours, theirs)
     before = floats(dtype, size, 1), floats(dtype, size, 2)
-    assert_same(found[0][0], reference.settle(*before, indices, rest))
+    assert_same(found[0][0], reference.update_residual(*before, indices, rest))
     sums = reference.add_terms(np.zeros(size, dtype), terms, summands)
     assert_same(found[0][1], sums if replace else before[1])
 
@@ -335,15 +335,15 @@ def test_what_is_out_of_order_or_range_is_not_written(dtype: str, wrong: list[in
     indices, rest = np.array(wrong), np.ones(len(wrong), dtype)
     none, nothing = np.zeros(0, np.int64), np.zeros(0, dtype)
     room, more = np.zeros(12, dtype), np.zeros(10, dtype)
-    settle = binding.update_residual_span
+    update_residual = binding.update_residual_span
     if wrong != [5, 5, 4]:
         args = (none, nothing, none, none)
-        assert not settle(room[1:11], more, 0, indices, rest, False, *args)
+        assert not update_residual(room[1:11], more, 0, indices, rest, False, *args)
         assert not binding.scatter_add(room[1:11], indices, rest)
     next_term, ends = np.zeros(1, np.int64), np.array([len(wrong)])
     gradient = np.zeros(12, dtype)
     terms = (True, indices, rest, next_term, ends)
-    done = settle(room[1:11], gradient[1:11], 0, none, nothing, *terms)
+    done = update_residual(room[1:11], gradient[1:11], 0, none, nothing, *terms)
     assert done == (wrong == [5, 5, 4])
     assert not room.any()
     assert not gradient[[0, 11]].any()
