@@ -114,7 +114,7 @@ def compile_kernels(library: Path) -> None:
     """
     compiler, target = _system_compiler(), zig_target()
     if target is not None:
-        compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig]
+        compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig, "-s"]
         if importlib.util.find_spec("ziglang") is None:
             raise BuildError(
                 f"{sys.executable} has no ziglang to compile with: install {ziglang_requirement()} "

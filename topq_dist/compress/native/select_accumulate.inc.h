@@ -60,11 +60,11 @@ static inline uint64_t NAMED(reached_by_few)(const FLOAT *more, FLOAT *residual,
 }
 #endif
 
-/* Write the lowest of the word's elements; of none, the last of the block. */
-static inline void NAMED(list)(const KEY *bits, int64_t begin, uint64_t word, int64_t *index,
-                               KEY *number)
+/* Write the lowest of the word's elements; of none, that at `last`. */
+static inline void NAMED(list)(const KEY *bits, int last, int64_t begin, uint64_t word,
+                               int64_t *index, KEY *number)
 {
-    const int at = __builtin_ctzll(word | (uint64_t)1 << (TOPQ_LANES - 1));
+    const int at = __builtin_ctzll(word | (uint64_t)1 << last);
     *index = begin + at;
     *number = bits[at];
 }
@@ -108,10 +108,10 @@ static int64_t NAMED(find)(const KEY *vector, void *residual, int64_t numel, SIG
          * after none, one or two costs more than they do */
         const int64_t end = found + __builtin_popcountll(word);
         for (int entry = 0; entry < 2; entry++, word &= word - 1)
-            NAMED(list)(bits, begin + block, word, indices + found + entry,
+            NAMED(list)(bits, count - 1, begin + block, word, indices + found + entry,
                         numbers + found + entry);
         for (int64_t entry = found + 2; entry < end; entry++, word &= word - 1)
-            NAMED(list)(bits, begin + block, word, indices + entry, numbers + entry);
+            NAMED(list)(bits, count - 1, begin + block, word, indices + entry, numbers + entry);
         found = end;
     }
     /* here, since what interrupts Python does so only once this has returned */
