@@ -59,7 +59,7 @@ class BuildError(RuntimeError):
 
 def native_wanted() -> bool:
     """Return False where TOPQ_NATIVE=0 asks for a package without compiled code."""
-    return os.environ.get("TOPQ_NATIVE", "1") != "0" and any((ROOT / NATIVE).glob("*.c"))
+    return os.environ.get("TOPQ_NATIVE") != "0"
 
 
 def ziglang_requirement() -> str:

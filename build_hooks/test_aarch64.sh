@@ -36,9 +36,9 @@ dpkg-deb -x qemu-user-static*.deb .
 
 "$python" -m zipfile -e "$wheel" wheel
 export TOPQ_NATIVE_LIBRARY=$scratch/wheel/topq_dist/compress/native/_topq_kernels.so
-export PYTHONPATH=$scratch/site:$root:$root/tests:$root/tests/compress PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$scratch/site:$root:$root/tests PYTHONDONTWRITEBYTECODE=1
 cd "$root"
 # without conftest.py, which wants torch
 "$scratch/usr/bin/qemu-aarch64-static" -L "$scratch/machine" "$scratch/machine/usr/bin/python3.11" \
     -m pytest -c /dev/null --rootdir "$root" --noconftest -p no:cacheprovider -q \
-    tests/compress/test_native_kernels.py "$@"
+    tests/compress/native/test_native_kernels.py "$@"

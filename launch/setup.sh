@@ -8,9 +8,12 @@ venv_python=$venv/bin/python
 
 set_up() {
     make_venv
-    # the folder is part of it, since an editable install points there
+    # the folder is part of it, since an editable install points there, and so are the kernels' C
+    # and whether it is compiled
     local wanted
-    wanted=$(printf '%s\n' "$root" | cat - "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+    wanted=$(printf '%s\n' "$root" "${TOPQ_NATIVE:-}" | cat - "$root/pyproject.toml" \
+        "$root/constraints.txt" "$root"/build_hooks/*.py \
+        "$root"/topq_dist/compress/native/*.[ch] | cksum)
     local extra missing=()
     for extra in "$@"; do
         if [ "$(cat "$venv/.installed-$extra" 2>/dev/null)" != "$wanted" ]; then
@@ -23,6 +26,7 @@ set_up() {
     local extras
     extras=$(IFS=, && printf '%s' "$*")
     echo "installing topq-dist[$extras] into $venv (once; torch alone is some hundred MB)" >&2
+    "$venv_python" "$root/build_hooks/compile_kernels.py" --describe
     "$venv_python" -m pip install --quiet --disable-pip-version-check \
         -c "$root/constraints.txt" -e "$root[$extras]"
     for extra in "$@"; do

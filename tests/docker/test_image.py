@@ -7,15 +7,18 @@ from docker_engine import CONFINED, inspect, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1000)]
 
-MAX_VENV_MB = 1000
+MAX_VENV_MB = 800
 LOOK_AROUND = """
-import importlib.metadata, sys, torch, topq_dist
+import importlib.metadata, shutil, sys, torch, topq_dist.compress.native.library
 names = {package.name.lower() for package in importlib.metadata.distributions(path=sys.path[-1:])}
 cuda = sorted(name for name in names if name.startswith(("nvidia", "triton")))
+compilers = sorted(names & {"llvmlite", "numba", "ziglang"})
+compilers += [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
+assert topq_dist.compress.native.library.LIBRARY is not None
 parameter = torch.nn.Parameter(torch.ones(3))
 parameter.grad = torch.ones(3)
 torch.optim.SGD([parameter], lr=1.0).step()
-print(torch.version.cuda, cuda, parameter.tolist())
+print(torch.version.cuda, cuda, compilers, parameter.tolist())
 """
 
 
@@ -30,11 +33,11 @@ def test_image_runs_topq_as_a_numeric_user_with_one_volume_and_a_health_check() 
 
 
 @pytest.mark.usefixtures("images")
-def test_torch_runs_confined_and_without_cuda() -> None:
+def test_torch_and_kernels_run_confined_without_cuda_or_a_compiler() -> None:
     said = run(
         "docker", "run", "--rm", *CONFINED, "--entrypoint", "python", "topq", "-c", LOOK_AROUND
     )
-    assert said == "None [] [0.0, 0.0, 0.0]"
+    assert said == "None [] [] [0.0, 0.0, 0.0]"
 
 
 @pytest.mark.usefixtures("images")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNEL = "topq_dist/compress/native/kernel.c"
 BASH = shutil.which("bash") or "/bin/bash"
 
 STAND_IN = """#!/bin/sh
@@ -25,6 +26,10 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "a checkout"
     (root / "launch").mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "setup.sh", root / "launch")
+    (root / "build_hooks").mkdir()
+    (root / "topq_dist" / "compress" / "native").mkdir(parents=True)
+    (root / "build_hooks" / "hatch_build.py").touch()
+    (root / KERNEL).touch()
     (root / "pyproject.toml").write_text("[project]\n")
     (root / "constraints.txt").write_text("torch==2.13.0\n")
     stand_in = root / "stand-in"
@@ -70,8 +75,18 @@ def test_installs_again_for_what_changed(checkout: Path) -> None:
     (checkout / "constraints.txt").write_text("torch==2.14.0\n")
     assert len(set_up(checkout, "train")[1]) == 1
     assert len(set_up(checkout, "train test")[1]) == 1
+    (checkout / KERNEL).write_text("int kernel;\n")
+    assert len(set_up(checkout, "train")[1]) == 1
+    assert len(set_up(checkout, "train", TOPQ_NATIVE="0")[1]) == 1
     moved = checkout.rename(checkout.with_name("moved"))
     assert len(set_up(moved, "train")[1]) == 1
+
+
+def test_says_what_compiles_the_kernels_before_it_installs(checkout: Path) -> None:
+    set_up(checkout, "train")
+    ran = (checkout / "log").read_text().splitlines()
+    describing = f"{checkout}/build_hooks/compile_kernels.py --describe"
+    assert 0 <= ran.index(describing) < next(at for at, r in enumerate(ran) if "pip install" in r)
 
 
 def test_an_install_that_failed_is_tried_again(checkout: Path) -> None:

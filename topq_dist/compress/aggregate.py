@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import Buffer, Frame, decode_frame
-from topq_dist.compress.kernels.accumulate import sum_terms
-from topq_dist.compress.kernels.jit import LANES
+from topq_dist.compress.kernels import LANES, sum_terms
 from topq_dist.compress.kernels.scratch import scratch
 from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Terms

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame
-from topq_dist.compress.kernels.accumulate import update_residual_span
+from topq_dist.compress.kernels import update_residual_span
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, as_summand, blocks, spans
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.layout import ChunkedVector, Layout

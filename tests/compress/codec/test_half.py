@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topq_dist.compress.kernels.codec import round_to_half, widen_half
+from topq_dist.compress.kernels import round_to_half, widen_half
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 FINITE = ALL[ALL & 0x7C00 != 0x7C00]

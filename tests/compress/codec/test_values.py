@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from topq_dist.compress.codec.bits import pack_fields, padding_is_zero, unpack_fields
 from topq_dist.compress.codec.values import (
     VALUE_FORMATS,
     check_value_format,
@@ -135,21 +134,6 @@ def test_what_is_not_finite_is_refused(bad: float, value_format: str, dtype: tor
 def test_an_unknown_format_is_named() -> None:
     with pytest.raises(ValueError, match="value_format='int3': expected one of"):
         check_value_format("int3")
-
-
-@given(
-    fields=hnp.arrays(np.uint8, st.integers(0, 200)),
-    width=st.integers(1, 7),
-)
-@settings(max_examples=300, deadline=None)
-def test_fields_of_every_width(fields: np.ndarray, width: int) -> None:
-    fields &= np.uint8((1 << width) - 1)
-    stream = pack_fields(fields, width)
-    expected = sum(int(field) << (width * place) for place, field in enumerate(fields))
-    assert int.from_bytes(stream.tobytes(), "little") == expected
-    assert stream.size == -(-fields.size * width // 8)
-    assert padding_is_zero(stream, fields.size * width)
-    assert np.array_equal(unpack_fields(stream, fields.size, width), fields)
 
 
 @pytest.mark.parametrize("value_format", ["fp32", "fp64"])

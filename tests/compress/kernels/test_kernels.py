@@ -1,9 +1,3 @@
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,10 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import topq_dist
 from topq_dist.compress.codec.frame import Frame
-from topq_dist.compress.kernels.jit import LANES
-from topq_dist.compress.kernels.select import find_differing, find_reaching, keep_largest
+from topq_dist.compress.kernels import LANES, find_differing, find_reaching, keep_largest
 from topq_dist.compress.residual import Terms, update_residual
 
 SIZES = st.integers(0, 3 * LANES + 5)
@@ -116,92 +108,3 @@ def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None
     terms = Terms(at.numpy(), value.numpy(), np.array([0, 2]))
     with pytest.raises(ValueError, match="indices"):
         update_residual(torch.zeros(5), torch.zeros(5), at[:0], value[:0], replace_by=terms)
-
-
-def run_program(
-    program: str, *, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        # numba's, which are there where the library is not
-        env={**os.environ, "TOPQ_NATIVE": "0", **environment},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
-def test_where_no_folder_can_keep_machine_code_it_is_made_anew(tmp_path: Path) -> None:
-    # neither folder that numba tries can be made below a file
-    blocked = tmp_path / "file"
-    blocked.touch()
-    program = (
-        "import numba.core.caching as caching\n"
-        "caching.CacheImpl._locator_classes = []\n"
-        "from topq_dist.compress.kernels.select import find_differing\n"
-        "import numpy as np\n"
-        "print(find_differing(np.ones(70, int), np.zeros(70, int), np.empty(70, int)))\n"
-    )
-    ran = run_program(program, HOME=str(blocked))
-    assert (ran.stdout.strip(), ran.stderr) == ("70", "")
-
-
-@pytest.mark.parametrize("damaged", ["*.nbc", "*.nbi", "*.nb?"])
-def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, damaged: str) -> None:
-    program = (
-        "from topq_dist.compress.kernels.select import find_differing\n"
-        "import numpy as np\n"
-        "print(find_differing(np.ones(70, int), np.zeros(70, int), np.empty(70, int)))\n"
-    )
-
-    def said() -> tuple[str, str]:
-        ran = run_program(program, NUMBA_CACHE_DIR=str(tmp_path))
-        return ran.stdout.strip(), ran.stderr
-
-    assert said() == ("70", "")
-    files = list(tmp_path.rglob(damaged))
-    assert files
-    for file in files:
-        file.write_bytes(b"")
-    assert said() == ("70", "")
-    assert all(file.stat().st_size for file in files)
-
-
-def test_a_change_of_what_kernels_are_made_with_renews_their_cache(tmp_path: Path) -> None:
-    package = tmp_path / "topq_dist"
-    shutil.copytree(Path(topq_dist.__file__).parent, package)
-    program = (
-        "from topq_dist.compress.kernels.select import find_differing\n"
-        "import numpy as np\n"
-        "ours, theirs = np.eye(1, 64, 7, int)[0], np.zeros(64, int)\n"
-        "count = find_differing(ours, theirs, np.empty(64, int))\n"
-        "print(count, sum(find_differing.stats.cache_hits.values()))\n"
-    )
-
-    def said() -> str:
-        ran = run_program(
-            program, cwd=tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=""
-        )
-        assert not ran.stderr
-        return ran.stdout.strip()
-
-    assert (said(), said()) == ("1 0", "1 1")
-    made_with = package / "compress" / "kernels" / "jit.py"
-    text = made_with.read_text()
-    assert "builder.ctpop(args[0])" in text
-    made_with.write_text(text.replace("builder.ctpop(args[0])", "args[0]"))
-    assert said() == "-1 0"
-
-
-def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
-    program = (
-        "import resource, numpy as np\n"
-        "from topq_dist.compress.kernels.select import find_differing\n"
-        # the folder is there, and the disk is full
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
-        "print(find_differing(np.ones(70, int), np.zeros(70, int), np.empty(70, int)))\n"
-    )
-    ran = run_program(program, NUMBA_CACHE_DIR=str(tmp_path))
-    assert (ran.stdout.strip(), ran.stderr) == ("70", "")

@@ -1,12 +1,12 @@
-"""Compiled kernels beside numba's and numpy's: the same bits, whatever the vectors hold."""
+"""Compiled kernels beside numpy's and a second opinion: the same bits, whatever vectors hold."""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import mmap
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +14,12 @@ import kernels_reference as reference
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from native_build import SOURCES, compile_kernels, compilers
 
 from topq_dist.compress.codec import lowbit
-from topq_dist.compress.native import binding, library
-from topq_dist.compress.sparsify.bounding import bounded
-from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.compress.native import binding, library, numpy_codec, numpy_kernels
 
 Array = npt.NDArray[Any]
 LANES = 64
@@ -32,37 +29,7 @@ NUMBERS = ["f4", "f8"]
 INTEGERS = ["i2", "i4", "i8"]
 
 
-@contextmanager
-def without_library() -> Iterator[None]:
-    """Have what asks for the library find none."""
-    there, library.LIBRARY = library.LIBRARY, None
-    try:
-        yield
-    finally:
-        library.LIBRARY = there
-
-
-def _numbas() -> SimpleNamespace:
-    """Return the kernels as they are without the library."""
-    files = ("kernels.select", "kernels.accumulate", "kernels.codec", "partition")
-    names = [f"topq_dist.compress.{file}" for file in files]
-    for name in names:
-        importlib.import_module(name)
-    there = {name: sys.modules.pop(name) for name in names}
-    try:
-        with without_library():
-            modules = [importlib.import_module(name) for name in names]
-    finally:
-        for name, module in there.items():
-            sys.modules[name] = module
-            package, _, last = name.rpartition(".")
-            setattr(sys.modules[package], last, module)
-    return SimpleNamespace(
-        **{name: one for module in modules for name, one in vars(module).items()}
-    )
-
-
-numba = _numbas()
+by_numpy = SimpleNamespace(**vars(numpy_kernels) | vars(numpy_codec))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +99,7 @@ def test_find_reaching(size: int, dtype: str, update: bool) -> None:
     if not is_float:
         vector = vector.view(dtype)
     for low in lows_of(total, size):
-        ways: list[Callable[..., int]] = [binding.find_reaching, numba.find_reaching]
+        ways: list[Callable[..., int]] = [binding.find_reaching, by_numpy.find_reaching]
         found = []
         for find in ways:
             mine = None if residual is None else residual.copy()
@@ -154,7 +121,7 @@ def test_find_reaching(size: int, dtype: str, update: bool) -> None:
 def test_find_reaching_where_room_is_short(size: int, room: int, held: int, seed: int) -> None:
     vector = np.random.default_rng(seed).integers(0, 3, size).astype(np.int32)
     found = []
-    for find in (binding.find_reaching, numba.find_reaching):
+    for find in (binding.find_reaching, by_numpy.find_reaching):
         indices = np.full(room + LANES + held + 1, -1, np.int64)
         numbers = indices.astype(np.int32)
         end = room + LANES + held
@@ -165,6 +132,25 @@ def test_find_reaching_where_room_is_short(size: int, room: int, held: int, seed
         found.append(count)
     # past the room it only says so
     assert found[0] == found[1] or min(found) > room + held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by Linux's call")
+@pytest.mark.parametrize("dtype", INTEGERS + NUMBERS)
+@pytest.mark.parametrize("size", [1, LANES - 1, LANES + 1, 100])
+def test_nothing_is_read_behind_a_vector(size: int, dtype: str) -> None:
+    page = mmap.PAGESIZE
+    # what follows the first page can be neither read nor written
+    memory = mmap.mmap(-1, 2 * page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), page, 0) == 0
+    vector = np.frombuffer(memory, dtype, size, page - size * np.dtype(dtype).itemsize)
+    residual = np.zeros_like(vector) if dtype[0] == "f" else None
+    indices, numbers = np.empty(2 * LANES, np.int64), np.empty(2 * LANES, dtype)
+    assert not binding.find_reaching(vector, residual, 1, 0, indices, numbers, 0, None, None)
+    if residual is not None:
+        assert not binding.find_reaching(residual, vector, 1, 0, indices, numbers, 0, None, None)
+    else:
+        assert not binding.find_differing(vector, np.zeros_like(vector), indices)
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -195,11 +181,11 @@ def test_keep_largest_of_all_kinds_of_keys(
 
 
 def check_keep_largest(bits: Array, k: int) -> Array:
-    """Return where the largest are, once numba has said the same."""
+    """Return where the largest are, once numpy has said the same."""
     indices = np.arange(bits.size, dtype=np.int64)
     magnitude = bits.dtype.type(np.iinfo(bits.dtype).max // 2)
     found = []
-    for keep in (binding.keep_largest, numba.keep_largest):
+    for keep in (binding.keep_largest, by_numpy.keep_largest):
         near, top_bits = np.empty_like(bits), np.empty(k + 1, bits.dtype)
         top, counts = np.empty(k + 1, np.int64), np.empty(99, np.int64)
         outcome = keep(indices, bits, magnitude, k, counts, near, top, top_bits)
@@ -234,7 +220,7 @@ def test_select_segments(sizes: list[int], dtype: str) -> None:
         vector = vector.view(dtype)
     room = size + 1 + LANES
     found = []
-    for select in (binding.select_segments, numba.select_segments):
+    for select in (binding.select_segments, by_numpy.select_segments):
         kept_size = sum(k for _, _, k, _ in plan) + 1
         top, top_bits = np.full(kept_size, -1), np.full(kept_size, 77).astype(key_dtype)
         listed, outcomes = np.empty(room, dtype), np.zeros((len(plan), 3), np.int64)
@@ -286,7 +272,7 @@ def test_find_differing(size: int, dtype: str, share: float) -> None:
     for room in {0, expected.size // 2, max(0, expected.size - 1), expected.size, size}:
         indices, other = np.empty(room, np.int64), np.empty(room, np.int64)
         count = binding.find_differing(ours, theirs, indices)
-        assert count == numba.find_differing(ours, theirs, other)
+        assert count == by_numpy.find_differing(ours, theirs, other)
         assert count == (expected.size if expected.size <= room else -1)
         assert_same(indices[: max(count, 0)], other[: max(count, 0)])
 
@@ -311,7 +297,7 @@ def test_update_residual_span(size: int, dtype: str, replace: bool) -> None:
     rest = floats(dtype, indices.size, 4)
     terms, summands, edges = lists_of(dtype, size, 3, 5)
     found = []
-    for update_residual in (binding.update_residual_span, numba.update_residual_span):
+    for update_residual in (binding.update_residual_span, by_numpy.update_residual_span):
         residual, gradient = floats(dtype, size, 1), floats(dtype, size, 2)
         next_term = edges[:-1].copy()
         args = (indices + 9, rest, replace, terms + 9, summands, next_term, edges[1:])
@@ -362,7 +348,7 @@ def test_sum_terms(size: int, dtype: str) -> None:
     bits = np.dtype(f"i{dtype[1]}")
     for window_numel in (1, 100, 16_384) if size <= 1_000 else (16_384,):
         found = []
-        for add_up in (binding.sum_terms, numba.sum_terms):
+        for add_up in (binding.sum_terms, by_numpy.sum_terms):
             window = np.empty(window_numel, dtype)
             indices = np.empty(terms.size + LANES, np.int64)
             numbers = np.empty(indices.size, dtype)
@@ -395,7 +381,7 @@ def test_scatter_add(size: int, dtype: str, stride: int) -> None:
     ours, theirs = (floats(dtype, stride * size, 3)[::stride] for _ in range(2))
     expected = reference.add_terms(ours, indices, values)
     assert binding.scatter_add(ours, indices, values)
-    assert numba.scatter_add(theirs, indices, values)
+    assert by_numpy.scatter_add(theirs, indices, values)
     assert_same(ours, theirs)
     assert_same(ours, expected)
 
@@ -407,7 +393,7 @@ def test_gaps_between(size: int, dtype: str) -> None:
     numel = int(indices[-1]) + 1 if indices.size else 0
     ours, theirs = np.empty(indices.size, dtype), np.empty(indices.size, dtype)
     assert binding.gaps_between(indices, numel, ours)
-    assert numba.gaps_between(indices, numel, theirs)
+    assert by_numpy.gaps_between(indices, numel, theirs)
     assert_same(ours, theirs)
     assert_same(ours, (np.diff(indices, prepend=-1) - 1).astype(dtype))
     if indices.size:
@@ -422,9 +408,9 @@ def test_rice_code(size: int, dtype: str) -> None:
     gaps = np.random.default_rng(size).geometric(0.01, size).astype(dtype) - 1
     for bits in (0, 1, 5, 7, 8, 9, 16, 17, 31):
         total = binding.sum_of_quotients(gaps, bits)
-        assert total == int(numba.sum_of_quotients(gaps, bits)) == int((gaps >> bits).sum())
+        assert total == int(by_numpy.sum_of_quotients(gaps, bits)) == int((gaps >> bits).sum())
         found = []
-        for write in (binding.write_gaps, numba.write_gaps):
+        for write in (binding.write_gaps, by_numpy.write_gaps):
             unary = np.zeros((total + size + 7) // 8, np.uint8)
             planes = np.empty((bits // 8, size), np.uint8)
             fields = np.zeros((size * (bits % 8) + 7) // 8, np.uint8)
@@ -441,7 +427,7 @@ def test_rice_code(size: int, dtype: str) -> None:
             if room < size:
                 short[1] = np.ascontiguousarray(short[1][:, :room])
             count = binding.read_gaps(short[0], short[1], short[2], bits, ours)
-            assert count == numba.read_gaps(words.view(np.uint64), *short[1:], bits, theirs)
+            assert count == by_numpy.read_gaps(words.view(np.uint64), *short[1:], bits, theirs)
             assert_same(ours, theirs)
             assert_same(ours, (np.cumsum(gaps.astype(np.int64) + 1) - 1)[:room])
 
@@ -452,7 +438,7 @@ def test_round_to_half_and_widen_half_all_patterns() -> None:
         ours, theirs = np.empty(halves.size, np.float32), np.empty(halves.size, np.float32)
         args = (halves, np.float32(scale))
         assert not binding.widen_half(*args, ours, ours.view(np.int32))
-        assert not numba.widen_half(*args, theirs, theirs.view(np.int32))
+        assert not by_numpy.widen_half(*args, theirs, theirs.view(np.int32))
         finite = np.isfinite(halves.view(np.float16))
         assert_same(ours[finite], theirs[finite])
         assert_same(ours[finite], reference.widen_half(halves, scale)[finite])
@@ -479,7 +465,7 @@ def test_round_to_half(size: int, scale: float) -> None:
 def check_round_to_half(numbers: Array, scale: float) -> None:
     numbers = np.nan_to_num(numbers)
     found = []
-    for narrow in (binding.round_to_half, numba.round_to_half):
+    for narrow in (binding.round_to_half, by_numpy.round_to_half):
         scaled, halves = np.empty_like(numbers), np.empty(numbers.size, np.uint16)
         narrow(numbers, np.float32(scale), scaled, scaled.view(np.int32), halves)
         found.append(halves)
@@ -514,9 +500,10 @@ def check_blocks_of_levels(ks: Array, seed: int, code_bits: int) -> None:
     binding.encode_blocks(values, ks, code_bits, scales, packed, decoded[:-1])
     assert payload[-1] == decoded[-1] == 77
     payload, decoded = payload[:-1], decoded[:-1]
-    with without_library():
-        expected, levels = lowbit.encode_blocks(values, code_bits, ks)
-        again = lowbit.decode_blocks(payload, values.size, code_bits, ks)
+    expected, (levels, again) = np.empty_like(payload), np.empty((2, values.size), np.float32)
+    scales, packed = np.split(expected, [4 * blocks])
+    by_numpy.encode_blocks(values, ks, code_bits, scales, packed, levels)
+    by_numpy.decode_blocks(payload, ks, code_bits, again)
     assert_same(payload, expected)
     assert_same(decoded, levels)
     assert_same(decoded, again)
@@ -542,24 +529,25 @@ def payload_by_numpy(values: Array, ks: Array, code_bits: int) -> tuple[Array, A
     return halves.view(np.uint8), np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
 
+@pytest.mark.parametrize("kind", [binding, by_numpy], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("code_bits", [2, 4, 8])
-def test_a_payload_that_does_not_fit_is_refused(code_bits: int) -> None:
+def test_a_payload_that_does_not_fit_is_refused(code_bits: int, kind: Any) -> None:
     ks, values = np.array([5, 130]), floats("f4", 135, 1, finite=True)
     payload = np.concatenate(payload_by_numpy(values, ks, code_bits))
     for wrong_ks in ([135], [5, 129], [5, 131], [-1, 136], [2**62, 2**62, 135], []):
         with pytest.raises(ValueError, match="bytes"):
-            binding.decode_blocks(payload, np.array(wrong_ks, np.int64), code_bits, values)
+            kind.decode_blocks(payload, np.array(wrong_ks, np.int64), code_bits, values)
     for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
         with pytest.raises(ValueError, match="bytes"):
-            binding.decode_blocks(wrong, ks, code_bits, values)
+            kind.decode_blocks(wrong, ks, code_bits, values)
     if code_bits < 8:
         payload[-1] |= 128
         with pytest.raises(ValueError, match="not zero"):
-            binding.decode_blocks(payload, ks, code_bits, values)
+            kind.decode_blocks(payload, ks, code_bits, values)
         payload[-1] &= 127
     payload[:2] = np.array([0x7F80], np.uint16).view(np.uint8)
     with pytest.raises(ValueError, match="not finite"):
-        binding.decode_blocks(payload, ks, code_bits, values)
+        kind.decode_blocks(payload, ks, code_bits, values)
 
 
 @given(
@@ -589,10 +577,9 @@ def check_bound_rows(rows: list[tuple[int, bool]], dtype: str, bound: float, see
         values[: ks[0] if rows else 0] *= 0
     ours = np.empty_like(values)
     binding.bound_rows(values, ks, numels, bound, ours)
-    segments = [Segment(start=0, rows=1, row_numel=n, k=k) for k, n in zip(ks, numels, strict=True)]
-    with without_library():
-        theirs = bounded(torch.from_numpy(values), segments, bound)
-    assert_same(ours, theirs.numpy())
+    theirs = np.empty_like(values)
+    by_numpy.bound_rows(values, ks, numels, bound, theirs)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -600,7 +587,7 @@ def check_bound_rows(rows: list[tuple[int, bool]], dtype: str, bound: float, see
 def test_split_indices_and_indices_of_part(size: int, parts: int) -> None:
     indices = np.flatnonzero(np.random.default_rng(1).random(7 * size + 1) < 1 / 7)
     found = []
-    for kind in (binding, numba):
+    for kind in (binding, by_numpy):
         edges = np.zeros(parts + 1, np.int64)
         mine, places = np.empty_like(indices), np.empty_like(indices)
         kind.split_indices(indices, 509, edges, mine, places)
@@ -615,7 +602,7 @@ def test_split_indices_and_indices_of_part(size: int, parts: int) -> None:
         assert_same(places[here], place[owner == part])
         ours, theirs = np.empty_like(places[here]), np.empty_like(places[here])
         binding.indices_of_part(places[here], 509, parts, part, ours)
-        numba.indices_of_part(places[here], 509, parts, part, theirs)
+        by_numpy.indices_of_part(places[here], 509, parts, part, theirs)
         assert_same(ours, theirs)
         assert_same(ours, indices[mine[here]])
 

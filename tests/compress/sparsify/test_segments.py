@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vectors import DTYPES, drawn
 
-from topq_dist.compress.kernels.select import select_segments
+from topq_dist.compress.kernels import select_segments
 from topq_dist.compress.layout import ChunkedVector
 from topq_dist.compress.sparsify import segments as segments_module
 from topq_dist.compress.sparsify import topk

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from topq_dist.compress.codec.frame import Frame, FrameError, encode_non_finite_frame, peek_header
-from topq_dist.compress.kernels.select import find_differing
+from topq_dist.compress.kernels import find_differing
 from topq_dist.ps.model import update
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec

@@ -40,7 +40,7 @@ from topq_dist.compress.codec.values import (
     decode_values,
     payload_bytes,
 )
-from topq_dist.compress.kernels.accumulate import scatter_add
+from topq_dist.compress.kernels import scatter_add
 
 __all__ = [
     "HEADER_BYTES",

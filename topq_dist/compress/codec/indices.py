@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from topq_dist.compress.codec import rice
 from topq_dist.compress.codec.bits import Bytes, padding_is_zero
-from topq_dist.compress.kernels.codec import gaps_between
+from topq_dist.compress.kernels import gaps_between
 
 Indices = npt.NDArray[np.int64]
 _ALL_BELOW: WeakValueDictionary[int, Indices] = WeakValueDictionary()

@@ -18,26 +18,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from topq_dist.compress.codec.bits import (
-    Bytes,
-    pack_fields,
-    packed_bytes,
-    padding_is_zero,
-    unpack_fields,
-)
-from topq_dist.compress.kernels.codec import (
-    magnitude_ranges,
-    nearest_levels,
-    two_means,
-    values_of_levels,
-)
-from topq_dist.compress.native import binding, library
+from topq_dist.compress import kernels
+from topq_dist.compress.codec.bits import Bytes, packed_bytes
 
 BLOCK_NUMEL = 128
 Singles = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
-# base + top * step, with step rounded up, stays finite below this
-_LARGEST = np.float32(2.0**127)
 
 
 def block_count(ks: Counts) -> int:
@@ -55,73 +41,19 @@ def encode_blocks(values: Singles, bits: int, ks: Counts) -> tuple[Bytes, Single
 
     `ks`, which add up to their number, says how many values each segment has.
     """
-    if library.LIBRARY is not None:
-        blocks = block_count(ks)
-        written = np.empty(lowbit_bytes(values.size, bits, blocks), np.uint8)
-        decoded = np.empty(values.size, np.float32)
-        binding.encode_blocks(
-            values, ks, bits, written[: 4 * blocks], written[4 * blocks :], decoded
-        )
-        return written, decoded
-    magnitudes = np.minimum(np.abs(values), _LARGEST)
-    base, step = _two_levels(magnitudes, ks) if bits == 2 else _spread_levels(magnitudes, ks, bits)
-    codes = np.empty(values.size, np.uint8)
-    top = np.float32((1 << (bits - 1)) - 1)
-    nearest_levels(magnitudes, ks, BLOCK_NUMEL, base, step, top, codes)
-    codes |= np.signbit(values).view(np.uint8) << np.uint8(bits - 1)
-    scales = np.stack([_bf16_bits(base), _bf16_bits(step)], axis=1).reshape(-1)
-    packed = codes if bits == 8 else pack_fields(codes, bits)
-    payload = np.concatenate([scales.astype("<u2").view(np.uint8), packed])
-    return payload, _values_of(codes, ks, base, step, bits)
+    blocks = block_count(ks)
+    payload = np.empty(lowbit_bytes(values.size, bits, blocks), np.uint8)
+    decoded = np.empty(values.size, np.float32)
+    scales, packed = payload[: 4 * blocks], payload[4 * blocks :]
+    kernels.encode_blocks(values, ks, bits, scales, packed, decoded)
+    return payload, decoded
 
 
 def decode_blocks(payload: Bytes, count: int, bits: int, ks: Counts) -> Singles:
     """Return the `count` fp32 values of a payload of segments of `ks` values.
 
-    Raises ValueError where padding bits are not zero. Altered scales can decode to non-finite
-    values: the caller checks.
+    Raises ValueError where padding bits are not zero, or a value, of altered scales, not finite.
     """
-    if library.LIBRARY is not None:
-        values = np.empty(count, np.float32)
-        binding.decode_blocks(payload, ks, bits, values)
-        return values
-    scale_bytes = block_count(ks) * 4
-    scales = payload[:scale_bytes].copy().view("<u2").astype(np.uint32) << 16
-    base, step = np.ascontiguousarray(scales.view(np.float32).reshape(-1, 2).T)
-    packed = payload[scale_bytes:]
-    if not padding_is_zero(packed, count * bits):
-        raise ValueError("values end in bits that are not zero")
-    codes = packed if bits == 8 else unpack_fields(packed, count, bits)
-    return _values_of(codes, ks, base, step, bits)
-
-
-def _spread_levels(magnitudes: Singles, ks: Counts, bits: int) -> tuple[Singles, Singles]:
-    top = (1 << (bits - 1)) - 1
-    low, high = np.empty((2, block_count(ks)), np.float32)
-    magnitude_ranges(magnitudes, ks, BLOCK_NUMEL, low, high)
-    base = _round_bf16(low, up=False)
-    return base, _round_bf16((high - base) / np.float32(top), up=True)
-
-
-def _two_levels(magnitudes: Singles, ks: Counts) -> tuple[Singles, Singles]:
-    below, above = np.empty((2, block_count(ks)), np.float64)
-    two_means(magnitudes, ks, np.empty(BLOCK_NUMEL, np.float64), below, above)
-    base = _round_bf16(below.astype(np.float32), up=False)
-    return base, _round_bf16((above - base).astype(np.float32), up=False)
-
-
-def _round_bf16(numbers: Singles, *, up: bool) -> Singles:
-    bits = np.ascontiguousarray(numbers).view(np.uint32)
-    if up:
-        bits = bits + np.uint32(0xFFFF)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-def _bf16_bits(numbers: Singles) -> npt.NDArray[np.uint16]:
-    return (numbers.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def _values_of(codes: Bytes, ks: Counts, base: Singles, step: Singles, bits: int) -> Singles:
-    values = np.empty(codes.size, np.float32)
-    values_of_levels(codes, ks, BLOCK_NUMEL, base, step, bits, values, values.view(np.uint32))
+    values = np.empty(count, np.float32)
+    kernels.decode_blocks(payload, ks, bits, values)
     return values

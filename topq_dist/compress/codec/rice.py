@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from topq_dist.compress.codec.bits import Bytes, packed_bytes, padding_is_zero
-from topq_dist.compress.kernels.codec import read_gaps, sum_of_quotients, write_gaps
+from topq_dist.compress.kernels import read_gaps, sum_of_quotients, write_gaps
 
 Integers = npt.NDArray[np.signedinteger]
 

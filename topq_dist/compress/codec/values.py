@@ -21,7 +21,7 @@ from topq_dist.compress.codec.lowbit import (
     encode_blocks,
     lowbit_bytes,
 )
-from topq_dist.compress.kernels.codec import round_to_half, widen_half
+from topq_dist.compress.kernels import round_to_half, widen_half
 from topq_dist.dtypes import FLOATS, accumulate_dtype, cast
 
 VALUE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64")

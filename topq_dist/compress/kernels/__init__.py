@@ -1,0 +1,65 @@
+"""The loops over whole gradients, at the speed of memory: compiled C, or numpy where there is none.
+
+Whole-array operations pass over a vector once for every thing they do to it; C passes once for all,
+without Python's lock. Both give the same bits. `topq_kernels.h` says what each kernel takes. Sizes
+are for callers to check; where what came over a wire decides where to read or write, the kernel
+itself looks.
+"""
+
+import logging
+
+from topq_dist.compress.native import library, numpy_codec, numpy_kernels
+from topq_dist.compress.native.binding import (
+    bound_rows,
+    decode_blocks,
+    encode_blocks,
+    find_differing,
+    find_reaching,
+    gaps_between,
+    indices_of_part,
+    keep_largest,
+    read_gaps,
+    round_to_half,
+    scatter_add,
+    select_segments,
+    split_indices,
+    sum_of_quotients,
+    sum_terms,
+    update_residual_span,
+    widen_half,
+    write_gaps,
+)
+
+__all__ = [
+    "bound_rows",
+    "decode_blocks",
+    "encode_blocks",
+    "find_differing",
+    "find_reaching",
+    "gaps_between",
+    "indices_of_part",
+    "keep_largest",
+    "read_gaps",
+    "round_to_half",
+    "scatter_add",
+    "select_segments",
+    "split_indices",
+    "sum_of_quotients",
+    "sum_terms",
+    "update_residual_span",
+    "widen_half",
+    "write_gaps",
+]
+
+# elements that are looked at together: lists need room for as many more than they are to hold
+LANES = 64
+# what divides the address of memory that is written past the caches
+STREAM_ALIGNMENT = 64
+
+if library.LIBRARY is None:
+    logging.getLogger(__name__).warning(
+        "gradients are compressed by numpy: as exactly as by the compiled kernels, but slower (%s)",
+        library.WHY_NOT,
+    )
+    _by_numpy = vars(numpy_kernels) | vars(numpy_codec)
+    globals().update({name: _by_numpy[name] for name in __all__})

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.kernels.jit import STREAM_ALIGNMENT
+from topq_dist.compress.kernels import STREAM_ALIGNMENT
 from topq_dist.compress.kernels.threads import thread_count
 from topq_dist.dtypes import FLOATS, Floats, Indices, Keys, cast, tensor_of
 

@@ -397,11 +397,6 @@ def scatter_to_tensors(addresses: Array, edges: Array, flat: Array, indices: Arr
     return bool(_known(done, flat.dtype))
 
 
-def kernels(*names: str) -> dict[str, Any]:
-    """Return these kernels by name, or nothing where there is no library."""
-    return {} if library.LIBRARY is None else {name: globals()[name] for name in names}
-
-
 _UNKNOWN = -9
 _WRONG = {
     -2: "values do not take the bytes that they have",

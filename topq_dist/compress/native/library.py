@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from ctypes import CDLL, addressof, c_char, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -68,19 +67,20 @@ def load(path: Path) -> CDLL:
     return library
 
 
-def _load_if_there() -> CDLL | None:
-    """Return the library; None where there is none, or TOPQ_NATIVE is 0."""
+def _load_if_there() -> tuple[CDLL | None, str]:
+    """Return the library, or None and why there is none."""
     path = library_path()
-    if os.environ.get("TOPQ_NATIVE") == "0" or not path.exists():
-        return None
+    if os.environ.get("TOPQ_NATIVE") == "0":
+        return None, "TOPQ_NATIVE=0"
+    if not path.exists():
+        return None, f"{path} has not been built"
     try:
-        return load(path)
+        return load(path), ""
     except OSError as error:
-        warnings.warn(f"the compiled kernels are not used: {error}", RuntimeWarning, stacklevel=2)
-        return None
+        return None, str(error)
 
 
-LIBRARY = _load_if_there()
+LIBRARY, WHY_NOT = _load_if_there()
 
 # a view of no bytes finds an array's memory five times as fast as array.ctypes does
 _view_of: Callable[[Any], c_char] = (c_char * 0).from_buffer  # type: ignore[assignment]

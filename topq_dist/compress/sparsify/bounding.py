@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.native import binding, library
+from topq_dist.compress.kernels import bound_rows
 from topq_dist.compress.sparsify.segments import Segment, Segments
 from topq_dist.validation import check_number
 
@@ -49,18 +49,6 @@ def bounded(values: Tensor, segments: Sequence[Segment], bound: float) -> Tensor
     if not k.size:
         return values
     wide = values.numpy()
-    if library.LIBRARY is not None:
-        sent = np.empty_like(wide)
-        binding.bound_rows(wide, k, row_numel, bound, sent)
-        return torch.from_numpy(sent)
-    # in one piece and in double precision, or the sum would depend on what lies beside a row
-    magnitudes, starts = np.abs(wide).astype(np.float64), np.cumsum(k) - k
-    with np.errstate(over="ignore"):
-        limits = np.add.reduceat(magnitudes, starts) * (bound / k)
-        limits[2 * k >= row_numel] = np.inf
-        limit = np.repeat(limits.astype(wide.dtype), k)
-    clipped = np.minimum(wide, limit)
-    np.maximum(clipped, np.negative(limit, out=limit), out=clipped)
-    # one of sent and excess must give way for their sum to be the value: the limit, not the excess
-    excess = np.subtract(wide, clipped, out=clipped)
-    return torch.from_numpy(np.subtract(wide, excess, out=excess))
+    sent = np.empty_like(wide)
+    bound_rows(wide, k, row_numel, bound, sent)
+    return torch.from_numpy(sent)

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from topq_dist.compress.kernels.jit import LANES
+from topq_dist.compress.kernels import LANES, select_segments
 from topq_dist.compress.kernels.scratch import scratch
-from topq_dist.compress.kernels.select import select_segments
 from topq_dist.compress.kernels.threads import run_all, thread_count
 from topq_dist.compress.layout import ChunkedVector
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, Selection, check_vectors

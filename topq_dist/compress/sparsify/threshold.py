@@ -13,9 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from topq_dist.compress.kernels.jit import LANES
+from topq_dist.compress.kernels import LANES, find_reaching
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks, scratch, spans
-from topq_dist.compress.kernels.select import find_reaching
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.sparsify.magnitude import CompensatedGradient, UndoLog
 from topq_dist.dtypes import FLOATS, Indices, Keys, sign_cleared

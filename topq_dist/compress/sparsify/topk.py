@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topq_dist.compress.kernels import keep_largest
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks, scratch, spans
-from topq_dist.compress.kernels.select import keep_largest
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.sparsify.magnitude import (
     CompensatedGradient,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError, decode_frame, encode_frame
 from topq_dist.compress.codec.values import quantize
-from topq_dist.compress.kernels.select import find_differing
+from topq_dist.compress.kernels import find_differing
 from topq_dist.dtypes import bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
