@@ -4,8 +4,8 @@
 
 Trains the 10.5 M-parameter MLP of ddp_step.py for a few steps on two local ranks, dense and with
 each sparse exchange, and compares the peaks with the residual (one gradient) and one bucket.
-"loaded" is a dense step in a process that has loaded topq_dist and compiled the loops that the hook
-runs: what they and their compiler take, whatever the model. Some of that are pages of library
+"loaded" is a dense step in a process that has loaded topq_dist and run what the hook runs on a
+bucket of few elements: what its code takes, whatever the model. Some of that are pages of library
 files, of which a machine holds one copy for all processes.
 Prints a table and writes runs/memory.json. Needs Linux.
 """

@@ -237,18 +237,14 @@ def beyond_dense() -> dict[str, str]:
     found = results("memory")
     gradient_mb = found["gradient_bytes"] / 1e6
     rows = {row["mode"]: row for row in found["rows"]}
-    files_mb = (rows["loaded"]["file_bytes"] - rows["dense"]["file_bytes"]) / 1e6
+    code_mb = rows["loaded"]["beyond_dense_bytes"] / 1e6
     return {
         f"memory beyond a dense step, {row['mode']}": (
-            f"{row['beyond_loaded_bytes'] / 1e6:.0f} MB, {gradient_mb:.0f} of it the residual"
+            f"{row['beyond_dense_bytes'] / 1e6:.0f} MB: {gradient_mb:.0f} the residual, "
+            f"{code_mb:.0f} code, the rest scratch"
         )
         for row in found["rows"]
         if row["mode"] not in ("dense", "loaded")
-    } | {
-        "and for the compiler and its code, whatever the model": (
-            f"{rows['loaded']['beyond_dense_bytes'] / 1e6:.0f} MB, {files_mb:.0f} of it pages of "
-            "files that all processes share"
-        )
     }
 
 

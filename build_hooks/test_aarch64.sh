@@ -38,7 +38,7 @@ dpkg-deb -x qemu-user-static*.deb .
 export TOPQ_NATIVE_LIBRARY=$scratch/wheel/topq_dist/compress/native/_topq_kernels.so
 export PYTHONPATH=$scratch/site:$root:$root/tests PYTHONDONTWRITEBYTECODE=1
 cd "$root"
-# without conftest.py, which wants torch
+# without conftest.py, which wants torch; nor has an emulated machine deadlines
 "$scratch/usr/bin/qemu-aarch64-static" -L "$scratch/machine" "$scratch/machine/usr/bin/python3.11" \
-    -m pytest -c /dev/null --rootdir "$root" --noconftest -p no:cacheprovider -q \
+    -m pytest -c /dev/null --rootdir "$root" --noconftest -p no:cacheprovider -q --hypothesis-profile=ci \
     tests/compress/native/test_native_kernels.py "$@"

@@ -44,7 +44,7 @@ def run(**environment: str) -> tuple[str, str]:
     """Return what the program printed, and what it was told."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM],
-        env={**os.environ, **environment},
+        env={**os.environ, "TOPQ_NATIVE": "", **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -71,7 +71,7 @@ def test_a_library_that_is_absent_or_damaged_is_named(
         library_file.write_bytes(content)
     done = subprocess.run(
         [sys.executable, "-c", "import topq_dist.compress.kernels"],
-        env={**os.environ, "TOPQ_NATIVE_LIBRARY": str(library_file)},
+        env={**os.environ, "TOPQ_NATIVE": "", "TOPQ_NATIVE_LIBRARY": str(library_file)},
         capture_output=True,
         text=True,
         check=True,
