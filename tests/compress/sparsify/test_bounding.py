@@ -97,7 +97,8 @@ def check_row(sent: Tensor, selected: Tensor, k: int, bound: float) -> None:
     # where half is sent it may go as it is
     if 2 * k >= selected.numel() and torch.equal(sent, selected):
         return
-    limit = bound * float(selected.double().abs().sum()) / k
+    # exact but for the division: a sum in any order of its own would be off in its last places
+    limit = math.fsum(selected.double().abs().tolist()) * (bound / k)
     # rounded in the last place of the value that is clipped
     slack = torch.finfo(sent.dtype).eps * selected.double().abs() * 2
     expected = selected.double().clamp(-limit, limit)
