@@ -178,12 +178,17 @@ class Group(_message.Message):
     BETAS_FIELD_NUMBER: _builtins.int
     TAKES_MOMENTUM_FIELD_NUMBER: _builtins.int
     TAKES_COHERENCE_FIELD_NUMBER: _builtins.int
+    TAKES_WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     takes_momentum: _builtins.bool
     """StepHeader.momentum may set numbers["momentum"], or betas[0] where there are betas. False from
     servers that do not know of it as well.
     """
     takes_coherence: _builtins.bool
     """StepHeader.coherence says something to its rate; workers measure it for nobody else."""
+    takes_weight_decay: _builtins.bool
+    """StepHeader.weight_decay may set numbers["weight_decay"]. False from servers that do not know of
+    it as well.
+    """
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """tensors, in the order of Join"""
@@ -204,10 +209,11 @@ class Group(_message.Message):
         betas: _abc.Iterable[_builtins.float] | None = ...,
         takes_momentum: _builtins.bool = ...,
         takes_coherence: _builtins.bool = ...,
+        takes_weight_decay: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum", "takes_weight_decay", b"takes_weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +282,7 @@ class JoinResponse(_message.Message):
     DOWNLINK_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     MAX_PUSH_BYTES_FIELD_NUMBER: _builtins.int
+    TAKES_NO_GRADIENT_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
     """the next number the server would apply"""
     durable_version: _builtins.int
@@ -288,6 +295,10 @@ class JoinResponse(_message.Message):
     lease_s: _builtins.float
     max_push_bytes: _builtins.int
     """of all frames of a step together"""
+    takes_no_gradient: _builtins.bool
+    """StepHeader.no_gradient is understood; a worker leaves it empty for other servers, where it
+    counts as a gradient of zeros.
+    """
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     @_builtins.property
@@ -309,10 +320,11 @@ class JoinResponse(_message.Message):
         downlink: _builtins.str = ...,
         lease_s: _builtins.float = ...,
         max_push_bytes: _builtins.int = ...,
+        takes_no_gradient: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "takes_no_gradient", b"takes_no_gradient", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,14 +415,23 @@ class StepHeader(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
     COHERENCE_FIELD_NUMBER: _builtins.int
+    NO_GRADIENT_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
     digest: _builtins.bytes
     """SHA-256 of each lr as a little-endian double, then, where there is a momentum, of "momentum" and
-    each of those likewise, then the same with "coherence", then of the frames
+    each of those likewise, then the same with "coherence" and with "weight_decay", then, where it
+    is not empty, of "no_gradient" and its bytes, then of the frames
     """
     applied_version: _builtins.int
     """Only in a replay: where the push was applied before, and in which company."""
+    no_gradient: _builtins.bytes
+    """A bit for each tensor in the order of Join, from the lowest of the first byte on, the bits left
+    over 0: set where this worker has no gradient of it, and then its frames nothing of it. Where
+    all pushes of a version say so that have frames, the tensor and its optimizer state stay as
+    they are; where only some do, it is a gradient of zeros. Empty: all have one.
+    """
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     @_builtins.property
@@ -423,7 +444,9 @@ class StepHeader(_message.Message):
 
     @_builtins.property
     def lr(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """of each group, from the worker's scheduler; none: the server's"""
+        """Of each group, from the worker's scheduler; none: the server's. Where the workers of a version
+        send different ones, the median counts; the same holds for momentum and weight_decay.
+        """
 
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -436,6 +459,12 @@ class StepHeader(_message.Message):
     @_builtins.property
     def coherence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """<residual, gradient> and <gradient, gradient> of this worker; none where nobody takes it."""
+
+    @_builtins.property
+    def weight_decay(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each group, from the worker's scheduler, finite and at least 0; none: the server's. All
+        groups of a server take it, or none does.
+        """
 
     def __init__(
         self,
@@ -450,10 +479,12 @@ class StepHeader(_message.Message):
         members: _abc.Iterable[_builtins.str] | None = ...,
         momentum: _abc.Iterable[_builtins.float] | None = ...,
         coherence: _abc.Iterable[_builtins.float] | None = ...,
+        no_gradient: _builtins.bytes = ...,
+        weight_decay: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -594,9 +625,14 @@ class StepAnswer(_message.Message):
     APPLIED_POINT_FIELD_NUMBER: _builtins.int
     DURABLE_VERSION_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
+    DISAGREEMENT_FIELD_NUMBER: _builtins.int
     outcome: Global___StepAnswer.Outcome.ValueType
     applied_version: _builtins.int
     durable_version: _builtins.int
+    disagreement: _builtins.str
+    """For people, where the workers of applied_version sent different numbers for one group: which,
+    and what counted. Not in the answer to a repeat.
+    """
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """whose gradients that version averages, in the order of names"""
@@ -618,10 +654,11 @@ class StepAnswer(_message.Message):
         applied_point: Global___Point | None = ...,
         durable_version: _builtins.int = ...,
         updates: _abc.Iterable[Global___Update] | None = ...,
+        disagreement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["applied_point", b"applied_point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_point", b"applied_point", "applied_version", b"applied_version", "durable_version", b"durable_version", "members", b"members", "outcome", b"outcome", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_point", b"applied_point", "applied_version", b"applied_version", "disagreement", b"disagreement", "durable_version", b"durable_version", "members", b"members", "outcome", b"outcome", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
