@@ -37,7 +37,7 @@ holds "authorization: Bearer TOKEN".
 
 Errors. Every refusal carries its reason, one word, in the trailing metadata "topq-reason", since
 several share a status: a worker that is told "not_joined" joins again, and one that is told
-"not_ready" or "too_many_calls" tries again. Besides those above: UNAUTHENTICATED (no token or an
+"not_ready", "too_many_calls" or "damaged" tries again. Besides those above: UNAUTHENTICATED (no token or an
 unknown one), PERMISSION_DENIED (another worker's token), FAILED_PRECONDITION (not joined,
 another run, a model that differs, an answer that is no longer kept), INVALID_ARGUMENT (bytes
 that are no valid frame, NaN or infinity, a digest that does not fit, a truncated stream, a model
@@ -329,6 +329,32 @@ class JoinResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinResponse: _TypeAlias = JoinResponse  # noqa: Y015
+
+@_typing.final
+class JoinPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """first; 64 MiB at most"""
+    chunk: _builtins.bytes
+    """then the message's bytes; never empty, 2 MiB at most"""
+    def __init__(
+        self,
+        *,
+        total_bytes: _builtins.int = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "part", b"part", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "part", b"part", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["total_bytes", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___JoinPart: _TypeAlias = JoinPart  # noqa: Y015
 
 @_typing.final
 class UploadRequest(_message.Message):

@@ -39,6 +39,11 @@ class ParameterServerStub(object):
                 request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
                 response_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
                 _registered_method=True)
+        self.LongJoin = channel.stream_stream(
+                '/topq_dist.v1.ParameterServer/LongJoin',
+                request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.SerializeToString,
+                response_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.FromString,
+                _registered_method=True)
         self.Upload = channel.stream_unary(
                 '/topq_dist.v1.ParameterServer/Upload',
                 request_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.UploadRequest.SerializeToString,
@@ -81,6 +86,14 @@ class ParameterServerServicer(object):
 
     def Join(self, request, context):
         """Takes up or renews a worker's place in the run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LongJoin(self, request_iterator, context):
+        """Does the same for a model of so many tensors that a JoinRequest takes more than 2 MiB: it and the
+        JoinResponse come as chunks of their bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +155,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Join,
                     request_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinRequest.FromString,
                     response_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinResponse.SerializeToString,
+            ),
+            'LongJoin': grpc.stream_stream_rpc_method_handler(
+                    servicer.LongJoin,
+                    request_deserializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.FromString,
+                    response_serializer=topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.SerializeToString,
             ),
             'Upload': grpc.stream_unary_rpc_method_handler(
                     servicer.Upload,
@@ -206,6 +224,33 @@ class ParameterServer(object):
             '/topq_dist.v1.ParameterServer/Join',
             topq__dist_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
             topq__dist_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LongJoin(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/topq_dist.v1.ParameterServer/LongJoin',
+            topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.SerializeToString,
+            topq__dist_dot_v1_dot_parameter__server__pb2.JoinPart.FromString,
             options,
             channel_credentials,
             insecure,

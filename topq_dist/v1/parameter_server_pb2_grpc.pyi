@@ -37,7 +37,7 @@ holds "authorization: Bearer TOKEN".
 
 Errors. Every refusal carries its reason, one word, in the trailing metadata "topq-reason", since
 several share a status: a worker that is told "not_joined" joins again, and one that is told
-"not_ready" or "too_many_calls" tries again. Besides those above: UNAUTHENTICATED (no token or an
+"not_ready", "too_many_calls" or "damaged" tries again. Besides those above: UNAUTHENTICATED (no token or an
 unknown one), PERMISSION_DENIED (another worker's token), FAILED_PRECONDITION (not joined,
 another run, a model that differs, an answer that is no longer kept), INVALID_ARGUMENT (bytes
 that are no valid frame, NaN or infinity, a digest that does not fit, a truncated stream, a model
@@ -77,6 +77,10 @@ class ParameterServerStub:
     def __new__(cls, channel: _aio.Channel) -> ParameterServerAsyncStub: ...
     Join: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]
     """Takes up or renews a worker's place in the run."""
+    LongJoin: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.JoinPart, _parameter_server_pb2.JoinPart]
+    """Does the same for a model of so many tensors that a JoinRequest takes more than 2 MiB: it and the
+    JoinResponse come as chunks of their bytes.
+    """
     Upload: _grpc.StreamUnaryMultiCallable[_parameter_server_pb2.UploadRequest, _parameter_server_pb2.UploadResponse]
     """Brings the initial values, from the worker that Join told to."""
     Step: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.StepRequest, _parameter_server_pb2.StepResponse]
@@ -97,6 +101,10 @@ class ParameterServerAsyncStub(ParameterServerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Join: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]  # type: ignore[assignment]
     """Takes up or renews a worker's place in the run."""
+    LongJoin: _aio.StreamStreamMultiCallable[_parameter_server_pb2.JoinPart, _parameter_server_pb2.JoinPart]  # type: ignore[assignment]
+    """Does the same for a model of so many tensors that a JoinRequest takes more than 2 MiB: it and the
+    JoinResponse come as chunks of their bytes.
+    """
     Upload: _aio.StreamUnaryMultiCallable[_parameter_server_pb2.UploadRequest, _parameter_server_pb2.UploadResponse]  # type: ignore[assignment]
     """Brings the initial values, from the worker that Join told to."""
     Step: _aio.StreamStreamMultiCallable[_parameter_server_pb2.StepRequest, _parameter_server_pb2.StepResponse]  # type: ignore[assignment]
@@ -120,6 +128,16 @@ class ParameterServerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.JoinResponse, _abc.Awaitable[_parameter_server_pb2.JoinResponse]]:
         """Takes up or renews a worker's place in the run."""
+
+    @_abc_1.abstractmethod
+    def LongJoin(
+        self,
+        request_iterator: _MaybeAsyncIterator[_parameter_server_pb2.JoinPart],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.JoinPart], _abc.AsyncIterator[_parameter_server_pb2.JoinPart]]:
+        """Does the same for a model of so many tensors that a JoinRequest takes more than 2 MiB: it and the
+        JoinResponse come as chunks of their bytes.
+        """
 
     @_abc_1.abstractmethod
     def Upload(
