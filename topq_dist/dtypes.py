@@ -6,6 +6,8 @@ magnitudes do, exactly, with infinity above every number, NaN above infinity and
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,12 +75,17 @@ def number_of(key: int, dtype: torch.dtype) -> float:
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
     """Return the key of a magnitude in this dtype; between two of bf16, the lower."""
-    with np.errstate(over="ignore"):
-        if dtype == torch.float64:
-            return int(np.float64(magnitude).view(np.uint64))
-        if dtype == torch.float16:
+    if dtype == torch.float16:
+        with np.errstate(over="ignore"):
             return int(np.float16(magnitude).view(np.uint16))
-        key = int(np.float32(magnitude).view(np.uint32))
+    # struct, which takes a tenth of numpy's time: this is asked once a tensor
+    if dtype == torch.float64:
+        return int.from_bytes(struct.pack("<d", magnitude), "little")
+    try:
+        pattern = struct.pack("<f", magnitude)
+    except OverflowError:
+        pattern = struct.pack("<f", math.inf)
+    key = int.from_bytes(pattern, "little")
     return key >> 16 if dtype == torch.bfloat16 else key
 
 

@@ -24,7 +24,7 @@ from topq_dist.compress.sparsify.segments import (
     count_between,
 )
 from topq_dist.compress.sparsify.topk import Selector
-from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype
+from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype, bits_of, tensor_of
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
@@ -118,7 +118,7 @@ class TopKCompressor:
         sent = values if self.bound is None else bounded(values, segments, self.bound)
         split = partition.split(indices)
         quantized = [
-            quantize(sent[mine], value_format, segment_ks=_ks_in(mine, segments.ends))
+            quantize(_taken(sent, mine), value_format, segment_ks=_ks_in(mine, segments.ends))
             for mine, _ in split
         ]
 
@@ -132,7 +132,8 @@ class TopKCompressor:
         if residual is not None:
             rest = torch.empty_like(values)
             for (mine, _), rounded in zip(split, quantized, strict=True):
-                rest[mine] = torch.from_numpy(rounded.error(values[mine]))
+                places = mine if isinstance(mine, slice) else mine.numpy()
+                rest.numpy()[places] = rounded.error(_taken(values, mine))
             update = ResidualUpdate(
                 layout=layout, residual=residual, gradient=vector, indices=indices, rest=rest
             )
@@ -239,6 +240,7 @@ class Compressor:
         self._flat = TopKCompressor(
             value_format=value_format, error_feedback=error_feedback, bound=bound
         )
+        self._layouts: dict[str, Layout] = {}
 
     def compress(self, name: str, gradient: Tensor) -> Tensor:
         """Return the frame of the top-Q part of `gradient` plus the residual of `name`.
@@ -257,8 +259,12 @@ class Compressor:
                 "tensor with data"
             )
         k = at_least_one(check_fraction("q", self.q), gradient.numel())
-        layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
-        return self._flat.compress_and_update(_flat(gradient), layout, k)
+        layout = self._layouts.get(name)
+        if layout is None or layout.shapes[0] != gradient.shape:
+            layout = Layout(names=(name,), shapes=(tuple(gradient.shape),))
+        frame = self._flat.compress_and_update(_flat(gradient), layout, k)
+        self._layouts[name] = layout
+        return frame
 
     def decompress(self, frame: Buffer, out: Tensor) -> Tensor:
         """Write the dense gradient of `frame` into `out`, zeros included, and return it.
@@ -275,6 +281,13 @@ class Compressor:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the residuals by those of `state`."""
         self._flat.residuals.load_state_dict(state)
+
+
+def _taken(values: Tensor, mine: Tensor | slice) -> Tensor:
+    # numpy, since torch takes several times as long to pick single elements
+    if isinstance(mine, slice):
+        return values[mine]
+    return tensor_of(bits_of(values).take(mine.numpy()), values.dtype)
 
 
 def _ks_in(mine: Tensor | slice, ends: Indices) -> Indices:
