@@ -81,7 +81,10 @@ static void damage(uint8_t *frame, int64_t *length)
 static void add_up(int64_t *indices, float *values, int64_t k, int64_t numel)
 {
     const int64_t begin = (int64_t)drawn(3) - 1;
-    float *out = room_for(4 * numel), *gradient = room_for(4 * numel), *window = room_for(4 * 64);
+    /* of any length: a kernel that reads behind the last, shorter block of one must be seen */
+    const int64_t window_numel = 1 + (int64_t)drawn(3 * TOPQ_LANES);
+    float *out = room_for(4 * numel), *gradient = room_for(4 * numel);
+    float *window = room_for(4 * window_numel);
     memset(out, 0, (size_t)(4 * numel));
     memset(gradient, 0, (size_t)(4 * numel));
     topq_scatter_add(4, out, numel, indices, values, k);
@@ -90,7 +93,7 @@ static void add_up(int64_t *indices, float *values, int64_t k, int64_t numel)
                               values, next_term, ends, 2);
     int64_t *listed = room_for(8 * (k + TOPQ_LANES)), first[2] = {0, k / 2};
     float *sums = room_for(4 * (k + TOPQ_LANES));
-    topq_sum_terms(4, indices, values, first, ends, 2, numel, window, 64, listed, sums,
+    topq_sum_terms(4, indices, values, first, ends, 2, numel, window, window_numel, listed, sums,
                    k + TOPQ_LANES);
     int32_t *gaps = room_for(4 * k);
     topq_gaps_between(4, indices, k, numel, gaps);
