@@ -64,6 +64,8 @@ class Worker(RawWorker):
                 getattr(header, name).extend(value)
             else:
                 setattr(header, name, value)
+        if "header_digest" not in changes:
+            header.header_digest = steps.header_digest(header)
         return header
 
     def messages(

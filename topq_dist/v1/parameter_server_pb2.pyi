@@ -362,8 +362,11 @@ class UploadRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """then the raw vectors, one behind the other; never empty, 2 MiB at most"""
+    checksum: _builtins.int
+    """Beside the id: CRC-32 of the raw vectors, one behind the other. Unset: not checked."""
     @_builtins.property
     def id(self) -> Global___WorkerId:
         """first"""
@@ -373,13 +376,19 @@ class UploadRequest(_message.Message):
         *,
         id: Global___WorkerId | None = ...,
         chunk: _builtins.bytes = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "id", b"id", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "chunk", b"chunk", "id", b"id", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "id", b"id", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "chunk", b"chunk", "id", b"id", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["id", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
@@ -443,6 +452,7 @@ class StepHeader(_message.Message):
     COHERENCE_FIELD_NUMBER: _builtins.int
     NO_GRADIENT_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
     digest: _builtins.bytes
@@ -457,6 +467,12 @@ class StepHeader(_message.Message):
     over 0: set where this worker has no gradient of it, and then its frames nothing of it. Where
     all pushes of a version say so that have frames, the tensor and its optimizer state stay as
     they are; where only some do, it is a gradient of zeros. Empty: all have one.
+    """
+    header_digest: _builtins.bytes
+    """SHA-256 of what `digest` leaves out, numbers as little-endian uint64, texts and bytes behind
+    their length as one: run, worker, epoch, sequence, base's version and chain, the number of
+    frame_bytes and each of them, digest, applied_version, the number of members and each of them.
+    Empty: not checked.
     """
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
@@ -507,10 +523,11 @@ class StepHeader(_message.Message):
         coherence: _abc.Iterable[_builtins.float] | None = ...,
         no_gradient: _builtins.bytes = ...,
         weight_decay: _abc.Iterable[_builtins.float] | None = ...,
+        header_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "header_digest", b"header_digest", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,7 +743,10 @@ class Update(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     POINT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     kind: Global___Update.Kind.ValueType
+    checksum: _builtins.int
+    """of KIND_FULL: CRC-32 of its payloads; frames have their own"""
     @_builtins.property
     def point(self) -> Global___Point:
         """what the model is with it"""
@@ -739,12 +759,15 @@ class Update(_message.Message):
         kind: Global___Update.Kind.ValueType = ...,
         point: Global___Point | None = ...,
         payload_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "payload_bytes", b"payload_bytes", "point", b"point"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "kind", b"kind", "payload_bytes", b"payload_bytes", "point", b"point"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
 
@@ -823,7 +846,10 @@ class FetchHeader(_message.Message):
     POINT_FIELD_NUMBER: _builtins.int
     DURABLE_VERSION_FIELD_NUMBER: _builtins.int
     VECTOR_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     durable_version: _builtins.int
+    checksum: _builtins.int
+    """CRC-32 of the raw vectors, one behind the other"""
     @_builtins.property
     def point(self) -> Global___Point: ...
     @_builtins.property
@@ -834,12 +860,15 @@ class FetchHeader(_message.Message):
         point: Global___Point | None = ...,
         durable_version: _builtins.int = ...,
         vector_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_version", b"durable_version", "point", b"point", "vector_bytes", b"vector_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "durable_version", b"durable_version", "point", b"point", "vector_bytes", b"vector_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___FetchHeader: _TypeAlias = FetchHeader  # noqa: Y015
 

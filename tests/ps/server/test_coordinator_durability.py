@@ -33,13 +33,13 @@ def test_the_model_is_brought_by_the_next_where_the_first_is_gone(make: Make) ->
         bench.join("b")
     bench.clock.pass_s(11)
     b = bench.join("b")
-    assert bench.server.fetch(b, central=False)[0] == START
+    assert bench.server.fetch(b, central=False)[0].point == START
     assert bench.server.status().durable_version == 0
     # the first comes back late: the model is there
     a = bench.server.join(call)
     assert not a.upload
     bench.server.upload(a.caller, [memoryview(b"x")])
-    assert bytes(bench.server.fetch(b, central=True)[2][0]) == bytes(16)
+    assert bytes(bench.server.fetch(b, central=True)[0].payloads[0]) == bytes(16)
 
 
 def test_an_optimizer_that_raises_ends_everything(
@@ -162,6 +162,6 @@ def test_nobody_gets_a_model_before_it_is_durable(
             bench.join("b")
         gate.set()
         a = uploading.result(10)
-    assert bench.server.fetch(bench.join("b"), central=False)[0] == START
+    assert bench.server.fetch(bench.join("b"), central=False)[0].point == START
     bench.crash()
     assert bench.join("a", epoch=a.epoch, held=START).worker == "a"

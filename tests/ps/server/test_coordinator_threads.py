@@ -59,7 +59,7 @@ def test_many_threads_at_once_count_each_push_once(make: Make) -> None:
         points = list(pool.map(work, callers))
     assert set(points) == {bench.point}
     assert bench.point.version == rounds
-    raw = bench.server.fetch(callers[0], central=True)[2][0]
+    raw = bench.server.fetch(callers[0], central=True)[0].payloads[0]
     values = torch.frombuffer(bytearray(raw), dtype=torch.float32)
     torch.testing.assert_close(values, torch.full((4,), -float(rounds)))
 

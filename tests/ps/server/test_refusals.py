@@ -745,3 +745,12 @@ def test_an_upload_into_a_run_that_has_its_model_changes_nothing(run: Run) -> No
 def test_health_answers_whoever_got_through_the_handshake(run: Run) -> None:
     check_health: Any = run.place.channel(None).unary_unary("/grpc.health.v1.Health/Check")
     assert check_health(b"", timeout=CALL_S) == b"\x08\x01"
+
+
+def test_damage_of_a_header_is_refused(run: Run) -> None:
+    def act(run: Run) -> None:
+        header = run.alice.header(run.alice.next_push())
+        header.sequence += 1
+        run.alice.stub.ShortStep(pb.ShortStepRequest(header=header), timeout=CALL_S)
+
+    check(run, act, "INVALID_ARGUMENT", "invalid", ("header of push", "damaged on its way"))

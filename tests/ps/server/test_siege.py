@@ -326,6 +326,18 @@ class TestWhoBringsTheModel:
         request = pb.JoinRequest(worker=worker, instance=secrets.token_bytes(16), model=[tensor])
         return stub.Join(request, timeout=10)
 
+    def test_one_that_is_damaged_on_its_way_is_brought_again(self, tmp_path: Path) -> None:
+        with server_of(tmp_path, tokens=False) as server, channel_to(server) as channel:
+            stub = Calls(channel)
+            joined = self.join(stub, "alice", 10)
+            brought, damaged = memoryview(bytes(40)), memoryview(bytes([*bytes(39), 1]))
+            first, _ = codec.upload_requests(joined.id, [brought])
+            with pytest.raises(grpc.RpcError, match="another checksum than was said"):
+                stub.Upload(iter([first, damaged]), timeout=5)
+            assert self.join(stub, "alice", 10).upload
+            stub.Upload(codec.upload_requests(joined.id, [brought]), timeout=5)
+            assert server.coordinator.status().numel == 10
+
     def test_who_is_gone_is_replaced_whatever_model_he_named(self, tmp_path: Path) -> None:
         with (
             server_of(tmp_path, tokens=False, lease_s=0.5) as server,

@@ -193,14 +193,13 @@ def test_an_answer_that_is_none_is_refused() -> None:
 
 
 def test_a_model_goes_through() -> None:
-    vectors = [memoryview(bytes(range(28))), memoryview(bytes(range(10)))]
-    point, durable_version, read = codec.read_fetch(
-        codec.fetch_to_wire(SOMEWHERE, 5, vectors), SPEC
-    )
+    vectors = (memoryview(bytes(range(28))), memoryview(bytes(range(10))))
+    full = Update.made(UpdateKind.FULL, SOMEWHERE, vectors)
+    point, durable_version, read = codec.read_fetch(codec.fetch_to_wire(full, 5), SPEC)
     assert (point, durable_version) == (SOMEWHERE, 5)
     assert [bytes(part) for part in read] == [bytes(vector) for vector in vectors]
     with pytest.raises(InvalidError, match=r"expected \[28, 10\]"):
-        codec.read_fetch(codec.fetch_to_wire(SOMEWHERE, 5, vectors[::-1]), SPEC)
+        codec.read_fetch(codec.fetch_to_wire(replace(full, payloads=vectors[::-1]), 5), SPEC)
     with pytest.raises(InvalidError, match="without its header"):
         codec.read_fetch(iter([]), SPEC)
     assert codec.spec_from_wire(codec.spec_to_wire(SPEC)) == SPEC
@@ -238,3 +237,67 @@ def test_an_error_that_is_no_refusal_stays_one() -> None:
     assert refusal_of(sent()) is None
     assert refusal_of(sent((REASON_KEY, "from another release"))) is None
     assert refusal_of(grpc.RpcError()) is None
+
+
+class TestDamage:
+    """Bytes that TCP's checksum let through are noticed wherever no frame has its own."""
+
+    VECTORS = (memoryview(bytes(range(28))), memoryview(bytes(range(10))))
+    FULL = Update.made(UpdateKind.FULL, SOMEWHERE, VECTORS)
+
+    @staticmethod
+    def damaged(chunk: memoryview) -> memoryview:
+        return memoryview(bytes([*chunk[:-1], chunk[-1] ^ 1]))
+
+    def test_of_a_fetched_model(self) -> None:
+        header, *parts = codec.fetch_to_wire(self.FULL, 5)
+        assert isinstance(header, pb.FetchResponse)
+        assert isinstance(parts[-1], memoryview)
+        wrong = [*parts[:-1], self.damaged(parts[-1])]
+        with pytest.raises(InvalidError, match="a fetched model has another checksum"):
+            codec.read_fetch(iter([header, *wrong]), SPEC)
+        header.header.ClearField("checksum")  # as older servers have it
+        codec.read_fetch(iter([header, *wrong]), SPEC)
+
+    @pytest.mark.parametrize("short", [False, True])
+    def test_of_a_full_update(self, short: bool) -> None:
+        answer = Answer(applied=None, members=(), updates=(self.FULL,), durable_version=0)
+        message = steps.short_answer_to_wire(answer)
+        payloads = bytes(self.damaged(memoryview(message.payloads)))
+
+        def read() -> None:
+            if short:
+                response = pb.ShortStepResponse(answer=message.answer, payloads=payloads)
+                steps.read_short_answer(response, SPEC)
+            else:
+                first = pb.StepResponse(answer=message.answer)
+                steps.read_answer(iter([first, memoryview(payloads)]), SPEC)
+
+        with pytest.raises(InvalidError, match="an update has another checksum"):
+            read()
+        message.answer.updates[0].ClearField("checksum")
+        read()
+
+    def test_of_any_field_of_a_pushs_header(self) -> None:
+        header = header_of(frames(), applied=SOMEWHERE, members=("v", "w"), base=SOMEWHERE)
+        steps.check_header(header)
+        changes: dict[str, object] = {
+            "id": pb.WorkerId(run="r", worker="w", epoch=2),
+            "sequence": 2,
+            "base": pb.Point(version=8, chain=SOMEWHERE.chain),
+            "frame_bytes": [1, 2],
+            "digest": bytes(32),
+            "applied_version": 9,
+            "members": ["v", "x"],
+        }
+        # these are in the digest of the contents
+        inside = {"lr", "momentum", "coherence", "weight_decay", "no_gradient", "header_digest"}
+        assert changes.keys() | inside == set(pb.StepHeader.DESCRIPTOR.fields_by_name)
+        for name, value in changes.items():
+            other = pb.StepHeader.FromString(header.SerializeToString())
+            other.ClearField(name)  # type: ignore[arg-type]
+            other.MergeFrom(pb.StepHeader(**{name: value}))  # type: ignore[arg-type]
+            with pytest.raises(InvalidError, match="damaged on its way"):
+                steps.check_header(other)
+            other.ClearField("header_digest")  # as older workers have it
+            steps.check_header(other)

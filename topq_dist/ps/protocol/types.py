@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import zlib
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -119,11 +120,23 @@ class UpdateKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The way of a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector."""
+    """The way of a worker to `point`: a frame (SET, ADD) or raw bytes (FULL) for each vector.
+
+    checksum: `raw_checksum` of the payloads of a FULL one; None: not known.
+    """
 
     kind: UpdateKind
     point: ModelVersion
     payloads: tuple[memoryview, ...]
+    checksum: int | None = None
+
+    @classmethod
+    def made(
+        cls, kind: UpdateKind, point: ModelVersion, payloads: tuple[memoryview, ...]
+    ) -> Update:
+        """Return the update, its checksum computed where frames do not bring their own."""
+        checksum = raw_checksum(payloads) if kind is UpdateKind.FULL else None
+        return cls(kind=kind, point=point, payloads=payloads, checksum=checksum)
 
     @property
     def payload_bytes(self) -> int:
@@ -204,6 +217,14 @@ def push_digest(
     for frame in frames:
         digest.update(frame)
     return digest.digest()
+
+
+def raw_checksum(vectors: Iterable[memoryview]) -> int:
+    """Return the CRC-32, as frames have it, of raw vectors one behind the other."""
+    checksum = 0
+    for vector in vectors:
+        checksum = zlib.crc32(vector, checksum)
+    return checksum
 
 
 def next_chain(chain: bytes, pushes: Iterable[tuple[str, int, bytes]]) -> bytes:

@@ -18,7 +18,14 @@ from topq_dist.ps.protocol.errors import (
     NotReadyError,
     RefusedError,
 )
-from topq_dist.ps.protocol.types import START, Answer, ModelVersion, Push, check_worker_name
+from topq_dist.ps.protocol.types import (
+    START,
+    Answer,
+    ModelVersion,
+    Push,
+    Update,
+    check_worker_name,
+)
 from topq_dist.ps.server.membership import NO_MODEL
 from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, Joined, PushPermit, WorkerId
@@ -187,10 +194,8 @@ class Coordinator(Run):
         """Renew the lease of a worker whose bytes come in; takes no lock."""
         self._leases.touch(worker, self._clock())
 
-    def fetch(
-        self, caller: WorkerId, *, central: bool
-    ) -> tuple[ModelVersion, int, tuple[memoryview, ...]]:
-        """Return (point, durable version, raw vectors): what workers hold, or `central`'s own.
+    def fetch(self, caller: WorkerId, *, central: bool) -> tuple[Update, int]:
+        """Return the whole model, as workers hold it or `central`'s own, and the durable version.
 
         Raises RefusedError.
         """
@@ -206,7 +211,7 @@ class Coordinator(Run):
             member = self._leases.get(caller.worker)
             if member is not None and not central:
                 member.held_version = point.version
-            return point, self._snapshotter.acknowledged_version, full.payloads
+            return full, self._snapshotter.acknowledged_version
 
     def renew(self, caller: WorkerId) -> int:
         """Renew the lease and return the durable version; raises RefusedError."""

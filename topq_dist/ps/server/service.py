@@ -21,10 +21,11 @@ from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, PushPermit, WorkerId
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.codec import fetch_to_wire, groups_to_wire, spec_from_wire
-from topq_dist.ps.wire.messages import STEP_RESPONSES, Receiver, chunks
+from topq_dist.ps.wire.messages import STEP_RESPONSES, Receiver, check_raw, chunks
 from topq_dist.ps.wire.steps import (
     answer_message,
     answer_to_wire,
+    check_header,
     point_from_wire,
     point_to_wire,
     push_from_wire,
@@ -112,7 +113,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                 for request in request_iterator:
                     self._coordinator.hear(caller.worker)
                     receiver.take(_chunk(request, "an upload says twice who sends it"))
-                self._coordinator.upload(caller, receiver.parts())
+                vectors = receiver.parts()
+                check_raw(vectors, first, f"the model that {caller.worker!r} uploads")
+                self._coordinator.upload(caller, vectors)
         return pb.UploadResponse()
 
     def Step(  # type: ignore[override] # the interceptor writes chunks
@@ -123,6 +126,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         if not isinstance(first, pb.StepRequest) or not first.HasField("header"):
             raise InvalidError("a step begins without its header")
         header = first.header
+        check_header(header)
         caller = self._caller(context, header.id)
         permit = self._coordinator.permit(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):
@@ -143,6 +147,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
     ) -> pb.ShortStepResponse:
         """Do the same with a push in one message, where the answer is there soon."""
         header = request.header
+        check_header(header)
         caller = self._caller(context, header.id)
         permit = self._coordinator.permit(caller, header.sequence, header.digest)
         with self._steps.of(caller.worker, context):

@@ -175,7 +175,7 @@ class RunState:
         )
         self.ledger.record(point.version, pushes)
         members = tuple(push.worker for push in pushes)
-        self.update_log.add(Update(kind=kind, point=point, payloads=payloads), members)
+        self.update_log.add(Update.made(kind, point, payloads), members)
         self.ledger.forget_before(self.update_log.oldest_version)
         self.point = point
         self._full = None
@@ -214,10 +214,10 @@ class RunState:
         """Return the whole model, copied: what workers hold at this point, or `central`'s own."""
         if central:
             payloads = tuple(self.central.central_raw())
-            return Update(kind=UpdateKind.FULL, point=self.point, payloads=payloads)
+            return Update.made(UpdateKind.FULL, self.point, payloads)
         if self._full is None:
             payloads = tuple(self.central.workers_raw())
-            self._full = Update(kind=UpdateKind.FULL, point=self.point, payloads=payloads)
+            self._full = Update.made(UpdateKind.FULL, self.point, payloads)
         return self._full
 
     def sha256(self) -> str:

@@ -164,10 +164,7 @@ def _read_versions(
                 raise ValueError(f"payload of {length!r} bytes in version {version}")
             parts.append(memoryview(bytes(payloads[end : end + length])))
             end += length
-        update = Update(
-            kind=UpdateKind[row["kind"]],
-            point=point_from_state({"version": version, "chain": row["chain"]}),
-            payloads=tuple(parts),
-        )
+        point = point_from_state({"version": version, "chain": row["chain"]})
+        update = Update.made(UpdateKind[row["kind"]], point, tuple(parts))
         made.append(_Made(update=update, members=tuple(map(str, row["members"]))))
     return made, end

@@ -13,8 +13,10 @@ from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
     GroupView,
     ModelVersion,
+    Update,
+    raw_checksum,
 )
-from topq_dist.ps.wire.messages import Receiver, chunks
+from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
 from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -72,17 +74,16 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
     )
 
 
-def fetch_to_wire(
-    point: ModelVersion, durable_version: int, vectors: Sequence[memoryview]
-) -> Iterator[pb.FetchResponse | memoryview]:
+def fetch_to_wire(full: Update, durable_version: int) -> Iterator[pb.FetchResponse | memoryview]:
     """Yield the header and the chunks that bring a whole model, as raw vectors."""
     header = pb.FetchHeader(
-        point=point_to_wire(point),
+        point=point_to_wire(full.point),
         durable_version=durable_version,
-        vector_bytes=[vector.nbytes for vector in vectors],
+        vector_bytes=[vector.nbytes for vector in full.payloads],
+        checksum=full.checksum,
     )
     yield pb.FetchResponse(header=header)
-    yield from chunks(vectors)
+    yield from chunks(full.payloads)
 
 
 def read_fetch(
@@ -104,12 +105,14 @@ def read_fetch(
     receiver = Receiver(expected, limit_bytes=sum(expected), what="a fetched model")
     for response in responses:
         receiver.take(chunk_of(response))
-    return point_from_wire(first.header.point), first.header.durable_version, receiver.parts()
+    vectors = receiver.parts()
+    check_raw(vectors, first.header, "a fetched model")
+    return point_from_wire(first.header.point), first.header.durable_version, vectors
 
 
 def upload_requests(
     worker: pb.WorkerId, vectors: Sequence[memoryview]
 ) -> Iterator[pb.UploadRequest | memoryview]:
     """Yield the header and the chunks that bring a worker's raw vectors to the server."""
-    yield pb.UploadRequest(id=worker)
+    yield pb.UploadRequest(id=worker, checksum=raw_checksum(vectors))
     yield from chunks(vectors)

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
-from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES
+from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES, raw_checksum
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -101,6 +101,19 @@ class Receiver:
                 f"{self._what} ended after {self._received} of {self._edges[-1]} bytes"
             )
         return tuple(self._buffer[start:stop] for start, stop in pairwise(self._edges))
+
+
+def check_raw(
+    vectors: Iterable[memoryview],
+    said: pb.UploadRequest | pb.FetchHeader | pb.Update,
+    what: str,
+) -> None:
+    """Raise InvalidError where raw vectors are not those that `said` has the checksum of, if any.
+
+    what: names them in the error.
+    """
+    if said.HasField("checksum") and raw_checksum(vectors) != said.checksum:
+        raise InvalidError(f"{what} has another checksum than was said: damaged on its way")
 
 
 M = TypeVar("M", bound=Message)

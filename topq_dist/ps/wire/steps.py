@@ -5,6 +5,8 @@ What comes in is checked here: what no peer of this library would send raises In
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -26,7 +28,7 @@ from topq_dist.ps.protocol.types import (
     push_digest,
 )
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.messages import Receiver, chunks
+from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 
@@ -46,7 +48,7 @@ def point_from_wire(message: pb.Point) -> ModelVersion:
 
 def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
     """Return what a push says before its frames."""
-    return pb.StepHeader(
+    header = pb.StepHeader(
         id=worker,
         sequence=push.sequence,
         base=point_to_wire(push.base),
@@ -58,6 +60,36 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
         momentum=push.momentum,
         coherence=push.coherence,
     )
+    header.header_digest = header_digest(header)
+    return header
+
+
+def header_digest(header: pb.StepHeader) -> bytes:
+    """Return the SHA-256 of what the digest of a push's contents leaves out of its header."""
+    digest = hashlib.sha256()
+
+    def add(*parts: int | bytes | str) -> None:
+        for part in parts:
+            if isinstance(part, int):
+                digest.update(struct.pack("<Q", part))
+            else:
+                raw = part.encode() if isinstance(part, str) else part
+                digest.update(struct.pack("<Q", len(raw)) + raw)
+
+    add(header.id.run, header.id.worker, header.id.epoch, header.sequence)
+    add(header.base.version, header.base.chain)
+    add(len(header.frame_bytes), *header.frame_bytes, header.digest, header.applied_version)
+    add(len(header.members), *header.members)
+    return digest.digest()
+
+
+def check_header(header: pb.StepHeader) -> None:
+    """Raise InvalidError where a header is not the one that its worker has made."""
+    if header.header_digest and header_digest(header) != header.header_digest:
+        raise InvalidError(
+            f"the header of push {header.sequence} of {header.id.worker!r} has another digest than "
+            "it says: damaged on its way"
+        )
 
 
 def step_requests(worker: pb.WorkerId, push: PushRecord) -> Iterator[pb.StepRequest | memoryview]:
@@ -139,6 +171,7 @@ def answer_message(answer: Answer) -> pb.StepAnswer:
                 kind=pb.Update.Kind.ValueType(update.kind.value),
                 point=point_to_wire(update.point),
                 payload_bytes=[payload.nbytes for payload in update.payloads],
+                checksum=update.checksum,
             )
             for update in answer.updates
         ],
@@ -207,22 +240,26 @@ def receiver_of_answer(
 def answer_from_wire(
     message: pb.StepAnswer, payloads: Iterable[memoryview], spec: ModelSpec
 ) -> Answer:
-    """Return the answer of a message that has passed `receiver_of_answer`, and its payloads."""
+    """Return the answer of a message that has passed `receiver_of_answer`, and its payloads.
+
+    Raises InvalidError for payloads that were damaged on their way.
+    """
     left = iter(payloads)
     applied = message.outcome == pb.StepAnswer.OUTCOME_APPLIED
     return Answer(
         applied=point_from_wire(message.applied_point) if applied else None,
         members=tuple(message.members),
         updates=tuple(
-            Update(
-                kind=UpdateKind(update.kind),
-                point=point_from_wire(update.point),
-                payloads=tuple(next(left) for _ in spec.vectors),
-            )
-            for update in message.updates
+            _update(update, tuple(next(left) for _ in spec.vectors)) for update in message.updates
         ),
         durable_version=message.durable_version,
     )
+
+
+def _update(message: pb.Update, payloads: tuple[memoryview, ...]) -> Update:
+    check_raw(payloads, message, "an update")
+    point = point_from_wire(message.point)
+    return Update(kind=UpdateKind(message.kind), point=point, payloads=payloads)
 
 
 def short_step_request(worker: pb.WorkerId, push: PushRecord) -> pb.ShortStepRequest:
