@@ -102,7 +102,7 @@ def random_push(model: FlatModel, generator: torch.Generator, *, q: float) -> Pu
         ("sgd", {"lr": 0.1}),
         ("sgd", {"lr": 0.1, "momentum": 0.9}),
         ("sgd", {"lr": 0.1, "maximize": True}),
-        ("adamw", {"lr": 0.01}),
+        ("adamw", {"lr": 0.01, "eps": 1e-4}),
     ],
 )
 @pytest.mark.parametrize("model_name", ["fp32", "mixed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -83,6 +84,15 @@ def copy_of(tensor: Tensor) -> Tensor:
     if tensor.dtype not in FLOATS:
         return tensor.clone()
     return zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def magnitude(tensor: Tensor) -> float:
+    """Return the largest absolute value of a CPU tensor of floats; infinity where one is NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    largest = max(abs(float(low)), abs(float(high)))
+    return math.inf if math.isnan(largest) else largest
 
 
 def raw_view(flat: Tensor) -> memoryview:

@@ -12,7 +12,7 @@ from torch import Tensor
 from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, blocks
 from topq_dist.compress.sparsify.magnitude import not_finite_allowed
-from topq_dist.ps.model.flat import FlatModel, picked, put, put_zeros, zeros
+from topq_dist.ps.model.flat import FlatModel, magnitude, picked, put, put_zeros, zeros
 from topq_dist.ps.model.spec import ModelSpec
 
 # with more nonzero elements than this share, a pass over the whole vector is cheaper than a
@@ -34,6 +34,7 @@ class GradientSum:
             for flat in self.model.flats
         ]
         self._indices: list[list[Tensor]] = []
+        self._values: list[list[Tensor]] = []
         self._all_indices: dict[int, Tensor] = {}
 
     def add(self, pushes: Sequence[Sequence[Frame]]) -> None:
@@ -49,15 +50,23 @@ class GradientSum:
                 with not_finite_allowed():
                     values = torch.from_numpy(frame.values.numpy() / len(pushes))
                     replace(frame, values=values).add_to(total)
-        self._indices = [
-            [frame.indices for frame in frames] for frames in zip(*pushes, strict=True)
-        ]
+        self._indices, self._values = (
+            [[getattr(frame, part) for frame in frames] for frames in zip(*pushes, strict=True)]
+            for part in ("indices", "values")
+        )
         for flat, total, indices in self._vectors():
             if total is not flat and self._scattered(flat, indices):
                 for where in indices:
                     put(flat, where, picked(total, where).to(flat.dtype))
             elif total is not flat:
                 flat.copy_(total)
+
+    def magnitude(self) -> float:
+        """Return what no element of the mean gradient exceeds."""
+        looked_at: list[Tensor] = []
+        for (flat, _, indices), values in zip(self._vectors(), self._values, strict=True):
+            looked_at += values if self._scattered(flat, indices) else [flat]
+        return max(map(magnitude, looked_at))
 
     def touched(self) -> list[Tensor] | None:
         """Return the ascending indices of each vector that are in any frame; None: too many."""
@@ -78,7 +87,7 @@ class GradientSum:
                         put_zeros(vector, where)
                 else:
                     vector.zero_()
-        self._indices = []
+        self._indices, self._values = [], []
 
     def _vectors(self) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
         return list(zip(self.model.flats, self._totals, self._indices, strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.coherence import Coherence, total
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
@@ -27,6 +28,7 @@ from topq_dist.ps.training.downlink import make_downlink
 from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
 from topq_dist.ps.training.inner_state import check_inner_state, inner_state, load_inner_state
 from topq_dist.ps.training.inner_step import MomentumOut, SparseStep
+from topq_dist.ps.training.step_guard import StepGuard, scale_of
 
 
 class CentralModel:
@@ -55,12 +57,13 @@ class CentralModel:
             adapt_rate=config.begun().adapt_rate is True,
         )
         self._downlink = make_downlink(config, values)
+        self._guard = StepGuard(spec, self._inner.param_groups, lambda: self.state(copied=False)[0])
 
-    def check_push(self, push: Push) -> None:
+    def check_push(self, push: Push, *, max_lr: float = math.inf) -> None:
         """Raise InvalidError or NonFiniteError unless `apply` can take the push.
 
         Its frames must be none or one for each vector, of as many elements, and finite; its
-        learning rates none or one for each group, finite and not negative; its momentum none or
+        learning rates none or one for each group, from 0 to `max_lr`; its momentum none or
         one for each group, where the optimizer has one, in [0, 1); its coherence nothing or two
         finite sums. A replay names its own worker among its members.
         """
@@ -84,6 +87,10 @@ class CentralModel:
                 raise NonFiniteError(f"lr={lr!r}: expected a finite number")
             if lr < 0:
                 raise InvalidError(f"lr={lr!r}: expected 0 or more")
+            if lr > max_lr:
+                raise InvalidError(
+                    f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr"
+                )
         self._check_momentum(push.momentum)
         _check_coherence(push.coherence)
         if push.applied_version and push.worker not in push.members:
@@ -116,7 +123,43 @@ class CentralModel:
         without frames does not count in the mean; where none has any there is no step. The first
         push that has learning rates sets them, and the first that has momenta those. The pushes
         must have passed check_push, and stay as they are.
+
+        Raises NonFiniteStepError, leaving everything as it was, for a step that would end in
+        numbers that are not finite.
         """
+        counted = [push.frames for push in pushes if push.frames]
+        if not counted:
+            self._set_groups(pushes)
+            return self._downlink.nothing()
+        self._gradient.add(counted)
+        if self._is_calm(pushes):
+            self._set_groups(pushes)
+            return self._step(pushes, counted)
+        before = self.state()
+        try:
+            self._set_groups(pushes)
+            update = self._step(pushes, counted)
+            if self._guard.is_finite():
+                return update
+            why = None
+        except (ArithmeticError, RuntimeError) as error:  # of a number that no tensor can take
+            self._gradient.clear()
+            why = error
+        self.load_state(*before)
+        raise self._guard.error(pushes) from why
+
+    def is_finite(self) -> bool:
+        """Return whether all that the next steps depend on is finite."""
+        return self._guard.is_finite()
+
+    def _is_calm(self, pushes: Sequence[Push]) -> bool:
+        groups = self._inner.param_groups
+        rates = [group["lr"] for group in groups] + [lr for push in pushes for lr in push.lr]
+        momenta = [group_momentum(group) or 0.0 for group in groups]
+        momenta += [momentum for push in pushes for momentum in push.momentum]
+        return self._guard.is_calm(self._gradient.magnitude(), scale_of(rates, momenta))
+
+    def _set_groups(self, pushes: Sequence[Push]) -> None:
         rates = next((push.lr for push in pushes if push.lr), None)
         if rates is not None:
             for group, lr in zip(self._inner.param_groups, rates, strict=True):
@@ -125,10 +168,10 @@ class CentralModel:
         if momenta is not None:
             for group, momentum in zip(self._inner.param_groups, momenta, strict=True):
                 set_group_momentum(group, momentum)
-        counted = [push.frames for push in pushes if push.frames]
-        if not counted:
-            return self._downlink.nothing()
-        self._gradient.add(counted)
+
+    def _step(
+        self, pushes: Sequence[Push], counted: Sequence[Sequence[Frame]]
+    ) -> tuple[UpdateKind, tuple[memoryview, ...]]:
         coherence = total(Coherence(*push.coherence) for push in pushes if push.frames)
         with self._momentum.stepping(counted, coherence):
             touched = self._sparse_step.take(self._params, self._gradient)
