@@ -26,7 +26,7 @@ def point(version: int, branch: str = "") -> ModelVersion:
 
 def update(version: int, kind: UpdateKind = UpdateKind.ADD, length: int = 5) -> Update:
     payloads = (memoryview(bytes([version % 256]) * length), memoryview(b""))
-    return Update(kind=kind, point=point(version), payloads=payloads)
+    return Update.made(kind, point(version), payloads)
 
 
 def history(kinds: list[UpdateKind], max_bytes: int = ROOMY, length: int = 5) -> UpdateLog:

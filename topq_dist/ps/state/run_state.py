@@ -108,13 +108,14 @@ class RunState:
     ) -> tuple[RunState, tuple[str, ...]] | None:
         """Return the run of the latest snapshot and whose leases ran then; None without one.
 
-        Raises StateError for a snapshot that is damaged or of another configuration.
+        Raises StateError for a snapshot that is damaged, hostile or of another configuration.
         """
         snapshot = state_dir.load()
         if snapshot is None:
             return None
         try:
             check_same_training(snapshot.training, training)
+            _check_sizes(snapshot)
             training = training.begun(snapshot.training)
             central = CentralModel(training, snapshot.spec, FlatModel(snapshot.spec))
             central.load_state(snapshot.tensors, snapshot.central)
@@ -128,10 +129,14 @@ class RunState:
                 ledger=Ledger.from_json(snapshot.ledger),
                 update_log=update_log,
             )
+            if not central.is_finite():
+                raise ValueError("it holds NaN or infinity, from which no training goes on")
             if update_log.newest != snapshot.point:
                 raise ValueError(f"a history up to {update_log.newest} beside {snapshot.point}")
-        except ValueError as error:
-            raise StateError(f"{state_dir.snapshot_path} is no snapshot: {error}") from error
+        except StateError:
+            raise
+        except Exception as error:  # a file with a fitting digest may hold anything
+            raise state_dir.unusable(error) from error
         return state, tuple(snapshot.workers)
 
     def snapshot(self, workers: Iterable[str], *, every: int = 1) -> Snapshot:
@@ -166,7 +171,8 @@ class RunState:
     def apply(self, pushes: Sequence[Push]) -> None:
         """Make the next version of these pushes, each of which the ledger called next.
 
-        What raises in here leaves the state between two versions, of no use any more.
+        Raises NonFiniteStepError, as CentralModel does. What else raises in here leaves the state
+        between two versions, of no use any more.
         """
         kind, payloads = self.central.apply(pushes)
         chained = [(push.worker, push.sequence, push.digest) for push in pushes]
@@ -242,6 +248,15 @@ class RunState:
         ):
             updates = (self.full(),)
         return Answer(applied=applied, members=members, updates=updates, durable_version=0)
+
+
+def _check_sizes(snapshot: Snapshot) -> None:
+    """Raise ValueError unless the parameters are as many as the spec takes memory for."""
+    for place, vector in enumerate(snapshot.spec.vectors):
+        saved = snapshot.tensors.get(f"model.{place}")
+        found = "no" if saved is None else saved.numel()
+        if found != vector.numel:
+            raise ValueError(f"{found} elements of vector {place}: expected {vector.numel}")
 
 
 def _copied(tensor: Tensor, kept: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
 from topq_dist.ps.protocol.config import TrainingConfig
-from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import (
     ModelVersion,
     check_worker_name,
@@ -38,7 +37,8 @@ from topq_dist.ps.state.snapshot_file import (
 __all__ = ["Snapshot", "StateDir", "StateError", "check_same_training", "training_json"]
 
 SNAPSHOT_NAME = "snapshot.safetensors"
-_PARTIAL_NAME = SNAPSHOT_NAME + ".partial"
+PREVIOUS_NAME = "snapshot.previous.safetensors"
+_PARTIAL_NAMES = (SNAPSHOT_NAME + ".partial", PREVIOUS_NAME + ".partial")
 _LOCK_NAME = "lock"
 _METADATA = "metadata"
 _HISTORY = "history"
@@ -68,23 +68,32 @@ class Snapshot:
     workers: Sequence[str] = ()
 
 
+class LockLostError(StateError):
+    """Another server has taken the state directory over: this one may not write there any more."""
+
+
 class StateDir:
     """A directory that one server holds its state in, locked until it is closed.
 
     Makes it where it is missing, and removes what a killed server had not finished writing.
     Raises StateError where it cannot, or where another server has it.
+
+    The snapshot before the latest stays beside it, where the file system knows hard links.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._saving = threading.Lock()
         self._saved_version = -1
+        # of the latest snapshot, as this server has found or left it
+        self._saved_stamp: tuple[int, int] | None = None
         try:
             if not self.path.exists():
                 self.path.mkdir(mode=0o700, parents=True)
                 _sync_directory(self.path.parent)
             self._lock = _lock(self.path)
             self._remove_partial()
+            self._saved_stamp = _stamp(self.snapshot_path)
         except OSError as error:
             raise StateError(f"state directory {self.path}: {error}") from error
 
@@ -92,6 +101,25 @@ class StateDir:
     def snapshot_path(self) -> Path:
         """The path of the latest snapshot, if there is one."""
         return self.path / SNAPSHOT_NAME
+
+    @property
+    def previous_path(self) -> Path:
+        """The path of the snapshot before the latest, if there is one."""
+        return self.path / PREVIOUS_NAME
+
+    def unusable(self, why: Exception) -> StateError:
+        """Return the error of a latest snapshot that cannot be gone on from."""
+        said = str(why)
+        if not isinstance(why, StateError):
+            said = f"{self.snapshot_path} is no snapshot: {why!r}"
+        remedy = ""
+        if self.previous_path.exists():
+            remedy = (
+                f"; the one before it is {self.previous_path.name}: in its place, with nothing"
+                " else changed, a server goes on from there, and what workers do not hold any more"
+                " is lost"
+            )
+        return StateError(said + remedy)
 
     def load(self) -> Snapshot | None:
         """Return the latest snapshot, or None where none was ever saved.
@@ -105,11 +133,14 @@ class StateDir:
             return None
         except OSError as error:
             raise StateError(f"{self.snapshot_path} cannot be read: {error}") from error
+        except StateError as error:
+            raise self.unusable(error) from error
         try:
             snapshot = _unpacked(contents)
-        except (InvalidError, KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{self.snapshot_path} is no snapshot: {error!r}") from error
+        except Exception as error:  # a file with a fitting digest may hold anything
+            raise self.unusable(error) from error
         self._saved_version = snapshot.point.version
+        self._saved_stamp = _stamp(self.snapshot_path)
         return snapshot
 
     def save(self, snapshot: Snapshot) -> None:
@@ -117,8 +148,9 @@ class StateDir:
 
         Nothing of it may change meanwhile; nothing is copied. Whatever happens, and whenever the
         process or the machine dies, the latest snapshot is wholly the old or wholly the new one.
-        Raises StateError where it could not be written, and ValueError for one that is older than
-        the latest or holds what cannot be saved.
+        Raises StateError where it could not be written, LockLostError where another server has the
+        directory now, and ValueError for one that is older than the latest or holds what cannot be
+        saved.
         """
         with self._saving:
             if self._lock < 0:
@@ -127,12 +159,16 @@ class StateDir:
             if version < self._saved_version:
                 raise ValueError(f"version={version}: expected {self._saved_version} or later")
             contents = _packed(snapshot)
-            partial = self.path / _PARTIAL_NAME
+            partial, spare = (self.path / name for name in _PARTIAL_NAMES)
             try:
                 # a new file each time: after a failed fsync the old one's pages are not to trust
                 self._remove_partial()
                 _write_durably(partial, contents)
+                self._check_lock()
+                if version > self._saved_version >= 0:
+                    self._keep_previous(spare)
                 _rename(partial, self.snapshot_path)
+                self._saved_stamp = _stamp(self.snapshot_path)
                 _sync_directory(self.path)
             except OSError as error:
                 raise StateError(f"{self.snapshot_path} was not saved: {error}") from error
@@ -159,10 +195,39 @@ class StateDir:
         self.close()
 
     def _remove_partial(self) -> None:
-        partial = self.path / _PARTIAL_NAME
-        if partial.exists():
-            _log.info("removing %s, which was not finished", partial)
-            partial.unlink()
+        for partial in (self.path / name for name in _PARTIAL_NAMES):
+            if partial.exists():
+                _log.info("removing %s, which was not finished", partial)
+                partial.unlink()
+
+    def _keep_previous(self, spare: Path) -> None:
+        """Give the latest snapshot a second name, which stays when it is replaced."""
+        try:
+            os.link(self.snapshot_path, spare)
+            spare.replace(self.previous_path)
+        except OSError as error:
+            _log.debug("the snapshot before the latest is not kept: %s", error)
+
+    def _check_lock(self) -> None:
+        """Raise LockLostError unless the directory is still ours.
+
+        A lock file that somebody has removed is made again, where no server came in between.
+        """
+        held = os.fstat(self._lock)
+        path = self.path / _LOCK_NAME
+        if not path.exists() or not os.path.samestat(held, path.stat()):
+            _log.warning("the lock of state directory %s was removed: taking it again", self.path)
+            try:
+                lock = _lock(self.path)
+            except StateError as error:
+                raise LockLostError(f"{error}; its lock file was removed meanwhile") from error
+            os.close(self._lock)
+            self._lock = lock
+        if _stamp(self.snapshot_path) not in (None, self._saved_stamp):
+            raise LockLostError(
+                f"{self.snapshot_path} was written by somebody else: expected nobody but this "
+                "server to do so while it runs"
+            )
 
 
 def training_json(training: TrainingConfig) -> dict[str, Any]:
@@ -279,6 +344,15 @@ def _lock(directory: Path) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another of its name; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _write_durably(path: Path, contents: Mapping[str, Contents]) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 
 from topq_dist.ps.protocol.errors import NotReadyError
-from topq_dist.ps.state.snapshot import Snapshot, StateDir
+from topq_dist.ps.state.snapshot import LockLostError, Snapshot, StateDir
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
+# versions that are made without a snapshot: workers keep their pushes for as long
+_MOST_UNSAVED = 1000
 _DURABLE_WITHIN_S = 60.0
 
 
@@ -35,6 +37,9 @@ class Snapshotter(threading.Thread):
         super().__init__(name="snapshots", daemon=True)
         # -1: not even the initial model
         self.version = -1
+        # whether another server has the directory, so that this one can save nothing any more
+        self.lost = False
+        self._failing = False
         self._requested_version = 0
         self._state_dir = state_dir
         self._changed = changed
@@ -59,12 +64,21 @@ class Snapshotter(threading.Thread):
             self._requested_version = version
             self.request()
 
+    def holds_up(self, version: int) -> bool:
+        """Return whether none may be made after `version` until a snapshot is written.
+
+        What is not durable is kept by all workers, and would grow without a limit.
+        """
+        intervals = 2 if self._failing else 10
+        least = 0 if self._failing else _MOST_UNSAVED
+        return version - self.acknowledged_version >= max(intervals * self._every, least)
+
     def request(self) -> None:
         """Have what is there now, or later, saved soon."""
         self._wanted.set()
 
     def run(self) -> None:
-        """Save once or more after each request, until it works."""
+        """Save once or more after each request, until it works or another server has begun."""
         while True:
             self._wanted.wait()
             self._wanted.clear()
@@ -72,9 +86,22 @@ class Snapshotter(threading.Thread):
                 return
             try:
                 self.save()
-            except Exception:  # noqa: BLE001 - logged, and tried again
+            except LockLostError as error:
+                _log.critical("%s", error)
+                self.lost = True
+                with self._changed:
+                    self._changed.notify_all()
+                return
+            except Exception as error:  # noqa: BLE001 - logged, and tried again
                 # a full disk may be emptied: until then nothing becomes durable, which workers see
-                _log.exception("a snapshot could not be written; it is tried again")
+                if not self._failing:
+                    _log.exception(
+                        "a snapshot could not be written: it is tried again, and %d more versions"
+                        " are made at most",
+                        2 * self._every,
+                    )
+                _log.debug("a snapshot could not be written: %s", error)
+                self._failing = True
                 self._wanted.set()
                 self._closing.wait(_RETRY_S)
 
@@ -86,6 +113,9 @@ class Snapshotter(threading.Thread):
             return
         self._state_dir.save(snapshot)
         with self._changed:
+            if self._failing:
+                _log.warning("snapshots can be written again")
+                self._failing = False
             self.version = max(self.version, snapshot.point.version)
             self._changed.notify_all()
 
