@@ -208,10 +208,11 @@ class ServingConfig:
     start_workers: the first version waits until so many have joined. min_workers: no version is
     made of fewer live ones. max_workers: no more can join.
     lease_s: a worker not heard of for so long is gone. round_timeout_s: a round that waits longer
-    after its first push closes without the rest; None waits for every live worker.
+    after its first push closes without the rest, who are not waited for until they push again; None
+    waits for every live worker, for ever where one is silent and renews its lease.
     snapshot_every: versions between two snapshots; 1 makes each durable before it is answered.
     history_bytes: recent updates kept for workers that catch up or come back.
-    max_model_bytes: of the values that a worker may bring.
+    max_model_bytes: of the values that a worker may bring. max_lr: of the rates that one may set.
 
     Raises ConfigError for a value out of place.
     """
@@ -233,9 +234,10 @@ class ServingConfig:
         default=60.0, metadata=_option("A worker not heard of for so long is gone.")
     )
     round_timeout_s: float | None = field(
-        default=None,
+        default=600.0,
         metadata=_option(
-            "sync: a round closes so long after its first push; left out, it waits for all.",
+            "sync: a round closes so long after its first push, and those that missed it are not"
+            " waited for until they push again.",
             only_with=("mode", "sync"),
         ),
     )
@@ -254,6 +256,9 @@ class ServingConfig:
         default=64 << 30,
         metadata=_option("The largest model that a worker may bring.", metavar="BYTES"),
     )
+    max_lr: float = field(
+        default=1000.0, metadata=_option("The highest learning rate that a worker may set.")
+    )
 
     def __post_init__(self) -> None:
         _check_whole("start_workers", self.start_workers, 1)
@@ -265,9 +270,15 @@ class ServingConfig:
         _check_whole("snapshot_every", self.snapshot_every, 1)
         _check_whole("history_bytes", self.history_bytes, 0)
         _check_whole("max_model_bytes", self.max_model_bytes, 1)
+        _check("max_lr", self.max_lr, 0, above=True)
 
 
 def check_together(training: TrainingConfig, serving: ServingConfig) -> None:
-    """Raise ConfigError for what one of them says and the other gives no effect."""
-    if training.mode != "sync" and serving.round_timeout_s is not None:
+    """Raise ConfigError for what one of them says and the other gives no effect, or forbids."""
+    for options in (training.options, *(rule.options for rule in training.groups)):
+        lr = options.get("lr")
+        if isinstance(lr, int | float) and lr > serving.max_lr:
+            raise ConfigError("max_lr", serving.max_lr, f"expected at least the run's own lr {lr}")
+    given = serving.round_timeout_s not in (None, ServingConfig.round_timeout_s)
+    if training.mode != "sync" and given:
         raise _idle("round_timeout_s", serving.round_timeout_s, "mode", training.mode, "sync")

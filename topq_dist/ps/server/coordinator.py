@@ -112,7 +112,7 @@ class Coordinator(Run):
             )
             with self._changed:
                 if self._state is None and self._membership.spec == spec:
-                    self._begin(state, recover_to=None)
+                    self._begin(state, None)
                     self._snapshotter.request()
                     self._changed.notify_all()
         with self._changed:
@@ -136,7 +136,7 @@ class Coordinator(Run):
             self._check_serving()
             permit = self._membership.renew(permit)
             state = self._started()
-            state.central.check_push(push)
+            state.central.check_push(push, max_lr=self.serving.max_lr)
             if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
                 pending.resolve(state.repeat(push, permit.verdict.version))
@@ -193,6 +193,10 @@ class Coordinator(Run):
     def hear(self, worker: str) -> None:
         """Renew the lease of a worker whose bytes come in; takes no lock."""
         self._leases.touch(worker, self._clock())
+
+    def renew_leases(self) -> None:
+        """Begin all leases that run anew, after a long pause of this process; takes no lock."""
+        self._leases.renew_live(self._clock())
 
     def fetch(self, caller: WorkerId, *, central: bool) -> tuple[Update, int]:
         """Return the whole model, as workers hold it or `central`'s own, and the durable version.

@@ -49,11 +49,12 @@ class _Watch:
 class CallWatchdog:
     """Cancels calls from a thread of its own: gRPC waits for messages without a limit.
 
-    on_late: called after each.
+    on_late: called after each. clock: seconds; asked every half second at least.
     """
 
-    def __init__(self, on_late: Callable[[], None]) -> None:
+    def __init__(self, on_late: Callable[[], None], clock: Callable[[], float]) -> None:
         self._on_late = on_late
+        self.clock = clock
         self._lock = threading.Lock()
         self._watches: set[_Watch] = set()
         self._closed = threading.Event()
@@ -67,7 +68,7 @@ class CallWatchdog:
 
     def _walk(self) -> None:
         while not self._closed.wait(_LOOK_S):
-            now_s = time.monotonic()
+            now_s = self.clock()
             with self._lock:
                 late = [watch for watch in self._watches if watch.end_s <= now_s]
                 self._watches.difference_update(late)
@@ -79,7 +80,7 @@ class CallWatchdog:
     @contextmanager
     def watch(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[_Watch]:
         """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did."""
-        watch = _Watch(context=context, end_s=time.monotonic() + limit_s)
+        watch = _Watch(context=context, end_s=self.clock() + limit_s)
         with self._lock:
             self._watches.add(watch)
         try:
@@ -112,11 +113,11 @@ class ThroughputLimit:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time that the block takes."""
-        started_s = time.monotonic()
+        started_s = self._watchdog.clock()
         with self._watchdog.watch(self._context, self._left_s) as watch:
             yield
         self.late = watch.late
-        self._left_s -= time.monotonic() - started_s
+        self._left_s -= self._watchdog.clock() - started_s
 
     def moved(self, count_bytes: int) -> None:
         """Note that so many bytes have gone through."""
@@ -134,14 +135,19 @@ class AuthInterceptor(grpc.ServerInterceptor):
     """Stands before all services. authenticator: None lets everybody in.
 
     count_refused: called with the reason of each refusal, whether it is made here or behind.
+    clock: seconds, by which calls are slow.
     """
 
     def __init__(
-        self, *, authenticator: Authenticates | None, count_refused: Callable[[str], None]
+        self,
+        *,
+        authenticator: Authenticates | None,
+        count_refused: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._authenticator = authenticator
         self._count_refused = count_refused
-        self._watchdog = CallWatchdog(self._note_late)
+        self._watchdog = CallWatchdog(self._note_late, clock)
         self._lock = threading.Lock()
         self._calls_of: Counter[str] = Counter()
 

@@ -126,8 +126,11 @@ class Leases:
         return False
 
     def has_room(self, worker: str, now_s: float) -> bool:
-        """Return whether `worker` may be live beside those who are."""
-        return len(self.live(now_s) - {worker}) < self._max_workers
+        """Return whether `worker` may be live beside those who are; named ones take no place."""
+        phases = (one.phase(now_s) for one in self._by_name.values() if one.worker != worker)
+        return sum(phase not in (Phase.EXPECTED, Phase.GONE) for phase in phases) < (
+            self._max_workers
+        )
 
     def add(self, workers: Iterable[str], phase: Phase, now_s: float) -> None:
         """Give workers a place and a lease."""
@@ -163,6 +166,12 @@ class Leases:
         member = self._by_name.get(worker)
         if member is not None:
             member.lease_end_s = max(member.lease_end_s, now_s + self._lease_s)
+
+    def renew_live(self, now_s: float) -> None:
+        """Begin the lease of everybody anew whose lease has not ended; takes no lock."""
+        for member in list(self._by_name.values()):
+            if member.lease_end_s > now_s:
+                self.touch(member.worker, now_s)
 
     def extend(self, seconds: float) -> None:
         """Lengthen every lease, for the time in which the server itself heard nobody."""

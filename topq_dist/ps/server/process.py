@@ -24,6 +24,7 @@ from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.types import STREAM_WINDOW_BYTES
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ServerSecurity
+from topq_dist.ps.server.clock import RunningClock
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import AuthInterceptor
 from topq_dist.ps.server.service import ParameterServerService
@@ -90,9 +91,13 @@ class ParameterServer:
         self._coordinator: Coordinator | None = None
         self._interceptor: AuthInterceptor | None = None
         try:
-            self._coordinator = Coordinator(training, serving, self._state_dir)
+            clock = RunningClock()
+            self._coordinator = Coordinator(training, serving, self._state_dir, clock=clock)
+            clock.after_long_pause = self._coordinator.renew_leases
             self._interceptor = AuthInterceptor(
-                authenticator=authenticator, count_refused=self._coordinator.totals.refuse
+                authenticator=authenticator,
+                count_refused=self._coordinator.totals.refuse,
+                clock=clock,
             )
             calls = 2 * serving.max_workers + _SPARE_CALLS
             self._server = grpc.server(
@@ -170,7 +175,7 @@ def serve(
 
     on_listening: called once, with the address and its true port. For the main thread. Raises
     what ParameterServer does, and RuntimeError where the server had to stop because a version
-    could not be made.
+    could not be made, or another server has taken its state directory over.
     """
     _keep_few_arenas()
     _load_loops()
@@ -198,7 +203,7 @@ def serve(
             pass
         server.stop()
         if server.coordinator.failed:
-            raise RuntimeError("a version could not be made: the log says why")
+            raise RuntimeError("it cannot go on: the log says why")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

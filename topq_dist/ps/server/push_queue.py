@@ -8,25 +8,27 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
     InvalidError,
+    NonFiniteError,
     NotReadyError,
     RefusedError,
 )
 from topq_dist.ps.protocol.types import Answer, Push
 from topq_dist.ps.server.membership import Leases
+from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
 from topq_dist.ps.state.run_state import RunState
+from topq_dist.ps.training.step_guard import NonFiniteStepError
 
 _log = logging.getLogger(__name__)
-# who has joined replays with the next step, and that may take longer than a lease
-_LEASES_TO_STEP = 10
-FAILED = "the server failed while it made a version: it has to be started again"
+FAILED = "the server has failed: it has to be started again"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,8 +53,8 @@ class PendingPush:
 class PushQueue:
     """The undecided pushes of a run, at most one of each worker.
 
-    recover_to: the version up to which a restarted server waits for replays before it takes what
-    is new; None where nothing is lost. clock: seconds. made: called after each new version.
+    recovery: the way back of a restarted server; None where nothing is lost. clock: seconds.
+    made: called after each new version.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class PushQueue:
         state: RunState,
         leases: Leases,
         *,
-        recover_to: int | None,
+        recovery: Recovery | None,
         clock: Callable[[], float],
         made: Callable[[], None],
     ) -> None:
@@ -70,13 +72,11 @@ class PushQueue:
         self._leases = leases
         self._clock = clock
         self._made = made
-        self._recover_to = recover_to if training.mode == "async" else None
-        self._has_lost_nothing = recover_to is None
-        self._round_timeout_s = serving.round_timeout_s
+        self._recovery = recovery
+        self._round_timeout_s = math.inf
+        if serving.round_timeout_s is not None:
+            self._round_timeout_s = serving.round_timeout_s
         self._returned_s = -math.inf
-        # when the way back last went on, and how long at most until it does again
-        self._moved_s = clock()
-        self._recovery_limit_s = _LEASES_TO_STEP * serving.lease_s
         self._pending: dict[str, PendingPush] = {}
         self._sync = training.mode == "sync"
         self._sync_policy = SyncPolicy(
@@ -87,9 +87,11 @@ class PushQueue:
         self._async_policy = AsyncPolicy(max_staleness=training.max_staleness)
         # pushes that are replays, or on another point than the present one
         self._unusual: set[str] = set()
+        # who let a round's time pass; rounds do not wait for them until they push again
+        self._passed_over: set[str] = set()
         # None: for live workers without a push
         self._waiting_for: tuple[str, ...] | None = ()
-        self.stale_count = 0
+        self.refused: Counter[str] = Counter()
         # the optimizer raised: half a step may be done, so that nothing may be answered or saved
         self.failed = False
 
@@ -116,7 +118,7 @@ class PushQueue:
         Raises DigestDiffersError or InvalidError where another push waits under its number, and
         InvalidError for what only a worker that knows more than this server can send.
         """
-        if self._has_lost_nothing:
+        if self._recovery is None:
             _check_not_ahead(push, self._state.point.version)
         pending = PendingPush(push=push, arrived_s=self._clock())
         held = self._pending.setdefault(push.worker, pending)
@@ -125,7 +127,9 @@ class PushQueue:
             return held
         if self._is_unusual(push):
             self._unusual.add(push.worker)
-        self._leases.expect(push.members, self._clock())
+        self._passed_over.discard(push.worker)
+        if self._recovers() and push.applied_version > self._state.point.version:
+            self._leases.expect(push.members, self._clock())
         return pending
 
     def resolve(self, worker: str, outcome: Answer | RefusedError) -> None:
@@ -135,12 +139,13 @@ class PushQueue:
 
     def note_return(self, worker: str, version: int) -> None:
         """Note that `worker` is joining, and holds `version`."""
-        member = self._leases.get(worker)
-        if member is not None and not member.has_joined:
+        self._passed_over.discard(worker)
+        if self._recovery is not None and self._recovery.note_join(worker, version):
             # it has what it may replay on the way: a round's time begins anew
-            self._returned_s = self._moved_s = self._clock()
-        if self._recover_to is not None:
-            self._recover_to = max(self._recover_to, version)
+            self._returned_s = self._clock()
+
+    def _recovers(self) -> bool:
+        return self._recovery is not None and not self._recovery.is_over
 
     def advance(self) -> None:
         """Make what versions can be made, and refuse what is stale."""
@@ -153,17 +158,18 @@ class PushQueue:
                 self._waiting_for = decision.workers
                 break
             if isinstance(decision, Apply):
+                self._passed_over.update(decision.passed_over)
                 self._apply(sorted(decision.workers))
             else:
                 for worker in decision.workers:
-                    self.stale_count += 1
+                    self.refused[decision.reason] += 1
                     self.resolve(worker, self._state.stale(self._pending[worker].push))
 
     @property
     def waiting_for(self) -> tuple[str, ...]:
         """The workers whose pushes are waited for, since `advance` last looked."""
         if self._waiting_for is None:
-            return tuple(sorted(self._leases.live(self._clock()) - self._pending.keys()))
+            return tuple(sorted(self._live() - self._pending.keys()))
         return self._waiting_for
 
     def _lacks_a_push(self) -> bool:
@@ -171,9 +177,22 @@ class PushQueue:
 
         It says so of most pushes, and to ask it costs several times more where workers are many.
         """
-        if not self._sync or self._unusual or self._round_timeout_s is not None:
+        now_s = self._clock()
+        if not self._sync or self._unusual or now_s >= self._closing_s():
             return False
-        return self._leases.any_live_but(self._pending, self._clock())
+        there: Container[str] = self._pending
+        if self._passed_over:
+            there = self._pending.keys() | self._passed_over
+        return self._leases.any_live_but(there, now_s)
+
+    def _closing_s(self) -> float:
+        """Return when the time ends of the round that the first of the pushes began."""
+        first_s = next(iter(self._pending.values())).arrived_s
+        return max(first_s, self._returned_s) + self._round_timeout_s
+
+    def _live(self) -> frozenset[str]:
+        """Return the workers that rounds wait for."""
+        return self._leases.live(self._clock()) - self._passed_over
 
     def _is_unusual(self, push: Push) -> bool:
         return push.applied_version > 0 or push.base != self._state.point
@@ -182,11 +201,8 @@ class PushQueue:
         """Return the seconds until a lease or a round's time ends; infinity where none runs."""
         now_s = self._clock()
         end_s = self._leases.next_end_s(now_s)
-        if self._round_timeout_s is not None and self._pending:
-            first_s = min(pending.arrived_s for pending in self._pending.values())
-            closing_s = max(first_s, self._returned_s) + self._round_timeout_s
-            if closing_s > now_s:
-                end_s = min(end_s, closing_s)
+        if self._pending and self._closing_s() > now_s:
+            end_s = min(end_s, self._closing_s())
         return end_s - now_s
 
     def round_workers(self) -> int:
@@ -195,6 +211,7 @@ class PushQueue:
 
     def _view(self) -> RoundView:
         state, now_s = self._state, self._clock()
+        recovery = self._recovery if self._recovers() else None
         arrivals = [
             pending.arrived_s
             for pending in self._pending.values()
@@ -203,27 +220,31 @@ class PushQueue:
         return RoundView(
             point=state.point,
             pending={worker: pending.push for worker, pending in self._pending.items()},
-            live=self._leases.live(now_s),
-            returning=self._leases.returning(now_s),
+            live=self._live(),
+            returning=frozenset() if recovery is None else self._leases.returning(now_s),
             joined=state.ledger.worker_count,
             on_chain=state.on_chain,
             waiting_since_s=max(min(arrivals), self._returned_s) if arrivals else None,
             now_s=now_s,
+            # one may have been answered where the others were not
+            believed_version=0 if recovery is None else recovery.reached_version + 1,
+            held={} if recovery is None else recovery.held(),
         )
 
     def _decide(self) -> Decision:
         view = self._view()
         if self._sync:
             return self._sync_policy.decide(view)
-        if self._recover_to is not None:
-            if view.returning or view.point.version < self._recover_to:
-                if view.now_s >= self._moved_s + self._recovery_limit_s:
+        recovery = self._recovery
+        if recovery is not None and not recovery.has_ended:
+            if view.returning or view.point.version < recovery.reached_version:
+                if recovery.is_late:
                     # who only renews the lease would hold up everybody for ever
                     view = replace(view, live=frozenset(), returning=frozenset())
                 decision = self._async_policy.recover(view)
                 if decision is not None:
                     return decision
-            self._recover_to = None
+            recovery.end()
         return self._async_policy.decide(view)
 
     def _apply(self, workers: Sequence[str]) -> None:
@@ -231,6 +252,10 @@ class PushQueue:
         pushes = [self._pending[worker].push for worker in workers]
         try:
             self._state.apply(pushes)
+        except NonFiniteStepError as error:
+            for worker in error.workers:
+                self.resolve(worker, NonFiniteError(_would_overflow(self._pending[worker].push)))
+            return
         except Exception as error:
             # read without the lock by whoever ends the process, so never set for a moment only
             self.failed = True
@@ -241,10 +266,19 @@ class PushQueue:
             self.resolve(push.worker, self._state.fresh(push))
         left = self._pending.items()
         self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
-        self._moved_s = self._clock()
+        if self._recovery is not None and self._sync:
+            self._recovery.note_version(pushes)
         # while the lock was held nobody was heard
         self._leases.extend(self._clock() - started_s)
         self._made()
+
+
+def _would_overflow(push: Push) -> str:
+    return (
+        f"push {push.sequence} of {push.worker!r}: with it the model or its optimizer's state "
+        "would not be finite, so that nothing of it was applied: expected a smaller gradient, or a "
+        "lower learning rate where training diverges; in float16 also a larger eps"
+    )
 
 
 def _check_not_ahead(push: Push, version: int) -> None:

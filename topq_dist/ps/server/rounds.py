@@ -7,7 +7,8 @@ or a time runs out, whoever waits asks again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 from topq_dist.ps.protocol.types import ModelVersion, Push
 
@@ -21,6 +22,8 @@ class RoundView:
     live: workers whose lease runs. returning: those of them that have not joined this server yet.
     on_chain: whether a point lies on the way to the present one.
     joined: how many workers ever joined.
+    believed_version: the last that is believed to have been there before; 0: none but the present.
+    held: on the way back after a restart, what each live worker held when it came back.
     """
 
     point: ModelVersion
@@ -31,20 +34,24 @@ class RoundView:
     on_chain: Callable[[ModelVersion], bool]
     waiting_since_s: float | None
     now_s: float
+    believed_version: int = 0
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Apply:
-    """Make the next version of these workers' pushes."""
+    """Make the next version of these workers' pushes; `passed_over` have had their time."""
 
     workers: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Refuse:
-    """Refuse these workers' pushes as stale."""
+    """Answer these workers' pushes as stale. reason: counts them."""
 
     workers: tuple[str, ...]
+    reason: str = "stale"
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,17 @@ class Wait:
 
 
 Decision = Apply | Refuse | Wait
+# of a push that goes by what was before a restart, where that is not to be believed
+UNBELIEVED = "unbelieved_replay"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncPolicy:
     """One push of each live worker a version, all computed on the same point.
 
-    A replay says beside whom it was applied: then the version is made of those again, as far as
-    they still come. A push on a version to come is a replay too, or follows one: it waits for the
-    others to bring the server there, and is stale where they cannot.
+    A replay says beside whom it was applied: where it is believed, the version is made of those
+    again, as far as they still come. A push on a version to come is a replay too, or follows one:
+    it waits for the others to bring the server there, and is stale where they cannot.
     """
 
     start_workers: int
@@ -87,16 +96,16 @@ class SyncPolicy:
         ]
         if past:
             return Refuse(tuple(past))
+        unbelieved = [worker for worker, push in view.pending.items() if _is_unbelieved(view, push)]
+        if unbelieved:
+            return Refuse(tuple(unbelieved), UNBELIEVED)
         ready = {worker for worker, push in view.pending.items() if push.base == view.point}
         ahead = view.pending.keys() - ready
-        stated = stated_members(view)
-        if stated:
-            come = ready & stated
-            missing = (stated & view.live) - ready - ahead
-            if come == stated or (not missing and len(come) >= self.min_workers):
-                return Apply(tuple(sorted(come)))
-            if missing:
-                return Wait(tuple(sorted(missing)))
+        replays = replays_of_next(view)
+        if replays:
+            decision = self._decide_replays(view, replays, ready, ahead)
+            if decision is not None:
+                return decision
             # too few of them are left: whoever else is there makes the version with them
         missing = view.live - ready - ahead
         too_early = self._too_early(view)
@@ -106,8 +115,32 @@ class SyncPolicy:
         if not ready or too_early or too_few:
             return Wait(tuple(sorted(missing)))
         if not missing or self._timed_out(view):
-            return Apply(tuple(sorted(ready)))
+            return Apply(tuple(sorted(ready)), tuple(sorted(missing)))
         return Wait(tuple(sorted(missing)))
+
+    def _decide_replays(
+        self,
+        view: RoundView,
+        replays: Mapping[str, frozenset[str]],
+        ready: AbstractSet[str],
+        ahead: AbstractSet[str],
+    ) -> Decision | None:
+        """Return what is to be done where replays of the next version are there; None: go on."""
+        if view.returning:
+            return Wait(tuple(sorted(view.returning)))
+        version, stated = view.point.version + 1, stated_members(view)
+        # who held it, and is silent as yet, knows whether it was in it
+        asked = (stated & view.live) | {one for one, held in view.held.items() if held >= version}
+        missing = asked - ready - ahead
+        if missing and not self._timed_out(view):
+            return Wait(tuple(sorted(missing)))
+        contested = [worker for worker in replays if _is_contested(view, replays, worker)]
+        if contested:
+            return Refuse(tuple(sorted(contested)), UNBELIEVED)
+        come = ready & stated
+        if come == stated or len(come) >= self.min_workers:
+            return Apply(tuple(sorted(come)), tuple(sorted(missing)))
+        return None
 
     def _too_early(self, view: RoundView) -> bool:
         return view.point.version == 0 and view.joined < self.start_workers
@@ -119,13 +152,49 @@ class SyncPolicy:
         return view.now_s - view.waiting_since_s >= self.round_timeout_s
 
 
+def replays_of_next(view: RoundView) -> dict[str, frozenset[str]]:
+    """Return whose pushes say that they were in the next version before, and beside whom."""
+    return {
+        worker: frozenset(push.members)
+        for worker, push in view.pending.items()
+        if push.base == view.point and push.applied_version == view.point.version + 1
+    }
+
+
 def stated_members(view: RoundView) -> frozenset[str]:
     """Return whom replays of the next version name as its members; empty where there are none."""
-    return frozenset(
-        member
-        for push in view.pending.values()
-        if push.base == view.point and push.applied_version == view.point.version + 1
-        for member in push.members
+    return frozenset().union(*replays_of_next(view).values())
+
+
+def _is_unbelieved(view: RoundView, push: Push) -> bool:
+    """Return whether a push goes by a version that nobody is believed to have seen."""
+    if view.returning:  # one of them may have
+        return False
+    seen = max(view.point.version, view.believed_version)
+    return max(push.base.version, push.applied_version) > seen or (
+        push.applied_version not in (0, push.base.version + 1)
+    )
+
+
+def _is_contested(view: RoundView, replays: Mapping[str, frozenset[str]], worker: str) -> bool:
+    """Return whether a replay leaves out a worker that says or knows otherwise.
+
+    One alone is not believed to have gone far ahead of others that came back: it would decide on
+    the model by itself.
+    """
+    version, members = view.point.version + 1, replays[worker]
+
+    def support(members: frozenset[str]) -> tuple[int, int]:
+        who = [one for one, stated in replays.items() if stated == members]
+        return sum(one in view.held for one in who), len(who)
+
+    alone = support(members)[1] == 1
+    return any(
+        other not in members and support(stated) >= support(members)
+        for other, stated in replays.items()
+    ) or any(
+        other not in members and alone and (worker not in view.held or version > held + 1)
+        for other, held in view.held.items()
     )
 
 

@@ -12,6 +12,7 @@ from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, check_to
 from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.server.membership import NO_MODEL, Leases, Membership, Phase
 from topq_dist.ps.server.push_queue import FAILED, PushQueue
+from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.status import HashTurns, Totals
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState, new_run
@@ -70,7 +71,13 @@ class Run:
             state, workers = loaded
             run, ledger, spec = state.run, state.ledger, state.spec
             self._leases.add(workers, Phase.RETURNING, clock())
-            self._begin(state, recover_to=state.point.version)
+            recovery = Recovery(
+                version=state.point.version,
+                leases=self._leases,
+                lease_s=serving.lease_s,
+                clock=clock,
+            )
+            self._begin(state, recovery)
         self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
         self._ledger = ledger
@@ -85,22 +92,25 @@ class Run:
             self._snapshotter.go_on_from(loaded[0].point.version)
         self._snapshotter.start()
 
-    def _begin(self, state: RunState, *, recover_to: int | None) -> None:
+    def _begin(self, state: RunState, recovery: Recovery | None) -> None:
         self._state = state
         self._pushes = PushQueue(
             self.training,
             self.serving,
             state,
             self._leases,
-            recover_to=recover_to,
+            recovery=recovery,
             clock=self._clock,
             made=lambda: self._snapshotter.made(state.point.version),
         )
 
     @property
     def failed(self) -> bool:
-        """Whether a version could not be made, after which nothing is answered or saved."""
-        return self._pushes is not None and self._pushes.failed
+        """Whether a version could not be made, or another server has taken over.
+
+        Nothing is answered or saved after that.
+        """
+        return self._snapshotter.lost or (self._pushes is not None and self._pushes.failed)
 
     def drain(self) -> None:
         """Take in nothing more, send those who wait away, and make what there is durable."""
@@ -134,7 +144,9 @@ class Run:
         return self._state
 
     def _advance(self) -> None:
-        if self._pushes is not None and not self._draining:
+        if self._pushes is None or self._state is None or self._draining:
+            return
+        if not self._snapshotter.holds_up(self._state.point.version):
             self._pushes.advance()
 
     @contextmanager

@@ -103,8 +103,8 @@ class Totals:
         waiting = frozenset() if pushes is None else pushes.workers
         with self._lock:
             refused = dict(self._refused)
-        if pushes is not None and pushes.stale_count:
-            refused["stale"] = pushes.stale_count
+        if pushes is not None:
+            refused |= pushes.refused
         return Status(
             run=run,
             point=point,
