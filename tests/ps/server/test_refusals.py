@@ -23,7 +23,7 @@ from topq_dist.ps.protocol.errors import REASON_KEY
 from topq_dist.ps.protocol.types import push_digest
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
-from topq_dist.ps.wire import codec
+from topq_dist.ps.wire import codec, steps
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 LONGEST_MESSAGE = 2_000
@@ -243,6 +243,7 @@ class Pushed:
         header = run.alice.header(push, lr=lr, digest=push_digest(lr, push.frames))
         for name, value in changes.items():
             set_field(header, name, value)
+        header.header_digest = steps.header_digest(header)
         return header, [chunk for chunk in chunks if isinstance(chunk, memoryview)]
 
 

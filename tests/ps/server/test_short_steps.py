@@ -226,6 +226,7 @@ def test_what_is_no_push_is_refused_and_leaves_nothing(pair: Pair) -> None:
             getattr(part, name).CopyFrom(value)
         else:
             setattr(part, name, value)
+        wrong.header.header_digest = steps.header_digest(wrong.header)
         with pytest.raises(grpc.RpcError) as refused:
             worker.stub.ShortStep(wrong, timeout=CALL_S)
         assert isinstance(refused.value, grpc.Call)

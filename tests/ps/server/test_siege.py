@@ -334,7 +334,8 @@ class TestWhoBringsTheModel:
             first, _ = codec.upload_requests(joined.id, [brought])
             with pytest.raises(grpc.RpcError, match="another checksum than was said"):
                 stub.Upload(iter([first, damaged]), timeout=5)
-            assert self.join(stub, "alice", 10).upload
+            joined = self.join(stub, "alice", 10)
+            assert joined.upload
             stub.Upload(codec.upload_requests(joined.id, [brought]), timeout=5)
             assert server.coordinator.status().numel == 10
 
