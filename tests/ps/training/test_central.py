@@ -272,7 +272,7 @@ def test_a_copied_state_stays_what_it_was() -> None:
     [
         (lambda tensors, metadata: tensors.pop("model.0"), "nothing as 'model.0'"),
         (lambda tensors, metadata: tensors.update({"held.0": torch.zeros(3)}), "'held.0'"),
-        (lambda tensors, metadata: tensors.update({"inner.0.x.y": torch.zeros(3)}), "inner.0.x"),
+        (lambda tensors, metadata: tensors.update({"inner.0.x.y": torch.zeros(3)}), "as 'x.y'"),
         (lambda tensors, metadata: tensors.update({"inner.77.x": torch.zeros(3)}), "inner.77"),
         (lambda tensors, metadata: tensors.update(other=torch.zeros(3)), "'other'"),
         (lambda tensors, metadata: metadata.pop("inner"), "missing"),

@@ -5,7 +5,8 @@ torch's own load_state_dict casts state to the parameters' dtype, and changes bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from topq_dist.ps.model.flat import copy_of
 
 _PLAIN = (bool, int, float, str, type(None))
+# is taken out and given back with the momentum
+_OPTIONAL = "momentum_buffer"
+_EXAMPLE_LENGTH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,10 @@ def check_inner_state(
         raise ValueError(f"state of other groups: expected {len(inner.param_groups)}")
     if not isinstance(by_name, Mapping) or not set(by_name) <= set(named):
         raise ValueError("state of tensors that the model lacks")
+    checked = [
+        _checked_group(place, group, saved)
+        for place, (group, saved) in enumerate(zip(inner.param_groups, groups, strict=True))
+    ]
     loaded: dict[str, dict[str, Any]] = {name: {} for name in named if name in by_name}
     for name, state in loaded.items():
         for key, value in _plain_state(name, by_name[name]):
@@ -76,15 +84,9 @@ def check_inner_state(
         name = places.get(place, "")
         if head != "inner" or not key or name not in loaded:
             raise ValueError(f"state holds a tensor {label!r} that no optimizer here has")
-        _check_fits(label, tensor, named[name])
         loaded[name][key] = copy_of(tensor.detach())
-    return InnerState(
-        groups=[
-            _checked_group(place, group, saved)
-            for place, (group, saved) in enumerate(zip(inner.param_groups, groups, strict=True))
-        ],
-        by_name=loaded,
-    )
+    _check_complete(inner, checked, named, loaded)
+    return InnerState(groups=checked, by_name=loaded)
 
 
 def load_inner_state(
@@ -109,24 +111,94 @@ def _plain_state(name: str, state: Any) -> list[tuple[str, Any]]:
     return list(state.items())
 
 
-def _check_fits(label: str, tensor: Tensor, parameter: Tensor) -> None:
-    """Raise ValueError unless the tensor is a scalar, or the parameter's shape reduced."""
-    dimensions_fit = tensor.dim() in (0, parameter.dim()) and all(
-        length in (1, full) for length, full in zip(tensor.shape, parameter.shape, strict=False)
-    )
-    if not dimensions_fit:
+def _check_complete(
+    inner: torch.optim.Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    named: Mapping[str, Tensor],
+    loaded: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise ValueError unless each tensor's state is what a step of this optimizer makes of it.
+
+    It would raise in the next one otherwise, when half of the tensors have taken it.
+    """
+    group_of = {
+        id(parameter): place
+        for place, group in enumerate(inner.param_groups)
+        for parameter in group["params"]
+    }
+    examples: dict[tuple[int, torch.dtype, int], Mapping[str, Any]] = {}
+    for name, state in loaded.items():
+        parameter = named[name]
+        kind = group_of[id(parameter)], parameter.dtype, parameter.dim()
+        if kind not in examples:
+            examples[kind] = _example_state(inner, groups[kind[0]], *kind[1:])
+        expected = examples[kind]
+        for key in expected.keys() | state.keys():
+            found, wanted = state.get(key), expected.get(key)
+            if key == _OPTIONAL and found is None:
+                continue
+            # where that has no momentum, the buffer is like the parameter nevertheless
+            wanted = parameter if key == _OPTIONAL else wanted
+            if _kind_of(found) != _kind_of(wanted, parameter):
+                raise ValueError(
+                    f"state of tensor {name!r} has {_kind_of(found)} as {key!r}: expected "
+                    f"{_kind_of(wanted, parameter)}"
+                )
+
+
+def _example_state(
+    inner: torch.optim.Optimizer, group: Mapping[str, Any], dtype: torch.dtype, dimensions: int
+) -> Mapping[str, Any]:
+    parameter = torch.zeros((_EXAMPLE_LENGTH,) * dimensions, dtype=dtype)
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        cls: Any = type(inner)
+        optimizer = cls([{"params": [parameter], **group}])
+        optimizer.step()
+    except Exception as error:
         raise ValueError(
-            f"state has {label!r} of shape {tuple(tensor.shape)}: expected one that goes with a "
-            f"tensor of shape {tuple(parameter.shape)}"
+            f"{type(inner).__name__} does not step with {dict(group)}: {error}"
+        ) from error
+    state: Mapping[str, Any] = optimizer.state[parameter]
+    return state
+
+
+def _kind_of(value: Any, parameter: Tensor | None = None) -> str:
+    """Return dtype and shape, or type, of a value, of an example's for `parameter`."""
+    if not isinstance(value, Tensor):
+        return "nothing" if value is None else type(value).__name__
+    shape = tuple(value.shape)
+    if parameter is not None and value is not parameter and value.dim() == parameter.dim():
+        # some optimizers keep a row's or a column's sums
+        shape = tuple(
+            full if length == _EXAMPLE_LENGTH else length
+            for length, full in zip(shape, parameter.shape, strict=True)
         )
+    return f"{value.dtype} of shape {shape}"
 
 
 def _checked_group(place: int, group: Mapping[str, Any], saved: Any) -> dict[str, Any]:
     expected = {key: value for key, value in group.items() if key != "params"}
     if not isinstance(saved, Mapping) or set(saved) != set(expected):
         raise ValueError(f"state of group {place} has other keys than {', '.join(expected)}")
-    # JSON has no tuples
     return {
-        key: tuple(saved[key]) if isinstance(value, tuple) else saved[key]
+        key: _like(f"{key!r} of group {place}", value, saved[key])
         for key, value in expected.items()
     }
+
+
+def _like(what: str, expected: Any, saved: Any) -> Any:
+    """Return `saved`, a list as the tuple that JSON has not, where it is of the kind expected."""
+    if isinstance(expected, tuple):
+        if isinstance(saved, list | tuple) and len(saved) == len(expected):
+            return tuple(_like(what, *pair) for pair in zip(expected, saved, strict=True))
+    elif isinstance(expected, int | float) and not isinstance(expected, bool):
+        if isinstance(saved, int | float) and not isinstance(saved, bool) and _is_finite(saved):
+            return saved
+    elif type(saved) is type(expected):
+        return saved
+    raise ValueError(f"state has {saved!r} as {what}: expected something like {expected!r}")
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) <= sys.float_info.max
