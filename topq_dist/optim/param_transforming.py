@@ -178,11 +178,15 @@ class ParamTransformingOptimizer(Optimizer):
         """Transform the gradients, step the inner optimizer, transform the parameters.
 
         Returns what the inner optimizer returns: the closure's loss, or None without a closure.
-        Raises TypeError for a sparse gradient, and as the class says for an invalid option.
+        Where there is no state, every rate is 0 and every gradient zeros, as in the step by which
+        torch.distributed.checkpoint looks for state, nothing is transformed. Raises TypeError for a
+        sparse gradient, and as the class says for an invalid option.
         """
         self._check_groups(self.param_groups)
         loss: float | None
         if closure is None:
+            if self._is_probed():
+                return self.inner_opt.step()
             self._apply_pre_step_transform_()
             loss = self.inner_opt.step()
         else:
@@ -242,6 +246,20 @@ class ParamTransformingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"[{type(self.inner_opt).__name__}](", 1)
+
+    def _is_probed(self) -> bool:
+        """Return whether a step only looks at what state comes of one, and is to change nothing.
+
+        torch.distributed.checkpoint takes one where there is no state, which SGD never has: at a
+        rate of 0, on gradients of zeros. A transform that draws numbers, or changes parameters,
+        would leave another run behind.
+        """
+        if len(self.state) or any(float(group.get("lr", 1.0)) for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        gradients = [param.grad for param in params if param.grad is not None]
+        dense = all(gradient.layout == torch.strided for gradient in gradients)
+        return dense and bool(gradients) and not any(bool(g.any()) for g in gradients)
 
     def _then_transform(self, closure: Callable[[], _Loss]) -> Callable[[], _Loss]:
         def transforming() -> _Loss:
