@@ -10,20 +10,37 @@ import os
 import sys
 from collections.abc import Sequence
 
+from topq_dist._version import __version__
+from topq_dist.ps import without_extra
+
+# without click there is nobody else to print it
+_HELP = """\
+Usage: topq serve | status | health [OPTIONS]
+
+  The parameter server of topq_dist: run one, say how its run is doing, or
+  whether it takes calls.
+
+  {problem}."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     # gRPC's core would log each broken connection to stderr; what matters is reported as an error
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        import click
-
-        from topq_dist.ps.cli.commands import topq
+        return _run(arguments)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("topq_dist"):
+        problem = without_extra(error)
+        if problem is error:
             raise
-        print(f"topq: error: {error}: install topq-dist[ps]", file=sys.stderr)
-        return 1
+        return _do_without(sys.argv[1:] if arguments is None else arguments, problem)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    import click
+
+    from topq_dist.ps.cli.commands import topq
+
     try:
         code = topq.main(arguments, prog_name="topq", standalone_mode=False)
     except click.ClickException as error:
@@ -35,6 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("topq: interrupted", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _do_without(arguments: Sequence[str], problem: ModuleNotFoundError) -> int:
+    """Answer what can be answered without the packages of the extra."""
+    if list(arguments) == ["--version"]:
+        print(f"topq, version {__version__}")
+        return 0
+    if list(arguments) in (["--help"], ["-h"]):
+        print(_HELP.format(problem=problem))
+        return 0
+    print(f"topq: error: {problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

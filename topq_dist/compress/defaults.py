@@ -7,8 +7,8 @@ better; a bound of one makes late arrivals as small as their neighbours (docs/ac
 from __future__ import annotations
 
 DEFAULT_Q = 0.97
-DEFAULT_VALUE_FORMAT = "int2"
-DEFAULT_BOUND = float("1.0")  # an object of its own: a caller's 1.0 is not it
+DEFAULT_VALUE_FORMAT = str(b"int2", "ascii")  # objects of their own: a caller's are not they
+DEFAULT_BOUND = float("1.0")
 
 
 def usual_bound(bound: float | None, *, error_feedback: bool) -> float | None:
@@ -17,3 +17,12 @@ def usual_bound(bound: float | None, *, error_feedback: bool) -> float | None:
     A bound that the caller has given stays, and is refused without error feedback.
     """
     return None if bound is DEFAULT_BOUND and not error_feedback else bound
+
+
+def usual_value_format(value_format: str | None, *, q: float) -> str | None:
+    """Return `value_format`, or None for the default where q is 0: who leaves nothing out for
+    later wants nothing rounded either.
+
+    A format that the caller has given stays.
+    """
+    return None if value_format is DEFAULT_VALUE_FORMAT and q == 0 else value_format

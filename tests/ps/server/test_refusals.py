@@ -362,7 +362,7 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
     "a long chunk": (chunk_of(3 << 20), "INVALID_ARGUMENT", "invalid", (str(3 << 20), "at most")),
     "fewer bytes": (truncated, "INVALID_ARGUMENT", "invalid", ("ended after", "of")),
     "no bytes": (without_bytes, "INVALID_ARGUMENT", "invalid", ("ended after 0 of",)),
-    "damaged": (damaged_on_its_way, "INVALID_ARGUMENT", "invalid", ("damaged on its way",)),
+    "damaged": (damaged_on_its_way, "INVALID_ARGUMENT", "damaged", ("damaged on its way",)),
     "altered": (Pushed(frames_of=altered), "INVALID_ARGUMENT", "invalid", ("frame 0", "checksum")),
     "wrong numel": (
         Pushed(frames_of=lambda _: of_numel(11)),
@@ -415,10 +415,10 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
     "coherence without its digest": (
         Pushed(coherence=[1.0, 1.0]),
         "INVALID_ARGUMENT",
-        "invalid",
+        "damaged",
         ("another digest",),
     ),
-    "other digest": (Pushed(digest=bytes(32)), "INVALID_ARGUMENT", "invalid", ("another digest",)),
+    "other digest": (Pushed(digest=bytes(32)), "INVALID_ARGUMENT", "damaged", ("another digest",)),
     "short digest": (Pushed(digest=b"x"), "INVALID_ARGUMENT", "invalid", ("expected 32",)),
     "long digest": (Pushed(digest=b"x" * 3_000_000), "INVALID_ARGUMENT", "invalid", ("digest",)),
     "two headers": (two_headers, "INVALID_ARGUMENT", "invalid", ("two headers",)),
@@ -754,4 +754,4 @@ def test_damage_of_a_header_is_refused(run: Run) -> None:
         header.sequence += 1
         run.alice.stub.ShortStep(pb.ShortStepRequest(header=header), timeout=CALL_S)
 
-    check(run, act, "INVALID_ARGUMENT", "invalid", ("header of push", "damaged on its way"))
+    check(run, act, "INVALID_ARGUMENT", "damaged", ("header of push", "damaged on its way"))

@@ -268,7 +268,7 @@ def test_a_broken_flag_is_refused() -> None:
 
 
 class TestMomentumFromWorkers:
-    def test_the_first_push_that_has_it_sets_it(self) -> None:
+    def test_the_median_of_the_pushes_that_have_it_sets_it(self) -> None:
         rules = (GroupRule(pattern="a.bias", options={"lr": 0.5}),)
         model = random_model(SINGLE)
         config = TrainingConfig(inner_opt="adamw", groups=rules)
@@ -279,6 +279,7 @@ class TestMomentumFromWorkers:
                 dataclasses.replace(push, lr=(0.1, 0.2)),
                 dataclasses.replace(push, momentum=(0.85, 0.8)),
                 dataclasses.replace(push, momentum=(0.1, 0.2)),
+                dataclasses.replace(push, momentum=(0.9, 0.9)),
             ]
         )
         weight, bias = central.groups()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -254,18 +255,23 @@ def check_scope(scope: Scope) -> Scope:
     return scope
 
 
-def uniform_segments(numels: Sequence[int], *, q: float, scope: Scope) -> Segments:
+def uniform_segments(
+    numels: Sequence[int], *, q: float, scope: Scope, left_out: Sequence[bool] = ()
+) -> Segments:
     """Return the segments of a flat vector of tensors of these sizes, one a tensor or one for all.
 
     At least one element of each is selected unless q is 1, so that no bias is left behind for good.
+    left_out: of which tensors nothing is selected; those between them are each other's bucket then.
     """
     check_fraction("q", q)
+    tensors = list(zip(left_out or [False] * len(numels), numels, strict=True))
     if check_scope(scope) == "bucket":
-        numels = [sum(numels)]
-    starts = accumulate(numels, initial=0)
+        runs = groupby(tensors, key=itemgetter(0))
+        tensors = [(left, sum(numel for _, numel in run)) for left, run in runs]
+    starts = accumulate((numel for _, numel in tensors), initial=0)
     return Segments(
-        Segment(start=start, rows=1, row_numel=numel, k=at_least_one(q, numel))
-        for start, numel in zip(starts, numels, strict=False)
+        Segment(start=start, rows=1, row_numel=numel, k=0 if left else at_least_one(q, numel))
+        for start, (left, numel) in zip(starts, tensors, strict=False)
     )
 
 
@@ -275,11 +281,25 @@ class UniformSegments:
     def __init__(self) -> None:
         self._settings: tuple[float, Scope] | None = None
         self._made: dict[tuple[int, ...], Segments] = {}
+        self._partly: dict[tuple[int, ...], tuple[tuple[bool, ...], Segments]] = {}
 
-    def of(self, numels: tuple[int, ...], *, q: float, scope: Scope) -> Segments:
-        """Return the segments of tensors of these sizes."""
+    def of(
+        self,
+        numels: tuple[int, ...],
+        *,
+        q: float,
+        scope: Scope,
+        left_out: tuple[bool, ...] = (),
+    ) -> Segments:
+        """Return the segments of tensors of these sizes, as `uniform_segments` does."""
         if (q, scope) != self._settings:
-            self._settings, self._made = (q, scope), {}
+            self._settings, self._made, self._partly = (q, scope), {}, {}
+        if left_out:
+            # others may be left out in each step: the last ones alone are kept
+            if numels not in self._partly or self._partly[numels][0] != left_out:
+                made = uniform_segments(numels, q=q, scope=scope, left_out=left_out)
+                self._partly[numels] = left_out, made
+            return self._partly[numels][1]
         if numels not in self._made:
             self._made[numels] = uniform_segments(numels, q=q, scope=scope)
         return self._made[numels]

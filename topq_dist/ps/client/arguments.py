@@ -13,12 +13,16 @@ from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import check_worker_name
 
 
-def trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the parameters that need a gradient, by name, without torch.compile's prefix.
+def by_gradient(
+    named_parameters: Iterable[tuple[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters that need a gradient, and the others, by name.
 
-    Raises TypeError or ValueError for what is not like model.named_parameters().
+    Names are without torch.compile's prefix. Raises TypeError or ValueError for what is not like
+    model.named_parameters().
     """
     named: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     for entry in named_parameters:
         if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
             raise TypeError(
@@ -26,13 +30,12 @@ def trainable(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tenso
                 "tensor, as model.named_parameters() has them"
             )
         name = str(entry[0]).replace("_orig_mod.", "")  # of torch.compile
-        if name in named:
+        if name in named or name in frozen:
             raise ValueError(f"named_parameters has {name!r} twice: expected distinct names")
-        if entry[1].requires_grad:
-            named[name] = entry[1]
+        (named if entry[1].requires_grad else frozen)[name] = entry[1]
     if not named:
         raise ValueError("named_parameters has no trainable parameter: expected one at least")
-    return named
+    return named, frozen
 
 
 def addresses_of(servers: str | Sequence[str]) -> list[str]:

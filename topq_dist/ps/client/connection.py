@@ -10,17 +10,22 @@ from typing import Any
 
 import grpc
 
-from topq_dist.ps.client.probe import diagnose_connection
+from topq_dist.compress.codec.frame import FrameError
+from topq_dist.ps.client.probe import diagnose_connection, lasting_reason
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import (
     REASON_KEY,
     REFUSALS,
+    DamagedError,
+    InvalidError,
     NotReadyError,
     RefusedError,
     ServerLostError,
+    TooLargeError,
 )
 from topq_dist.ps.protocol.types import (
     SHORT_BYTES,
+    SHORT_JOIN_BYTES,
     STREAM_WINDOW_BYTES,
     Answer,
     ModelVersion,
@@ -28,7 +33,7 @@ from topq_dist.ps.protocol.types import (
 )
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.codec import read_fetch, upload_requests
+from topq_dist.ps.wire.codec import join_parts, read_fetch, read_join_parts, upload_requests
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.ps.wire.steps import (
     read_answer,
@@ -48,7 +53,17 @@ _TRANSIENT = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
+    # a stream that lost its connection, as by a damaged byte under TLS
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DATA_LOSS,
 }
+_UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
+# gRPC's own words for what another try does not cure
+_TOO_LARGE = "larger than max"
+_RAISED = "Exception "
+# how often an answer may be damaged on its way, before it is something else
+_MOST_DOUBTS = 3
+_LOOK_EVERY_S = 1.0
 
 
 def channel_options() -> list[tuple[str, Any]]:
@@ -96,9 +111,27 @@ class Connection:
         self._stub = Calls(self._channel)
 
     def join(self, request: pb.JoinRequest, timeout_s: float) -> pb.JoinResponse:
-        """Take up or renew a worker's place."""
+        """Take up or renew a worker's place; raises TooLargeError where the model has too many
+        tensors for this server, or for any.
+        """
+        if request.ByteSize() <= SHORT_JOIN_BYTES:
+            with self._errors():
+                return self._calls().Join(request, timeout=timeout_s, metadata=self._metadata)
+        parts = list(join_parts(request))
         with self._errors():
-            return self._calls().Join(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._calls().LongJoin(iter(parts), timeout=timeout_s, metadata=self._metadata)
+            try:
+                return read_join_parts(iter(call), pb.JoinResponse())
+            except grpc.RpcError as error:
+                if isinstance(error, grpc.Call) and error.code() is _UNIMPLEMENTED:
+                    raise TooLargeError(
+                        f"parameter server {self.address}: it is of a version that takes no model "
+                        f"of {len(request.model)} tensors, whose names and shapes take "
+                        f"{request.ByteSize()} bytes: start it with this version of topq_dist"
+                    ) from None
+                raise
+            finally:
+                call.cancel()
 
     def upload(self, worker: pb.WorkerId, vectors: Sequence[memoryview], timeout_s: float) -> None:
         """Bring the initial values."""
@@ -212,6 +245,10 @@ class Connection:
             f"parameter server {self.address}: no answer within {timeout_s:g} s: {why}"
         )
 
+    def lasting_reason(self) -> str | None:
+        """Return why no further try will do; None where one may."""
+        return lasting_reason(self._security.check(self.address), self._security.tls)
+
     def _calls(self) -> Calls:
         with self._lock:
             if self._channel is None:
@@ -228,16 +265,21 @@ class Connection:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except InvalidError as error:
+            raise DamagedError(f"parameter server {self.address}: {error}") from error
         except grpc.RpcError as error:
             refusal = refusal_of(error)
-            if isinstance(refusal, NotReadyError):
+            if isinstance(refusal, NotReadyError | DamagedError):
                 raise TransientError(str(refusal)) from None
             if refusal is not None:
                 raise type(refusal)(f"parameter server {self.address}: {refusal}") from None
             known = isinstance(error, grpc.Call)
             code = error.code() if known else grpc.StatusCode.UNKNOWN
             details = error.details() if known else repr(error)
-            if code in _TRANSIENT:
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in (details or ""):
+                raise TooLargeError(f"parameter server {self.address}: {details}") from None
+            raised = code is grpc.StatusCode.UNKNOWN and (details or "").startswith(_RAISED)
+            if code in _TRANSIENT and not raised:
                 raise TransientError(f"{code.name}: {details}") from None
             raise ServerLostError(
                 f"parameter server {self.address}: {code.name}: {details}"
@@ -245,14 +287,21 @@ class Connection:
 
 
 class RetryDeadline:
-    """The time that a server may still be silent; a sign of life starts it anew."""
+    """The time that a server may still be silent; a sign of life starts it anew.
 
-    def __init__(self, connection: Connection, timeout_s: float) -> None:
+    at_first: nothing has ever been heard of it, so that whatever keeps it from taking this client
+        (no TLS at one end, a certificate) is an error at once. Later, files may be changing.
+    """
+
+    def __init__(self, connection: Connection, timeout_s: float, *, at_first: bool = False) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
+        self._at_first = at_first
         self._pause_s = _FIRST_PAUSE_S
         self._last_error: Exception | None = None
-        self._last_sign_s = time.monotonic()
+        self._last_sign_s = self._last_look_s = time.monotonic()
+        self._reason: str | None = None
+        self._doubts = 0
 
     def extend(self) -> None:
         """Note a sign of life."""
@@ -269,8 +318,29 @@ class RetryDeadline:
     def pause(self, error: Exception) -> None:
         """Wait a little before the call that failed with `error` is tried again."""
         self._last_error = error
+        if self._at_first and time.monotonic() >= self._last_look_s + _LOOK_EVERY_S:
+            self._look()
         time.sleep(min(self._pause_s, self.left_s()))
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+    def doubt(self, error: DamagedError | FrameError) -> None:
+        """Have a call tried again whose answer is no good: it may have been damaged on its way.
+
+        Raises `error` where it was no good several times.
+        """
+        self._doubts += 1
+        if self._doubts > _MOST_DOUBTS:
+            raise error
+        self.pause(error)
+
+    def _look(self) -> None:
+        """Raise ServerLostError where the server does not take this client, twice in a row."""
+        before, self._reason = self._reason, self._connection.lasting_reason()
+        self._last_look_s = time.monotonic()
+        if self._reason is not None and self._reason == before:
+            raise ServerLostError(
+                f"parameter server {self._connection.address}: {self._reason}"
+            ) from self._last_error
 
 
 def refusal_of(error: grpc.RpcError) -> RefusedError | None:

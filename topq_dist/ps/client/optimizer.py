@@ -18,14 +18,17 @@ from topq_dist.compress.defaults import (
     DEFAULT_Q,
     DEFAULT_VALUE_FORMAT,
     usual_bound,
+    usual_value_format,
 )
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope, check_scope
-from topq_dist.ps.client.arguments import addresses_of, checked_worker, trainable
+from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
+from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
 from topq_dist.ps.client.state_dict import SavedShard, model_sha256, read_state, shard_state
+from topq_dist.ps.client.state_elsewhere import StateElsewhere
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
@@ -41,7 +44,8 @@ _LOOK_S = 0.1
 class ParameterServerOptimizer(torch.optim.Optimizer):
     """An optimizer whose inner optimizer runs in one or more parameter servers.
 
-    named_parameters: model.named_parameters(). Those that need no gradient stay out, as buffers do.
+    named_parameters: model.named_parameters(). Those that need no gradient now stay out, as buffers
+        do; a warning names buffers of the model, and a parameter that needs a gradient later.
     servers: "HOST:PORT" or several of them, over which the parameters are split by size (see
         shard_by_size): every worker names the same ones in the same words.
 
@@ -52,7 +56,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         error_feedback: keep what was not sent and add it to the next gradient. Without it, a
             gradient that comes too late for its version is lost.
         value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
-            "fp64"; None is the gradient's own dtype, lossless.
+            "fp64"; None is the gradient's own dtype, lossless, and what is used where none is said
+            and q is 0.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
             What is half sent or more is never clipped. Only with error_feedback.
@@ -64,8 +69,12 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
     Joins at once: the first worker's values become the run's, and all others take them. The groups
     are the servers' (those of one behind those of the other, in the order of addresses), and read
-    only but for lr and for momentum or betas[0]: once a worker has changed an lr, it sends all of
-    them with each step, and likewise momentum.
+    only but for lr, weight_decay, and momentum or betas[0]: once a worker has changed an lr, it
+    sends all of them with each step, and likewise the others. Where the workers of a version send
+    different ones, the median counts, and a warning says so.
+
+    A parameter whose gradient is None stays as it is, and its optimizer state, where no worker of
+    the version has one; where others have, it counts as zeros. Its residual stays in either case.
 
     A step that raised is not over. The next step() finishes it, with the gradient that it began
     with; it calls no closure and looks at no newer gradient.
@@ -97,7 +106,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._worker = checked_worker(worker)
         if check_number("timeout_s", timeout_s) <= 0:
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
-        named = trainable(named_parameters)
+        module = module_of(named_parameters)
+        named, frozen = by_gradient(named_parameters)
+        self._frozen = FrozenParameters(frozen)
         self._names = list(named)
         addresses = addresses_of(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
@@ -106,7 +117,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             Shard(
                 {name: named[name] for name in names},
                 TopKCompressor(
-                    value_format=value_format,
+                    value_format=usual_value_format(value_format, q=q),
                     error_feedback=error_feedback,
                     bound=usual_bound(bound, error_feedback=error_feedback),
                 ),
@@ -137,7 +148,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._groups = ServerGroups([client.groups for client in self._clients])
         self._complete = False
         super().__init__(self._groups.param_groups(named), self._groups.defaults())
+        self.state = StateElsewhere()
         self._complete = True
+        warn_of_buffers(module)
 
     @property
     def q(self) -> float:
@@ -197,7 +210,13 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """Make the next push for each server; return the residuals and their updates."""
         rates = self._groups.rates(self.param_groups)
         momenta = self._groups.momenta(self.param_groups)
+        decays = self._groups.weight_decays(self.param_groups)
         elsewhere = self._take_up()
+        self._frozen.warn_of_freed()
+        absent = [
+            shard.absent() if client.takes_no_gradient else []
+            for shard, client in zip(self._shards, self._clients, strict=True)
+        ]
         found_inf = getattr(self, "found_inf", None)
         overflow = found_inf is not None and bool(found_inf.item())
         grad_scale = getattr(self, "grad_scale", None)
@@ -207,14 +226,26 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 []
                 if overflow or shard in elsewhere
                 else shard.compress(
-                    q=self._q, scope=self._scope, scale=scale, measures_coherence=wanted
+                    q=self._q,
+                    scope=self._scope,
+                    scale=scale,
+                    measures_coherence=wanted,
+                    absent=missing,
                 )
-                for shard, wanted in zip(self._shards, self._groups.take_coherence(), strict=True)
+                for shard, wanted, missing in zip(
+                    self._shards, self._groups.take_coherence(), absent, strict=True
+                )
             ]
         # only now: an error above leaves no server with a push that the others lack
-        pushes = zip(self._clients, made, rates, momenta, strict=True)
-        for client, compressed, lr, momentum in pushes:
-            client.begin(frames_of(compressed), lr, momentum, coherence_of(compressed))
+        for place, (client, compressed) in enumerate(zip(self._clients, made, strict=True)):
+            client.begin(
+                frames_of(compressed),
+                rates[place],
+                momenta[place],
+                coherence_of(compressed),
+                decays[place],
+                self._shards[place].spec.no_gradient(absent[place]) if compressed else b"",
+            )
         self._open = True
         return [
             (shard.compressor.residuals, part.update)
@@ -318,6 +349,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "told_lr": list(self._groups.told_lr),
             "sends_momentum": self._groups.sends_momentum,
             "told_momentum": list(self._groups.told_momentum),
+            "sends_weight_decay": self._groups.sends_weight_decay,
+            "told_weight_decay": list(self._groups.told_weight_decay),
             "stats": vars(self._meter.stats).copy(),
             "servers": [
                 shard_state(shard, client, held)
@@ -349,6 +382,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             client.check_run(one.run)
         groups = self._groups.filled(state_dict["param_groups"])
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state = StateElsewhere()
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
@@ -356,6 +390,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
         self._groups.sends_momentum = saved.sends_momentum
         self._groups.told_momentum = list(saved.told_momentum or self._groups.told(groups))
+        self._groups.sends_weight_decay = saved.sends_weight_decay
+        decays = saved.told_weight_decay or self._groups.decays(groups)
+        self._groups.told_weight_decay = list(decays)
         self._meter.stats = saved.stats
         self._resumed = list(saved.shards)
 

@@ -16,16 +16,19 @@ Group = Mapping[str, Any]
 class ServerGroups:
     """The groups of each server, as they were when this worker joined.
 
-    told_lr, told_momentum: of each group then; None where a group has no momentum that workers may
-    set. sends_lr, sends_momentum: whether this worker has ever changed one, and so sends all.
+    told_lr, told_momentum, told_weight_decay: of each group then; None where a group has none that
+    workers may set. sends_lr, sends_momentum, sends_weight_decay: whether this worker has ever
+    changed one, and so sends all.
     """
 
     def __init__(self, views: Sequence[Sequence[GroupView]]) -> None:
         self._views = views
         self.told_lr = [view.numbers["lr"] for view in self._all()]
         self.told_momentum = [_momentum(view, _shown(view)) for view in self._all()]
+        self.told_weight_decay = [_weight_decay(view, _shown(view)) for view in self._all()]
         self.sends_lr = False
         self.sends_momentum = False
+        self.sends_weight_decay = False
 
     def take_coherence(self) -> list[bool]:
         """Return of each server whether the coherence of pushes says something to it."""
@@ -62,6 +65,11 @@ class ServerGroups:
             _momentum(view, group) for view, group in zip(self._all(), param_groups, strict=True)
         ]
 
+    def decays(self, param_groups: Sequence[Group]) -> list[float | None]:
+        """Return the weight decay of each of these groups that a worker may set."""
+        groups = zip(self._all(), param_groups, strict=True)
+        return [_weight_decay(view, group) for view, group in groups]
+
     def rates(self, param_groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Return the lr of each group to send to each server; nothing while none was changed.
 
@@ -71,12 +79,7 @@ class ServerGroups:
         rates = []
         for place, (group, view) in enumerate(zip(param_groups, self._all(), strict=True)):
             _check_others(place, group, view)
-            lr = float(group["lr"])
-            if not math.isfinite(lr) or lr < 0:
-                raise ValueError(
-                    f"lr={group['lr']!r} in param_groups[{place}]: expected a finite number of at "
-                    "least 0"
-                )
+            lr = _check_at_least_0("lr", float(group["lr"]), place)
             self.sends_lr = self.sends_lr or lr != self.told_lr[place]
             rates.append(lr)
         return self._of_each_server(rates if self.sends_lr else [])
@@ -97,6 +100,18 @@ class ServerGroups:
             self.sends_momentum = self.sends_momentum or momentum != told
         return self._of_each_server(momenta if self.sends_momentum else [])
 
+    def weight_decays(self, param_groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Return the weight decay of each group to send likewise.
+
+        Raises ValueError for one that is no finite number of at least zero.
+        """
+        decays = self.decays(param_groups)
+        for place, (decay, told) in enumerate(zip(decays, self.told_weight_decay, strict=True)):
+            if decay is not None:
+                _check_at_least_0("weight_decay", decay, place)
+            self.sends_weight_decay = self.sends_weight_decay or decay != told
+        return self._of_each_server(decays if self.sends_weight_decay else [])
+
     def _of_each_server(self, numbers: Sequence[float | None]) -> list[tuple[float, ...]]:
         if not numbers:
             return [() for _ in self._views]
@@ -108,9 +123,13 @@ class ServerGroups:
 def _check_others(place: int, group: Group, view: GroupView) -> None:
     """Raise ValueError where a number that is the server's alone is another one."""
     remedy = f"give it with the server's options; a worker can change {_changeable(view)}"
+    mine = {
+        "lr": True,
+        "momentum": view.takes_momentum and not view.betas,
+        "weight_decay": view.takes_weight_decay,
+    }
     for name, number in view.numbers.items():
-        mine = name == "lr" or (name == "momentum" and view.takes_momentum and not view.betas)
-        if not mine and float(group[name]) != number:
+        if not mine.get(name, False) and float(group[name]) != number:
             raise ValueError(
                 f"{name}={group[name]!r} in param_groups[{place}]: expected {number}, as the "
                 f"server has it; {remedy}"
@@ -122,14 +141,29 @@ def _check_others(place: int, group: Group, view: GroupView) -> None:
         )
 
 
+def _check_at_least_0(name: str, number: float, place: int) -> float:
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(
+            f"{name}={number!r} in param_groups[{place}]: expected a finite number of at least 0"
+        )
+    return number
+
+
 def _changeable(view: GroupView) -> str:
-    if not view.takes_momentum:
-        return "lr alone"
-    return f"lr and {'betas[0]' if view.betas else 'momentum'} alone"
+    names = ["lr"]
+    if view.takes_momentum:
+        names.append("betas[0]" if view.betas else "momentum")
+    if view.takes_weight_decay:
+        names.append("weight_decay")
+    return f"{' and '.join(names)} alone"
 
 
 def _momentum(view: GroupView, group: Group) -> float | None:
     return group_momentum(group) if view.takes_momentum else None
+
+
+def _weight_decay(view: GroupView, group: Group) -> float | None:
+    return float(group["weight_decay"]) if view.takes_weight_decay else None
 
 
 def _shown(view: GroupView) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.security.proxy import proxy_of
 from topq_dist.ps.security.tls import ClientTls
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 Reply = TypeVar("Reply")
 _NO_CONNECTION = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_ENDED = "the server ended the connection: is this a parameter server?"
 # What an HTTP/2 client says first: its preface, and settings that change nothing.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
@@ -27,17 +29,42 @@ def diagnose_connection(
 ) -> str | None:
     """Return why a client cannot talk to the server at `address`, or None where it could.
 
-    gRPC's own errors say no more than that a socket was closed. This connects once more, by hand.
+    gRPC's own errors say no more than that a socket was closed. This connects once more, by hand,
+    through the proxy that gRPC goes through.
     """
+    proxy = proxy_of(address)
     try:
-        with address.connect(timeout_s) as end:
-            if tls is None:
-                return _why_no_plain_talk(address, end, timeout_s)
-            return _why_no_handshake(address, end, tls)
+        why = _why_no_talk(address, tls, timeout_s)
+        return why if why is None or proxy is None else f"{why} (through {proxy})"
     except TimeoutError:
         return f"no answer within {timeout_s:g} s"
     except OSError as error:
-        return f"{error.strerror or error}".lower()
+        why = f"{error.strerror or error}"
+        return why if proxy else why.lower()
+
+
+def lasting_reason(address: Address, tls: ClientTls | None, timeout_s: float = 2.0) -> str | None:
+    """Return why the server at `address` will not take this client however often it tries.
+
+    None where it may: nothing is wrong, or it is not there now.
+    """
+    try:
+        why = _why_no_talk(address, tls, timeout_s)
+    except OSError:
+        return None
+    return None if why == _ENDED else why
+
+
+def _why_no_talk(address: Address, tls: ClientTls | None, timeout_s: float) -> str | None:
+    with _connect(address, timeout_s) as end:
+        if tls is None:
+            return _why_no_plain_talk(address, end, timeout_s)
+        return _why_no_handshake(address, end, tls)
+
+
+def _connect(address: Address, timeout_s: float) -> socket.socket:
+    proxy = proxy_of(address)
+    return address.connect(timeout_s) if proxy is None else proxy.connect(address, timeout_s)
 
 
 def _why_no_plain_talk(address: Address, end: socket.socket, timeout_s: float) -> str | None:
@@ -51,10 +78,10 @@ def _why_no_plain_talk(address: Address, end: socket.socket, timeout_s: float) -
     blind.check_hostname = False
     blind.verify_mode = ssl.CERT_NONE
     try:
-        with address.connect(timeout_s) as again, blind.wrap_socket(again):
+        with _connect(address, timeout_s) as again, blind.wrap_socket(again):
             return "the server speaks TLS: give the CA of its certificate"
     except OSError:
-        return "the server ended the connection: is this a parameter server?"
+        return _ENDED
 
 
 def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> str | None:
@@ -64,9 +91,7 @@ def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> s
     if tls.certificate is not None:
         context.load_cert_chain(tls.certificate, tls.key)
     try:
-        with context.wrap_socket(
-            end, server_hostname=tls.server_name or address.host or "localhost"
-        ) as encrypted:
+        with context.wrap_socket(end, server_hostname=tls.server_name or address.name) as encrypted:
             # With TLS 1.3 a client is through before the server has seen its certificate.
             if encrypted.recv(1):
                 return None

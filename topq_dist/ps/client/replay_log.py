@@ -52,6 +52,8 @@ class ReplayLog:
         lr: Sequence[float],
         momentum: Sequence[float] = (),
         coherence: Sequence[float] = (),
+        weight_decay: Sequence[float] = (),
+        no_gradient: bytes = b"",
     ) -> PushRecord:
         """Make the next push, which is then under way."""
         if self.pending is not None:
@@ -63,7 +65,9 @@ class ReplayLog:
             lr=tuple(lr),
             momentum=tuple(momentum),
             coherence=tuple(coherence),
-            digest=push_digest(lr, frames, momentum, coherence),
+            weight_decay=tuple(weight_decay),
+            no_gradient=no_gradient,
+            digest=push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient),
         )
         return self.pending
 
@@ -143,6 +147,8 @@ def _to_state(push: PushRecord) -> dict[str, Any]:
         "lr": list(push.lr),
         "momentum": list(push.momentum),
         "coherence": list(push.coherence),
+        "weight_decay": list(push.weight_decay),
+        "no_gradient": push.no_gradient.hex(),
         "applied": None if push.applied is None else point_to_state(push.applied),
         "members": list(push.members),
     }
@@ -154,9 +160,11 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
         raise ValueError("a frame that is no vector of bytes")
     lr = tuple(float(value) for value in state["lr"])
     # older states have none
-    momentum, coherence = (
-        tuple(float(value) for value in state.get(key, ())) for key in ("momentum", "coherence")
+    momentum, coherence, weight_decay = (
+        tuple(float(value) for value in state.get(key, ()))
+        for key in ("momentum", "coherence", "weight_decay")
     )
+    no_gradient = bytes.fromhex(state.get("no_gradient", ""))
     return PushRecord(
         sequence=_count(state["sequence"], 1),
         base=point_from_state(state["base"]),
@@ -164,7 +172,9 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
         lr=lr,
         momentum=momentum,
         coherence=coherence,
-        digest=push_digest(lr, frames, momentum, coherence),
+        weight_decay=weight_decay,
+        no_gradient=no_gradient,
+        digest=push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient),
         applied=None if state["applied"] is None else point_from_state(state["applied"]),
         members=tuple(str(member) for member in state["members"]),
     )

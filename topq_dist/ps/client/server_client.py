@@ -15,14 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import FrameError
 from topq_dist.ps.client.connection import Connection, RetryDeadline, TransientError
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
+    DamagedError,
     DigestDiffersError,
     ExpiredError,
-    InvalidError,
     NotJoinedError,
     RefusedError,
     SequenceGapError,
@@ -45,9 +46,12 @@ from topq_dist.ps.wire.steps import point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
+# what another Join, another try or some time may cure
+_PASSING = (NotJoinedError, SequenceGapError, TransientError, DamagedError, FrameError)
 _RENEWS_IN_A_LEASE = 3
 # a step that begins meanwhile waits so long at most
 _ASIDE_S = 2.0
+_LONGEST_TEXT = 500
 
 
 @dataclass(kw_only=True)
@@ -90,6 +94,8 @@ class ServerClient:
         self.point = START
         self.pushes = ReplayLog()
         self.groups: tuple[GroupView, ...] = ()
+        # whether the server knows of tensors without a gradient
+        self.takes_no_gradient = False
         self._timeout_s = timeout_s
         self._connection = Connection(address, security)
         self._instance = secrets.token_bytes(INSTANCE_BYTES)
@@ -100,7 +106,7 @@ class ServerClient:
         self._joined = False
         self._server_next = 1
         self._outcome = Outcome()
-        self._warned = False
+        self._warned = self._warned_of_disagreement = False
         # guards all of the above between steps and the thread that renews the lease
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -130,10 +136,14 @@ class ServerClient:
         lr: Sequence[float],
         momentum: Sequence[float] = (),
         coherence: Sequence[float] = (),
+        weight_decay: Sequence[float] = (),
+        no_gradient: bytes = b"",
     ) -> None:
         """Make the next push, computed on what the worker holds; `finish` sends it."""
         with self._lock:
-            self.pushes.begin(self.point, frames, lr, momentum, coherence)
+            self.pushes.begin(
+                self.point, frames, lr, momentum, coherence, weight_decay, no_gradient
+            )
 
     def finish(self) -> None:
         """Send the push under way until the server has decided on it, and take in what comes back.
@@ -149,7 +159,7 @@ class ServerClient:
                     push = self.pushes.pending
                     if push is not None:
                         self._take_in(push, self._send(push, deadline))
-                except (NotJoinedError, SequenceGapError, TransientError) as error:
+                except _PASSING as error:
                     self._recover_from(deadline, error)
                 except (DigestDiffersError, ExpiredError) as error:
                     self.resync_from(f"this time a push has become another one ({error})")
@@ -178,7 +188,7 @@ class ServerClient:
                 try:
                     self._catch_up(deadline)
                     _, buffers = self._fetch(pb.FetchRequest.WHICH_CENTRAL, deadline)
-                except (NotJoinedError, SequenceGapError, TransientError) as error:
+                except _PASSING as error:
                     self._recover_from(deadline, error)
                 else:
                     model.load_raw(buffers)
@@ -213,13 +223,14 @@ class ServerClient:
         Pushes that the server does not have are taken back. Raises ServerLostError and
         RefusedError.
         """
-        deadline = RetryDeadline(self._connection, self._timeout_s)
+        at_first = not self._id.run
+        deadline = RetryDeadline(self._connection, self._timeout_s, at_first=at_first)
         with self._lock:
             while True:
                 try:
                     self._join_and_upload(deadline)
                     self._fetch_model(deadline)
-                except (NotJoinedError, TransientError) as error:
+                except _PASSING as error:
                     self._recover_from(deadline, error)
                 else:
                     self._outcome.taken_back += self.pushes.take_back(self._server_next)
@@ -259,10 +270,13 @@ class ServerClient:
     # under the lock
 
     def _recover_from(self, deadline: RetryDeadline, error: Exception) -> None:
-        """Get over an error that a new Join, or some time, may cure."""
+        """Get over an error that a new Join, another try or some time may cure."""
         _log.debug("parameter server %s: %s", self.address, error)
         if self._cancelled.is_set():
             raise TransientError("broken off") from error
+        if isinstance(error, DamagedError | FrameError):
+            deadline.doubt(error)
+            return
         if isinstance(error, TransientError):
             self._connection.refresh()
         else:
@@ -307,6 +321,7 @@ class ServerClient:
         self._lease_s = joined.lease_s
         if not self.groups:
             self.groups = groups_from_wire(joined.groups)
+        self.takes_no_gradient = joined.takes_no_gradient
         self._forget_durable(joined.durable_version)
         return joined.upload
 
@@ -343,13 +358,17 @@ class ServerClient:
     def _take_in(self, push: PushRecord, answer: Answer) -> None:
         """Take in the answer to the push under way."""
         if answer.applied is not None and not answer.updates:
-            raise InvalidError(
+            raise DamagedError(
                 f"parameter server {self.address}: push {push.sequence} applied without an update"
             )
+        # after a damaged one, what came before it is there already
+        held = self.point.version if self.point.version > push.base.version else 0
         for update in answer.updates:
+            if update.point.version <= held:
+                continue
             due = self.point.version + 1
             if update.kind is not UpdateKind.FULL and update.point.version != due:
-                raise InvalidError(
+                raise DamagedError(
                     f"parameter server {self.address}: an update to version "
                     f"{update.point.version}: expected {due}"
                 )
@@ -359,6 +378,15 @@ class ServerClient:
             else:
                 self._outcome.changed.append(changed)
             self.point = update.point
+        if answer.disagreement and not self._warned_of_disagreement:
+            self._warned_of_disagreement = True
+            _log.warning(
+                "worker %s at parameter server %s: the workers of a version do not agree: %s; give "
+                "all the same schedule, and one that joins late the step that the run is at",
+                self.worker,
+                self.address,
+                answer.disagreement[:_LONGEST_TEXT],
+            )
         if answer.applied is None:
             self._take_back(push.sequence, "a push came too late for the version it belongs to")
         else:
@@ -404,7 +432,7 @@ class ServerClient:
                     return
                 # killed since our last step, and back without it
                 raise NotJoinedError(f"the server is back at version {version}")
-            except (NotJoinedError, SequenceGapError, TransientError) as error:
+            except _PASSING as error:
                 self._recover_from(deadline, error)
 
     # the thread that keeps the lease

@@ -147,18 +147,30 @@ class Shard:
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
 
+    def absent(self) -> list[bool]:
+        """Return of each parameter, in order, whether it has no gradient."""
+        return [parameter.grad is None for parameter in self.parameters.values()]
+
     def compress(
-        self, *, q: float, scope: Scope, scale: float = 1.0, measures_coherence: bool = False
+        self,
+        *,
+        q: float,
+        scope: Scope,
+        scale: float = 1.0,
+        measures_coherence: bool = False,
+        absent: Sequence[bool] = (),
     ) -> list[Compressed]:
         """Return the top-Q part of the parameters' gradients / `scale`, plus residuals.
 
-        A parameter without a gradient counts as zeros. The residuals take what the frames leave out
-        only once they are committed. Raises NonFiniteError, naming the first parameter, for NaN or
-        infinity.
+        absent: the parameters, as `absent` has them, of which nothing is sent, so that their
+            residuals stay; any other without a gradient counts as zeros.
+        The residuals take what the frames leave out only once they are committed. Raises
+        NonFiniteError, naming the first parameter, for NaN or infinity.
         """
         compressed = []
         for place, vector in enumerate(self.spec.vectors):
-            segments = self._segments.of(vector.numels, q=q, scope=scope)
+            left_out = tuple(absent[at] for at in self.spec.places[place]) if any(absent) else ()
+            segments = self._segments.of(vector.numels, q=q, scope=scope, left_out=left_out)
             # many small ones are sooner copied than looked at one by one
             small = vector.numel < _SMALL_NUMEL * len(vector.layout.names)
             in_place = scope == "parameter" and scale == 1.0 and not small

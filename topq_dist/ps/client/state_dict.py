@@ -34,7 +34,7 @@ class SavedShard:
 class SavedWorker:
     """All that was saved of a worker, beside its parameter groups.
 
-    told_momentum: None in a state of before workers could set it.
+    told_momentum, told_weight_decay: None in a state of before workers could set it.
     """
 
     open: bool
@@ -42,6 +42,8 @@ class SavedWorker:
     told_lr: tuple[float, ...]
     sends_momentum: bool
     told_momentum: tuple[float | None, ...] | None
+    sends_weight_decay: bool
+    told_weight_decay: tuple[float | None, ...] | None
     stats: Stats
     shards: tuple[SavedShard, ...]
 
@@ -88,9 +90,6 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             )
         if len(state["told_lr"]) != len(state_dict["param_groups"]):
             raise ValueError("state_dict has another number of told_lr than of param_groups")
-        told_momentum = state.get("told_momentum")
-        if told_momentum is not None and len(told_momentum) != len(state["told_lr"]):
-            raise ValueError("state_dict has another number of told_momentum than of param_groups")
         if set(state["stats"]) != set(vars(Stats())):
             raise ValueError(f"state_dict has stats of {list(state['stats'])}")
         for key, total in state["stats"].items():
@@ -100,11 +99,9 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             sends_lr=bool(state["sends_lr"]),
             told_lr=tuple(check_number("told_lr", lr) for lr in state["told_lr"]),
             sends_momentum=bool(state.get("sends_momentum", False)),
-            told_momentum=None
-            if told_momentum is None
-            else tuple(
-                None if one is None else check_number("told_momentum", one) for one in told_momentum
-            ),
+            told_momentum=_told("told_momentum", state),
+            sends_weight_decay=bool(state.get("sends_weight_decay", False)),
+            told_weight_decay=_told("told_weight_decay", state),
             stats=Stats(**state["stats"]),
             shards=tuple(
                 _read_shard(saved, shard)
@@ -113,6 +110,15 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
         )
     except (AttributeError, KeyError) as error:
         raise ValueError(f"state_dict is not this optimizer's: {error!r}") from error
+
+
+def _told(key: str, state: Mapping[str, Any]) -> tuple[float | None, ...] | None:
+    told = state.get(key)
+    if told is None:
+        return None
+    if len(told) != len(state["told_lr"]):
+        raise ValueError(f"state_dict has another number of {key} than of param_groups")
+    return tuple(None if one is None else check_number(key, one) for one in told)
 
 
 def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import max_frame_bytes
 from topq_dist.compress.codec.header import LARGEST_NUMEL
 from topq_dist.compress.layout import Layout
-from topq_dist.dtypes import FLOATS
+from topq_dist.dtypes import FLOATS, Indices
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError
 
 # by their names on the wire and in snapshots
@@ -125,6 +127,14 @@ class ModelSpec:
             for dtype, tensors in members.items()
         )
 
+    @cached_property
+    def places(self) -> tuple[Indices, ...]:
+        """Of each vector, where its tensors stand among all, as int64."""
+        return tuple(
+            np.flatnonzero([tensor.dtype == vector.dtype for tensor in self.tensors])
+            for vector in self.vectors
+        )
+
     @property
     def numel(self) -> int:
         """Elements of the model."""
@@ -139,6 +149,29 @@ class ModelSpec:
     def max_frame_bytes(self) -> int:
         """Length that the frames of one step together do not exceed, in whatever value format."""
         return sum(vector.max_frame_bytes for vector in self.vectors)
+
+    def no_gradient(self, absent: Sequence[bool]) -> bytes:
+        """Return what a push says of tensors that its worker has no gradient of.
+
+        absent: whether that is so, of each tensor in order. Nothing where it is so of none.
+        """
+        return np.packbits(absent, bitorder="little").tobytes() if any(absent) else b""
+
+    def without_gradient(self, no_gradient: bytes) -> npt.NDArray[np.bool_]:
+        """Return, of each tensor in order, whether `no_gradient` says that there is no gradient.
+
+        Raises InvalidError for what no worker of this model would say.
+        """
+        count = len(self.tensors)
+        if not no_gradient:
+            return np.zeros(count, bool)
+        bits = np.unpackbits(np.frombuffer(no_gradient, np.uint8), bitorder="little")
+        if len(no_gradient) != -(-count // 8) or bits[count:].any() or not bits.any():
+            raise InvalidError(
+                f"no_gradient={no_gradient[:16].hex()}...: expected a bit for each of {count} "
+                "tensors, or nothing"
+            )
+        return bits[:count].astype(bool)
 
     def check_same(self, run: ModelSpec) -> None:
         """Raise ModelDiffersError, naming the first difference, unless this model is the run's."""

@@ -2,6 +2,7 @@
 
 from topq_dist.ps.protocol.errors import (
     BusyError,
+    DamagedError,
     DigestDiffersError,
     ExpiredError,
     FencedError,
@@ -24,6 +25,7 @@ from topq_dist.ps.protocol.errors import (
 
 __all__ = [
     "BusyError",
+    "DamagedError",
     "DigestDiffersError",
     "ExpiredError",
     "FencedError",

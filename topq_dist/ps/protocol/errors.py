@@ -106,6 +106,13 @@ class NonFiniteError(InvalidError):
     status = "INVALID_ARGUMENT"
 
 
+class DamagedError(InvalidError):
+    """Bytes that are not those that were sent: send them again."""
+
+    reason = "damaged"
+    status = "INVALID_ARGUMENT"
+
+
 class TooLargeError(RefusedError):
     """More than the server agreed to hold."""
 

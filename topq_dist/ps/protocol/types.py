@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # status and health import this file, and are to be free of t
 
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 2 << 20
+# a longer Join goes as chunks, up to as many as this
+SHORT_JOIN_BYTES = 2 << 20
+MAX_JOIN_BYTES = 64 << 20
 # frames, and an answer, that cost less in one message each way than as streams
 SHORT_BYTES = 1 << 20
 # what may be on its way unread: a frame of a gradient goes out at once, however long the round trip
@@ -63,8 +66,9 @@ class Push:
     """A worker's gradient for one step, decoded and checked.
 
     frames: one for each vector of the model; none where the worker has no gradient in this step.
-    lr, momentum: of each parameter group; empty: the server's own.
+    lr, momentum, weight_decay: of each parameter group; empty: the server's own.
     coherence: the two sums of its gradient and residuals (compress/coherence.py), or nothing.
+    no_gradient: which tensors it has no gradient of, as ModelSpec.without_gradient reads it.
     applied_version, members: in a replay, where the push was applied before and beside whom.
     """
 
@@ -79,6 +83,8 @@ class Push:
     members: tuple[str, ...] = ()
     momentum: tuple[float, ...] = ()
     coherence: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    no_gradient: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,8 @@ class PushRecord:
     members: tuple[str, ...] = ()
     momentum: tuple[float, ...] = ()
     coherence: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    no_gradient: bytes = b""
 
     @property
     def applied_version(self) -> int:
@@ -150,12 +158,14 @@ class Answer:
 
     applied: the point of the version that holds it, or None where it was refused as stale.
     members: whose pushes that version averages. updates: from the push's base on, oldest first.
+    disagreement: for people, where its workers sent different numbers for one group.
     """
 
     applied: ModelVersion | None
     members: tuple[str, ...]
     updates: tuple[Update, ...]
     durable_version: int
+    disagreement: str = ""
 
     @property
     def payload_bytes(self) -> int:
@@ -169,6 +179,7 @@ class GroupView:
 
     takes_momentum: whether a push may set its momentum, which is betas[0] where there are betas.
     takes_coherence: whether the coherence of pushes says something to its rate.
+    takes_weight_decay: whether a push may set its weight decay.
     """
 
     names: tuple[str, ...]
@@ -176,6 +187,7 @@ class GroupView:
     betas: tuple[float, ...] = ()
     takes_momentum: bool = False
     takes_coherence: bool = False
+    takes_weight_decay: bool = False
 
 
 def check_worker_name(worker: str) -> str:
@@ -207,13 +219,18 @@ def push_digest(
     frames: Iterable[memoryview],
     momentum: Sequence[float] = (),
     coherence: Sequence[float] = (),
+    weight_decay: Sequence[float] = (),
+    no_gradient: bytes = b"",
 ) -> bytes:
     """Return the SHA-256 by which a push is known: its numbers, then the frames' bytes."""
     digest = hashlib.sha256(struct.pack(f"<{len(lr)}d", *lr))
     # marked, or they could be taken for learning rates
-    for mark, numbers in ((b"momentum", momentum), (b"coherence", coherence)):
+    marked = (b"momentum", momentum), (b"coherence", coherence), (b"weight_decay", weight_decay)
+    for mark, numbers in marked:
         if numbers:
             digest.update(mark + struct.pack(f"<{len(numbers)}d", *numbers))
+    if no_gradient:
+        digest.update(b"no_gradient" + no_gradient)
     for frame in frames:
         digest.update(frame)
     return digest.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 _HOST_PORT = re.compile(
     r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})"
 )
+_ZONE_OF_URL = re.compile(r"%25(?=.)")
+# of addresses that this machine does not have
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _LONGEST_PATH_BYTES = 107  # of a sockaddr_un, its closing zero left out
 
 
@@ -39,13 +43,20 @@ class Address:
                 f"address={text!r}: expected HOST:PORT, [IPV6]:PORT or unix:PATH, the port from 0"
                 " to 65535"
             )
-        return cls(host=match["ipv6"] or match["host"], port=int(match["port"]))
+        # a zone in the spelling of URLs, which gRPC reads as well
+        ipv6 = None if match["ipv6"] is None else _ZONE_OF_URL.sub("%", match["ipv6"])
+        return cls(host=ipv6 or match["host"], port=int(match["port"]))
 
     def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+    @property
+    def name(self) -> str:
+        """The name to expect in a server's certificate: an IPv6 address without its zone."""
+        return self.host.partition("%")[0] or "localhost"
 
     @property
     def is_loopback(self) -> bool:
@@ -94,14 +105,27 @@ class Address:
             if self.path:
                 self._check_path_free()
                 return
-            for family, kind, _, _, place in socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            ):
+            self._check_port_free()
+        except OSError as error:
+            raise OSError(f"address {self}: {error.strerror or error}") from error
+
+    def _check_port_free(self) -> None:
+        found = socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        missing: list[OSError] = []
+        for family, kind, _, _, place in found:
+            try:
                 with socket.socket(family, kind) as end:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     end.bind(place)
-        except OSError as error:
-            raise OSError(f"address {self}: {error.strerror or error}") from error
+            except OSError as error:
+                # a name may lead to ::1 as well where IPv6 is off: gRPC takes what there is
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing.append(error)
+        if len(missing) == len(found):
+            raise missing[0]
 
     def _check_path_free(self) -> None:
         try:

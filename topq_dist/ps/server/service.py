@@ -13,14 +13,20 @@ from dataclasses import asdict
 
 import grpc
 
-from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.errors import InvalidError, NotReadyError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, PushPermit, WorkerId
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.codec import fetch_to_wire, groups_to_wire, spec_from_wire
+from topq_dist.ps.wire.codec import (
+    fetch_to_wire,
+    groups_to_wire,
+    join_parts,
+    read_join_parts,
+    spec_from_wire,
+)
 from topq_dist.ps.wire.messages import STEP_RESPONSES, Receiver, check_raw, chunks
 from topq_dist.ps.wire.steps import (
     answer_message,
@@ -58,6 +64,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._authenticator = authenticator
         self._steps = _FewCalls()
         self._models = _FewCalls()
+        # the memory for a list that a stranger sends is taken once
+        self._long_join = threading.Lock()
         self._pool = BufferPool()
         # the workers of a round are sent the same
         self._shared = SharedUpdates() if coordinator.training.mode == "sync" else None
@@ -89,8 +97,21 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             mode=training.mode,
             downlink=training.downlink,
             lease_s=self._coordinator.serving.lease_s,
+            takes_no_gradient=True,
             max_push_bytes=call.spec.max_frame_bytes,
         )
+
+    def LongJoin(  # type: ignore[override] # the interceptor writes chunks
+        self, request_iterator: Iterator[pb.JoinPart | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.JoinPart | memoryview]:
+        """Take a worker in whose model has very many tensors."""
+        if not self._long_join.acquire(blocking=False):
+            raise NotReadyError("another worker with a long list of tensors is joining: try again")
+        try:
+            request = read_join_parts(request_iterator, pb.JoinRequest())
+        finally:
+            self._long_join.release()
+        yield from join_parts(self.Join(request, context))
 
     def Upload(
         self,

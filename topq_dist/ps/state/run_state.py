@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -192,7 +193,8 @@ class RunState:
 
     def fresh(self, push: Push) -> Answer:
         """Return the answer to a push of the version that was just made."""
-        return self._answer(push.base, self.point, self._members(self.point.version))
+        answer = self._answer(push.base, self.point, self._members(self.point.version))
+        return replace(answer, disagreement=self.central.disagreement)
 
     def repeat(self, push: Push, version: int) -> Answer:
         """Return the answer to a push that was applied in `version`: the same as then.

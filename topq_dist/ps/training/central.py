@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.coherence import Coherence, total
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
@@ -21,14 +22,14 @@ from topq_dist.ps.protocol.types import (
     Push,
     UpdateKind,
     group_momentum,
-    set_group_momentum,
 )
 from topq_dist.ps.training.aggregate import GradientSum
 from topq_dist.ps.training.downlink import make_downlink
+from topq_dist.ps.training.group_numbers import GroupNumbers
 from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
 from topq_dist.ps.training.inner_state import check_inner_state, inner_state, load_inner_state
-from topq_dist.ps.training.inner_step import MomentumOut, SparseStep
-from topq_dist.ps.training.step_guard import StepGuard, scale_of
+from topq_dist.ps.training.inner_step import MomentumOut, SparseStep, step_evenly
+from topq_dist.ps.training.step_guard import StepGuard
 
 
 class CentralModel:
@@ -48,8 +49,14 @@ class CentralModel:
         self._gradient = GradientSum(spec)
         self._named = values.tensors()
         self._inner, self._group_names = make_inner_optimizer(config, self._named)
-        for name, gradient in self._gradient.model.tensors().items():
+        self._gradients = self._gradient.model.tensors()
+        for name, gradient in self._gradients.items():
             self._named[name].grad = gradient
+        self._group_numbers = GroupNumbers(self._inner)
+        # whether some tensors may have gone through fewer steps than others
+        self._uneven = True
+        # for people, where the workers of the last version sent different numbers
+        self.disagreement = ""
         self._sparse_step = SparseStep(self._inner, self._group_names, spec)
         self._momentum = MomentumOut(
             self._inner,
@@ -62,10 +69,11 @@ class CentralModel:
     def check_push(self, push: Push, *, max_lr: float = math.inf) -> None:
         """Raise InvalidError or NonFiniteError unless `apply` can take the push.
 
-        Its frames must be none or one for each vector, of as many elements, and finite; its
-        learning rates none or one for each group, from 0 to `max_lr`; its momentum none or
-        one for each group, where the optimizer has one, in [0, 1); its coherence nothing or two
-        finite sums. A replay names its own worker among its members.
+        Its frames must be none or one for each vector, of as many elements, and finite, and hold
+        nothing of a tensor that it has no gradient of; its learning rates none or one for each
+        group, from 0 to `max_lr`, and its weight decay likewise, finite, where the optimizer has
+        one; its momentum none or one for each group, where the optimizer has one, in [0, 1); its
+        coherence nothing or two finite sums. A replay names its own worker among its members.
         """
         vectors = self.spec.vectors
         if push.frames and len(push.frames) != len(vectors):
@@ -77,67 +85,52 @@ class CentralModel:
                 )
             if not frame.finite:
                 raise NonFiniteError(f"frame {place} says that its gradient is NaN or infinite")
-        if push.lr and len(push.lr) != len(self._group_names):
-            raise InvalidError(
-                f"{len(push.lr)} learning rates: expected one for each of "
-                f"{len(self._group_names)} groups, or none"
-            )
-        for lr in push.lr:
-            if not math.isfinite(lr):
-                raise NonFiniteError(f"lr={lr!r}: expected a finite number")
-            if lr < 0:
-                raise InvalidError(f"lr={lr!r}: expected 0 or more")
-            if lr > max_lr:
-                raise InvalidError(
-                    f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr"
-                )
-        self._check_momentum(push.momentum)
+        self._check_nothing_of_absent(push)
+        self._group_numbers.check(push, max_lr=max_lr)
         _check_coherence(push.coherence)
         if push.applied_version and push.worker not in push.members:
             raise InvalidError(
                 f"a replay of {push.worker!r} has members={push.members!r}: expected itself there"
             )
 
-    def _check_momentum(self, given: Sequence[float]) -> None:
-        if not given:
+    def _check_nothing_of_absent(self, push: Push) -> None:
+        if not push.no_gradient:
             return
-        if any(group_momentum(group) is None for group in self._inner.param_groups):
-            raise InvalidError(
-                f"{len(given)} momenta: expected none, {type(self._inner).__name__} has no momentum"
-            )
-        if len(given) != len(self._group_names):
-            raise InvalidError(
-                f"{len(given)} momenta: expected one for each of {len(self._group_names)} groups, "
-                "or none"
-            )
-        for momentum in given:
-            if not math.isfinite(momentum):
-                raise NonFiniteError(f"momentum={momentum!r}: expected a finite number")
-            if not 0 <= momentum < 1:
-                raise InvalidError(f"momentum={momentum!r}: expected a number in [0, 1)")
+        absent = self.spec.without_gradient(push.no_gradient)
+        for number, (frame, vector, places) in enumerate(
+            zip(push.frames, self.spec.vectors, self.spec.places, strict=False)
+        ):
+            edges = np.searchsorted(frame.indices.numpy(), vector.layout.edges)
+            sent = absent[places] & (np.diff(edges) > 0)
+            if sent.any():
+                name = vector.layout.names[int(sent.argmax())]
+                raise InvalidError(
+                    f"frame {number} holds elements of {name!r}, of which its header says that "
+                    "there is no gradient"
+                )
 
     def apply(self, pushes: Sequence[Push]) -> tuple[UpdateKind, tuple[memoryview, ...]]:
         """Take one step on the mean gradient of the pushes; return the update for the workers.
 
         The terms are divided first and added in the order given, as the DDP hook does. A push
-        without frames does not count in the mean; where none has any there is no step. The first
-        push that has learning rates sets them, and the first that has momenta those. The pushes
-        must have passed check_push, and stay as they are.
+        without frames does not count in the mean; where none has any there is no step. A tensor
+        that no push with frames has a gradient of stays as it is, and its state; one that only
+        some have none of has zeros of theirs. Learning rates, momenta and weight decays become the
+        median of those that pushes have. The pushes must have passed check_push, and stay as they
+        are.
 
         Raises NonFiniteStepError, leaving everything as it was, for a step that would end in
         numbers that are not finite.
         """
-        counted = [push.frames for push in pushes if push.frames]
+        counted = [push for push in pushes if push.frames]
         if not counted:
-            self._set_groups(pushes)
+            self.disagreement = self._group_numbers.take(pushes)
             return self._downlink.nothing()
-        self._gradient.add(counted)
-        if self._is_calm(pushes):
-            self._set_groups(pushes)
+        self._gradient.add([push.frames for push in counted])
+        if self._guard.is_calm(self._gradient.magnitude(), self._group_numbers.scale(pushes)):
             return self._step(pushes, counted)
         before = self.state()
         try:
-            self._set_groups(pushes)
             update = self._step(pushes, counted)
             if self._guard.is_finite():
                 return update
@@ -152,34 +145,47 @@ class CentralModel:
         """Return whether all that the next steps depend on is finite."""
         return self._guard.is_finite()
 
-    def _is_calm(self, pushes: Sequence[Push]) -> bool:
-        groups = self._inner.param_groups
-        rates = [group["lr"] for group in groups] + [lr for push in pushes for lr in push.lr]
-        momenta = [group_momentum(group) or 0.0 for group in groups]
-        momenta += [momentum for push in pushes for momentum in push.momentum]
-        return self._guard.is_calm(self._gradient.magnitude(), scale_of(rates, momenta))
-
-    def _set_groups(self, pushes: Sequence[Push]) -> None:
-        rates = next((push.lr for push in pushes if push.lr), None)
-        if rates is not None:
-            for group, lr in zip(self._inner.param_groups, rates, strict=True):
-                group["lr"] = lr
-        momenta = next((push.momentum for push in pushes if push.momentum), None)
-        if momenta is not None:
-            for group, momentum in zip(self._inner.param_groups, momenta, strict=True):
-                set_group_momentum(group, momentum)
-
     def _step(
-        self, pushes: Sequence[Push], counted: Sequence[Sequence[Frame]]
+        self, pushes: Sequence[Push], counted: Sequence[Push]
     ) -> tuple[UpdateKind, tuple[memoryview, ...]]:
-        coherence = total(Coherence(*push.coherence) for push in pushes if push.frames)
-        with self._momentum.stepping(counted, coherence):
+        self.disagreement = self._group_numbers.take(pushes)
+        frames = [push.frames for push in counted]
+        coherence = total(Coherence(*push.coherence) for push in counted)
+        unused, numels = self._without_gradient(counted)
+        with self._momentum.stepping(frames, coherence, numels), self._skipped(unused):
             touched = self._sparse_step.take(self._params, self._gradient)
             if touched is None:
                 self._downlink.before_step(self._params)
-                self._inner.step()
+                step_evenly(self._inner) if self._uneven else self._inner.step()
+        self._uneven = bool(unused)
         self._gradient.clear()
         return self._downlink.after_step(self._params, touched)
+
+    def _without_gradient(self, pushes: Sequence[Push]) -> tuple[list[str], list[int]]:
+        """Return which tensors no push has a gradient of, and how many elements each has one of.
+
+        Nothing of either where each push has all.
+        """
+        if not any(push.no_gradient for push in pushes):
+            return [], []
+        absent = [self.spec.without_gradient(push.no_gradient) for push in pushes]
+        sizes = np.array([tensor.numel for tensor in self.spec.tensors])
+        unused = np.flatnonzero(np.logical_and.reduce(absent)).tolist()
+        return (
+            [self.spec.tensors[place].name for place in unused],
+            [int(sizes[~one].sum()) for one in absent],
+        )
+
+    @contextmanager
+    def _skipped(self, names: Sequence[str]) -> Iterator[None]:
+        """Have the optimizer see no gradient of these tensors while the block runs."""
+        for name in names:
+            self._named[name].grad = None
+        try:
+            yield
+        finally:
+            for name in names:
+                self._named[name].grad = self._gradients[name]
 
     def groups(self) -> tuple[GroupView, ...]:
         """Return the parameter groups: betas, and lr first, every hyperparameter that is a number.
@@ -193,6 +199,7 @@ class CentralModel:
                 betas=tuple(map(float, group.get("betas", ()))),
                 takes_momentum=group_momentum(group) is not None,
                 takes_coherence=self._momentum.takes_coherence,
+                takes_weight_decay=self._group_numbers.have_weight_decay,
             )
             for names, group in zip(self._group_names, self._inner.param_groups, strict=True)
         )
@@ -241,6 +248,7 @@ class CentralModel:
             flat.copy_(tensors[key])
         self._downlink.load_state([tensors[key] for key in held], self._params)
         load_inner_state(self._inner, self._named, state)
+        self._uneven = True
         self._momentum.load_state(momentum_state)
 
     def sha256(self) -> str:

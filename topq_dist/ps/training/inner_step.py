@@ -57,14 +57,17 @@ class MomentumOut:
 
     @contextmanager
     def stepping(
-        self, pushes: Sequence[Sequence[Frame]], coherence: Coherence = NO_COHERENCE
+        self,
+        pushes: Sequence[Sequence[Frame]],
+        coherence: Coherence = NO_COHERENCE,
+        numels: Sequence[int] = (),
     ) -> Iterator[None]:
         """Have the block's step run as these pushes ask, each of one frame for each vector.
 
-        coherence: the sum of theirs.
+        coherence: the sum of theirs. numels: as `density` takes them.
         """
         overrides: list[Mapping[str, Any]] = []
-        sent = density(pushes)
+        sent = density(pushes, numels)
         if self._rule is not None and takes_momentum_out(sent):
             factor = 1.0
             if self.takes_coherence:
@@ -146,12 +149,42 @@ class MomentumOut:
         self._coherence.load_state(sums)
 
 
-def density(pushes: Sequence[Sequence[Frame]]) -> float:
-    """Return which share of the model's elements a push sends, on average over these."""
+def step_evenly(inner: torch.optim.Optimizer) -> None:
+    """Step an optimizer some of whose tensors may have had no gradient in earlier steps.
+
+    torch's fused SGD takes tensors with a momentum buffer, or tensors without, and not both.
+    """
+    fused = [
+        parameter
+        for group in inner.param_groups
+        if isinstance(inner, torch.optim.SGD) and group["fused"] and group["momentum"]
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    first = [p for p in fused if inner.state.get(p, {}).get("momentum_buffer") is None]
+    if not first or len(first) == len(fused):
+        inner.step()
+        return
+    held = [(p, p.grad) for group in inner.param_groups for p in group["params"]]
+    firsts = set(first)
+    for now in (True, False):
+        for parameter, gradient in held:
+            parameter.grad = gradient if (parameter in firsts) is now else None
+        inner.step()
+    for parameter, gradient in held:
+        parameter.grad = gradient
+
+
+def density(pushes: Sequence[Sequence[Frame]], numels: Sequence[int] = ()) -> float:
+    """Return which share of the elements that have a gradient a push sends, on average over these.
+
+    numels: how many have one in each push; nothing: all of the model's.
+    """
+    if not numels:
+        numels = [sum(frame.numel for frame in frames) for frames in pushes]
     shares = [
-        sum(frame.indices.numel() for frame in frames)
-        / max(1, sum(frame.numel for frame in frames))
-        for frames in pushes
+        sum(frame.indices.numel() for frame in frames) / max(1, numel)
+        for frames, numel in zip(pushes, numels, strict=True)
     ]
     return sum(shares) / len(shares)
 

@@ -79,17 +79,21 @@ class StepGuard:
 
     def _is_large(self, push: Push) -> bool:
         values = (magnitude(frame.values) for frame in push.frames)
-        return max(scale_of(push.lr, push.momentum), *values) > self._calm
+        scale = scale_of(push.lr, push.momentum, push.weight_decay)
+        return max(scale, *values) > self._calm
 
     def _floats(self) -> Iterable[Tensor]:
         return (tensor for tensor in self._tensors().values() if tensor.is_floating_point())
 
 
-def scale_of(rates: Iterable[float], momenta: Iterable[float]) -> float:
-    """Return what a step multiplies by at most that takes these rates and momenta."""
+def scale_of(
+    rates: Iterable[float], momenta: Iterable[float], decays: Iterable[float] = ()
+) -> float:
+    """Return what a step multiplies by at most that takes these rates, momenta and decays."""
     # taken out, momentum multiplies the rate
     left = 1.0 - max(momenta, default=0.0)
-    return max(rates, default=0.0) / left if left > 0.0 else math.inf
+    rate = max(rates, default=0.0) / left if left > 0.0 else math.inf
+    return max(rate, max(decays, default=0.0))
 
 
 def _calm(dtype: torch.dtype, power: float) -> float:

@@ -7,10 +7,14 @@ InvalidError.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
-from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
 from topq_dist.ps.protocol.types import (
+    MAX_JOIN_BYTES,
     GroupView,
     ModelVersion,
     Update,
@@ -20,6 +24,7 @@ from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
 from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
+M = TypeVar("M", bound=Message)
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,6 +60,7 @@ def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
             betas=group.betas,
             takes_momentum=group.takes_momentum,
             takes_coherence=group.takes_coherence,
+            takes_weight_decay=group.takes_weight_decay,
         )
         for group in groups
     ]
@@ -69,6 +75,7 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
             betas=tuple(message.betas),
             takes_momentum=message.takes_momentum,
             takes_coherence=message.takes_coherence,
+            takes_weight_decay=message.takes_weight_decay,
         )
         for message in messages
     )
@@ -108,6 +115,36 @@ def read_fetch(
     vectors = receiver.parts()
     check_raw(vectors, first.header, "a fetched model")
     return point_from_wire(first.header.point), first.header.durable_version, vectors
+
+
+def join_parts(message: Message) -> Iterator[pb.JoinPart | memoryview]:
+    """Yield the parts that bring a long JoinRequest or JoinResponse.
+
+    Raises TooLargeError for one that no part may announce.
+    """
+    raw = memoryview(message.SerializeToString())
+    if raw.nbytes > MAX_JOIN_BYTES:
+        raise TooLargeError(
+            f"the names and shapes of the model's tensors take {raw.nbytes} bytes: expected at "
+            f"most {MAX_JOIN_BYTES}, so train fewer tensors or give them shorter names"
+        )
+    yield pb.JoinPart(total_bytes=raw.nbytes)
+    yield from chunks([raw])
+
+
+def read_join_parts(parts: Iterator[pb.JoinPart | memoryview], message: M) -> M:
+    """Read what `join_parts` yielded into `message`, and return that; raises RefusedError."""
+    first = next(parts, None)
+    if not isinstance(first, pb.JoinPart) or first.WhichOneof("part") != "total_bytes":
+        raise InvalidError("a long Join begins without its length")
+    receiver = Receiver([first.total_bytes], limit_bytes=MAX_JOIN_BYTES, what="a long Join")
+    for part in parts:
+        receiver.take(chunk_of(part))
+    try:
+        message.ParseFromString(bytes(receiver.parts()[0]))
+    except DecodeError as error:
+        raise InvalidError(f"a long Join that is no message of its kind: {error}") from error
+    return message
 
 
 def upload_requests(

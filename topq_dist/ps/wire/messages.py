@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
+from topq_dist.ps.protocol.errors import DamagedError, InvalidError, TooLargeError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES, raw_checksum
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.v1 import parameter_server_pb2 as pb
@@ -108,12 +108,12 @@ def check_raw(
     said: pb.UploadRequest | pb.FetchHeader | pb.Update,
     what: str,
 ) -> None:
-    """Raise InvalidError where raw vectors are not those that `said` has the checksum of, if any.
+    """Raise DamagedError where raw vectors are not those that `said` has the checksum of, if any.
 
     what: names them in the error.
     """
     if said.HasField("checksum") and raw_checksum(vectors) != said.checksum:
-        raise InvalidError(f"{what} has another checksum than was said: damaged on its way")
+        raise DamagedError(f"{what} has another checksum than was said: damaged on its way")
 
 
 M = TypeVar("M", bound=Message)
@@ -168,19 +168,23 @@ STEP_REQUESTS: Final = ChunkedMessages(pb.StepRequest)
 STEP_RESPONSES: Final = ChunkedMessages(pb.StepResponse)
 UPLOAD_REQUESTS: Final = ChunkedMessages(pb.UploadRequest)
 FETCH_RESPONSES: Final = ChunkedMessages(pb.FetchResponse)
+JOIN_PARTS: Final = ChunkedMessages(pb.JoinPart)
 _SERVICE: Final = "/" + pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
 _STEP: Final = f"{_SERVICE}/Step"
 _UPLOAD: Final = f"{_SERVICE}/Upload"
 _FETCH: Final = f"{_SERVICE}/Fetch"
+_LONG_JOIN: Final = f"{_SERVICE}/LongJoin"
 
 # of the methods whose messages can be chunks, for the server's side
 READERS: Final[Mapping[str, Callable[[bytes], Any]]] = {
     _STEP: STEP_REQUESTS.from_bytes,
     _UPLOAD: UPLOAD_REQUESTS.from_bytes,
+    _LONG_JOIN: JOIN_PARTS.from_bytes,
 }
 WRITERS: Final[Mapping[str, Callable[[Any], bytes]]] = {
     _STEP: STEP_RESPONSES.to_bytes,
     _FETCH: FETCH_RESPONSES.to_bytes,
+    _LONG_JOIN: JOIN_PARTS.to_bytes,
 }
 
 
@@ -198,6 +202,11 @@ class Calls:
             _STEP,
             request_serializer=STEP_REQUESTS.to_bytes,
             response_deserializer=STEP_RESPONSES.from_bytes,
+        )
+        self.LongJoin: grpc.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
+            _LONG_JOIN,
+            request_serializer=JOIN_PARTS.to_bytes,
+            response_deserializer=JOIN_PARTS.from_bytes,
         )
         self.Upload: grpc.StreamUnaryMultiCallable[Any, pb.UploadResponse] = channel.stream_unary(
             _UPLOAD,

@@ -13,7 +13,7 @@ import numpy as np
 
 from topq_dist.compress.codec.frame import FrameError, decode_frame
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
+from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import (
     CHAIN_BYTES,
     DIGEST_BYTES,
@@ -59,6 +59,8 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
         members=push.members,
         momentum=push.momentum,
         coherence=push.coherence,
+        weight_decay=push.weight_decay,
+        no_gradient=push.no_gradient,
     )
     header.header_digest = header_digest(header)
     return header
@@ -84,9 +86,9 @@ def header_digest(header: pb.StepHeader) -> bytes:
 
 
 def check_header(header: pb.StepHeader) -> None:
-    """Raise InvalidError where a header is not the one that its worker has made."""
+    """Raise DamagedError where a header is not the one that its worker has made."""
     if header.header_digest and header_digest(header) != header.header_digest:
-        raise InvalidError(
+        raise DamagedError(
             f"the header of push {header.sequence} of {header.id.worker!r} has another digest than "
             "it says: damaged on its way"
         )
@@ -123,13 +125,15 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
 
     The push may keep views of `frames`, which nobody is to write into then.
 
-    Raises NonFiniteError for NaN and infinity, InvalidError for a digest of other bytes or bytes
-    that are no frames of `spec`.
+    Raises NonFiniteError for NaN and infinity, DamagedError for a digest of other bytes and
+    InvalidError for bytes that are no frames of `spec`.
     """
     lr, momentum, coherence = tuple(header.lr), tuple(header.momentum), tuple(header.coherence)
+    weight_decay, no_gradient = tuple(header.weight_decay), header.no_gradient
     what = f"push {header.sequence} of {header.id.worker!r}"
-    if push_digest(lr, frames, momentum, coherence) != header.digest:
-        raise InvalidError(f"{what} has another digest than its header says: damaged on its way")
+    digest = push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient)
+    if digest != header.digest:
+        raise DamagedError(f"{what} has another digest than its header says: damaged on its way")
     for value in lr:
         if not np.isfinite(value):
             raise NonFiniteError(f"{what} has lr={value!r}: expected finite numbers")
@@ -157,6 +161,8 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
         members=tuple(header.members),
         momentum=momentum,
         coherence=coherence,
+        weight_decay=weight_decay,
+        no_gradient=no_gradient,
     )
 
 
@@ -166,6 +172,7 @@ def answer_message(answer: Answer) -> pb.StepAnswer:
         outcome=pb.StepAnswer.OUTCOME_STALE,
         members=answer.members,
         durable_version=answer.durable_version,
+        disagreement=answer.disagreement,
         updates=[
             pb.Update(
                 kind=pb.Update.Kind.ValueType(update.kind.value),
@@ -253,6 +260,7 @@ def answer_from_wire(
             _update(update, tuple(next(left) for _ in spec.vectors)) for update in message.updates
         ),
         durable_version=message.durable_version,
+        disagreement=message.disagreement,
     )
 
 
@@ -300,7 +308,9 @@ def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
     return sizes
 
 
-def chunk_of(message: pb.StepResponse | pb.FetchResponse | memoryview) -> memoryview | bytes:
+def chunk_of(
+    message: pb.StepResponse | pb.FetchResponse | pb.JoinPart | memoryview,
+) -> memoryview | bytes:
     """Return the chunk in `message`; empty where it is a message of another kind."""
     # a message of another kind, in the place of a chunk, has an empty one
     return message if isinstance(message, memoryview) else message.chunk

@@ -1,0 +1,143 @@
+"""Rates, momenta and weight decays of several workers: the median counts, and they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ps.client.test_optimizer import connect
+from ps.servers import serving
+from ps.training.test_central import SINGLE, push_of, random_gradients, random_model
+from ps.workers import backward, batch, make_model, side_by_side
+
+from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
+from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import Push
+from topq_dist.ps.training.central import CentralModel
+from topq_dist.ps.training.group_numbers import medians
+
+SGD = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}}
+
+
+def central_of(**config: Any) -> CentralModel:
+    model = random_model(SINGLE)
+    return CentralModel(TrainingConfig(**{**SGD, **config}), model.spec, model)
+
+
+def pushes(central: CentralModel, **numbers: Any) -> list[Push]:
+    """Return a push of each worker, a, b and so on, with the numbers listed for it."""
+    model = random_model(SINGLE)
+    gradient = random_gradients(model, torch.Generator().manual_seed(1))
+    count = len(next(iter(numbers.values())))
+    return [
+        dataclasses.replace(
+            push_of(model, gradient),
+            worker="abcdefg"[place],
+            **{name: values[place] for name, values in numbers.items()},
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([(0.1,)], (0.1,)),
+        ([(0.1,), (0.1,)], (0.1,)),
+        ([(0.0,), (0.1,)], (0.05,)),
+        ([(0.0,), (0.1,), (0.1,)], (0.1,)),
+        ([(1e300,), (0.1,), (0.2,)], (0.2,)),
+        ([(0.0,), (0.1,), (0.3,), (9.0,)], (0.2,)),
+        ([(1.7e308,), (1.6e308,)], (1.65e308,)),
+        ([(0.3, 1.0), (0.1, 3.0), (0.2, 2.0)], (0.2, 2.0)),
+    ],
+)
+def test_the_median_of_what_workers_say(
+    given: list[tuple[float, ...]], expected: tuple[float, ...]
+) -> None:
+    assert medians(given) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+def test_no_worker_rules_the_others_numbers(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    central = central_of()
+    central.apply(pushes(central, **{name: [(0.0,), (0.25,), (0.25,)]}))
+    assert central.groups()[0].numbers[name] == 0.25
+    assert "a sent 0, b sent 0.25, c sent 0.25; the median, 0.25, counts" in central.disagreement
+    central.apply(pushes(central, **{name: [(0.5,), (), ()]}))  # who says nothing has no say
+    assert central.groups()[0].numbers[name] == 0.5
+    assert central.disagreement == ""
+    central.apply(pushes(central, **{name: [(), (), ()]}))
+    assert central.groups()[0].numbers[name] == 0.5
+    central.apply(pushes(central, **{name: [(0.0,), (0.25,), (0.75,)]}))
+    assert len([r for r in caplog.records if "do not agree" in r.message]) == 1
+
+
+def test_workers_that_agree_have_their_bits() -> None:
+    central = central_of()
+    lr = 0.1 / 3
+    central.apply(pushes(central, lr=[(lr,), (lr,)]))
+    assert central.groups()[0].numbers["lr"] == lr
+
+
+def test_a_long_list_of_workers_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    central = central_of(groups=(GroupRule(pattern="*.bias", options={"lr": 0.2}),))
+    central.apply(pushes(central, lr=[(0.5, place / 8) for place in range(7)]))
+    assert "lr of group 1: a sent 0, b sent 0.125" in central.disagreement
+    assert "and 3 more; the median, 0.375, counts" in central.disagreement
+
+
+@pytest.mark.parametrize(
+    ("decay", "error", "message"),
+    [
+        ((0.1, 0.1), InvalidError, "2 weight decays: expected one for each of 1 groups"),
+        ((-0.1,), InvalidError, "weight_decay=-0.1: expected 0 or more"),
+        ((float("inf"),), NonFiniteError, "weight_decay=inf: expected a finite number"),
+    ],
+)
+def test_a_weight_decay_that_is_none_is_refused(
+    decay: tuple[float, ...], error: type[Exception], message: str
+) -> None:
+    central = central_of()
+    (push,) = pushes(central, weight_decay=[decay])
+    with pytest.raises(error, match=message):
+        central.check_push(push)
+
+
+def test_an_optimizer_without_weight_decay_takes_none() -> None:
+    central = central_of(inner_opt="rprop", options={"lr": 0.1})
+    (push,) = pushes(central, weight_decay=[(0.1,)])
+    assert not central.groups()[0].takes_weight_decay
+    with pytest.raises(InvalidError, match="Rprop has no weight_decay"):
+        central.check_push(push)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_workers_on_different_schedules_are_told_once(
+    tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    with serving(tmp_path, {**SGD, "mode": mode}, start_workers=2) as server:
+
+        def work(worker: int) -> float:
+            model = make_model()
+            with connect(model, server, worker=worker) as optimizer:
+                optimizer.param_groups[0]["lr"] = (0.2, 0.4)[worker]
+                for step in range(4):
+                    optimizer.zero_grad()
+                    backward(model, [batch(worker, step)])
+                    optimizer.step()
+            return server.coordinator._started().central.groups()[0].numbers["lr"]
+
+        rates = side_by_side(2, work)
+    told = [r.message for r in caplog.records if r.name.endswith("server_client")]
+    if mode == "async":  # a version has one push, at that worker's rate
+        assert not told
+        return
+    assert rates == pytest.approx([0.3, 0.3])
+    assert len(told) == 2
+    assert all("w0 sent 0.2, w1 sent 0.4; the median, 0.3, counts" in one for one in told)

@@ -1,0 +1,127 @@
+"""The numbers of the inner optimizer's groups that workers may set: rate, momentum, weight decay.
+
+Each worker has a schedule of its own, and one that joins late, or has gone wrong, may be elsewhere
+on it than the others. The median of what the workers of a version say counts: where most agree,
+nobody rules the others' gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+
+from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
+from topq_dist.ps.protocol.types import Push, group_momentum, set_group_momentum
+from topq_dist.ps.training.step_guard import scale_of
+
+_log = logging.getLogger(__name__)
+# of the workers that a message names
+_MOST_NAMED = 4
+_PLURALS = {"lr": "learning rates", "momentum": "momenta", "weight_decay": "weight decays"}
+Numbers = tuple[float, ...]
+
+
+class GroupNumbers:
+    """Checks the numbers of pushes, and makes them the optimizer's."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._inner = inner
+        groups = inner.param_groups
+        self._have_momentum = all(group_momentum(group) is not None for group in groups)
+        self.have_weight_decay = all("weight_decay" in group for group in groups)
+        self._warned = False
+
+    def check(self, push: Push, *, max_lr: float = math.inf) -> None:
+        """Raise InvalidError or NonFiniteError unless `take` can take the push's numbers."""
+        for lr in push.lr:
+            if math.isfinite(lr) and lr > max_lr:
+                raise InvalidError(
+                    f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr"
+                )
+        self._check_given("lr", push.lr, there=True)
+        self._check_given("momentum", push.momentum, there=self._have_momentum)
+        self._check_given("weight_decay", push.weight_decay, there=self.have_weight_decay)
+
+    def _check_given(self, name: str, given: Numbers, *, there: bool) -> None:
+        if not given:
+            return
+        if not there:
+            raise InvalidError(
+                f"{len(given)} {_PLURALS[name]}: expected none, {type(self._inner).__name__} has "
+                f"no {name}"
+            )
+        if len(given) != len(self._inner.param_groups):
+            raise InvalidError(
+                f"{len(given)} {_PLURALS[name]}: expected one for each of "
+                f"{len(self._inner.param_groups)} groups, or none"
+            )
+        for number in given:
+            if not math.isfinite(number):
+                raise NonFiniteError(f"{name}={number!r}: expected a finite number")
+            if number < 0 or (name == "momentum" and number >= 1):
+                expected = "a number in [0, 1)" if name == "momentum" else "0 or more"
+                raise InvalidError(f"{name}={number!r}: expected {expected}")
+
+    def scale(self, pushes: Sequence[Push]) -> float:
+        """Return what a step with the numbers of these pushes, or of now, multiplies by at most."""
+        groups = self._inner.param_groups
+        return scale_of(
+            [group["lr"] for group in groups] + [lr for push in pushes for lr in push.lr],
+            [group_momentum(group) or 0.0 for group in groups]
+            + [momentum for push in pushes for momentum in push.momentum],
+            [decay for push in pushes for decay in push.weight_decay],
+        )
+
+    def take(self, pushes: Sequence[Push]) -> str:
+        """Set each number to the median of those that pushes have; leave what none has.
+
+        Returns where they differ, for people; nothing where they agree.
+        """
+        differing = []
+        for name in _PLURALS:
+            having = [push for push in pushes if getattr(push, name)]
+            if not having:
+                continue
+            given: list[Numbers] = [getattr(push, name) for push in having]
+            numbers = medians(given)
+            for group, number in zip(self._inner.param_groups, numbers, strict=True):
+                if name == "momentum":
+                    set_group_momentum(group, number)
+                else:
+                    group[name] = number
+            if len(set(given)) > 1:
+                workers = [push.worker for push in having]
+                differing.append(_difference(name, numbers, workers, given))
+        disagreement = "; ".join(differing)
+        if disagreement and not self._warned:
+            self._warned = True
+            _log.warning("the workers of a version do not agree: %s", disagreement)
+        return disagreement
+
+
+def medians(given: Sequence[Numbers]) -> Numbers:
+    """Return, group by group, the median of what several workers say; of two, their mean."""
+    if all(one == given[0] for one in given):
+        return given[0]
+    return tuple(_median(sorted(numbers)) for numbers in zip(*given, strict=True))
+
+
+def _median(ascending: Sequence[float]) -> float:
+    low, high = ascending[(len(ascending) - 1) // 2], ascending[len(ascending) // 2]
+    return low if low == high else low / 2 + high / 2  # the sum of large ones is infinite
+
+
+def _difference(
+    name: str, numbers: Numbers, workers: Sequence[str], given: Sequence[Numbers]
+) -> str:
+    """Return who said what of the first group for which it differs."""
+    place = next(n for n, each in enumerate(zip(*given, strict=True)) if len({*each}) > 1)
+    said = [
+        f"{worker} sent {values[place]:g}" for worker, values in zip(workers, given, strict=True)
+    ]
+    more = [f"and {len(said) - _MOST_NAMED} more"] if len(said) > _MOST_NAMED else []
+    what = ", ".join(said[:_MOST_NAMED] + more)
+    return f"{name} of group {place}: {what}; the median, {numbers[place]:g}, counts"
