@@ -53,7 +53,7 @@ def compared(mode: str, data: str, seed: int, q: float, out: Path) -> list[dict[
     say(f"{data}, seed {seed}")
     began_s = time.perf_counter()
     arguments = ["--data", data, "--seed", str(seed), "--q", str(q), "--out", str(folder)]
-    arguments += ["--mode", mode]
+    arguments += ["--mode", mode, "--link", "none"]
     subprocess.run([ROOT / "launch" / "train.sh", *arguments], check=True)
     wall_s = time.perf_counter() - began_s
     rows = []

@@ -15,6 +15,7 @@ from training.options import parse_comparison
 from training.processes import ProcessError, Stopped, end_on_signals, raise_on_signals
 from training.report import Result, draw, print_table
 from training.settings import COMPARE, MODE_NAMES, Comparison
+from training.speed import speed_lines, target_accuracy
 
 
 def main() -> None:
@@ -48,7 +49,9 @@ def main() -> None:
 def _report(options: Comparison, results: Sequence[Result]) -> None:
     from rich.console import Console
 
-    print_table(results, Console())
+    print_table(results, Console(), target_accuracy(results))
+    for line in speed_lines(results):
+        print(line)
     on_server = [result for result in results if result.mode == "ps"]
     picture = options.out / f"{options.training.data}{'-ps' if on_server else ''}.png"
     draw(results, picture)
@@ -57,7 +60,7 @@ def _report(options: Comparison, results: Sequence[Result]) -> None:
     if not on_server:
         sums = ", ".join(f"{MODE_NAMES[r.mode]} {r.parameters_sha256[:12]}..." for r in results)
         print(f"parameters sha256: {sums}")
-    print(f"loss over steps and over bytes: {picture} (all figures: *.json beside it)")
+    print(f"loss over bytes and accuracy over time: {picture} (all figures: *.json beside it)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ DEADLINE_S = 100.0
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start compare.py as the leader of a process group of its own, as a shell would."""
+    """Start compare.py as the leader of a process group of its own, as a shell would.
+
+    Without an emulated link, unless one is asked for.
+    """
+    if "--link" not in arguments:
+        arguments = (*arguments, "--link", "none")
     return subprocess.Popen(
         [sys.executable, str(COMPARE), *map(str, arguments)],
         stdout=subprocess.PIPE,

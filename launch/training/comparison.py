@@ -29,6 +29,7 @@ from training.processes import ServerError, local_server, run_ranks, without_var
 from training.report import Result
 from training.settings import (
     COMPARE,
+    LINK_TITLES,
     MODE_NAMES,
     WORKER_PLACE,
     Comparison,
@@ -84,6 +85,7 @@ def check(options: Comparison) -> dict[Mode, Training]:
         f"{options.ranks} ranks of {training.batch_size} samples; {training.inner_opt}, "
         f"lr {training.lr:g} {training.lr_schedule}; {training.steps} steps; seed {training.seed}"
         + (f"; q {training.q:g}" if options.modes != ("dense",) else "")
+        + _link_words(training)
         + _server_words(options),
         flush=True,
     )
@@ -144,6 +146,12 @@ def check_workers(options: Comparison, model: nn.Module) -> Training:
         if path is not None:
             check_files(path, 1, shared=ps_run.SHARED_KEYS, own=ps_run.OWN_KEYS)
     return training
+
+
+def _link_words(training: Training) -> str:
+    if training.link == "none":
+        return ""
+    return f"\n{LINK_TITLES[training.link]} links between the ranks, emulated (--link none: none)"
 
 
 def _server_words(options: Comparison) -> str:

@@ -75,11 +75,11 @@ class Mlp(nn.Sequential):
 
     def __init__(self, *, features: int, classes: int) -> None:
         super().__init__(
-            nn.Linear(features, 512),
+            nn.Linear(features, 1024),
             nn.ReLU(),
-            nn.Linear(512, 256),
+            nn.Linear(1024, 1024),
             nn.ReLU(),
-            nn.Linear(256, classes),
+            nn.Linear(1024, classes),
         )
 
 

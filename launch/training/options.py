@@ -15,7 +15,9 @@ from training.settings import (
     COMPARE,
     DEFAULT_DOWNLINK,
     DEFAULT_DOWNLINK_Q,
+    DEFAULT_LINK,
     DEFAULT_Q,
+    LINK_BITS_PER_S,
     RECIPES,
     Comparison,
     Connection,
@@ -129,6 +131,9 @@ def parse_comparison(argv: Sequence[str] | None = None) -> Comparison:
         modes = (topq,)
     connection = _connection(parser, given)
     _check_server_options(parser, given, connection)
+    if connection is None:
+        # servers that run elsewhere have links of their own
+        given.link = given.link or DEFAULT_LINK
     return Comparison(
         training=_training(parser, given, q_has_effect=not given.dense_only),
         modes=modes,
@@ -186,6 +191,12 @@ def _training_parser(program: str, description: str) -> _Parser:
     )
     add("--steps", _count, "N", f"training steps ({by_data('steps')})")
     add("--batch-size", _count, "N", f"samples a rank a step ({by_data('batch_size')})")
+    parser.add_argument(
+        "--link",
+        choices=LINK_BITS_PER_S,
+        help="emulated between the ranks: each exchange waits as long as its bytes take there"
+        + (f" ({DEFAULT_LINK}, or none with --server)" if program == COMPARE else " (none)"),
+    )
     add("--seed", _natural, "N", "of the first parameters and the data order (0)")
     add("--checkpoint", Path, "DIR", "write checkpoints to this folder")
     add("--checkpoint-every", _count, "N", f"steps between checkpoints ({CHECKPOINT_EVERY})")
@@ -223,6 +234,7 @@ def _training(parser: _Parser, given: argparse.Namespace, *, q_has_effect: bool)
         steps=given.steps or recipe.steps,
         batch_size=given.batch_size or recipe.batch_size,
         seed=given.seed,
+        link=given.link or "none",
         checkpoint=given.checkpoint,
         checkpoint_every=given.checkpoint_every or CHECKPOINT_EVERY,
         resume=given.resume,

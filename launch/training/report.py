@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.settings import MODE_NAMES, Mode
+from training.settings import LINK_TITLES, MODE_NAMES, LinkName, Mode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,8 @@ class Result:
     losses: that rank's training loss in nats, one a step. sent_bytes: handed to collectives, or
     pushed, by a rank up to and including each step. received_bytes: what an all-reduce returned,
     or a server sent; None where nobody counts it. select_s and wait_s: None for dense.
+    train_s has neither tests nor checks in it, but held_s, the waits for an emulated link.
+    accuracies: (after so many seconds of training, accuracy on some of the test samples).
     """
 
     mode: Mode
@@ -47,6 +49,9 @@ class Result:
     select_s: float | None
     wait_s: float | None
     train_s: float
+    link: LinkName
+    held_s: float
+    accuracies: list[tuple[float, float]]
     losses: list[float]
     sent_bytes: list[int]
     received_bytes: list[int] | None
@@ -55,6 +60,10 @@ class Result:
     def read(cls, path: Path) -> Result:
         """Read what `write` wrote."""
         return cls(**json.loads(path.read_bytes()))
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Return after how many seconds of training it was tested as this good; None for never."""
+        return next((after_s for after_s, found in self.accuracies if found >= accuracy), None)
 
     def write(self, path: Path) -> None:
         """Write to a JSON file."""
@@ -76,17 +85,22 @@ def ratio(dense_bytes: int, moved_bytes: int) -> float:
     return dense_bytes / moved_bytes if moved_bytes else float("inf")
 
 
-def print_table(results: Sequence[Result], console: Console) -> None:
-    """Print a row a mode; where a server took part, what came back and what took time as well."""
+def print_table(results: Sequence[Result], console: Console, target: float | None) -> None:
+    """Print a row a mode; where a server took part, what came back and what took time as well.
+
+    target: an accuracy to which the time is shown.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     on_server = [result for result in results if result.mode == "ps"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    headings = ["test accuracy", "test loss", "sent a rank", "fewer bytes", "train time"]
+    headings = ["test accuracy", "sent a rank", "fewer bytes", "time"]
     if on_server:
-        headings = ["accuracy", "loss", "sent", "fewer", "received", "fewer", "time"]
+        headings = ["accuracy", "sent", "fewer", "received", "fewer", "time"]
+    if target is not None:
+        headings.append(f"to {100 * target:.1f} %")
     for heading in headings:
         table.add_column(heading, justify="right")
     for result in results:
@@ -96,7 +110,6 @@ def print_table(results: Sequence[Result], console: Console) -> None:
         table.add_row(
             MODE_NAMES[result.mode],
             f"{100 * result.test_accuracy:.2f} %",
-            f"{result.test_loss:.3f}",
             *(
                 cell
                 for count in counts
@@ -106,6 +119,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
                 )
             ),
             f"{result.train_s:.1f} s",
+            *([] if target is None else [_seconds(result.seconds_to(target))]),
         )
     console.print(table)
     for result in on_server:
@@ -116,7 +130,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw the training loss over steps and over bytes into a PNG file.
+    """Draw the training loss over steps and bytes, and accuracy over time, into a PNG file.
 
     The bytes are those that a rank sent; where a server took part, those received on top.
     """
@@ -128,9 +142,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
     first = results[0]
     window = max(1, first.steps // 50)
-    figure, (by_step, by_bytes) = plt.subplots(
-        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
+    figure, (by_step, by_bytes, by_time) = plt.subplots(
+        1, 3, figsize=(15, 4.5), layout="constrained"
     )
+    by_bytes.sharey(by_step)
+    by_bytes.tick_params(labelleft=False)
     both_ways = any(result.mode == "ps" for result in results)
     every_loss = []
     for result in results:
@@ -147,12 +163,17 @@ def draw(results: Sequence[Result], path: Path) -> None:
         by_bytes.plot(moved_bytes, losses, **style)
         by_bytes.annotate(
             human_bytes(moved_bytes[-1]),
-            (moved_bytes[-1], losses[-1]),
+            (moved_bytes[-1], min(losses)),
             xytext=(0, -6),
             textcoords="offset points",
             horizontalalignment="center",
             verticalalignment="top",
             color=style["color"],
+        )
+        by_time.plot(
+            [after_s for after_s, _ in result.accuracies],
+            [100 * accuracy for _, accuracy in result.accuracies],
+            **style,
         )
     by_step.set_yscale("log")
     # a range of little more than a decade has too few powers of ten to read a value off
@@ -169,7 +190,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     by_bytes.set_xscale("log")
     by_bytes.margins(x=0.08)
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: human_bytes(count)))
-    for axes in (by_step, by_bytes):
+    by_time.set_xlabel("seconds of training" + _link_words(first))
+    by_time.set_ylabel("test accuracy (%)")
+    by_time.set_xscale("log")
+    by_time.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    for axes in (by_step, by_bytes, by_time):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
@@ -177,6 +202,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _link_words(result: Result) -> str:
+    return "" if result.link == "none" else f", {LINK_TITLES[result.link]} links emulated"
+
+
+def _seconds(duration_s: float | None) -> str:
+    return "never" if duration_s is None else f"{duration_s:.1f} s"
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -15,12 +15,18 @@ from tqdm import tqdm
 from topq_dist import Stats
 from training.checkpoint import Config, checkpoint_to_resume
 from training.data import Data, batch_indices
+from training.link import EmulatedLink
 from training.models import evaluate
 from training.report import Result
 from training.settings import MODE_NAMES, Rank
 
 # of a checkpoint, what _history returns
-HISTORY_KEYS = frozenset({"losses", "sent_bytes", "received_bytes", "train_s"})
+HISTORY_KEYS = frozenset(
+    {"losses", "sent_bytes", "received_bytes", "train_s", "held_s", "accuracies"}
+)
+# how often the model is tested on the way, and on how many samples: enough for a curve
+CURVE_POINTS = 40
+CURVE_SAMPLES = 1000
 
 
 class Run(ABC):
@@ -54,6 +60,9 @@ class Run(ABC):
         self._losses: list[float] = []
         self._sent_bytes: list[int] = []
         self._received_bytes: list[int] = []
+        self._accuracies: list[tuple[float, float]] = []
+        self._link = EmulatedLink(self._training.link, options.mode, ranks)
+        self._curve_every = max(1, self._training.steps // CURVE_POINTS)
         self._earlier_s = 0.0
         self._started_s = 0.0
 
@@ -88,12 +97,16 @@ class Run(ABC):
     def record(self, step: int, loss: Tensor) -> None:
         """Note what `step` came to, and write a checkpoint where one is due."""
         self._losses.append(float(loss))
-        stats = self._stats(step + 1)
+        stats, done = self._stats(step + 1), step + 1
+        sent_before, received_before = self._moved()
         self._sent_bytes.append(stats.sent_bytes)
         received_bytes = self._received(stats)
         if received_bytes is not None:
             self._received_bytes.append(received_bytes)
-        done = step + 1
+        sent, received = self._moved()
+        self._link.hold_back(sent - sent_before, received - received_before)
+        if self._rank == 0 and done % self._curve_every == 0:
+            self._test_on_the_way()
         if self._folder is not None and (
             done % self._training.checkpoint_every == 0 or done == self._training.steps
         ):
@@ -114,6 +127,20 @@ class Run(ABC):
     @abstractmethod
     def _save(self, folder: Path, step: int) -> None:
         """Write a checkpoint."""
+
+    def _moved(self) -> tuple[int, int]:
+        """Return the bytes sent and received so far."""
+        return sum(self._sent_bytes[-1:]), sum(self._received_bytes[-1:])
+
+    def _test_on_the_way(self) -> None:
+        """Note the accuracy after so many seconds of training, to which this does not count."""
+        elapsed_s = self._elapsed_s()
+        some = slice(CURVE_SAMPLES)
+        accuracy, _ = evaluate(
+            self._module, self._data.test_inputs[some], self._data.test_targets[some]
+        )
+        self._accuracies.append((elapsed_s, accuracy))
+        self._started_s += self._elapsed_s() - elapsed_s
 
     def _result(self) -> Result:
         """Test the model as it is now and return what the run came to."""
@@ -139,6 +166,9 @@ class Run(ABC):
             select_s=None if dense else stats.select_s,
             wait_s=None if dense else stats.wait_s,
             train_s=train_s,
+            link=self._training.link,
+            held_s=self._link.held_s,
+            accuracies=self._accuracies,
             losses=self._losses,
             sent_bytes=self._sent_bytes,
             received_bytes=self._received_bytes or None,
@@ -151,6 +181,8 @@ class Run(ABC):
             "sent_bytes": self._sent_bytes,
             "received_bytes": self._received_bytes,
             "train_s": self._elapsed_s(),
+            "held_s": self._link.held_s,
+            "accuracies": self._accuracies,
         }
 
     def _go_on_from(self, history: dict[str, Any]) -> None:
@@ -159,6 +191,8 @@ class Run(ABC):
         self._sent_bytes = history["sent_bytes"]
         self._received_bytes = history["received_bytes"]
         self._earlier_s = history["train_s"]
+        self._link.held_s = history["held_s"]
+        self._accuracies = history["accuracies"]
 
     def _elapsed_s(self) -> float:
         return self._earlier_s + time.perf_counter() - self._started_s

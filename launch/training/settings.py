@@ -9,8 +9,14 @@ from typing import Literal
 Mode = Literal["dense", "topq", "ps"]
 Downlink = Literal["exact", "topq", "dense"]
 Schedule = Literal["constant", "linear"]
+LinkName = Literal["none", "100mbit", "1gbit"]
 
 MODE_NAMES: dict[Mode, str] = {"dense": "dense DDP", "topq": "top-Q", "ps": "top-Q PS"}
+# None: as fast as this machine moves bytes
+LINK_BITS_PER_S: dict[LinkName, float | None] = {"none": None, "100mbit": 1e8, "1gbit": 1e9}
+LINK_TITLES: dict[LinkName, str] = {"none": "no", "100mbit": "100 Mbit", "1gbit": "1 Gbit"}
+# of train.sh; the ranks that torchrun starts on hosts of their own have a link already
+DEFAULT_LINK: LinkName = "100mbit"
 # compare.py, as its user knows it
 COMPARE = "train.sh"
 # in the name of a file, for the name of the worker
@@ -29,7 +35,7 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(inner_opt="sgd", lr=0.1, lr_schedule="constant", steps=1000, batch_size=32),
+    "digits": Recipe(inner_opt="sgd", lr=0.1, lr_schedule="constant", steps=200, batch_size=32),
     # at a constant rate, the accuracy of dense itself goes up and down by a point in its last steps
     "fashion-mnist": Recipe(
         inner_opt="sgd", lr=0.1, lr_schedule="linear", steps=1000, batch_size=64
@@ -50,8 +56,9 @@ CHECKPOINT_EVERY = 100
 class Training:
     """One training run, the same on every rank.
 
-    batch_size: samples a rank a step. checkpoint: a folder; each mode writes to one of its own
-    in it, every checkpoint_every steps and at the end.
+    batch_size: samples a rank a step. link: the one that is emulated between the ranks.
+    checkpoint: a folder; each mode writes to one of its own in it, every checkpoint_every steps
+    and at the end.
     """
 
     data: str
@@ -63,6 +70,7 @@ class Training:
     steps: int
     batch_size: int
     seed: int
+    link: LinkName
     checkpoint: Path | None
     checkpoint_every: int
     resume: bool

@@ -25,7 +25,7 @@ def reference(
     engine: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[subprocess.Popen[str]]:
     """The same training without Docker, which goes on while the images are built."""
-    command = [sys.executable, "launch/compare.py", "--mode", "ps", "--topq-only"]
+    command = [sys.executable, "launch/compare.py", "--mode", "ps", "--topq-only", "--link", "none"]
     command += ["--steps", str(STEPS), "--out", str(tmp_path_factory.mktemp("runs"))]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
