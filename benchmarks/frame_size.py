@@ -20,12 +20,12 @@ import torch
 from harness.console import integer_from, option_parser, text_table, write_report
 
 from topq_dist.compress.codec.frame import HEADER_BYTES, encode_frame, max_frame_bytes, peek_header
-from topq_dist.compress.codec.values import VALUE_FORMATS, payload_bytes, quantize
+from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS, WHOLE, payload_bytes, quantize
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-NOMINAL_BITS = {"fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
+NOMINAL_BITS = {name: 8 * dtype.itemsize for name, dtype in WHOLE.items()} | LOW_BITS
 
 
 @dataclass(frozen=True, kw_only=True)

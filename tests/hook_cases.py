@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from topq_dist.exchange.registry import ExchangeName
 from topq_dist.sparsity import k_from_q, row_shape
 
+# all but the one that chooses among them
+EXCHANGES: tuple[ExchangeName, ...] = tuple(n for n in get_args(ExchangeName) if n != "auto")
 Choose = Callable[[str, Tensor], tuple[int, int, int]]
 
 

@@ -145,7 +145,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 [max(t, AXIS_FLOOR_MS) if t is not None else float("nan") for t in times_ms],
                 width=bar_width,
                 label=HOOKS[hook].title,
-                color=COLORS[hook],
+                color=COLORS.get(hook),
             )
             labels = [f"{t:.0f}" if t is not None else "" for t in times_ms]
             axis.bar_label(bars, labels=labels, fontsize=7, padding=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hook_cases import loss_of, small_model
+from hook_cases import EXCHANGES, loss_of, small_model
 from ranks import TIMEOUT_S, run_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -18,10 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
 from topq_dist.ddp.momentum import MomentumName
-from topq_dist.exchange.registry import ExchangeName
 
 pytestmark = pytest.mark.gloo
-EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense")
 METHODS: tuple[MomentumName, ...] = ("feedback", "corrected", "adam")
 
 

@@ -51,8 +51,7 @@ class Compressed:
 class TopKCompressor:
     """Turns flat vectors of named gradients into frames, and keeps what a frame leaves out.
 
-    value_format: one of "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64"; None is the
-        gradient's own dtype.
+    value_format: one of VALUE_FORMATS; None is the gradient's own dtype.
     error_feedback: keep what was not sent, value rounding included, and add it the next time.
     bound: clip what is sent to so many times the mean magnitude of what is selected of the same
         row of a segment; what is clipped is kept. None: send it as it is. A row of which half or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.exchange.allgather import AllGather
@@ -51,6 +51,8 @@ def make_exchange(
         return Dense(context, compressor)
     if name == "hierarchical":
         return Hierarchical(context, compressor, per_node)
+    if name != "auto":
+        assert_never(name)
     candidates: dict[str, Exchange] = {"allgather": AllGather(context, compressor)}
     if compressor.error_feedback:
         # with two ranks a split sends as much, in twice as many messages

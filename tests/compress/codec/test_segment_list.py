@@ -23,13 +23,13 @@ from topq_dist.compress.codec.frame import (
     peek_header,
 )
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
-from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
+from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS, quantize
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.reduce import PartReducer
 from topq_dist.compress.sparsify.segments import Segment, uniform_segments
 
-LOW = st.sampled_from(["int8", "int4", "int2"])
+LOW = st.sampled_from(list(LOW_BITS))
 KS = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=12)
 
 
@@ -69,7 +69,7 @@ def test_a_segment_is_rounded_as_if_it_were_alone(
         assert torch.equal(plain, encoded)
 
 
-@pytest.mark.parametrize("value_format", ["fp64", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("value_format", [f for f in VALUE_FORMATS if f not in LOW_BITS])
 def test_other_formats_have_no_segments(value_format: str) -> None:
     values = some_values(30, 1)
     plain = encode_frame(30, torch.arange(30), quantize(values, value_format))
@@ -252,7 +252,7 @@ def test_parts_and_their_means_keep_segments_apart(value_format: str) -> None:
         assert where.numel() == 800
         assert bool((dense[where] / gradient[where] - 1).abs().max() < 0.1)
     has_segments = [peek_header(frame).segment_bytes > 0 for frame in compressed[0].frames]
-    assert has_segments == [value_format in ("int8", "int4", "int2")] * 2
+    assert has_segments == [value_format in LOW_BITS] * 2
 
 
 def test_rows_of_a_parameter_are_one_segment() -> None:

@@ -132,8 +132,8 @@ def test_what_is_not_finite_is_refused(bad: float, value_format: str, dtype: tor
 
 
 def test_an_unknown_format_is_named() -> None:
-    with pytest.raises(ValueError, match="value_format='int3': expected one of"):
-        check_value_format("int3")
+    with pytest.raises(ValueError, match="value_format='fp13': expected one of"):
+        check_value_format("fp13")
 
 
 @pytest.mark.parametrize("value_format", ["fp32", "fp64"])

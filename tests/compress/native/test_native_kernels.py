@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from native_build import SOURCES, compile_kernels, compilers
 
 from topq_dist.compress.codec import lowbit
+from topq_dist.compress.codec.values import LOW_BITS
 from topq_dist.compress.native import binding, library, numpy_codec, numpy_kernels
 
 Array = npt.NDArray[Any]
@@ -27,6 +28,7 @@ SIZES = [0, 1, LANES - 1, LANES, LANES + 1, 1_000, 100_000]
 SOME = st.sampled_from([0, 1, 2, 7, 8, 9, LANES - 1, LANES, LANES + 1, 200, 1_000])
 NUMBERS = ["f4", "f8"]
 INTEGERS = ["i2", "i4", "i8"]
+CODE_BITS = sorted(LOW_BITS.values())
 
 
 by_numpy = SimpleNamespace(**vars(numpy_kernels) | vars(numpy_codec))
@@ -477,13 +479,13 @@ def check_round_to_half(numbers: Array, scale: float) -> None:
 KS = st.lists(st.sampled_from([0, 1, 2, 3, 127, 128, 129, 300]), max_size=6)
 
 
-@given(ks=KS, seed=st.integers(0, 999), code_bits=st.sampled_from([2, 4, 8]))
+@given(ks=KS, seed=st.integers(0, 999), code_bits=st.sampled_from(CODE_BITS))
 def test_blocks_of_levels(ks: list[int], seed: int, code_bits: int) -> None:
     check_blocks_of_levels(np.array(ks, np.int64), seed, code_bits)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("code_bits", [2, 4, 8])
+@pytest.mark.parametrize("code_bits", CODE_BITS)
 def test_blocks_of_levels_of_one_segment(size: int, code_bits: int) -> None:
     check_blocks_of_levels(np.array([size]), 1, code_bits)
 
@@ -530,7 +532,7 @@ def payload_by_numpy(values: Array, ks: Array, code_bits: int) -> tuple[Array, A
 
 
 @pytest.mark.parametrize("kind", [binding, by_numpy], ids=["compiled", "numpy"])
-@pytest.mark.parametrize("code_bits", [2, 4, 8])
+@pytest.mark.parametrize("code_bits", CODE_BITS)
 def test_a_payload_that_does_not_fit_is_refused(code_bits: int, kind: Any) -> None:
     ks, values = np.array([5, 130]), floats("f4", 135, 1, finite=True)
     payload = np.concatenate(payload_by_numpy(values, ks, code_bits))

@@ -15,7 +15,7 @@ import torch
 from native_build import compile_kernels, compilers
 
 from topq_dist.compress.codec.frame import encode_frame
-from topq_dist.compress.codec.values import quantize
+from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
 
 DRIVER = Path(__file__).with_name("fuzz_driver.c")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -36,7 +36,7 @@ def frames() -> bytes:
     """Return frames of all kinds, each behind its length."""
     generator = np.random.default_rng(0)
     stream = b""
-    for value_format in ("fp32", "fp16", "bf16", "int8", "int4", "int2"):
+    for value_format in VALUE_FORMATS:
         for numel, k in ((64, 1), (5_000, 40), (60_000, 30), (2_000, 700), (40_000, 1_500)):
             for segments in (1, 7):
                 indices = np.sort(generator.choice(numel, k, replace=False))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topq_dist.compress.codec.frame import encode_frame
-from topq_dist.compress.codec.values import quantize
+from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.spec import ModelSpec, TensorSpec
 from topq_dist.ps.protocol.errors import InvalidError, ModelDiffersError
@@ -166,7 +166,7 @@ def test_copy_from_another_model_changes_nothing() -> None:
 @pytest.mark.parametrize("numel", [1, 9, 1000])
 def test_no_frame_is_longer_than_the_bound(dtype: torch.dtype, numel: int) -> None:
     bound = spec_of(("a", (numel,), dtype)).max_frame_bytes
-    for value_format in ("fp64", "fp32", "fp16", "bf16", "int8", "int4", "int2"):
+    for value_format in VALUE_FORMATS:
         for k in {0, 1, numel // 2, numel - 1, numel}:
             indices = torch.randperm(numel)[:k].sort().values
             frame = encode_frame(numel, indices, quantize(torch.randn(k), value_format))

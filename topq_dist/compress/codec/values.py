@@ -100,8 +100,8 @@ def quantize(
 ) -> Quantized:
     """Round `values`, a 1-D tensor of any float dtype, to a format.
 
-    segment_ks: how many of them each segment of the vector has, in order: the blocks of "int8",
-        "int4" and "int2" begin anew with each, so that its values are rounded as if they were
+    segment_ks: how many of them each segment of the vector has, in order: the blocks of
+        LOW_BITS' formats begin anew with each, so that its values are rounded as if they were
         alone. None: the vector is one segment.
 
     A finite value that the format cannot hold becomes the largest that it can. "fp16" is scaled by
