@@ -295,3 +295,69 @@ class TestOverMutualTlsWithTokens:
             named = variables | {"TOPQ_TLS_SERVER_NAME": "localhost"}
             assert run("health", **named) == (0, "", "")
             assert served.stop(signal.SIGINT) == (0, "", "")
+
+
+class TestWithoutTheExtra:
+    """The command and imports where the packages of the extra `ps` are not installed."""
+
+    MISSING = ("click", "google", "grpc", "grpc_health", "grpc_reflection", "safetensors")
+    REMEDY = "run pip install '.[ps]' in a clone of topq_dist"
+
+    def without(self, script: str, *missing: str) -> tuple[int, str, str]:
+        block = f"import sys; sys.modules.update(dict.fromkeys({missing or self.MISSING}))\n"
+        done = subprocess.run(
+            [sys.executable, "-c", block + script],
+            env=environment({}),
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def topq(self, *words: str, missing: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        script = f"from topq_dist.cli import main; sys.exit(main({list(words)}))"
+        return self.without(script, *missing)
+
+    def test_the_version_is_said(self) -> None:
+        assert self.topq("--version") == (0, f"topq, version {topq_dist.__version__}\n", "")
+
+    @pytest.mark.parametrize("word", ["--help", "-h"])
+    def test_the_help_says_what_to_install(self, word: str) -> None:
+        code, out, err = self.topq(word)
+        assert (code, err) == (0, "")
+        assert "Usage: topq serve | status | health" in out
+        assert self.REMEDY in out
+
+    @pytest.mark.parametrize("words", [(), ("serve",), ("serve", "--help"), ("status",)])
+    def test_everything_else_is_an_error_of_one_line(self, words: tuple[str, ...]) -> None:
+        code, out, err = self.topq(*words)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("topq: error: the parameter server needs click, which is not")
+        assert self.REMEDY in err
+
+    @pytest.mark.parametrize("command", ["status", "health"])
+    def test_one_package_that_is_missing_is_named(self, command: str) -> None:
+        assert self.topq("--help", missing=("grpc",))[:1] == (0,)
+        code, _, err = self.topq(command, missing=("grpc",))
+        assert (code, err.count("\n")) == (1, 1)
+        assert "needs grpc, which is not installed" in err
+
+    @pytest.mark.parametrize("missing", ["grpc", "google.protobuf"])
+    def test_an_import_says_it_too(self, missing: str) -> None:
+        script = "from topq_dist.ps import ParameterServerOptimizer"
+        code, _, err = self.without(script, missing)
+        assert code == 1
+        last = err.rstrip().splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError: the parameter server needs " + missing)
+        assert self.REMEDY in last
+
+    def test_errors_of_other_packages_stay_as_they_are(self) -> None:
+        script = "from topq_dist.ps import ParameterServerOptimizer"
+        code, _, err = self.without(script, "numpy")
+        assert code == 1
+        assert "the parameter server needs" not in err
+
+    def test_what_needs_no_package_works(self) -> None:
+        script = "import topq_dist; from topq_dist.ps import RefusedError, ServerLostError"
+        assert self.without(script) == (0, "", "")

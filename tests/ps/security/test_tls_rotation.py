@@ -11,8 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ps.certificates import Authority
 from ps.health_server import ask, client_tls, server_tls, serving
 
-from topq_dist.ps.client.connection import Connection, TransientError
-from topq_dist.ps.protocol.errors import ServerLostError
+from topq_dist.ps.client.connection import Connection, DoubtfulError, TransientError
 from topq_dist.ps.security import secret_files
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
@@ -110,7 +109,7 @@ class TestRotation:
                 str(where), ClientSecurity(tls=client_tls(ours.certificate, pair))
             )
             worker = pb.WorkerId(run="run", worker="a", epoch=1)
-            with pytest.raises(ServerLostError, match="UNIMPLEMENTED"):  # it has health alone
+            with pytest.raises(DoubtfulError, match="UNIMPLEMENTED"):  # it has health alone
                 connection.renew(worker, 10)
             content = pair.certificate.read_bytes()
             pair.certificate.write_bytes(content[:100])
@@ -118,6 +117,6 @@ class TestRotation:
             with pytest.raises(TransientError, match="certificate"):
                 connection.renew(worker, 10)
             pair.certificate.write_bytes(content)
-            with pytest.raises(ServerLostError, match="UNIMPLEMENTED"):
+            with pytest.raises(DoubtfulError, match="UNIMPLEMENTED"):
                 connection.renew(worker, 10)
             connection.close()

@@ -360,8 +360,8 @@ BAD_PUSHES: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
     ),
     "more bytes than declared": (too_many_bytes, "INVALID_ARGUMENT", "invalid", ("goes on after",)),
     "a long chunk": (chunk_of(3 << 20), "INVALID_ARGUMENT", "invalid", (str(3 << 20), "at most")),
-    "fewer bytes": (truncated, "INVALID_ARGUMENT", "invalid", ("ended after", "of")),
-    "no bytes": (without_bytes, "INVALID_ARGUMENT", "invalid", ("ended after 0 of",)),
+    "fewer bytes": (truncated, "INVALID_ARGUMENT", "damaged", ("ended after", "of")),
+    "no bytes": (without_bytes, "INVALID_ARGUMENT", "damaged", ("ended after 0 of",)),
     "damaged": (damaged_on_its_way, "INVALID_ARGUMENT", "damaged", ("damaged on its way",)),
     "altered": (Pushed(frames_of=altered), "INVALID_ARGUMENT", "invalid", ("frame 0", "checksum")),
     "wrong numel": (
@@ -730,7 +730,7 @@ def test_bytes_that_are_no_message(run: Run, method: str) -> None:
         call: Any = run.alice.channel.stream_stream(f"{SERVICE}/{method}")
         list(call(iter([b"\xff" * 100]), timeout=CALL_S))
 
-    check(run, act, "INVALID_ARGUMENT", "invalid", (method,))
+    check(run, act, "INVALID_ARGUMENT", "damaged", (method,))
 
 
 def test_an_upload_into_a_run_that_has_its_model_changes_nothing(run: Run) -> None:

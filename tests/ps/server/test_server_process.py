@@ -279,8 +279,8 @@ def test_what_is_wrong_is_refused_with_its_status_and_changes_nothing(tmp_path: 
         after = status_of(worker)
         assert after.state_sha256 == before.state_sha256
         assert after.refused == {
-            "damaged": 1,
-            "invalid": 4,
+            "damaged": 2,
+            "invalid": 3,
             "non_finite": 1,
             "too_large": 1,
             "sequence_gap": 1,

@@ -61,9 +61,11 @@ _UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
 # gRPC's own words for what another try does not cure
 _TOO_LARGE = "larger than max"
 _RAISED = "Exception "
-# how often an answer may be damaged on its way, before it is something else
+# how often a call may be damaged on its way, before it is something else
 _MOST_DOUBTS = 3
 _LOOK_EVERY_S = 1.0
+# a server answers these within 5 s: later the end of a message was lost
+_SHORT_CALL_S = 20.0
 
 
 def channel_options() -> list[tuple[str, Any]]:
@@ -88,10 +90,21 @@ class TransientError(Exception):
     """A call that failed in a way that may pass."""
 
 
+class DoubtfulError(Exception):
+    """A call that failed as one does that is damaged on its way, and as some do for good.
+
+    final: the error of one that fails for good.
+    """
+
+    def __init__(self, final: RefusedError | ServerLostError) -> None:
+        super().__init__(str(final))
+        self.final = final
+
+
 class Connection:
     """A channel to the server at `address`.
 
-    Every call has a time limit, and raises RefusedError, TransientError or ServerLostError.
+    Every call has a time limit, and raises RefusedError, TransientError or DoubtfulError.
     """
 
     def __init__(self, address: str, security: ClientSecurity) -> None:
@@ -116,7 +129,8 @@ class Connection:
         """
         if request.ByteSize() <= SHORT_JOIN_BYTES:
             with self._errors():
-                return self._calls().Join(request, timeout=timeout_s, metadata=self._metadata)
+                limit_s = min(timeout_s, _SHORT_CALL_S)
+                return self._calls().Join(request, timeout=limit_s, metadata=self._metadata)
         parts = list(join_parts(request))
         with self._errors():
             call = self._calls().LongJoin(iter(parts), timeout=timeout_s, metadata=self._metadata)
@@ -166,7 +180,8 @@ class Connection:
             request = short_step_request(worker, push)
             with self._errors():
                 stub = self._calls()
-                response = stub.ShortStep(request, timeout=timeout_s, metadata=self._metadata)
+                limit_s = min(timeout_s, _SHORT_CALL_S)
+                response = stub.ShortStep(request, timeout=limit_s, metadata=self._metadata)
                 answer = read_short_answer(response, spec)
             if answer is not None:
                 return answer
@@ -266,7 +281,8 @@ class Connection:
         try:
             yield
         except InvalidError as error:
-            raise DamagedError(f"parameter server {self.address}: {error}") from error
+            damaged = DamagedError(f"parameter server {self.address}: {error}")
+            raise DoubtfulError(damaged) from error
         except grpc.RpcError as error:
             refusal = refusal_of(error)
             if isinstance(refusal, NotReadyError | DamagedError):
@@ -276,14 +292,13 @@ class Connection:
             known = isinstance(error, grpc.Call)
             code = error.code() if known else grpc.StatusCode.UNKNOWN
             details = error.details() if known else repr(error)
-            if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in (details or ""):
-                raise TooLargeError(f"parameter server {self.address}: {details}") from None
+            too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in (details or "")
             raised = code is grpc.StatusCode.UNKNOWN and (details or "").startswith(_RAISED)
-            if code in _TRANSIENT and not raised:
+            if code in _TRANSIENT and not too_large and not raised:
                 raise TransientError(f"{code.name}: {details}") from None
-            raise ServerLostError(
-                f"parameter server {self.address}: {code.name}: {details}"
-            ) from None
+            kind = TooLargeError if too_large else ServerLostError
+            final = kind(f"parameter server {self.address}: {code.name}: {details}")
+            raise DoubtfulError(final) from None
 
 
 class RetryDeadline:
@@ -323,14 +338,14 @@ class RetryDeadline:
         time.sleep(min(self._pause_s, self.left_s()))
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
-    def doubt(self, error: DamagedError | FrameError) -> None:
-        """Have a call tried again whose answer is no good: it may have been damaged on its way.
+    def doubt(self, error: DamagedError | FrameError | DoubtfulError) -> None:
+        """Have a call tried again that may have been damaged on its way, or its answer.
 
-        Raises `error` where it was no good several times.
+        Raises the error that stays where that has happened several times.
         """
         self._doubts += 1
         if self._doubts > _MOST_DOUBTS:
-            raise error
+            raise error.final if isinstance(error, DoubtfulError) else error
         self.pause(error)
 
     def _look(self) -> None:

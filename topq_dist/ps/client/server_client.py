@@ -16,7 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError
-from topq_dist.ps.client.connection import Connection, RetryDeadline, TransientError
+from topq_dist.ps.client.connection import (
+    Connection,
+    DoubtfulError,
+    RetryDeadline,
+    TransientError,
+)
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
@@ -47,7 +52,14 @@ from topq_dist.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
 # what another Join, another try or some time may cure
-_PASSING = (NotJoinedError, SequenceGapError, TransientError, DamagedError, FrameError)
+_PASSING = (
+    NotJoinedError,
+    SequenceGapError,
+    TransientError,
+    DamagedError,
+    FrameError,
+    DoubtfulError,
+)
 _RENEWS_IN_A_LEASE = 3
 # a step that begins meanwhile waits so long at most
 _ASIDE_S = 2.0
@@ -274,7 +286,7 @@ class ServerClient:
         _log.debug("parameter server %s: %s", self.address, error)
         if self._cancelled.is_set():
             raise TransientError("broken off") from error
-        if isinstance(error, DamagedError | FrameError):
+        if isinstance(error, DamagedError | FrameError | DoubtfulError):
             deadline.doubt(error)
             return
         if isinstance(error, TransientError):
@@ -441,7 +453,7 @@ class ServerClient:
         while not self._closing.wait(self._lease_s / _RENEWS_IN_A_LEASE):
             try:
                 self._renew(self._lease_s / _RENEWS_IN_A_LEASE)
-            except (RefusedError, ServerLostError, TransientError, ValueError) as error:
+            except (*_PASSING, RefusedError, ServerLostError, ValueError) as error:
                 _log.debug("parameter server %s: lease not renewed: %s", self.address, error)
 
     def _renew(self, timeout_s: float) -> None:

@@ -20,7 +20,7 @@ import grpc
 from topq_dist.ps.protocol.errors import (
     REASON_KEY,
     BusyError,
-    InvalidError,
+    DamagedError,
     RefusedError,
 )
 from topq_dist.ps.wire.messages import READERS, WRITERS
@@ -250,7 +250,7 @@ class _Answerer:
             return messages
         message = next(messages, None)
         if message is None:
-            raise InvalidError(f"{self._method} without a request: expected one")
+            raise DamagedError(f"{self._method} without a request: expected one")
         return message
 
     def _messages(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
@@ -266,7 +266,7 @@ class _Answerer:
             try:
                 message = self._read(raw)
             except Exception as error:
-                raise InvalidError(
+                raise DamagedError(
                     f"{len(raw)} bytes sent to {self._method} are no message of its: {error}"
                 ) from error
             yield message

@@ -95,9 +95,9 @@ class Receiver:
         self._received = end
 
     def parts(self) -> tuple[memoryview, ...]:
-        """Return the parts, writable views of one buffer; raises InvalidError for a short one."""
+        """Return the parts, writable views of one buffer; raises DamagedError for a short one."""
         if not self.complete:
-            raise InvalidError(
+            raise DamagedError(
                 f"{self._what} ended after {self._received} of {self._edges[-1]} bytes"
             )
         return tuple(self._buffer[start:stop] for start, stop in pairwise(self._edges))
