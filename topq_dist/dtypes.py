@@ -42,6 +42,37 @@ FLOATS: dict[torch.dtype, FloatKind] = {
 }
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether this is dense numbers in memory.
+
+    Not so are DTensor and other classes that dispatch for themselves, tensors on the meta device,
+    quantized ones, and those of another layout.
+    """
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+    )
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise TypeError, naming it and saying what to do, unless `is_plain`."""
+    if is_plain(tensor):
+        return
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}: expected a plain tensor, so give what its "
+            "to_local() returns, or full_tensor() where all of it is meant"
+        )
+    if tensor.is_quantized:
+        raise TypeError(f"{name} is quantized ({tensor.dtype}): expected what dequantize() returns")
+    raise TypeError(
+        f"{name} has layout {tensor.layout} on {tensor.device}: expected a dense tensor with data, "
+        f"so give it {'memory with to_empty()' if tensor.is_meta else 'as to_dense()'}"
+    )
+
+
 def bits_of(vector: Tensor) -> Keys:
     """Return the bit patterns of a contiguous CPU float tensor, sharing its memory."""
     kind = FLOATS[vector.dtype]

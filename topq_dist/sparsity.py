@@ -70,6 +70,22 @@ def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]
     return math.prod(shape[:leading]), *(shape[leading:] or (1,))
 
 
+def rows_lie_apart(shape: Sequence[int], strides: Sequence[int], param_ndim: int | None) -> bool:
+    """Return whether a sub-tensor, as `batch_shape` cuts them, is not one run of memory.
+
+    strides: of a tensor without gaps.
+    """
+    n_rows, row_numel = row_shape(shape, param_ndim)
+    numel, leading = n_rows * row_numel, 1
+    for size, stride in zip(shape, strides, strict=True):
+        if leading == n_rows or numel <= 1:
+            return False
+        if size > 1 and stride < row_numel:
+            return True
+        leading *= size
+    return False
+
+
 def row_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, int]:
     """Return (N, n): a tensor of this shape is cut into N sub-tensors of n elements, in C order.
 

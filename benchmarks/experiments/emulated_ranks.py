@@ -154,7 +154,6 @@ class Ranks:
                     compressor.residuals,
                     mask_velocity=True,
                     adapt_rate=method.adapt_rate,
-                    skip_unused=False,
                     summed_ranks=1,
                 )
                 for compressor in self._compressors
@@ -207,7 +206,7 @@ class Ranks:
         for flat, compressor, momentum in zip(
             self._flats, self._compressors, self._momenta, strict=True
         ):
-            momentum.begin_step(sparse=True, sent_fraction=sent)
+            momentum.begin_step(sparse=True, sent_fraction=sent, skip_unused=False)
             done = momentum.compress(
                 compressor, flat, self._layout, self._parameters, segments, parts=1
             )

@@ -31,7 +31,7 @@ def trained(rank: int, **options: Any) -> tuple[nn.Module, list[float]]:
         optimizer.zero_grad()
         loss_of(model, 0, rank).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        momentum = state._momentum
+        momentum = state._parts.stages.momentum
         assert isinstance(momentum, FeedbackMomentum)
         assert isinstance(momentum._switch, MomentumSwitch)
         factors.append(momentum._switch.rate_factor)

@@ -24,7 +24,7 @@ from topq_dist.compress.sparsify.segments import (
     count_between,
 )
 from topq_dist.compress.sparsify.topk import Selector
-from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype, bits_of, tensor_of
+from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype, bits_of, check_plain, tensor_of
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
@@ -73,6 +73,12 @@ class TopKCompressor:
         self.residuals = Residuals()
         self._segment_selectors = LayoutCache(SegmentSelector)
         self._whole_selectors = LayoutCache(Selector)
+
+    def anew(self) -> TopKCompressor:
+        """Return one of the same settings, which keeps nothing yet."""
+        return TopKCompressor(
+            value_format=self.value_format, error_feedback=self.error_feedback, bound=self.bound
+        )
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
@@ -252,11 +258,7 @@ class Compressor:
             raise TypeError(f"name={name!r}: expected a string")
         if not isinstance(gradient, Tensor):
             raise TypeError(f"gradient is a {type(gradient).__name__}: expected a tensor")
-        if gradient.layout != torch.strided or gradient.is_meta:
-            raise TypeError(
-                f"gradient has layout {gradient.layout} on {gradient.device}: expected a dense "
-                "tensor with data"
-            )
+        check_plain("gradient", gradient)
         k = at_least_one(check_fraction("q", self.q), gradient.numel())
         layout = self._layouts.get(name)
         if layout is None or layout.shapes[0] != gradient.shape:
@@ -271,6 +273,7 @@ class Compressor:
         Raises FrameError for bytes that are no frame of `out`'s number of elements; `out` is then
         as it was.
         """
+        check_plain("out", out)
         return average([frame], out=out)
 
     def state_dict(self) -> dict[str, Tensor]:

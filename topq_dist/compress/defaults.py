@@ -19,10 +19,13 @@ def usual_bound(bound: float | None, *, error_feedback: bool) -> float | None:
     return None if bound is DEFAULT_BOUND and not error_feedback else bound
 
 
-def usual_value_format(value_format: str | None, *, q: float) -> str | None:
-    """Return `value_format`, or None for the default where q is 0: who leaves nothing out for
-    later wants nothing rounded either.
+def usual_value_format(
+    value_format: str | None, *, error_feedback: bool, q: float | None = None
+) -> str | None:
+    """Return `value_format`, or None for the default where what rounding loses would be lost.
 
-    A format that the caller has given stays.
+    That is without error feedback; and where q is 0: who leaves nothing out for later wants nothing
+    rounded either. A format that the caller has given stays.
     """
-    return None if value_format is DEFAULT_VALUE_FORMAT and q == 0 else value_format
+    lossless = not error_feedback or q == 0
+    return None if value_format is DEFAULT_VALUE_FORMAT and lossless else value_format

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, strided
@@ -22,10 +22,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which named tensors, in which order, make up a flat vector."""
+    """Which named tensors, in which order, make up a flat vector.
+
+    strides: of each tensor the order of its elements in its slice, None being row after row; all
+        are where this is empty. Layouts that differ in nothing else are equal: what is held for one
+        (slots, thresholds) is held for the other.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...] | None, ...] = field(default=(), compare=False)
 
     def __hash__(self) -> int:
         # remembered, since it is asked for often, and takes a millisecond for 10,000 names
@@ -37,7 +43,7 @@ class Layout:
 
     def __getstate__(self) -> dict[str, object]:
         # another process hashes strings otherwise
-        return {"names": self.names, "shapes": self.shapes}
+        return {"names": self.names, "shapes": self.shapes, "strides": self.strides}
 
     @cached_property
     def edges(self) -> Indices:
@@ -52,6 +58,58 @@ class Layout:
     def slices(self) -> list[slice]:
         """Where in the flat vector each of the tensors lies."""
         return [slice(start, stop) for start, stop in pairwise(self.edges.tolist())]
+
+    def tensors(self, flat: Tensor) -> list[Tensor]:
+        """Return the tensors in `flat`, (numel,), by their shapes and as views."""
+        strides = self.strides or (None,) * len(self.shapes)
+        return [
+            in_order(flat[where], shape, stride)
+            for where, shape, stride in zip(self.slices(), self.shapes, strides, strict=True)
+        ]
+
+
+def in_order(flat: Tensor, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Tensor:
+    """Return a view of a contiguous slice as a tensor of this shape and order of elements."""
+    if strides is None:
+        return flat.view(shape)
+    return flat.as_strided(shape, strides, flat.storage_offset())
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of a tensor without gaps whose elements do not lie row after row.
+
+    None for all others: channels last and transposed ones have an order of their own. It is also
+    that of their gradients in the buckets of DistributedDataParallel.
+    """
+    if tensor.is_contiguous():
+        return None
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return None
+        expected *= size
+    return tuple(tensor.stride())
+
+
+class OutOfRows(NamedTuple):
+    """A slice of a flat vector that holds a tensor in memory's order, which is that of `strides`.
+
+    Where its rows are looked at one by one, they must lie one behind the other for a while.
+    """
+
+    where: slice
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def to_rows(self, flat: Tensor) -> None:
+        """Bring the slice of `flat` into the order of rows."""
+        mine = flat[self.where]
+        mine.copy_(in_order(mine, self.shape, self.strides).reshape(-1))
+
+    def to_memory(self, flat: Tensor) -> None:
+        """Bring it back into memory's order."""
+        mine = flat[self.where]
+        in_order(mine, self.shape, self.strides).copy_(mine.clone().view(self.shape))
 
 
 class ChunkedVector:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +73,8 @@ class Residuals:
     def __init__(self) -> None:
         self._by_name: dict[str, Tensor] = {}
         self._flat: dict[Layout, Tensor] = {}
+        # as the vectors are: layouts are equal whatever theirs
+        self._strides: dict[Layout, tuple[tuple[int, ...] | None, ...]] = {}
 
     def flat(self, layout: Layout, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the residual of `layout` as a 1-D tensor that stays its home until it changes.
@@ -82,21 +83,23 @@ class Residuals:
         shape.
         """
         flat = self._flat.get(layout)
-        if flat is not None and flat.dtype == dtype and flat.device == device:
+        if (
+            flat is not None
+            and flat.dtype == dtype
+            and flat.device == device
+            and self._strides[layout] == layout.strides
+        ):
             return flat
         with _MAKING:
             self._check_shapes(layout)
             flat = zeros(layout.numel, dtype, device)
-            homes: dict[str, Tensor] = {}
-            start = 0
-            for name, shape in zip(layout.names, layout.shapes, strict=True):
-                home = flat[start : start + prod(shape)].view(shape)
+            homes = dict(zip(layout.names, layout.tensors(flat), strict=True))
+            for name, home in homes.items():
                 if name in self._by_name:
                     home.copy_(self._by_name[name])
-                homes[name] = home
-                start += prod(shape)
             self._dissolve(set(layout.names))
             self._by_name.update(homes)
+            self._strides[layout] = layout.strides
             self._flat[layout] = flat
             return flat
 
@@ -158,12 +161,13 @@ class Residuals:
         return {"_by_name": self.state_dict()}
 
     def __setstate__(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self._by_name, self._flat = state["_by_name"], {}
+        self._by_name, self._flat, self._strides = state["_by_name"], {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of each residual by name, shaped as its gradient."""
+        plain = torch.contiguous_format
         with _MAKING:
-            return {name: residual.clone() for name, residual in self._by_name.items()}
+            return {name: held.clone(memory_format=plain) for name, held in self._by_name.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace every residual by those of `state`; names it lacks start at zero again.

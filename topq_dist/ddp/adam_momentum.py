@@ -44,10 +44,9 @@ class AdamMomentum(OwnMomentum):
         residuals: Residuals,
         optimizer: Optimizer,
         *,
-        skip_unused: bool,
         summed_ranks: int,
     ) -> None:
-        super().__init__(names, residuals, optimizer, skip_unused=skip_unused)
+        super().__init__(names, residuals, optimizer)
         self._inner = check_adam(optimizer)
         self._summed_ranks = summed_ranks
         self._directions = AdamDirections()
@@ -69,8 +68,8 @@ class AdamMomentum(OwnMomentum):
         if self._summed_ranks > 1:
             flat.div_(self._summed_ranks)
         options = [self._options_of(parameter) for parameter in parameters]
-        for parameter, where in zip(parameters, layout.slices(), strict=True):
-            self._add_weight_decay(parameter, flat[where])
+        for parameter, gradient in zip(parameters, layout.tensors(flat), strict=True):
+            self._add_weight_decay(parameter, gradient)
         advanced = self._directions.advance(flat, layout, options, skip_unused=self._skip_unused)
         if self._summed_ranks > 1:
             flat.mul_(self._summed_ranks)
@@ -82,10 +81,10 @@ class AdamMomentum(OwnMomentum):
             self._directions.commit(advanced)
         self._advanced.clear()
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         # of a step that was void, or broken off
         self._advanced.clear()
-        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
 
     def _takes_over(self, sent_fraction: float) -> bool:
         # directions and gradients cannot wait in one sum
@@ -105,7 +104,7 @@ class AdamMomentum(OwnMomentum):
         if group["maximize"]:
             gradient.neg_()
         if group["weight_decay"] and not decays_decoupled(group, self._inner):
-            _shaped_as(parameter, gradient).add_(parameter.detach(), alpha=group["weight_decay"])
+            gradient.add_(parameter.detach(), alpha=group["weight_decay"])
 
     def _change_unit(self, *, to_own: bool) -> None:
         if to_own:
@@ -167,17 +166,3 @@ class AdamMomentum(OwnMomentum):
         self._directions.load_state_dict(
             held[0] if len(held) == len(mine) == 1 else averaged_moments(held)
         )
-
-
-def _shaped_as(parameter: Tensor, flat: Tensor) -> Tensor:
-    """Return a view of a slice of a bucket in the parameter's shape and order in memory.
-
-    DistributedDataParallel lays a gradient out as its parameter where that has no gaps, channels
-    last for one, else by rows.
-    """
-    expected = 1
-    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return flat.view(parameter.shape)
-        expected *= size
-    return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())

@@ -40,10 +40,9 @@ class CorrectedMomentum(OwnMomentum):
         residuals: Residuals,
         optimizer: Optimizer,
         *,
-        skip_unused: bool,
         mask_velocity: bool,
     ) -> None:
-        super().__init__(names, residuals, optimizer, skip_unused=skip_unused)
+        super().__init__(names, residuals, optimizer)
         self._mask_velocity = mask_velocity
         self._velocity = Velocity()
         self._advanced: list[tuple[Advanced, Compressed]] = []
@@ -54,10 +53,10 @@ class CorrectedMomentum(OwnMomentum):
                 "one with betas like Adam"
             )
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         # of a step that was void, or broken off
         self._advanced.clear()
-        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
 
     def _takes_over(self, sent_fraction: float) -> bool:
         # without the mask this is the optimizer's own momentum where everything is sent

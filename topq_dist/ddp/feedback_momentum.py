@@ -42,10 +42,12 @@ class FeedbackMomentum(SwitchedMomentum):
         self._measures = False
 
     def settings(self) -> str:
-        return f"{super().settings()} adapt_rate={self._adapts_rate}"
+        # the rate follows from the mean, so that ranks must have the same
+        mean = f" coherence={self._mean.state()}" if self._adapts_rate else ""
+        return f"{super().settings()} adapt_rate={self._adapts_rate}{mean}"
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
-        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
         self._sent_fraction = sent_fraction
         takes_over = sparse and self._takes_over(sent_fraction)
         self._measures = self._adapts_rate and takes_over and self._optimizer is not None

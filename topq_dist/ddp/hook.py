@@ -2,38 +2,44 @@
 
 # no `from __future__ import annotations` here: DistributedDataParallel reads the hook's annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn, Unpack
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from topq_dist.compress.compressor import TopKCompressor
-from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_VALUE_FORMAT, usual_bound
-from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.ddp.momentum import MomentumName
-from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
-from topq_dist.ddp.pipeline import Bucket, BucketLayouts, Pipeline, Stages
-from topq_dist.ddp.sparsity_policy import FixedSparsity, make_sparsity_policy
-from topq_dist.ddp.state_dict import STATE_VERSION, load_states
-from topq_dist.ddp.validation import (
-    check_grad_scaler,
-    check_parameters,
-    check_takes_hook,
-    check_unused,
-    exchanged_names,
-    trainable_names,
+from topq_dist.compress.defaults import (
+    DEFAULT_BOUND,
+    DEFAULT_VALUE_FORMAT,
+    usual_bound,
+    usual_value_format,
 )
-from topq_dist.exchange.agreement import check_same_on_all_ranks, tell_of_failure
+from topq_dist.compress.sparsify.segments import Scope
+from topq_dist.ddp.gathered_states import gather_states
+from topq_dist.ddp.momentum import MomentumName
+from topq_dist.ddp.parts import (
+    KnobOptions,
+    Knobs,
+    Ranks,
+    agree_on_loaded,
+    connect,
+    follow,
+    make_parts,
+    telling_of_failures,
+)
+from topq_dist.ddp.sparsity_policy import FixedSparsity
+from topq_dist.ddp.state_dict import ROW_ORDER, STATE_VERSION, SavedState, load_states
+from topq_dist.ddp.validation import check_takes_hook, trainable_names, unwrapped
 from topq_dist.exchange.collectives import CommContext
-from topq_dist.exchange.registry import ExchangeName, check_exchange, make_exchange
+from topq_dist.exchange.registry import ExchangeName
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
-from topq_dist.validation import check_fraction, check_positive
+from topq_dist.validation import check_fraction
 
 
 class TopQState:
@@ -58,7 +64,8 @@ class TopQState:
             sees: accumulate gradients under no_sync().
         error_feedback: keep what was not sent and add it to the next gradient.
         value_format: how the values sent travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
-            "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless.
+            "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless,
+            and the default without error_feedback.
         exchange: "allgather" sends every frame to every rank, exactly; "split" reduces each part
             of the index space on one rank, for many ranks; "hierarchical" sums inside a node and
             sends frames between nodes; "dense" sends all. "auto" measures them in the first
@@ -82,14 +89,24 @@ class TopQState:
             coherence of gradients and residuals, a mean over recent steps, layers and ranks: 1 for
             gradients that are mostly noise, at most sqrt(1 / (1 - q)) where they agree for long.
 
-    A collective: every rank of the model's process group makes its state at the same point.
+        process_group: the ranks that train the model; None is the default group. Only where
+            `ddp_model` is not wrapped yet, since DistributedDataParallel knows its own.
+
+    ddp_model: the model, wrapped in DistributedDataParallel. Making the state is then a collective,
+    which every rank of its process group enters at the same point; the model's process group,
+    find_unused_parameters and what is frozen are read anew at each step.
+    A model that is wrapped later, by a trainer or replicate(), is given as it is, and the state
+    with `topq_hook` to whoever calls register_comm_hook (Lightning: ddp_comm_state= and
+    ddp_comm_hook=). Ranks then agree in the first backward pass; until it `optimizer` may be set,
+    and each parameter is taken for one that may be unused.
+
     Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
     disagree on settings or model; nothing is touched before that.
     """
 
     def __init__(
         self,
-        ddp_model: DistributedDataParallel,
+        ddp_model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
         q: float | None = None,
@@ -104,68 +121,80 @@ class TopQState:
         ranks_per_node: int | None = None,
         mask_velocity: bool = True,
         adapt_rate: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_takes_hook(ddp_model)
-        self._names = trainable_names(ddp_model)
-        self._exchanged_names = exchanged_names(ddp_model)
-        self._meter = Meter()
-        self._context = CommContext(
-            group=ddp_model.process_group,
-            device=next(iter(self._names)).device,
-            meter=self._meter,
+        if not isinstance(ddp_model, nn.Module):
+            raise TypeError(
+                f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel "
+                "model, or the torch.nn.Module that is wrapped later"
+            )
+        self._knobs = Knobs(
+            q=q,
+            momentum=momentum,
+            error_feedback=error_feedback,
+            value_format=usual_value_format(value_format, error_feedback=error_feedback),
+            bound=usual_bound(bound, error_feedback=error_feedback),
+            exchange=exchange,
+            scope=scope,
+            clip_norm=clip_norm,
+            grad_scaler=grad_scaler,
+            ranks_per_node=ranks_per_node,
+            mask_velocity=mask_velocity,
+            adapt_rate=adapt_rate,
         )
-        try:
-            check_parameters(ddp_model, self._names)
-            self._per_node = check_exchange(exchange, self._context, ranks_per_node)
-            self._sparsity = make_sparsity_policy(self._names, optimizer, q=q, scope=scope)
-            self._compressor = TopKCompressor(
-                value_format=value_format,
-                error_feedback=error_feedback,
-                bound=usual_bound(bound, error_feedback=error_feedback),
+        self._optimizer = optimizer
+        self._group = process_group
+        self._meter = Meter()
+        self._loaded: SavedState | None = None
+        # the one or the other: a state that has its ranks is held by its model
+        self._model: nn.Module | None = None
+        self._ranks: Ranks | None = None
+        model = unwrapped(ddp_model)
+        if not isinstance(model, DistributedDataParallel):
+            self._model = model
+            self._parts = make_parts(self._knobs, model, optimizer)
+            return
+        if process_group is not None:
+            raise ValueError("process_group with a DistributedDataParallel model: expected None")
+        check_takes_hook(model)
+        device = next(iter(trainable_names(model))).device
+        context = CommContext(group=model.process_group, device=device, meter=self._meter)
+        with telling_of_failures(context):
+            self._parts = make_parts(self._knobs, model, optimizer)
+        self._ranks = connect(self._parts, self._knobs, context)
+
+    def _bind(self, device: torch.device) -> Ranks:
+        """Return the ranks of the first backward pass; a collective of theirs."""
+        group = self._group or dist.group.WORLD
+        if group is None:
+            raise RuntimeError("no process group: expected init_process_group before backward()")
+        context = CommContext(group=group, device=device, meter=self._meter)
+        self._ranks = connect(self._parts, self._knobs, context)
+        self._model = None
+        with telling_of_failures(context):
+            if self._loaded is not None:
+                self.load_state_dict(self._loaded)
+        agree_on_loaded(self._loaded, context)
+        return self._ranks
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer that steps the model.
+
+        It may be set until the first backward pass of a state that was made for a model which was
+        not wrapped yet; ValueError later.
+        """
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        if self._model is None:
+            raise ValueError(
+                "optimizer is set too late: expected it before the first backward pass, and given "
+                "to TopQState where the model is wrapped already"
             )
-            method = check_momentum(
-                momentum,
-                optimizer,
-                self._names,
-                error_feedback=error_feedback,
-                mask_velocity=mask_velocity,
-                adapt_rate=adapt_rate,
-            )
-            may_be_unused = check_unused(ddp_model, scope)
-            self._momentum = make_momentum(
-                method,
-                optimizer,
-                self._names,
-                self._compressor.residuals,
-                mask_velocity=mask_velocity,
-                adapt_rate=adapt_rate,
-                skip_unused=may_be_unused,
-                summed_ranks=self._per_node,
-            )
-            stages = Stages(
-                sparsity=self._sparsity,
-                compressor=self._compressor,
-                momentum=self._momentum,
-                clip_norm=check_positive("clip_norm", clip_norm),
-                grad_scaler=check_grad_scaler(grad_scaler),
-                may_be_unused=may_be_unused,
-            )
-        except Exception as error:
-            tell_of_failure(error, group=self._context.group, device=self._context.device)
-            raise
-        model = [f"{name} {tuple(p.shape)} {p.dtype}" for p, name in self._names.items()]
-        asked = f"exchange={exchange} ranks_per_node={self._per_node}"
-        settings = "\n".join([asked, stages.settings(), *model])
-        check_same_on_all_ranks(settings, group=self._context.group, device=self._context.device)
-        # only now: ranks that disagree would make groups that the others do not know of
-        self._exchange = make_exchange(exchange, self._context, self._compressor, self._per_node)
-        self._pipeline = Pipeline(self._context, stages, self._exchange)
-        self._momentum.attach()
-        self._unpaired = optimizer if isinstance(optimizer, TopQGradientOptimizer) else None
-        told = optimizer is None and momentum == "optimizer"
-        if method == "optimizer" and error_feedback and exchange != "dense" and not told:
-            advise(optimizer, self._names, rank=self._context.rank)
-        self._layouts = BucketLayouts(self._exchanged_names)
+        self._parts = make_parts(self._knobs, self._model, optimizer)
+        self._optimizer = optimizer
 
     @property
     def q(self) -> float:
@@ -177,18 +206,24 @@ class TopQState:
         self._fixed_sparsity().q = check_fraction("q", value)
 
     def _fixed_sparsity(self) -> FixedSparsity:
-        if not isinstance(self._sparsity, FixedSparsity):
+        sparsity = self._parts.stages.sparsity
+        if not isinstance(sparsity, FixedSparsity):
             raise AttributeError("q lives in the optimizer's groups: use group['q']")
-        return self._sparsity
+        return sparsity
 
     @property
     def chosen_exchange(self) -> str | None:
         """What exchange="auto" has chosen; None until it has, and where it was not asked to."""
-        return self._exchange.chosen
+        return None if self._ranks is None else self._ranks.exchange.chosen
 
     def __getstate__(self) -> dict[str, Any]:
         # so that a model that has the hook can be copied: a process group cannot
-        return {}
+        made_of = self._model, self._optimizer, self._knobs
+        return {} if self._model is None else {"made_of": made_of}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, optimizer, knobs = state["made_of"]
+        vars(self).update(vars(TopQState(model, optimizer, **vars(knobs))))
 
     def __getattr__(self, name: str) -> NoReturn:
         # only where there is no such attribute
@@ -205,7 +240,7 @@ class TopQState:
         DistributedDataParallel keeps a hook, which goes on as with momentum="optimizer". Without
         this call the optimizer is as it was once the model and this state are gone.
         """
-        self._momentum.detach()
+        self._parts.stages.momentum.detach()
 
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
@@ -215,57 +250,67 @@ class TopQState:
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
     ) -> Future[Tensor]:
         """Take the next bucket of a backward pass: what `topq_hook` does."""
-        if self._unpaired is not None:
-            # not before the hook is in use, or a hook that was refused would leave its mark
-            self._unpaired.sparsified_elsewhere(self._names)
-            self._unpaired = None
-        bucket = Bucket(flat, self._layouts.of(parameters), parameters, Future())
-        self._pipeline.push(bucket, first=first, last=last)
-        return bucket.future
+        ranks = self._ranks or self._bind(flat.device)
+        if first:
+            ranks = self._ranks = follow(self._parts, self._knobs, ranks)
+        future = ranks.pipeline.push(flat, parameters, first=first, last=last)
+        if last and isinstance(self._optimizer, TopQGradientOptimizer):
+            self._optimizer.sparsified_until_step(self._parts.names)
+        return future
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, q or generator,
         what "auto" has chosen, totals.
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
-        Each rank's is its own: save one a rank.
+        Each rank's is its own: save one a rank, or, with all_ranks=True, what this returns on rank
+        0 of the group, which any number of ranks load. That is a collective, of room for all
+        ranks' states on rank 0; the others get an empty dict.
+
+        Raises RuntimeError before the first backward pass of a state whose ranks are not known.
         """
-        return {
-            **self._identity(),
-            "residuals": self._momentum.residuals(),
-            "momentum": self._momentum.state_dict(),
-            "density": self._sparsity.state_dict(),
+        if self._ranks is None:
+            raise RuntimeError("this state has no ranks yet: expected a backward pass before it")
+        state = {
+            **self._identity(self._ranks.context),
+            "order": ROW_ORDER,
+            "residuals": self._parts.stages.momentum.residuals(),
+            "momentum": self._parts.stages.momentum.state_dict(),
+            "density": self._parts.stages.sparsity.state_dict(),
             "chosen_exchange": self.chosen_exchange,
-            "dense_steps": self._exchange.dense_steps,
+            "dense_steps": self._ranks.exchange.dense_steps,
             "stats": vars(self._meter.stats).copy(),
         }
+        return gather_states(state, self._ranks.context) if all_ranks else state
 
-    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: SavedState) -> None:
         """Resume from what the same rank's `state_dict` returned, or from those of all ranks.
 
-        A sequence holds the states of every rank of the old run, in rank order, and world size or
-        exchange may have changed since: they go to the ranks that have residuals
-        now, so that their sum stays what it was.
+        The states of all ranks are what `state_dict(all_ranks=True)` has returned, or a sequence of
+        every rank's in rank order; world size or exchange may have changed since. Where neither
+        has, each rank takes its own; else they go to the ranks that have residuals now, so that
+        their sum stays what it was. Before the ranks are known a state is kept until they are.
 
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank, world size or number of ranks a node.
         """
+        if self._ranks is None:
+            self._loaded = state
+            return
         self._meter.stats = load_states(
             state,
-            self._identity(),
-            {name: tuple(p.shape) for p, name in self._exchanged_names.items()},
-            feeds_back=self._compressor.error_feedback,
-            momentum=self._momentum,
-            sparsity=self._sparsity,
-            exchange=self._exchange,
+            self._identity(self._ranks.context),
+            self._parts.names,
+            stages=self._parts.stages,
+            exchange=self._ranks.exchange,
         )
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self, context: CommContext) -> dict[str, int]:
         return {
             "version": STATE_VERSION,
-            "world_size": self._context.size,
-            "rank": self._context.rank,
-            "ranks_per_node": self._per_node,
+            "world_size": context.size,
+            "rank": context.rank,
+            "ranks_per_node": self._parts.per_node,
         }
 
 
@@ -278,27 +323,18 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
     Raises ExchangeError, on every rank, where ranks disagree on the settings or one has failed;
     DistributedDataParallel cannot go on after an error in backward(), so make the model anew.
     """
+    if not isinstance(bucket, dist.GradBucket):
+        raise TypeError(
+            f"topq_hook was given a {type(bucket).__name__}: expected a bucket of "
+            "DistributedDataParallel, not under torch._dynamo.config.optimize_ddp='python_reducer'"
+        )
     return state.push(
         bucket.buffer(), bucket.parameters(), first=bucket.index() == 0, last=bucket.is_last()
     )
 
 
 def register_topq_hook(
-    ddp_model: DistributedDataParallel,
-    optimizer: Optimizer | None = None,
-    *,
-    q: float | None = None,
-    momentum: MomentumName | None = None,
-    error_feedback: bool = True,
-    value_format: str | None = DEFAULT_VALUE_FORMAT,
-    bound: float | None = DEFAULT_BOUND,
-    exchange: ExchangeName = "auto",
-    scope: Scope = "parameter",
-    clip_norm: float | None = None,
-    grad_scaler: GradScaler | None = None,
-    ranks_per_node: int | None = None,
-    mask_velocity: bool = True,
-    adapt_rate: bool = True,
+    ddp_model: nn.Module, optimizer: Optimizer | None = None, **knobs: Unpack[KnobOptions]
 ) -> TopQState:
     """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
 
@@ -309,21 +345,13 @@ def register_topq_hook(
     little: a momentum behind error feedback breaks training. Without one, set it by hand, for SGD
     momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
     """
-    state = TopQState(
-        ddp_model,
-        optimizer,
-        q=q,
-        momentum=momentum,
-        error_feedback=error_feedback,
-        value_format=value_format,
-        bound=bound,
-        exchange=exchange,
-        scope=scope,
-        clip_norm=clip_norm,
-        grad_scaler=grad_scaler,
-        ranks_per_node=ranks_per_node,
-        mask_velocity=mask_velocity,
-        adapt_rate=adapt_rate,
-    )
-    ddp_model.register_comm_hook(state, topq_hook)
+    model = unwrapped(ddp_model)
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel model; "
+            "where another wraps it (a trainer, replicate()), give TopQState(model, ...) and "
+            "topq_hook to what calls register_comm_hook"
+        )
+    state = TopQState(model, optimizer, **knobs)
+    model.register_comm_hook(state, topq_hook)
     return state

@@ -45,8 +45,11 @@ class Momentum:
     def attach(self) -> None:
         """Get ready to act on the optimizer, whose next step may hold the first backward pass."""
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
-        """Take note of a step: whether its exchange is a sparse one, and how much is sent."""
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
+        """Take note of a step: whether its exchange is a sparse one, and how much is sent.
+
+        skip_unused: a gradient that is all zero is that of a parameter out of use.
+        """
 
     def compress(
         self,
@@ -109,7 +112,7 @@ class SwitchedMomentum(Momentum):
         if self._optimizer is not None:
             self._switch = self._make_switch(self._optimizer)
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         if self._switch is not None:
             self._switch.active = sparse and self._takes_over(sent_fraction)
 

@@ -67,21 +67,18 @@ def make_momentum(
     *,
     mask_velocity: bool,
     adapt_rate: bool,
-    skip_unused: bool,
     summed_ranks: int,
 ) -> Momentum:
     """Return the method that `check_momentum` has returned.
 
-    Raises ValueError where it cannot go with this optimizer. Warns, once, of an optimizer that
-    nothing is known of.
+    names: of the parameters, those included that are frozen and may be freed. Raises ValueError
+    where it cannot go with this optimizer. Warns, once, of an optimizer that nothing is known of.
     """
     if momentum == "optimizer" or optimizer is None:
         return Momentum(names, residuals)
     _say_whose_stay(optimizer, names)
     if momentum == "adam":
-        return AdamMomentum(
-            names, residuals, optimizer, skip_unused=skip_unused, summed_ranks=summed_ranks
-        )
+        return AdamMomentum(names, residuals, optimizer, summed_ranks=summed_ranks)
     if momentum_rule(optimizer) is None:
         if momentum == "corrected":
             raise ValueError(
@@ -97,9 +94,7 @@ def make_momentum(
     # one that cannot be taken out is an error now, not in the first step
     has_momentum(optimizer, names)
     if momentum == "corrected":
-        return CorrectedMomentum(
-            names, residuals, optimizer, skip_unused=skip_unused, mask_velocity=mask_velocity
-        )
+        return CorrectedMomentum(names, residuals, optimizer, mask_velocity=mask_velocity)
     return FeedbackMomentum(names, residuals, optimizer, adapt_rate=adapt_rate)
 
 
@@ -133,17 +128,18 @@ def _check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
 
 def _say_whose_stay(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     held = {param for group in optimizer.param_groups for param in group["params"]}
-    left = [name for param, name in names.items() if param not in held]
+    trainable = [param for param in names if param.requires_grad]
+    left = [names[param] for param in trainable if param not in held]
     if left:
         _log.warning(
             "the hook's optimizer holds %d of %d trainable parameters: of the one that steps the "
             "others, %s first, the momentum stays as it is",
-            len(names) - len(left),
-            len(names),
+            len(trainable) - len(left),
+            len(trainable),
             left[0],
         )
 
 
 def _warn(message: str) -> None:
     # at the caller of register_topq_hook
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=6)

@@ -18,28 +18,21 @@ from topq_dist.optim.groups import ParamGroup
 
 
 class OwnMomentum(SwitchedMomentum):
-    """What these methods share: a residual in a unit of their own while the exchange is sparse.
-
-    skip_unused: a gradient that is all zero is that of a parameter out of use.
-    """
+    """What these methods share: a residual in a unit of their own while the exchange is sparse."""
 
     unit: ClassVar[Unit]
 
     def __init__(
-        self,
-        names: Mapping[Tensor, str],
-        residuals: Residuals,
-        optimizer: Optimizer,
-        *,
-        skip_unused: bool,
+        self, names: Mapping[Tensor, str], residuals: Residuals, optimizer: Optimizer
     ) -> None:
         super().__init__(names, residuals, optimizer)
-        self._skip_unused = skip_unused
+        self._skip_unused = False
         self._is_sparse = False
         self._groups: dict[Tensor, ParamGroup] = {}
 
-    def begin_step(self, *, sparse: bool, sent_fraction: float) -> None:
-        super().begin_step(sparse=sparse, sent_fraction=sent_fraction)
+    def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
+        super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
+        self._skip_unused = skip_unused
         if self._optimizer is None:
             return
         sparse = sparse and self._takes_over(sent_fraction)

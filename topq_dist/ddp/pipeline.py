@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.futures import Future
 
 from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout
+from topq_dist.compress.layout import Layout, OutOfRows, memory_order
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.ddp.momentum import Momentum
 from topq_dist.ddp.sparsity_policy import SparsityPolicy
+from topq_dist.ddp.watch import LossScaleWatch, ModelFacts
 from topq_dist.exchange.agreement import (
     ExchangeError,
     SettingsDifferError,
@@ -34,50 +35,93 @@ from topq_dist.exchange.slots import NO_FRAME
 
 
 class Bucket(NamedTuple):
-    """What is needed of one of DDP's buckets; `flat` is 1-D and takes the average."""
+    """What is needed of one of DDP's buckets; `flat` is 1-D and takes the average.
+
+    out_of_rows: what is brought into rows for as long as it is on its way.
+    """
 
     flat: Tensor
     layout: Layout
+    out_of_rows: Sequence[OutOfRows]
     parameters: Sequence[Tensor]
     future: Future[Tensor]
+
+
+# a bucket's layout, and what is out of rows for it
+_Laid: TypeAlias = tuple[Layout, Sequence[OutOfRows]]
 
 
 class BucketLayouts:
     """The layouts of DDP's buckets, made when first asked for.
 
-    names: of each parameter that may be in a bucket.
+    names: of each parameter that may be in a bucket. seen: those that have been in one.
     """
 
-    def __init__(self, names: Mapping[Tensor, str]) -> None:
+    def __init__(self, names: Mapping[Tensor, str], sparsity: SparsityPolicy) -> None:
         self._names = names
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._sparsity = sparsity
+        # with the memory's order where it is not that of rows, by place
+        self._known: dict[
+            tuple[int, ...], tuple[dict[int, tuple[int, ...]], dict[tuple[int, ...], _Laid]]
+        ] = {}
+        self.seen: set[Tensor] = set()
 
-    def of(self, parameters: Sequence[Tensor]) -> Layout:
-        """Return the layout of a bucket of these parameters."""
+    def of(self, parameters: Sequence[Tensor]) -> _Laid:
+        """Return the layout of a bucket of these parameters, and what is out of rows for it.
+
+        Raises ValueError for a parameter that has no name.
+        """
         # by identity: parameters live as long as the model, and comparing them compares numbers
         key = tuple(map(id, parameters))
-        if key not in self._layouts:
-            self._layouts[key] = Layout(
-                names=tuple(self._names[parameter] for parameter in parameters),
-                shapes=tuple(tuple(parameter.shape) for parameter in parameters),
+        known = self._known.get(key)
+        if known is None:
+            orders = {place: memory_order(one) for place, one in enumerate(parameters)}
+            strides = {place: order for place, order in orders.items() if order is not None}
+            known = self._known[key] = strides, {}
+            self.seen.update(parameters)
+        strides, laid = known
+        apart = tuple(
+            place
+            for place, order in strides.items()
+            if self._sparsity.cuts_apart(parameters[place], order)
+        )
+        if apart not in laid:
+            laid[apart] = self._laid_out(parameters, strides, apart)
+        return laid[apart]
+
+    def _laid_out(
+        self,
+        parameters: Sequence[Tensor],
+        strides: Mapping[int, tuple[int, ...]],
+        apart: Sequence[int],
+    ) -> _Laid:
+        strangers = [tuple(one.shape) for one in parameters if one not in self._names]
+        if strangers:
+            raise ValueError(
+                f"a bucket holds parameters of shapes {strangers}, which the hook's model has not: "
+                "expected those of the model that its state was made for"
             )
-        return self._layouts[key]
+        in_memory = {place: order for place, order in strides.items() if place not in apart}
+        layout = Layout(
+            names=tuple(self._names[one] for one in parameters),
+            shapes=tuple(tuple(one.shape) for one in parameters),
+            strides=tuple(map(in_memory.get, range(len(parameters)))) if in_memory else (),
+        )
+        slices = layout.slices()
+        return layout, [OutOfRows(slices[at], layout.shapes[at], strides[at]) for at in apart]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """What a bucket goes through before it is exchanged.
+    """What a bucket goes through before it is exchanged."""
 
-    may_be_unused: DDP leaves a parameter's gradient alone where no rank has used it, so nothing
-    may be sent for one whose own gradient is all zero.
-    """
-
+    model: ModelFacts
     sparsity: SparsityPolicy
     compressor: TopKCompressor
     momentum: Momentum
     clip_norm: float | None
     grad_scaler: GradScaler | None
-    may_be_unused: bool
+    scale_watch: LossScaleWatch | None
 
     def settings(self) -> str:
         """Return this step's settings, the same text on ranks that work alike."""
@@ -89,10 +133,17 @@ class Stages:
 class Pipeline:
     """Carries the buckets of each backward pass from gradient to average."""
 
-    def __init__(self, context: CommContext, stages: Stages, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        context: CommContext,
+        stages: Stages,
+        exchange: Exchange,
+        layouts: BucketLayouts,
+    ) -> None:
         self._context = context
         self._stages = stages
         self._exchange = exchange
+        self._layouts = layouts
         self._scale = 1.0
         self._settings_digest = 0
         self._failure: Exception | None = None
@@ -101,15 +152,20 @@ class Pipeline:
         self._announcement: FrameAllGather | None = None
         self._announcing = AllGatherLane()
 
-    def push(self, bucket: Bucket, *, first: bool, last: bool) -> None:
+    def push(
+        self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
+    ) -> Future[Tensor]:
         """Take the next bucket of a backward pass; its future is done once `last` has come.
 
         Raises ExchangeError on every rank where ranks disagree or one has failed.
         """
         if first:
             self._begin()
+        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, Future())
+        for out_of_rows in bucket.out_of_rows:
+            out_of_rows.to_rows(flat)
         if self._stages.grad_scaler is not None:
-            bucket.flat.mul_(1.0 / self._scale)
+            flat.mul_(1.0 / self._scale)
         if self._stages.clip_norm is None:
             self._launch(bucket)
         else:
@@ -121,6 +177,7 @@ class Pipeline:
                     self._launch(held)
         if last:
             self._finish()
+        return bucket.future
 
     def _begin(self) -> None:
         # what an aborted backward pass left behind is of no use to anyone
@@ -131,9 +188,12 @@ class Pipeline:
         if self._stages.grad_scaler is not None:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
+            self._stages.model.begin_step()
             self._stages.sparsity.begin_step()
             self._stages.momentum.begin_step(
-                sparse=self._exchange.sparse, sent_fraction=self._stages.sparsity.sent_fraction()
+                sparse=self._exchange.sparse,
+                sent_fraction=self._stages.sparsity.sent_fraction(),
+                skip_unused=self._stages.model.may_be_unused,
             )
             self._settings_digest = digest(self._settings())
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
@@ -173,10 +233,10 @@ class Pipeline:
         try:
             with self._context.meter.timed("select_s"):
                 segments = self._stages.sparsity.segments(bucket.parameters)
-                if self._stages.may_be_unused:
+                if self._stages.model.may_be_unused:
                     segments = [_unless_unused(segment, bucket.flat) for segment in segments]
                 return self._stages.momentum.compress(
-                    self._stages.compressor,
+                    self._exchange.compressor,
                     bucket.flat,
                     bucket.layout,
                     bucket.parameters,
@@ -212,7 +272,12 @@ class Pipeline:
                 work.deliver()
                 if self._stages.grad_scaler is not None:
                     bucket.flat.mul_(self._scale)
+                for out_of_rows in bucket.out_of_rows:
+                    out_of_rows.to_memory(bucket.flat)
             bucket.future.set_result(bucket.flat)
+        self._stages.model.end_step(self._layouts.seen)
+        if self._stages.scale_watch is not None:
+            self._stages.scale_watch.saw(bucket.flat, bucket.layout, bucket.parameters)
         self._context.meter.add(steps=1)
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from topq_dist.compress.defaults import DEFAULT_Q
 from topq_dist.compress.sparsify.segments import Scope, Segment, UniformSegments, check_scope
 from topq_dist.optim import TopQGradientOptimizer
-from topq_dist.sparsity import draw_q, k_from_q, row_shape
+from topq_dist.sparsity import draw_q, k_from_q, row_shape, rows_lie_apart
 from topq_dist.validation import check_fraction
 
 
@@ -30,6 +30,12 @@ class SparsityPolicy(Protocol):
 
     def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
         """Return the segments of a flat vector of the gradients of `parameters` in order."""
+
+    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+        """Return whether this step selects from sub-tensors that are no runs of memory.
+
+        strides: of a gradient of `parameter` in memory.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -69,7 +75,7 @@ class FixedSparsity:
         self._segments = UniformSegments()
 
     def begin_step(self) -> None:
-        self.q = check_fraction("q", self.q)
+        pass
 
     def settings(self) -> str:
         return f"q={self.q} scope={self.scope}"
@@ -80,6 +86,9 @@ class FixedSparsity:
     def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
         numels = tuple(parameter.numel() for parameter in parameters)
         return self._segments.of(numels, q=self.q, scope=self.scope)
+
+    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"q": self.q}
@@ -94,7 +103,10 @@ class OptimizerSparsity:
     """q, dq, param_ndim and generator of a TopQGradientOptimizer, read live from its groups.
 
     With dq > 0 one q is drawn a parameter a step, in group then parameter order, as the optimizer
-    itself would; a parameter that no rank used in the step is drawn for all the same.
+    itself would; a parameter that no rank used in the step is drawn for all the same, a frozen one
+    is not.
+
+    names: of each parameter that may be in a bucket, those included that are frozen by now.
     """
 
     def __init__(self, optimizer: TopQGradientOptimizer, names: Mapping[Tensor, str]) -> None:
@@ -103,7 +115,11 @@ class OptimizerSparsity:
         self._step_q: dict[Tensor, float] = {}
         self._param_ndim: dict[Tensor, int | None] = {}
         grouped = {p for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for parameter, name in names.items() if parameter not in grouped]
+        missing = [
+            name
+            for parameter, name in names.items()
+            if parameter.requires_grad and parameter not in grouped
+        ]
         if missing:
             raise ValueError(
                 f"optimizer holds no group with {', '.join(missing)}: "
@@ -112,16 +128,15 @@ class OptimizerSparsity:
         self._warn_of_the_unmoving()
 
     def begin_step(self) -> None:
-        self._step_q.clear()
-        self._param_ndim.clear()
+        step_q: dict[Tensor, float] = {}
+        param_ndim: dict[Tensor, int | None] = {}
         for group in self._optimizer.param_groups:
             self._optimizer.check_group(group)
             for parameter in group["params"]:
-                if parameter in self._names:
-                    self._step_q[parameter] = draw_q(
-                        group["q"], group["dq"], self._optimizer.generator
-                    )
-                    self._param_ndim[parameter] = group["param_ndim"]
+                if parameter.requires_grad and parameter in self._names:
+                    step_q[parameter] = draw_q(group["q"], group["dq"], self._optimizer.generator)
+                    param_ndim[parameter] = group["param_ndim"]
+        self._step_q, self._param_ndim = step_q, param_ndim
 
     def settings(self) -> str:
         return "\n".join(
@@ -133,7 +148,11 @@ class OptimizerSparsity:
         # by q, not by what dq has drawn, or an optimizer would lose and regain its momentum by lot
         sent = numel = 0.0
         for group in self._optimizer.param_groups:
-            held = sum(param.numel() for param in group["params"] if param in self._names)
+            held = sum(
+                param.numel()
+                for param in group["params"]
+                if param.requires_grad and param in self._names
+            )
             sent, numel = sent + (1.0 - group["q"]) * held, numel + held
         return sent / numel if numel else 0.0
 
@@ -148,14 +167,17 @@ class OptimizerSparsity:
                 continue
             if parameter not in self._step_q:
                 raise ValueError(
-                    f"optimizer holds no group with {self._names.get(parameter, 'a parameter')} "
-                    "any more: expected every trainable parameter of the model"
+                    f"optimizer holds no group with {self._names[parameter]}: expected every "
+                    "trainable parameter of the model, so give it one with add_param_group"
                 )
             rows, row_numel = row_shape(parameter.shape, self._param_ndim[parameter])
             k = k_from_q(self._step_q[parameter], row_numel)
             segments.append(Segment(start=start, rows=rows, row_numel=row_numel, k=k))
             start += parameter.numel()
         return segments
+
+    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+        return rows_lie_apart(parameter.shape, strides, self._param_ndim.get(parameter))
 
     def state_dict(self) -> dict[str, Any]:
         if not any(group["dq"] for group in self._optimizer.param_groups):
@@ -180,7 +202,7 @@ class OptimizerSparsity:
         for group in self._optimizer.param_groups:
             lowest_q = max(0.0, group["q"] - group["dq"])
             for parameter in group["params"]:
-                if parameter not in self._names or parameter.numel() == 0:
+                if not (parameter.requires_grad and parameter in self._names and parameter.numel()):
                     continue
                 _, row_numel = row_shape(parameter.shape, group["param_ndim"])
                 if k_from_q(lowest_q, row_numel) == 0:
@@ -190,5 +212,5 @@ class OptimizerSparsity:
                 f"these parameters can never move, since q and param_ndim keep 0 elements of each "
                 f"of their sub-tensors: {', '.join(unmoving)}; give them a group with a smaller q "
                 "or another param_ndim",
-                stacklevel=6,
+                stacklevel=7,
             )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from topq_dist.compress.layout import in_order, memory_order
 from topq_dist.compress.residual import check_residual
-from topq_dist.ddp.momentum import Momentum
-from topq_dist.ddp.sparsity_policy import SparsityPolicy
+from topq_dist.ddp.pipeline import Stages
 from topq_dist.exchange.base import Exchange
 from topq_dist.telemetry import Stats
 from topq_dist.validation import check_number
 
 STATE_VERSION = 1
+# of a state's tensors; a state of before, without "order", has them in that of its parameters'
+# memory, shaped as if it were this one
+ROW_ORDER = "rows"
+# one rank's, or those of all ranks
+SavedState: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+_WHOSE = (
+    "each rank's state is its own, so save one a rank; or save what state_dict(all_ranks=True) "
+    "returns on rank 0, or a list of every rank's, which any number of ranks load"
+)
 _FIELDS = {
     "residuals": Mapping,
     "density": Mapping,
@@ -34,7 +43,8 @@ def check_state(
         raise TypeError(f"state is a {type(state).__name__}: expected what state_dict returned")
     for key, value in identity.items():
         if state.get(key) != value:
-            raise ValueError(f"state has {key}={state.get(key)!r}: expected {value}")
+            remedy = "" if key == "version" else f"; {_WHOSE}"
+            raise ValueError(f"state has {key}={state.get(key)!r}: expected {value}{remedy}")
     for key, kind in _FIELDS.items():
         if key not in state:
             raise ValueError(f"state lacks {key!r}: expected what state_dict returned")
@@ -76,17 +86,18 @@ class AssignedStates(NamedTuple):
     """What a rank takes up of the states it was given.
 
     mine: those whose residuals it takes over. every: all, or none on a rank that has no residuals.
-    first: the one whose other entries it takes.
+    first: the one whose other entries it takes. is_own: whether that is this rank's own.
     """
 
     states: Sequence[Mapping[str, Any]]
     mine: Sequence[Mapping[str, Any]]
     every: Sequence[Mapping[str, Any]]
     first: Mapping[str, Any]
+    is_own: bool
 
 
 def assign_states(
-    state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    state: SavedState,
     identity: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     feeds_back: bool,
@@ -95,49 +106,77 @@ def assign_states(
 
     identity: the rank's own. Raises what `check_state` or `check_states` raises.
     """
+    if isinstance(state, Mapping) and "ranks" in state:
+        state = state["ranks"]
     if isinstance(state, Mapping):
         check_state(state, identity, shapes, feeds_back)
-        return AssignedStates([state], [state], [state], state)
+        return AssignedStates([state], [state], [state], state, True)
     states = list(state)
     check_states(states, shapes, feeds_back)
+    if all(identity[key] == states[0].get(key) for key in ("world_size", "ranks_per_node")):
+        own = states[identity["rank"]]
+        return AssignedStates(states, [own], [own], own, True)
     owners = identity["world_size"] // identity["ranks_per_node"]
     owner, follower = divmod(identity["rank"], identity["ranks_per_node"])
     first = states[min(identity["rank"], len(states) - 1)]
     if follower:
-        return AssignedStates(states, [], [], first)
-    return AssignedStates(states, states[owner::owners], states, first)
+        return AssignedStates(states, [], [], first, False)
+    return AssignedStates(states, states[owner::owners], states, first, False)
 
 
 def load_states(
-    state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    state: SavedState,
     identity: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[Tensor, str],
     *,
-    feeds_back: bool,
-    momentum: Momentum,
-    sparsity: SparsityPolicy,
+    stages: Stages,
     exchange: Exchange,
 ) -> Stats:
     """Have a hook's parts take up what `TopQState.load_state_dict` was given; return its stats.
 
-    Raises ValueError or TypeError, having changed nothing, for what does not fit.
+    names: of the parameters. Raises ValueError or TypeError, having changed nothing, for what does
+    not fit.
     """
-    assigned = assign_states(state, identity, shapes, feeds_back)
+    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
+    momentum = stages.momentum
+    assigned = assign_states(state, identity, shapes, stages.compressor.error_feedback)
     for one in assigned.states:
         momentum.check_state(one, shapes)
-    residuals = merged([one["residuals"] for one in assigned.mine])
     first = assigned.first
     stats = Stats(**first["stats"])
-    chosen = state["chosen_exchange"] if isinstance(state, Mapping) else None
-    exchange.check_chosen(chosen)
-    sparsity.load_state_dict(first["density"])
     # with another number of ranks another exchange may be the cheapest, and residuals that have
     # moved are flushed from the beginning
-    dense_steps = first.get("dense_steps", 0) if isinstance(state, Mapping) else 0
-    exchange.resume(chosen, dense_steps)
-    momentum.load_states(assigned.mine, assigned.every)
-    momentum.load_residuals(residuals)
+    chosen = first["chosen_exchange"] if assigned.is_own else None
+    exchange.check_chosen(chosen)
+    stages.sparsity.load_state_dict(first["density"])
+    exchange.resume(chosen, first.get("dense_steps", 0) if assigned.is_own else 0)
+    orders = {name: order for one, name in names.items() if (order := memory_order(one))}
+    mine = [_in_rows(one, orders) for one in assigned.mine]
+    momentum.load_states(mine, [_in_rows(one, orders) for one in assigned.every])
+    momentum.load_residuals(merged([one["residuals"] for one in mine]))
     return stats
+
+
+def _in_rows(state: Mapping[str, Any], orders: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+    """Return a checked state whose tensors are in the order of rows.
+
+    orders: strides by name of the parameters that are not in memory.
+    """
+    if not orders or state.get("order") == ROW_ORDER:
+        return state
+
+    def tensors_in_rows(held: Any) -> Any:
+        if not isinstance(held, Mapping):
+            return held
+        return {
+            name: in_order(one.contiguous().view(-1), tuple(one.shape), orders[name])
+            if isinstance(one, Tensor) and name in orders
+            else one
+            for name, one in held.items()
+        }
+
+    momentum = {key: tensors_in_rows(held) for key, held in state.get("momentum", {}).items()}
+    return {**state, "residuals": tensors_in_rows(state["residuals"]), "momentum": momentum}
 
 
 def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

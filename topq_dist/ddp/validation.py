@@ -1,23 +1,60 @@
-"""What a model must be before it takes the hook."""
+"""What a model must be before it takes the hook: one table, each refusal with its remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from topq_dist.dtypes import FLOATS, check_plain
+
+# private to torch, and read leniently
+_REFUSED_MODES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda ddp: getattr(ddp, "_use_python_reducer", False),
+        (
+            "ddp_model was made under torch._dynamo.config.optimize_ddp='python_reducer', which "
+            "gives hooks no buckets: set optimize_ddp to 'ddp_optimizer', the default, before it "
+            "is made"
+        ),
+    ),
+    (
+        lambda ddp: getattr(ddp, "mixed_precision", None) is not None,
+        (
+            "ddp_model was made with mixed_precision=, which has a communication hook of its own: "
+            "make it without, and use torch.autocast"
+        ),
+    ),
+    (
+        lambda ddp: any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()),
+        (
+            "ddp_model has optimizers that step in the backward pass "
+            "(_apply_optimizer_in_backward), which have a communication hook of their own: step "
+            "them after it"
+        ),
+    ),
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within what torch.compile has made of it."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 def check_takes_hook(ddp_model: DistributedDataParallel) -> None:
-    """Raise unless `ddp_model` is a DistributedDataParallel model without a hook.
+    """Raise ValueError, saying what to do, unless `ddp_model` is in a mode that takes a hook.
 
     What is wrong here is this rank's own affair: the others may be anywhere.
     """
-    if not isinstance(ddp_model, DistributedDataParallel):
-        raise TypeError(
-            f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel model"
-        )
+    for is_so, message in _REFUSED_MODES:
+        if is_so(ddp_model):
+            raise ValueError(message)
     # private, and read leniently: torch itself says no later, only less clearly
     hooks = getattr(ddp_model, "_comm_hooks", None)
     if hooks:
@@ -30,30 +67,27 @@ def check_takes_hook(ddp_model: DistributedDataParallel) -> None:
         raise ValueError("ddp_model has no trainable parameter: expected one at least")
 
 
-def check_parameters(ddp_model: DistributedDataParallel, names: Mapping[Tensor, str]) -> None:
-    """Raise TypeError where the gradient of a trainable parameter is sparse or not real."""
-    sparse = sorted(_sparse_gradients(ddp_model.module) & set(names.values()))
+def check_parameters(module: nn.Module, names: Mapping[Tensor, str]) -> None:
+    """Raise TypeError, naming it, for a parameter whose gradient the hook cannot take.
+
+    names: of the trainable ones.
+    """
+    sparse = sorted(_sparse_gradients(module) & set(names.values()))
     if sparse:
         raise TypeError(
             f"the gradient of {', '.join(sparse)} is sparse: expected dense gradients, "
             "so make the embedding with sparse=False"
         )
     for parameter, name in names.items():
-        if not parameter.is_floating_point():
+        if is_lazy(parameter):
+            raise TypeError(f"{name} has no shape yet: run the model once before it takes the hook")
+        check_plain(name, parameter)
+        if parameter.dtype not in FLOATS:
+            known = ", ".join(str(dtype) for dtype in FLOATS)
             raise TypeError(
-                f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter"
+                f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter, "
+                f"one of {known}"
             )
-
-
-def check_unused(ddp_model: DistributedDataParallel, scope: str) -> bool:
-    """Return whether parameters may go unused; ValueError with a scope that cannot tell them."""
-    may_be_unused = bool(ddp_model.find_unused_parameters)
-    if may_be_unused and scope == "bucket":
-        raise ValueError(
-            "scope='bucket' with find_unused_parameters=True: expected 'parameter', since what is "
-            "owed for a parameter that no rank uses in a step must wait"
-        )
-    return may_be_unused
 
 
 def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
@@ -65,24 +99,26 @@ def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
     return grad_scaler
 
 
-def exchanged_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
+def exchanged_names(model: nn.Module) -> dict[Tensor, str]:
     """Return the name of each parameter that may be in a bucket: also of those frozen by now.
 
-    DistributedDataParallel goes by what was trainable when it was made.
+    DistributedDataParallel goes by what was trainable when it was made. torch.compile's prefix is
+    left out, so that a state fits the model compiled or not.
     """
+    if isinstance(model, DistributedDataParallel):
+        module, ignored = model.module, set(model.parameters_to_ignore)
+    else:
+        module, ignored = model, set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     return {
         parameter: plain_name(name)
-        for name, parameter in ddp_model.module.named_parameters()
-        if name not in ddp_model.parameters_to_ignore
+        for name, parameter in module.named_parameters()
+        if name not in ignored
     }
 
 
-def trainable_names(ddp_model: DistributedDataParallel) -> dict[Tensor, str]:
-    """Return the name of each parameter whose gradient the hook is to sparsify.
-
-    torch.compile's prefix is left out, so that a state fits the model compiled or not.
-    """
-    return {p: name for p, name in exchanged_names(ddp_model).items() if p.requires_grad}
+def trainable_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the name of each parameter whose gradient the hook is to sparsify."""
+    return {p: name for p, name in exchanged_names(model).items() if p.requires_grad}
 
 
 def plain_name(name: str) -> str:

@@ -17,7 +17,7 @@ class AllGather(Exchange):
 
     def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
         self._context = context
-        self._compressor = compressor
+        self.compressor = compressor
         self._lanes = LayoutCache(AllGatherLane)
 
     def launch(
@@ -35,7 +35,7 @@ class AllGather(Exchange):
             settings_digest=settings_digest,
             coherence=NO_COHERENCE if compressed is None else compressed.coherence,
         )
-        return AllGatherWork(bucket, compressed, gather, self._compressor, self._context.rank)
+        return AllGatherWork(bucket, compressed, gather, self.compressor, self._context.rank)
 
 
 class AllGatherWork:

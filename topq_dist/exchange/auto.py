@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,42 +15,63 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.compressor import Compressed
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.base import Exchange, ExchangeWork
 from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
 # DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds adapt
-_WARM_UP_STEPS = 4
-_FIRST_STEPS = 20
+_WARM_UP_STEPS = 3
 # of the others: the first steps after a switch still bear its cost, a few say whether to go on
 _SETTLING_STEPS = 2
 _FEW_STEPS = 2
 _STEPS = 8
-TRIAL_STEPS = _SETTLING_STEPS + _STEPS
 _HOPELESS = 2.0
 # nearer than this two times are taken as equal, and fewer bytes win. Among sparse exchanges bytes
 # weigh more: these times are of one quiet moment, and the link is what others share
 _ALIKE = 1.05
 _ALIKE_SPARSE = 1.25
 _DENSE = "dense"
+_WHY_DENSE = "over 5 % faster than every sparse one"
+_WHY_SPARSE = (
+    "of fewest bytes among the sparse ones not over 25 % slower than the fastest, dense not being "
+    "over 5 % faster"
+)
 
 
 @dataclass(kw_only=True)
 class _Trial:
+    """Steps of one exchange. aside_s, aside_bytes: what of the step under way is not its own.
+
+    reduce_s: seconds in the all-reduces behind it; of each step, and of the one under way.
+    """
+
     name: str
     exchange: Exchange
-    skip: int
-    steps: int
+    skip: int = _SETTLING_STEPS
+    steps: int = _STEPS
     step_s: list[float] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
+    reduce_s: list[float] = field(default_factory=list)
+    aside_s: float = 0.0
+    aside_bytes: int = 0
+    reducing_s: float = 0.0
 
 
 class _Cost(NamedTuple):
+    """A step of one exchange; wire_bytes: nan where it has been seen behind another alone."""
+
     step_s: float
     wire_bytes: float
+    reduce_s: float = 0.0
+
+    def text(self) -> str:
+        if math.isnan(self.wire_bytes):
+            return f"at least {1e3 * self.step_s:.1f} ms a step"
+        return f"{1e3 * self.step_s:.1f} ms a step, {self.wire_bytes / 1e6:.3g} MB"
 
 
 class Auto(Exchange):
@@ -58,29 +81,37 @@ class Auto(Exchange):
     slowest rank. "dense" is kept where it is more than 5 % faster than every other; if not, of the
     others within 25 % of the fastest, the one that puts the fewest bytes on the link.
 
-    Steps 1 to 24 are the first exchange's; then each of the others has ten, or four where these
-    take over twice as long as the best before.
+    Until then training is that of "dense", to the bit: a sparse exchange is rehearsed, with
+    residuals of its own that are thrown away, and the gradient all-reduced behind it, which does
+    not count. Each has up to eleven steps, four or five where the all-reduce, or the exchange
+    itself, takes over twice as long as the best.
+
+    exchanges: by name, the first to be tried first; one of them is gone on with. rehearsals: the
+    same once more, each with a compressor of its own.
     """
 
-    def __init__(self, context: CommContext, exchanges: Mapping[str, Exchange]) -> None:
+    def __init__(
+        self,
+        context: CommContext,
+        exchanges: Mapping[str, Exchange],
+        rehearsals: Mapping[str, Exchange],
+    ) -> None:
         self._context = context
-        self._left = [
-            _Trial(name=name, exchange=exchange, skip=_SETTLING_STEPS, steps=_STEPS)
-            for name, exchange in exchanges.items()
-        ]
         self._exchanges = dict(exchanges)
-        self._trial = self._left.pop(0)
-        self._trial.skip, self._trial.steps = _WARM_UP_STEPS, _FIRST_STEPS
+        self._left = [_Trial(name=name, exchange=exchange) for name, exchange in rehearsals.items()]
+        self._dense = rehearsals.get(_DENSE)
         self._costs: dict[str, _Cost] = {}
-        self._exchange = self._trial.exchange
         self._began_s: float | None = None
         self._wire_bytes_before = 0
         self._chosen: str | None = None
         self._resumed: str | None = None
         self._told = False
-        self._first = bool(self._left)
+        self._first = len(exchanges) > 1
+        self._trial: _Trial | None = self._left.pop(0)
+        self._trial.skip = _WARM_UP_STEPS
+        self._exchange = self._trial.exchange
         if not self._left:
-            self._chosen = self._trial.name
+            self._choose(self._trial.name)
 
     @property
     def chosen(self) -> str | None:  # type: ignore[override]
@@ -89,8 +120,11 @@ class Auto(Exchange):
     def settings(self) -> str:
         return f"resumed exchange={self._resumed}"
 
+    def can_choose(self, chosen: str | None) -> bool:
+        return chosen is None or chosen in self._exchanges
+
     def check_chosen(self, chosen: str | None) -> None:
-        if chosen is not None and chosen not in self._exchanges:
+        if not self.can_choose(chosen):
             known = ", ".join(self._exchanges)
             raise ValueError(f"state has chosen_exchange={chosen!r}: expected one of {known}")
 
@@ -120,6 +154,12 @@ class Auto(Exchange):
     def _choose(self, name: str) -> None:
         self._exchange = self._exchanges[name]
         self._chosen = name
+        # with what they have kept
+        self._trial, self._left, self._dense = None, [], None
+
+    @property
+    def compressor(self) -> TopKCompressor:  # type: ignore[override]
+        return self._exchange.compressor
 
     @property
     def carries_settings(self) -> bool:  # type: ignore[override]
@@ -127,7 +167,7 @@ class Auto(Exchange):
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
-        return self._exchange.sparse
+        return self._trial is None and self._exchange.sparse
 
     @property
     def dense_steps(self) -> int:  # type: ignore[override]
@@ -148,57 +188,95 @@ class Auto(Exchange):
         *,
         settings_digest: int,
     ) -> ExchangeWork:
-        return self._exchange.launch(bucket, layout, compressed, settings_digest=settings_digest)
+        if self._trial is None or self._dense is None or self._exchange is self._dense:
+            return self._exchange.launch(
+                bucket, layout, compressed, settings_digest=settings_digest
+            )
+        with self._aside(self._trial):
+            gradient = bucket.clone()
+        work = self._exchange.launch(bucket, layout, compressed, settings_digest=settings_digest)
+        return Rehearsal(work, bucket, gradient, layout, self._dense, self._reducing(self._trial))
+
+    @contextmanager
+    def _aside(self, trial: _Trial) -> Iterator[None]:
+        """Leave what is done in the block out of the trial's account."""
+        began_s, before = self._now_s(), self._context.meter.stats.wire_bytes
+        yield
+        trial.aside_s += self._now_s() - began_s
+        trial.aside_bytes += self._context.meter.stats.wire_bytes - before
+
+    @contextmanager
+    def _reducing(self, trial: _Trial) -> Iterator[None]:
+        before_s = trial.aside_s
+        with self._aside(trial):
+            yield
+        trial.reducing_s += trial.aside_s - before_s
+
+    def _now_s(self) -> float:
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+        return time.perf_counter()
 
     def begin_step(self) -> None:
         """Account for the step that has ended, and go on to the next trial or decide."""
         self._take_up_resumed()
-        if self._chosen is None:
-            self._account()
+        if self._trial is not None:
+            self._account(self._trial)
         self._exchange.begin_step()
 
-    def _account(self) -> None:
-        now_s, wire_bytes = time.perf_counter(), self._context.meter.stats.wire_bytes
-        trial = self._trial
+    def _account(self, trial: _Trial) -> None:
+        now_s, wire_bytes = self._now_s(), self._context.meter.stats.wire_bytes
         if self._began_s is not None:
             if trial.skip:
                 trial.skip -= 1
             else:
-                trial.step_s.append(now_s - self._began_s)
-                trial.wire_bytes.append(wire_bytes - self._wire_bytes_before)
+                trial.step_s.append(now_s - self._began_s - trial.aside_s)
+                trial.wire_bytes.append(wire_bytes - self._wire_bytes_before - trial.aside_bytes)
+                trial.reduce_s.append(trial.reducing_s)
+        trial.aside_s, trial.aside_bytes, trial.reducing_s = 0.0, 0, 0.0
         taken = len(trial.step_s)
-        if taken == trial.steps or (taken == _FEW_STEPS and self._is_hopeless()):
-            self._conclude()
+        if taken == trial.steps or (taken == _FEW_STEPS and self._is_settled(trial)):
+            self._conclude(trial)
             # agreeing and choosing are no part of the next step
-            now_s = time.perf_counter()
+            now_s = self._now_s()
         self._began_s, self._wire_bytes_before = now_s, wire_bytes
 
-    def _is_hopeless(self) -> bool:
-        if not self._costs:
-            return False
-        best_s = min(cost.step_s for cost in self._costs.values())
-        return self._agreed_cost().step_s > _HOPELESS * best_s
+    def _is_settled(self, trial: _Trial) -> bool:
+        """Return whether a few steps say enough of this exchange, or of "dense" behind it."""
+        cost = self._agreed_cost(trial)
+        if any(cost.step_s > _HOPELESS * other.step_s for other in self._costs.values()):
+            return True
+        if trial.exchange.sparse and cost.reduce_s > _HOPELESS * cost.step_s:
+            # every further step would take as long
+            self._costs[_DENSE] = _Cost(cost.reduce_s, math.nan)
+            self._left = [left for left in self._left if left.name != _DENSE]
+        return _DENSE in self._costs
 
-    def _agreed_cost(self) -> _Cost:
-        mine = [statistics.median(self._trial.step_s), statistics.median(self._trial.wire_bytes)]
+    def _agreed_cost(self, trial: _Trial) -> _Cost:
+        mine = [
+            statistics.median(trial.step_s),
+            statistics.median(trial.wire_bytes),
+            -statistics.median(trial.reduce_s),
+        ]
         cost = torch.tensor(mine, dtype=torch.float64, device=self._context.device)
-        # the slowest rank sets the pace, and every rank must decide on the same numbers
+        # the slowest rank sets the pace, but in an all-reduce the last one to come has waited for
+        # nobody; and every rank must decide on the same numbers
         dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._context.group)
-        return _Cost(*cost.tolist())
+        step_s, wire_bytes, reduce_s = cost.tolist()
+        return _Cost(step_s, wire_bytes, -reduce_s)
 
-    def _conclude(self) -> None:
-        self._costs[self._trial.name] = self._agreed_cost()
+    def _conclude(self, trial: _Trial) -> None:
+        self._costs[trial.name] = self._agreed_cost(trial)
         if self._left:
             self._trial = self._left.pop(0)
             self._exchange = self._trial.exchange
             return
-        self._choose(_cheapest(self._costs))
+        chosen = _cheapest(self._costs)
+        self._choose(chosen)
         if self._context.rank == 0:
-            costs = [
-                f"{name} {1e3 * cost.step_s:.1f} ms a step, {cost.wire_bytes / 1e6:.3g} MB"
-                for name, cost in self._costs.items()
-            ]
-            _log.info("exchange %s chosen: %s", self.chosen, "; ".join(costs))
+            costs = "; ".join(f"{name} {cost.text()}" for name, cost in self._costs.items())
+            why = _WHY_DENSE if chosen == _DENSE else _WHY_SPARSE
+            _log.info("exchange %s chosen, %s: %s", chosen, why, costs)
 
 
 def _cheapest(costs: Mapping[str, _Cost]) -> str:

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from topq_dist.compress.coherence import Coherence
-from topq_dist.compress.compressor import Compressed
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 
 
@@ -40,14 +40,16 @@ class ExchangeWork(Protocol):
 class Exchange(ABC):
     """A way of averaging buckets.
 
-    frames_per_bucket: how many frames of a bucket this rank is to be given, each of one part of it
-    (see BlockCyclicPartition); 0 where it needs none. carries_settings: whether every rank's frames
-    tell every other rank of its settings and of a failure; where they do not, the pipeline does.
+    compressor: what makes the frames that it is given. frames_per_bucket: how many frames of a
+    bucket this rank is to be given, each of one part of it (see BlockCyclicPartition); 0 where it
+    needs none. carries_settings: whether every rank's frames tell every other rank of its settings
+    and of a failure; where they do not, the pipeline does.
     sparse: whether the step that has begun sends a part of each gradient, and not all of it.
     chosen: what "auto" has decided on, None for all others. dense_steps: how many steps have sent
     everything, by which the residual is flushed; 0 of one that never does.
     """
 
+    compressor: TopKCompressor
     frames_per_bucket = 1
     carries_settings = True
     sparse = True
@@ -78,6 +80,10 @@ class Exchange(ABC):
     def settings(self) -> str:
         """Return what must be the same on every rank in the step that has begun."""
         return ""
+
+    def can_choose(self, chosen: str | None) -> bool:
+        """Return whether `resume` can take this up."""
+        return True
 
     def check_chosen(self, chosen: str | None) -> None:  # noqa: B027
         """Raise ValueError unless `resume` can take this up."""

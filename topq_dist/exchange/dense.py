@@ -19,20 +19,16 @@ _FLUSH_STEPS = 32
 class Dense(Exchange):
     """Plain all-reduce, where nothing beats it.
 
-    The residual is flushed in equal shares with the gradients of 32 steps, the first
-    `waiting_steps` left out.
+    The residual is flushed in equal shares with the gradients of 32 steps.
     """
 
     frames_per_bucket = 0
     carries_settings = False
     sparse = False
 
-    def __init__(
-        self, context: CommContext, compressor: TopKCompressor, *, waiting_steps: int = 0
-    ) -> None:
+    def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
         self._context = context
-        self._compressor = compressor
-        self._waiting_steps = waiting_steps
+        self.compressor = compressor
 
     def begin_step(self) -> None:
         self.dense_steps += 1
@@ -48,10 +44,8 @@ class Dense(Exchange):
         *,
         settings_digest: int,
     ) -> ExchangeWork:
-        step = self.dense_steps - 1
-        left = self._waiting_steps + _FLUSH_STEPS - step
-        share = 0.0 if step < self._waiting_steps else 1.0 / max(1, left)
-        return AllReduceWork(bucket, layout, self._context, self._compressor, share)
+        share = 1.0 / max(1, _FLUSH_STEPS + 1 - self.dense_steps)
+        return AllReduceWork(bucket, layout, self._context, self.compressor, share)
 
 
 class AllReduceWork:
@@ -70,7 +64,7 @@ class AllReduceWork:
         self._bucket = bucket
         self._context = context
         self._residuals = compressor.residuals
-        self._update = compressor.flush_residual(layout, bucket, share) if share else None
+        self._update = compressor.flush_residual(layout, bucket, share)
         bucket.div_(context.size)
         self._work = member(dist.all_reduce(bucket, group=context.group, async_op=True))
         context.meter.add(

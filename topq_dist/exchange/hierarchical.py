@@ -31,6 +31,7 @@ class Hierarchical(Exchange):
     carries_settings = False
 
     def __init__(self, context: CommContext, compressor: TopKCompressor, per_node: int) -> None:
+        self.compressor = compressor
         ranks = dist.get_process_group_ranks(context.group)
         nodes = [ranks[first : first + per_node] for first in range(0, context.size, per_node)]
         node = nodes[context.rank // per_node]

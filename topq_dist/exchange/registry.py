@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Literal, assert_never, get_args
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.exchange.allgather import AllGather
-from topq_dist.exchange.auto import TRIAL_STEPS, Auto
+from topq_dist.exchange.auto import Auto
 from topq_dist.exchange.base import Exchange
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.dense import Dense
@@ -17,8 +18,8 @@ from topq_dist.exchange.split_reduce import SplitReduce
 ExchangeName = Literal["auto", "allgather", "split", "hierarchical", "dense"]
 
 
-def check_exchange(name: ExchangeName, context: CommContext, ranks_per_node: int | None) -> int:
-    """Return the ranks a node, 1 but for "hierarchical"; raise unless this can be made."""
+def check_exchange(name: ExchangeName, ranks_per_node: int | None) -> int:
+    """Return the ranks a node, 1 but for "hierarchical"; raise for what no ranks can make."""
     if name not in get_args(ExchangeName):
         known = ", ".join(get_args(ExchangeName))
         raise ValueError(f"exchange={name!r}: expected one of {known}")
@@ -26,10 +27,8 @@ def check_exchange(name: ExchangeName, context: CommContext, ranks_per_node: int
         per_node = _ranks_per_node(ranks_per_node)
         if isinstance(per_node, bool) or not isinstance(per_node, int):
             raise TypeError(f"ranks_per_node={per_node!r}: expected an integer")
-        if per_node < 1 or context.size % per_node:
-            raise ValueError(
-                f"ranks_per_node={per_node}: expected a divisor of the {context.size} ranks"
-            )
+        if per_node < 1:
+            raise ValueError(f"ranks_per_node={per_node}: expected a number of ranks above zero")
         return per_node
     if ranks_per_node is not None:
         raise ValueError(
@@ -37,6 +36,12 @@ def check_exchange(name: ExchangeName, context: CommContext, ranks_per_node: int
             "exchange='hierarchical' knows nodes"
         )
     return 1
+
+
+def check_ranks(per_node: int, size: int) -> None:
+    """Raise ValueError unless so many ranks make up whole nodes."""
+    if size % per_node:
+        raise ValueError(f"ranks_per_node={per_node}: expected a divisor of the {size} ranks")
 
 
 def make_exchange(
@@ -53,14 +58,21 @@ def make_exchange(
         return Hierarchical(context, compressor, per_node)
     if name != "auto":
         assert_never(name)
-    candidates: dict[str, Exchange] = {"allgather": AllGather(context, compressor)}
-    if compressor.error_feedback:
+    exchanges = _candidates(context, lambda: compressor)
+    return Auto(context, exchanges, _candidates(context, compressor.anew))
+
+
+def _candidates(
+    context: CommContext, compressor: Callable[[], TopKCompressor]
+) -> dict[str, Exchange]:
+    """Return what "auto" chooses from, each with what `compressor` returns."""
+    candidates: dict[str, Exchange] = {"allgather": AllGather(context, compressor())}
+    if candidates["allgather"].compressor.error_feedback:
         # with two ranks a split sends as much, in twice as many messages
         if context.size > 2:
-            candidates["split"] = SplitReduce(context, compressor)
-        # a trial is no reason to flush the residual: that is for when it is chosen
-        candidates["dense"] = Dense(context, compressor, waiting_steps=TRIAL_STEPS)
-    return Auto(context, candidates)
+            candidates["split"] = SplitReduce(context, compressor())
+        candidates["dense"] = Dense(context, compressor())
+    return candidates
 
 
 def _ranks_per_node(ranks_per_node: int | None) -> int:

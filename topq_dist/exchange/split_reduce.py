@@ -33,7 +33,7 @@ class SplitReduce(Exchange):
     def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
         self.frames_per_bucket = context.size
         self._context = context
-        self._compressor = compressor
+        self.compressor = compressor
         self._reducer = PartReducer(compressor.residuals if compressor.error_feedback else None)
         self._lanes = LayoutCache(
             lambda: (AllToAllLanes.among(context.size), AllToAllLanes.among(context.size))
@@ -53,7 +53,7 @@ class SplitReduce(Exchange):
             compressed,
             settings_digest,
             self._context,
-            self._compressor,
+            self.compressor,
             self._reducer,
             self._lanes.of(layout),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.optimizer import required
 
+from topq_dist.dtypes import check_plain, is_plain
 from topq_dist.optim.groups import ParamGroup, Params, option, with_defaults
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
 from topq_dist.partition_topk import keep_top_
@@ -50,7 +51,8 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
     Source: rai_toolbox.optim.TopQGradientOptimizer, to the bit. Departures, beside those of the
     bases: q is required (there 0.001 where torch is new); q=None and dq=None are errors; the
     default generator is still the default one after pickling, another keeps its state;
-    `sparsified_elsewhere` is new.
+    `sparsified_elsewhere` and `sparsified_until_step` are new; DTensor, meta and quantized
+    parameters are refused.
     """
 
     def __init__(
@@ -71,6 +73,9 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
             raise TypeError(f"generator={generator!r}: expected a torch.Generator")
         self.generator = generator
         self._sparsified_elsewhere: set[Tensor] = set()
+        self._sparsified_once: list[Container[Tensor]] = []
+        # of the gradient that is being transformed
+        self._is_sparsified = False
         super().__init__(
             params,
             InnerOpt,
@@ -95,28 +100,62 @@ class TopQGradientOptimizer(GradientTransformerOptimizer):
             raise TypeError(f"params={type(params).__name__}: expected an iterable of tensors")
         self._sparsified_elsewhere |= added
 
+    def sparsified_until_step(self, params: Container[Tensor]) -> None:
+        """Take the gradients of these parameters as sparsified already, in the next step alone.
+
+        For a communication hook, which says so of each backward pass: as `sparsified_elsewhere`,
+        and over with the hook. Gradients that come another way are sparsified here.
+        """
+        if not any(params is known for known in self._sparsified_once):
+            self._sparsified_once.append(params)
+
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
         for name in ("q", "dq"):
             check_fraction(name, option(group, name))
+        for entry in group.get("params", ()):
+            param = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(param, Tensor) and not is_plain(param):
+                check_plain(f"a parameter of shape {tuple(param.shape)}", param)
 
-    def _is_transformed_here(self, param: Tensor) -> bool:
-        return param not in self._sparsified_elsewhere
+    def _transform_gradient_(self, param: Tensor, group: ParamGroup) -> None:
+        self._is_sparsified = param in self._sparsified_elsewhere or any(
+            param in params for params in self._sparsified_once
+        )
+        # what a subclass does after top-Q is done all the same
+        if not self._is_sparsified or type(self)._pre_step_transform_ is not _keep_top_q:
+            super()._transform_gradient_(param, group)
+        self._is_sparsified = False
+
+    def _apply_post_step_transform_(self) -> None:
+        super()._apply_post_step_transform_()
+        self._sparsified_once.clear()
 
     def _pre_step_transform_(self, param: Tensor, optim_group: ParamGroup) -> None:
-        if param.grad is not None:
+        if param.grad is not None and not self._is_sparsified:
             rows = param.grad.flatten(1)
             q = draw_q(optim_group["q"], optim_group["dq"], self.generator)
             keep_top_(rows, k_from_q(q, rows.shape[1]))
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_sparsified_elsewhere"]
+        for name in _OF_THIS_OBJECT:
+            state.pop(name, None)
         if self.generator is torch.default_generator:
             del state["generator"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        vars(self).setdefault("_sparsified_elsewhere", set())
+        for name, make in _OF_THIS_OBJECT.items():
+            vars(self).setdefault(name, make())
         vars(self).setdefault("generator", torch.default_generator)
+
+
+_keep_top_q = TopQGradientOptimizer._pre_step_transform_
+# what a copy begins with
+_OF_THIS_OBJECT = {
+    "_sparsified_elsewhere": set,
+    "_sparsified_once": list,
+    "_is_sparsified": bool,
+}

@@ -273,14 +273,11 @@ class ParamTransformingOptimizer(Optimizer):
     @torch.no_grad()
     def _apply_pre_step_transform_(self) -> None:
         check_dense(self.param_groups)
-        name = type(self).__name__
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if self._is_transformed_here(param):
-                    with as_batch(param, group, of=name) as batch:
-                        self._pre_step_transform_(batch, optim_group=group)
+                self._transform_gradient_(param, group)
                 # read anew, as the transform may have changed them
                 scale, bias = map(float, _scale_and_bias(group).values())
                 if scale != 1.0:
@@ -299,8 +296,9 @@ class ParamTransformingOptimizer(Optimizer):
                 with as_batch(param, group, of=type(self).__name__) as batch:
                     transform(batch, optim_group=group)
 
-    def _is_transformed_here(self, param: Tensor) -> bool:
-        return True
+    def _transform_gradient_(self, param: Tensor, group: ParamGroup) -> None:
+        with as_batch(param, group, of=type(self).__name__) as batch:
+            self._pre_step_transform_(batch, optim_group=group)
 
     def _check_groups(self, groups: Iterable[Mapping[str, Any]], first: int = 0) -> None:
         for number, group in enumerate(groups, first):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from topq_dist.dtypes import check_plain
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import check_worker_name
 
@@ -32,6 +33,8 @@ def by_gradient(
         name = str(entry[0]).replace("_orig_mod.", "")  # of torch.compile
         if name in named or name in frozen:
             raise ValueError(f"named_parameters has {name!r} twice: expected distinct names")
+        if entry[1].requires_grad:
+            check_plain(name, entry[1])
         (named if entry[1].requires_grad else frozen)[name] = entry[1]
     if not named:
         raise ValueError("named_parameters has no trainable parameter: expected one at least")

@@ -57,7 +57,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             gradient that comes too late for its version is lost.
         value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
             "fp64"; None is the gradient's own dtype, lossless, and what is used where none is said
-            and q is 0.
+            and q is 0, or error_feedback False.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
             What is half sent or more is never clipped. Only with error_feedback.
@@ -117,7 +117,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             Shard(
                 {name: named[name] for name in names},
                 TopKCompressor(
-                    value_format=usual_value_format(value_format, q=q),
+                    value_format=usual_value_format(
+                        value_format, q=q, error_feedback=error_feedback
+                    ),
                     error_feedback=error_feedback,
                     bound=usual_bound(bound, error_feedback=error_feedback),
                 ),

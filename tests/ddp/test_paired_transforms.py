@@ -1,0 +1,126 @@
+"""What "sparsified by the hook" means to a paired optimizer: top-Q alone, and for one step."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from rai_oracle import oracle_warnings_ignored
+from rai_toolbox.optim import L1qNormedGradientOptim
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist import TopQGradientOptimizer, register_topq_hook
+
+pytestmark = pytest.mark.usefixtures("alone")
+OPTIONS: dict[str, Any] = {"error_feedback": False, "exchange": "allgather", "value_format": None}
+
+
+class L1q(TopQGradientOptimizer):
+    """rai-toolbox's: top-Q, then the sign, then divided by its norm."""
+
+    def _pre_step_transform_(self, param: Tensor, optim_group: dict[str, Any]) -> None:
+        super()._pre_step_transform_(param, optim_group)
+        assert param.grad is not None
+        flat = param.grad.flatten(1).sign_()
+        flat /= flat.abs().sum(1, keepdim=True)
+
+
+def net() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(8, 8, bias=False)
+
+
+def make(kind: Any, module: nn.Module, **options: Any) -> Any:
+    return kind(module.parameters(), torch.optim.SGD, q=0.5, param_ndim=1, lr=1.0, **options)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 3) -> None:
+    optimizer.zero_grad()
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    model(inputs).square().sum().backward()
+    optimizer.step()
+
+
+def hooked(
+    kind: Any = TopQGradientOptimizer, **options: Any
+) -> tuple[DistributedDataParallel, Any, Any]:
+    module = net()
+    optimizer = make(kind, module, **options)
+    model = DistributedDataParallel(module)
+    return model, optimizer, register_topq_hook(model, optimizer, **OPTIONS)
+
+
+def nonzeros(module: nn.Module) -> int:
+    (weight,) = module.parameters()
+    assert weight.grad is not None
+    return int(weight.grad.count_nonzero())
+
+
+def test_what_a_subclass_does_after_top_q_is_done_beside_the_hook() -> None:
+    ends = []
+    for kind in (L1qNormedGradientOptim, L1q):
+        module = net()
+        optimizer = make(kind, module)
+        with oracle_warnings_ignored():
+            step(module, optimizer)
+        ends.append(module.weight.detach().clone())
+    model, optimizer, _ = hooked(L1q)
+    step(model, optimizer)
+    (weight,) = model.parameters()
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[1], weight)
+
+
+def test_top_q_itself_is_left_to_the_hook_and_draws_nothing() -> None:
+    model, optimizer, _ = hooked(dq=0.1, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        optimizer.zero_grad()
+    model(torch.ones(1, 8)).square().sum().backward()
+    before = optimizer.generator.get_state()
+    optimizer.step()
+    assert torch.equal(before, optimizer.generator.get_state())
+
+
+@pytest.mark.parametrize("kept", ["the state", "nothing"])
+def test_a_model_that_is_wrapped_anew_is_sparsified_by_the_optimizer(kept: str) -> None:
+    model, optimizer, state = hooked()
+    step(model, optimizer)
+    module = model.module
+    if kept == "nothing":
+        del model, state
+        gc.collect()
+    for plain in (module, DistributedDataParallel(module)):
+        for seed in range(2):
+            step(plain, optimizer, seed)
+            assert nonzeros(module) == 32
+    # and with a hook again it is the hook's
+    again = DistributedDataParallel(module)
+    register_topq_hook(again, optimizer, **(OPTIONS | {"exchange": "dense"}))
+    step(again, optimizer)
+    assert nonzeros(module) == 64
+
+
+def test_a_gradient_that_did_not_come_through_the_hook_is_sparsified_here() -> None:
+    model, optimizer, _ = hooked()
+    step(model, optimizer)
+    with model.no_sync():
+        step(model, optimizer)
+    assert nonzeros(model) == 32
+
+
+def test_the_word_of_the_hook_holds_through_a_closure_and_not_in_copies() -> None:
+    model, optimizer, _ = hooked()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    # what the hook sent, q = 0.5 of rows of 8, and not half of that
+    assert nonzeros(model) == 32
+    assert optimizer.__getstate__().keys().isdisjoint({"_sparsified_once", "_is_sparsified"})
