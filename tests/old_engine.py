@@ -42,13 +42,14 @@ def _fractions(numel: int, seed: int) -> Tensor:
 
 
 def take_hook_steps(rank: int, folder: Path, start: int, stop: int) -> dict[str, Any]:
-    """Have one rank take these steps with the defaults, from what is saved for it if not the first.
+    """Have one rank take these steps by all-gather, from what is saved for it if not the first.
 
     Returns what it has then: its model, and the states of its optimizer and its hook.
     """
     model = DistributedDataParallel(Slopes())
     optimizer = AdamW(model.parameters(), lr=0.01)
-    hook = register_topq_hook(model, optimizer)
+    # what "auto" was in its first steps, when the first of these were taken
+    hook = register_topq_hook(model, optimizer, exchange="allgather")
     if start:
         saved = torch.load(folder / f"rank{rank}.pt", weights_only=True)
         model.module.load_state_dict(saved["model"])

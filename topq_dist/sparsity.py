@@ -71,7 +71,7 @@ def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]
 
 
 def rows_lie_apart(shape: Sequence[int], strides: Sequence[int], param_ndim: int | None) -> bool:
-    """Return whether a sub-tensor, as `batch_shape` cuts them, is not one run of memory.
+    """Return whether a sub-tensor, as `batch_shape` makes them, is not one run of memory.
 
     strides: of a tensor without gaps.
     """

@@ -103,7 +103,7 @@ def test_a_run_that_ends_on_dense_is_dense_from_the_first_step(tmp_path: Path) -
 
 
 def sparse_afterwards(rank: int) -> bool:
-    """What measuring has tried leaves nothing: after it a run is one that begins there."""
+    """Nothing is left of what measuring has tried: after it a run is one that begins there."""
     topq_dist.exchange.auto._cheapest = lambda costs: "allgather"
     model, optimizer, state = hooked(OPTIMIZERS["SGD"], value_format=None)
     step = 0

@@ -1,4 +1,4 @@
-"""What a user changes behind the hook's back: the ranks, what is frozen, what may go unused."""
+"""Changes of the model behind the hook's back: ranks, what is frozen, what may go unused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What "sparsified by the hook" means to a paired optimizer: top-Q alone, and for one step."""
+"""Meaning of "sparsified by the hook" to a paired optimizer: top-Q alone, and for one step."""
 
 from __future__ import annotations
 

@@ -273,7 +273,8 @@ class Compressor:
         Raises FrameError for bytes that are no frame of `out`'s number of elements; `out` is then
         as it was.
         """
-        check_plain("out", out)
+        if not out.is_meta:
+            check_plain("out", out)
         return average([frame], out=out)
 
     def state_dict(self) -> dict[str, Tensor]:

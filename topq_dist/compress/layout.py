@@ -43,7 +43,8 @@ class Layout:
 
     def __getstate__(self) -> dict[str, object]:
         # another process hashes strings otherwise
-        return {"names": self.names, "shapes": self.shapes, "strides": self.strides}
+        strides = {"strides": self.strides} if self.strides else {}
+        return {"names": self.names, "shapes": self.shapes, **strides}
 
     @cached_property
     def edges(self) -> Indices:

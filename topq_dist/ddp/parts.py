@@ -62,7 +62,7 @@ class KnobOptions(TypedDict, total=False):
     adapt_rate: bool
 
 
-class Parts(NamedTuple):
+class HookParts(NamedTuple):
     """What needs no other rank: `method` is the momentum meant, `names` those of all parameters."""
 
     optimizer: Optimizer | None
@@ -73,7 +73,7 @@ class Parts(NamedTuple):
     layouts: BucketLayouts
 
 
-def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> Parts:
+def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> HookParts:
     """Return a hook's parts for a model; raises TypeError or ValueError, having touched nothing."""
     ddp_model = model if isinstance(model, DistributedDataParallel) else None
     names = exchanged_names(model)
@@ -114,7 +114,7 @@ def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> P
         grad_scaler=check_grad_scaler(knobs.grad_scaler),
         scale_watch=LossScaleWatch() if watches else None,
     )
-    return Parts(optimizer, names, per_node, method, stages, BucketLayouts(names, sparsity))
+    return HookParts(optimizer, names, per_node, method, stages, BucketLayouts(names, sparsity))
 
 
 class Ranks(NamedTuple):
@@ -125,7 +125,9 @@ class Ranks(NamedTuple):
     pipeline: Pipeline
 
 
-def connect(parts: Parts, knobs: Knobs, context: CommContext, before: Ranks | None = None) -> Ranks:
+def connect(
+    parts: HookParts, knobs: Knobs, context: CommContext, before: Ranks | None = None
+) -> Ranks:
     """Return what carries buckets among the ranks of `context`; a collective of theirs.
 
     before: the ranks of earlier steps, whose place these take. Raises ValueError on a rank where
@@ -154,7 +156,7 @@ def connect(parts: Parts, knobs: Knobs, context: CommContext, before: Ranks | No
     return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
 
 
-def follow(parts: Parts, knobs: Knobs, ranks: Ranks) -> Ranks:
+def follow(parts: HookParts, knobs: Knobs, ranks: Ranks) -> Ranks:
     """Return the ranks of the step that begins; a collective of theirs where they are others.
 
     Raises what `connect` raises.

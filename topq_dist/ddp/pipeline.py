@@ -83,7 +83,7 @@ class BucketLayouts:
         apart = tuple(
             place
             for place, order in strides.items()
-            if self._sparsity.cuts_apart(parameters[place], order)
+            if self._sparsity.selects_apart(parameters[place], order)
         )
         if apart not in laid:
             laid[apart] = self._laid_out(parameters, strides, apart)

@@ -31,7 +31,7 @@ class SparsityPolicy(Protocol):
     def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
         """Return the segments of a flat vector of the gradients of `parameters` in order."""
 
-    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+    def selects_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
         """Return whether this step selects from sub-tensors that are no runs of memory.
 
         strides: of a gradient of `parameter` in memory.
@@ -87,7 +87,7 @@ class FixedSparsity:
         numels = tuple(parameter.numel() for parameter in parameters)
         return self._segments.of(numels, q=self.q, scope=self.scope)
 
-    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+    def selects_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class OptimizerSparsity:
             start += parameter.numel()
         return segments
 
-    def cuts_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
+    def selects_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
         return rows_lie_apart(parameter.shape, strides, self._param_ndim.get(parameter))
 
     def state_dict(self) -> dict[str, Any]:

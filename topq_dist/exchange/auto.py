@@ -235,13 +235,13 @@ class Auto(Exchange):
                 trial.reduce_s.append(trial.reducing_s)
         trial.aside_s, trial.aside_bytes, trial.reducing_s = 0.0, 0, 0.0
         taken = len(trial.step_s)
-        if taken == trial.steps or (taken == _FEW_STEPS and self._is_settled(trial)):
+        if taken == trial.steps or (taken == _FEW_STEPS and self._is_decided(trial)):
             self._conclude(trial)
             # agreeing and choosing are no part of the next step
             now_s = self._now_s()
         self._began_s, self._wire_bytes_before = now_s, wire_bytes
 
-    def _is_settled(self, trial: _Trial) -> bool:
+    def _is_decided(self, trial: _Trial) -> bool:
         """Return whether a few steps say enough of this exchange, or of "dense" behind it."""
         cost = self._agreed_cost(trial)
         if any(cost.step_s > _HOPELESS * other.step_s for other in self._costs.values()):
