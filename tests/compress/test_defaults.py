@@ -24,4 +24,5 @@ def test_only_the_default_bound_goes_with_the_error_feedback() -> None:
 def test_the_default_format_is_lossless_where_rounding_would_be_lost() -> None:
     assert usual_value_format(DEFAULT_VALUE_FORMAT, error_feedback=True) == "int2"
     assert usual_value_format(DEFAULT_VALUE_FORMAT, error_feedback=False) is None
-    assert usual_value_format("int2", error_feedback=False) == "int2"
+    assert usual_value_format(DEFAULT_VALUE_FORMAT, error_feedback=True, q=0.0) is None
+    assert usual_value_format("int2", error_feedback=False, q=0.0) == "int2"
