@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import grpc
@@ -31,6 +31,9 @@ GRACE_S = 30.0
 LEAST_RATE_BYTES_S = 128 << 10  # bytes a second; about 1 Mbit/s
 # a step, a renewal and what repeats them on a new connection, beside the operator's questions
 CALLS_OF_A_HOLDER = 8
+# of those whom nobody has to know, for asking after the server's health
+CALLS_OF_STRANGERS = 4
+GRACE_OF_STRANGERS_S = 5.0
 # gRPC's class takes parameters in its stubs alone
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _OPEN_TO_ALL = "/grpc.health.v1.Health/"
@@ -44,6 +47,14 @@ class _Watch:
     context: grpc.ServicerContext
     end_s: float
     late: bool = False
+
+
+@dataclass(kw_only=True)
+class Crowd:
+    """Calls that have said nothing yet: beyond `most` of them the oldest is ended."""
+
+    most: int
+    watches: deque[_Watch] = field(default_factory=deque)
 
 
 class CallWatchdog:
@@ -73,21 +84,39 @@ class CallWatchdog:
                 late = [watch for watch in self._watches if watch.end_s <= now_s]
                 self._watches.difference_update(late)
             for watch in late:
-                watch.late = True
-                watch.context.cancel()
-                self._on_late()
+                self._end(watch)
+
+    def _end(self, watch: _Watch) -> None:
+        watch.late = True
+        watch.context.cancel()
+        self._on_late()
 
     @contextmanager
-    def watch(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[_Watch]:
-        """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did."""
+    def watch(
+        self, context: grpc.ServicerContext, limit_s: float, crowd: Crowd | None = None
+    ) -> Iterator[_Watch]:
+        """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did.
+
+        crowd: may end it sooner, as too late as well.
+        """
         watch = _Watch(context=context, end_s=self.clock() + limit_s)
+        surplus = None
         with self._lock:
             self._watches.add(watch)
+            if crowd is not None:
+                crowd.watches.append(watch)
+                if len(crowd.watches) > crowd.most:
+                    surplus = crowd.watches.popleft()
+                    self._watches.discard(surplus)
+        if surplus is not None:
+            self._end(surplus)
         try:
             yield watch
         finally:
             with self._lock:
                 self._watches.discard(watch)
+                if crowd is not None and watch in crowd.watches:
+                    crowd.watches.remove(watch)
 
 
 class ThroughputLimit:
@@ -111,10 +140,10 @@ class ThroughputLimit:
         self.late = False
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time that the block takes."""
+    def waiting(self, crowd: Crowd | None = None) -> Iterator[None]:
+        """Count the time that the block takes, as one of a crowd."""
         started_s = self._watchdog.clock()
-        with self._watchdog.watch(self._context, self._left_s) as watch:
+        with self._watchdog.watch(self._context, self._left_s, crowd) as watch:
             yield
         self.late = watch.late
         self._left_s -= self._watchdog.clock() - started_s
@@ -135,7 +164,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
     """Stands before all services. authenticator: None lets everybody in.
 
     count_refused: called with the reason of each refusal, whether it is made here or behind.
-    clock: seconds, by which calls are slow.
+    calls: how many a server has threads for. clock: seconds, by which calls are slow.
     """
 
     def __init__(
@@ -143,6 +172,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
         *,
         authenticator: Authenticates | None,
         count_refused: Callable[[str], None],
+        calls: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._authenticator = authenticator
@@ -150,6 +180,9 @@ class AuthInterceptor(grpc.ServerInterceptor):
         self._watchdog = CallWatchdog(self._note_late, clock)
         self._lock = threading.Lock()
         self._calls_of: Counter[str] = Counter()
+        self._strangers = Crowd(most=CALLS_OF_STRANGERS)
+        # where nobody has to show a token, the half of all threads is left to those who speak
+        self._unknown = Crowd(most=max(1, calls // 2))
 
     def close(self) -> None:
         """End the thread that looks after calls."""
@@ -177,11 +210,20 @@ class AuthInterceptor(grpc.ServerInterceptor):
         self._count_refused("too_slow")
         _log.info("ended a call that moved less than %d bytes a second", LEAST_RATE_BYTES_S)
 
-    def limit(self, context: grpc.ServicerContext) -> ThroughputLimit:
+    def limit(self, context: grpc.ServicerContext, method: str) -> ThroughputLimit:
         """Return the limit of one direction of a call."""
+        grace_s = GRACE_S
+        if method.startswith(_OPEN_TO_ALL):
+            grace_s = min(GRACE_S, GRACE_OF_STRANGERS_S)
         return ThroughputLimit(
-            self._watchdog, context, grace_s=GRACE_S, least_rate_bytes_s=LEAST_RATE_BYTES_S
+            self._watchdog, context, grace_s=grace_s, least_rate_bytes_s=LEAST_RATE_BYTES_S
         )
+
+    def crowd(self, method: str) -> Crowd | None:
+        """Return what a call belongs to until it has said something; None: its sender is known."""
+        if method.startswith(_OPEN_TO_ALL):
+            return self._strangers
+        return self._unknown if self._authenticator is None else None
 
     @contextmanager
     def admitted(self, context: grpc.ServicerContext, method: str) -> Iterator[None]:
@@ -237,7 +279,7 @@ class _Answerer:
         """Yield the responses, as they go over the wire."""
         with self._interceptor.admitted(context, self._method):
             behavior = self._behind.stream_stream or self._behind.unary_stream
-            limit = self._interceptor.limit(context)
+            limit = self._interceptor.limit(context, self._method)
             for response in behavior(self._argument(requests, context), context):
                 raw = self._write(response)
                 limit.moved(len(raw))
@@ -254,10 +296,12 @@ class _Answerer:
         return message
 
     def _messages(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-        limit = self._interceptor.limit(context)
+        limit = self._interceptor.limit(context, self._method)
+        crowd = self._interceptor.crowd(self._method)
         while True:
-            with limit.waiting():
+            with limit.waiting(crowd):
                 raw = next(requests, None)
+            crowd = None
             if limit.late:  # a call that is cancelled may look like one that has said all
                 context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
             if raw is None:

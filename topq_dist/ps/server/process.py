@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -39,14 +40,25 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 _ARENAS = 4
 # beside two steps a worker: joins, fetches, renewals, status and health
 _SPARE_CALLS = 16
+_BURST_CALLS = 256
+_LEAST_IDLE_S = 30.0
+# connections, and files: a soft limit of 1024 is usual, and as many idle strangers lock all out
+_MOST_FILES = 1 << 16
+_FEW_FILES = 4096
 
 
-def server_options() -> list[tuple[str, Any]]:
-    """Return the gRPC options of a server."""
+def server_options(lease_s: float = ServingConfig.lease_s) -> list[tuple[str, Any]]:
+    """Return the gRPC options of a server whose workers are heard of three times in `lease_s`."""
     return [
         # or two servers could share a port without a word
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", 4 << 20),
+        # of a header, which may go on and on; 16 MiB until a client has agreed to our settings
+        ("grpc.absolute_max_metadata_size", 64 << 10),
+        ("grpc.http2.settings_timeout", 5_000),
+        # of connections that say nothing, at first or later; a worker's lease is renewed on its own
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.max_connection_idle_ms", int(1000 * max(lease_s, _LEAST_IDLE_S))),
         # its estimates grow the windows of all streams at once, and with them the memory
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
@@ -91,19 +103,21 @@ class ParameterServer:
         self._coordinator: Coordinator | None = None
         self._interceptor: AuthInterceptor | None = None
         try:
+            calls = 2 * serving.max_workers + _SPARE_CALLS
             clock = RunningClock()
             self._coordinator = Coordinator(training, serving, self._state_dir, clock=clock)
             clock.after_long_pause = self._coordinator.renew_leases
             self._interceptor = AuthInterceptor(
                 authenticator=authenticator,
                 count_refused=self._coordinator.totals.refuse,
+                calls=calls,
                 clock=clock,
             )
-            calls = 2 * serving.max_workers + _SPARE_CALLS
             self._server = grpc.server(
                 futures.ThreadPoolExecutor(calls, thread_name_prefix="call"),
-                options=server_options(),
-                maximum_concurrent_rpcs=calls,
+                options=server_options(serving.lease_s),
+                # a burst of calls that are sent away at once takes nobody's place
+                maximum_concurrent_rpcs=calls + _BURST_CALLS,
                 interceptors=[*interceptors, self._interceptor],
             )
             service = ParameterServerService(self._coordinator, authenticator=authenticator)
@@ -147,6 +161,19 @@ class ParameterServer:
             self._health.set(service, status)
 
 
+def _raise_file_limit() -> None:
+    """Take as many descriptors as the system allows, and say where they are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < _FEW_FILES:
+        _log.warning(
+            "%d open files at most: as many idle connections lock everybody out, so raise the hard"
+            " limit (ulimit -Hn)",
+            most,
+        )
+
+
 def _keep_few_arenas() -> None:
     """Have glibc keep freed memory in a few places, not for each of the threads anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -177,6 +204,7 @@ def serve(
     what ParameterServer does, and RuntimeError where the server had to stop because a version
     could not be made, or another server has taken its state directory over.
     """
+    _raise_file_limit()
     _keep_few_arenas()
     _load_loops()
     stop = threading.Event()
