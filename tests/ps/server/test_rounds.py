@@ -30,7 +30,11 @@ def push(worker: str, base: ModelVersion = PRESENT, *beside: str) -> Push:
 def view(
     pending: Mapping[str, Push], live: str, point: ModelVersion = PRESENT, **changes: Any
 ) -> RoundView:
-    options: dict[str, Any] = {"believed_version": AHEAD.version, **changes}
+    options: dict[str, Any] = {
+        "believed_version": AHEAD.version,
+        "held_by": lambda worker: AHEAD.version,
+        **changes,
+    }
     return RoundView(
         point=point,
         pending=pending,
@@ -90,6 +94,10 @@ class TestWhoseReplaysAreBelieved:
         for lie in (alone("m"), push("m", AHEAD), replace(push("m"), applied_version=99)):
             found = self.decide([push("a"), lie], believed_version=0)
             assert found == Refuse(("m",), UNBELIEVED)
+
+    def test_only_of_what_it_said_that_it_holds(self) -> None:
+        found = self.decide([alone("m")], held_by=lambda worker: 5)
+        assert found == Refuse(("m",), UNBELIEVED)
 
     def test_only_of_versions_that_somebody_was_in(self) -> None:
         held = {"a": 5, "b": 5, "m": 5}

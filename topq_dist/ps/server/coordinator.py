@@ -52,7 +52,7 @@ class Coordinator(Run):
             entry = self._membership.enter(call, has_model=self._state is not None)
             held = call.held or START
             if self._pushes is not None:
-                self._pushes.note_return(call.worker, held.version)
+                self._pushes.note_return(call.worker, None if call.held is None else held.version)
                 pending = self._pushes.get(call.worker)
                 if pending is not None and pending.push.epoch != entry.epoch:
                     # not applied: the new process sends it again where it goes on from there

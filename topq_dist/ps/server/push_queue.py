@@ -137,12 +137,15 @@ class PushQueue:
         self._unusual.discard(worker)
         self._pending.pop(worker).resolve(outcome)
 
-    def note_return(self, worker: str, version: int) -> None:
-        """Note that `worker` is joining, and holds `version`."""
+    def note_return(self, worker: str, version: int | None) -> None:
+        """Note that `worker` is joining, and holds `version`, or nothing."""
         self._passed_over.discard(worker)
-        if self._recovery is not None and self._recovery.note_join(worker, version):
+        if self._recovery is None:
+            return
+        if self._recovery.note_join(worker, version):
             # it has what it may replay on the way: a round's time begins anew
             self._returned_s = self._clock()
+        self._recovery.look(self._state.point.version)
 
     def _recovers(self) -> bool:
         return self._recovery is not None and not self._recovery.is_over
@@ -229,6 +232,7 @@ class PushQueue:
             # one may have been answered where the others were not
             believed_version=0 if recovery is None else recovery.reached_version + 1,
             held={} if recovery is None else recovery.held(),
+            held_by=_nothing_held if recovery is None else recovery.held_by,
         )
 
     def _decide(self) -> Decision:
@@ -267,7 +271,7 @@ class PushQueue:
         left = self._pending.items()
         self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
         if self._recovery is not None and self._sync:
-            self._recovery.note_version(pushes)
+            self._recovery.note_version(self._state.point.version, pushes)
         # while the lock was held nobody was heard
         self._leases.extend(self._clock() - started_s)
         self._made()
@@ -279,6 +283,10 @@ def _would_overflow(push: Push) -> str:
         "would not be finite, so that nothing of it was applied: expected a smaller gradient, or a "
         "lower learning rate where training diverges; in float16 also a larger eps"
     )
+
+
+def _nothing_held(worker: str) -> int:
+    return 0
 
 
 def _check_not_ahead(push: Push, version: int) -> None:

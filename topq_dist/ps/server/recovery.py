@@ -36,8 +36,10 @@ class Recovery:
         self._limit_s = _LEASES_TO_STEP * lease_s
         self._moved_s = clock()
         self._ended = False
-        # what those that came back held then
+        # what workers said that they hold when they joined
         self._held: dict[str, int] = {}
+        # whether all that the snapshot knows have come back, and the server is where they are
+        self._caught_up = False
 
     @property
     def is_late(self) -> bool:
@@ -60,33 +62,55 @@ class Recovery:
 
         One that the snapshot knows is believed that it holds it, and two others that agree.
         """
-        known = [version for worker, version in self._held.items() if worker in self._known]
+        known = [held for worker, held in self._held.items() if worker in self._known]
         others = sorted(self._held.values())[:-1]
         return max([self._version, *known, *others])
 
-    def held(self) -> dict[str, int]:
-        """Return what each live worker that the snapshot knows held when it came back."""
-        live = self._leases.live(self._clock()) & self._known
-        return {worker: version for worker, version in self._held.items() if worker in live}
+    def held_by(self, worker: str) -> int:
+        """Return the version that this worker said that it holds, when it joined; 0: none."""
+        return self._held.get(worker, 0)
 
-    def note_join(self, worker: str, version: int) -> bool:
+    def held(self) -> dict[str, int]:
+        """Return what each live worker that the snapshot knows held when it came back.
+
+        A new process of a name knows of nothing, until it has loaded a saved state.
+        """
+        come = (self._leases.get(worker) for worker in self._live())
+        return {
+            one.worker: self._held.get(one.worker, self._version)
+            for one in come
+            if one is not None and one.has_joined
+        }
+
+    def _live(self) -> frozenset[str]:
+        return self._leases.live(self._clock()) & self._known
+
+    def note_join(self, worker: str, version: int | None) -> bool:
         """Note that a worker is joining, and holds `version`; return whether it comes back."""
         member = self._leases.get(worker)
         comes_back = member is not None and not member.has_joined
         if comes_back:
             self._moved_s = self._clock()
-        if worker in self._known or version > self._version:
-            # a new process of a name knows of nothing, until it has loaded a saved state
-            self._held[worker] = max(self._held.get(worker, self._version), version)
+        # who has caught up, and says then that it holds more, has thought of it since
+        late = self._caught_up and worker in self._known
+        if version is not None and not late:
+            self._held[worker] = max(self._held.get(worker, 0), version)
         return comes_back
 
-    def note_version(self, pushes: Sequence[Push]) -> None:
+    def note_version(self, version: int, pushes: Sequence[Push]) -> None:
         """Note that a version was made of these."""
         replays = sum(push.applied_version > 0 for push in pushes)
         if replays > 1:
             self._moved_s = self._clock()
         if not replays and not self._leases.returning(self._clock()):
             self._ended = True
+        self.look(version)
+
+    def look(self, version: int) -> None:
+        """See whether those who come back are all where the server is, at `version`."""
+        self._caught_up = self._caught_up or all(
+            worker in self._held and self._held[worker] <= version for worker in self._live()
+        )
 
     def end(self) -> None:
         """Believe no replay from now on."""

@@ -23,7 +23,8 @@ class RoundView:
     on_chain: whether a point lies on the way to the present one.
     joined: how many workers ever joined.
     believed_version: the last that is believed to have been there before; 0: none but the present.
-    held: on the way back after a restart, what each live worker held when it came back.
+    held: on the way back after a restart, what each live worker held when it came back. held_by:
+    returns what any worker said that it holds when it joined.
     """
 
     point: ModelVersion
@@ -36,6 +37,7 @@ class RoundView:
     now_s: float
     believed_version: int = 0
     held: Mapping[str, int] = field(default_factory=dict)
+    held_by: Callable[[str], int] = lambda worker: 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,11 @@ def _is_unbelieved(view: RoundView, push: Push) -> bool:
         return False
     seen = max(view.point.version, view.believed_version)
     return max(push.base.version, push.applied_version) > seen or (
-        push.applied_version not in (0, push.base.version + 1)
+        push.applied_version > 0
+        and (
+            push.applied_version != push.base.version + 1
+            or push.applied_version > view.held_by(push.worker)
+        )
     )
 
 
