@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.ps.protocol.types import GroupView, group_momentum
+from topq_dist.validation import check_number
 
 Group = Mapping[str, Any]
 
@@ -56,8 +57,17 @@ class ServerGroups:
         }
 
     def filled(self, saved: Sequence[Group]) -> list[dict[str, Any]]:
-        """Return saved groups with what they lack: betas were not shown always."""
-        return [{**_shown(view), **group} for view, group in zip(self._all(), saved, strict=True)]
+        """Return saved groups with what they lack: betas were not shown always.
+
+        Raises TypeError or ValueError for what are no groups of these servers.
+        """
+        views = self._all()
+        if not isinstance(saved, Sequence) or len(saved) != len(views):
+            raise ValueError(f"param_groups={saved!r}: expected {len(views)} of them")
+        return [
+            _filled(place, view, group)
+            for place, (view, group) in enumerate(zip(views, saved, strict=True))
+        ]
 
     def told(self, param_groups: Sequence[Group]) -> list[float | None]:
         """Return the momentum of each of these groups that a worker may set."""
@@ -164,6 +174,21 @@ def _momentum(view: GroupView, group: Group) -> float | None:
 
 def _weight_decay(view: GroupView, group: Group) -> float | None:
     return float(group["weight_decay"]) if view.takes_weight_decay else None
+
+
+def _filled(place: int, view: GroupView, group: Group) -> dict[str, Any]:
+    what = f"param_groups[{place}]"
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        raise TypeError(f"{what} is {group!r}: expected what state_dict returned")
+    filled = {**_shown(view), **group}
+    for name in view.numbers:
+        check_number(f"{name} of {what}", filled[name])
+    betas = filled["betas"] if view.betas else ()
+    if not isinstance(betas, list | tuple) or len(betas) != len(view.betas):
+        raise ValueError(f"betas={betas!r} of {what}: expected {len(view.betas)} numbers")
+    for beta in betas:
+        check_number(f"betas of {what}", beta)
+    return filled
 
 
 def _shown(view: GroupView) -> dict[str, Any]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
+from topq_dist.compress.codec.frame import decode_frame
 from topq_dist.ps.protocol.types import (
+    LARGEST_COUNT,
     ModelVersion,
     PushRecord,
+    check_worker_name,
     point_from_state,
     point_to_state,
     push_digest,
 )
+from topq_dist.validation import check_number
 
 
 class ReplayLog:
@@ -98,8 +103,10 @@ class ReplayLog:
     def missing_at(self, server_next: int) -> list[PushRecord] | None:
         """Return what a server that expects `server_next` has lost; None where not all is there."""
         lost = [record for record in self._applied if record.sequence >= server_next]
-        expected = list(range(server_next, self._next_sequence))
-        return lost if [record.sequence for record in lost] == expected else None
+        if len(lost) != max(0, self._next_sequence - server_next):
+            return None
+        expected = range(server_next, self._next_sequence)
+        return lost if [record.sequence for record in lost] == list(expected) else None
 
     def take_back(self, sequence: int) -> list[PushRecord]:
         """Forget the pushes from `sequence` on, which is then the next number, and return them."""
@@ -126,7 +133,7 @@ class ReplayLog:
             pushes._applied = [_from_state(record) for record in state["applied"]]
             if state["pending"] is not None:
                 pushes.pending = replace(_from_state(state["pending"]), applied=None, members=())
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # there may be anything in it
             raise ValueError(f"no pushes of a worker: {error!r}") from error
         if pushes.pending is not None and pushes.pending.sequence != pushes._next_sequence:
             raise ValueError(
@@ -134,7 +141,21 @@ class ReplayLog:
             )
         if any(record.applied is None for record in pushes._applied):
             raise ValueError("an applied push without its version")
+        sequences = [record.sequence for record in pushes._applied] + [pushes._next_sequence]
+        if any(one >= following for one, following in pairwise(sequences)):
+            raise ValueError(
+                f"applied pushes {sequences[:-1]}: expected them to ascend to less than "
+                f"{pushes._next_sequence}"
+            )
         return pushes
+
+    def check_frames(self, numels: Sequence[int]) -> None:
+        """Raise ValueError unless each push has none, or one for each vector of these lengths."""
+        for push in (*self._applied, *([] if self.pending is None else [self.pending])):
+            if len(push.frames) not in (0, len(numels)):
+                raise ValueError(f"{len(push.frames)} frames: expected {len(numels)}, or none")
+            for frame, numel in zip(push.frames, numels, strict=False):
+                decode_frame(frame, numel=numel)
 
 
 def _to_state(push: PushRecord) -> dict[str, Any]:
@@ -158,10 +179,10 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
     frames = tuple(frame.clone().numpy().data for frame in state["frames"])
     if any(frame.format != "B" or frame.ndim != 1 for frame in frames):
         raise ValueError("a frame that is no vector of bytes")
-    lr = tuple(float(value) for value in state["lr"])
+    lr = tuple(check_number("lr", value) for value in state["lr"])
     # older states have none
     momentum, coherence, weight_decay = (
-        tuple(float(value) for value in state.get(key, ()))
+        tuple(check_number(key, value) for value in state.get(key, ()))
         for key in ("momentum", "coherence", "weight_decay")
     )
     no_gradient = bytes.fromhex(state.get("no_gradient", ""))
@@ -176,11 +197,11 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
         no_gradient=no_gradient,
         digest=push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient),
         applied=None if state["applied"] is None else point_from_state(state["applied"]),
-        members=tuple(str(member) for member in state["members"]),
+        members=tuple(check_worker_name(member) for member in state["members"]),
     )
 
 
 def _count(value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{value!r}: expected a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST_COUNT:
+        raise ValueError(f"{value!r}: expected a whole number from {least} to {LARGEST_COUNT}")
     return value

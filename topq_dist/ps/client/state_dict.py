@@ -108,7 +108,9 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
                 for saved, shard in zip(state["servers"], shards, strict=True)
             ),
         )
-    except (AttributeError, KeyError) as error:
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # there may be anything in it
         raise ValueError(f"state_dict is not this optimizer's: {error!r}") from error
 
 
@@ -136,10 +138,12 @@ def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
             raise ValueError(
                 f"residual of {name!r} has shape {tuple(residual.shape)}: expected {expected}"
             )
+    pushes = ReplayLog.from_state(state["pushes"])
+    pushes.check_frames([vector.numel for vector in shard.spec.vectors])
     return SavedShard(
         run=str(state["run"]),
         point=point_from_state(state["point"]),
-        pushes=ReplayLog.from_state(state["pushes"]),
+        pushes=pushes,
         residuals=state["residuals"],
         model_sha256=str(state["model_sha256"]),
     )

@@ -31,6 +31,8 @@ STREAM_WINDOW_BYTES = 2 << 20
 CHAIN_BYTES = 32
 DIGEST_BYTES = 32
 INSTANCE_BYTES = 16
+# of versions and pushes, as they fit the wire
+LARGEST_COUNT = 2**63 - 1
 FIRST_CHAIN = bytes(CHAIN_BYTES)
 _WORKER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -54,7 +56,8 @@ def point_to_state(point: ModelVersion) -> dict[str, Any]:
 def point_from_state(state: Mapping[str, Any]) -> ModelVersion:
     """Return what `point_to_state` returned; raises KeyError, TypeError or ValueError."""
     version, chain = state["version"], bytes.fromhex(state["chain"])
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+    is_whole = isinstance(version, int) and not isinstance(version, bool)
+    if not is_whole or not 0 <= version <= LARGEST_COUNT:
         raise ValueError(f"version {version!r}: expected a whole number of at least 0")
     if len(chain) != CHAIN_BYTES:
         raise ValueError(f"a chain of {len(chain)} bytes: expected {CHAIN_BYTES}")
