@@ -252,7 +252,7 @@ class TestOneWorker:
 
 
 class TestAfterARestart:
-    """What a server is told by those who come back to it."""
+    """Lies of one that comes back to a server that was killed."""
 
     NAMES = ("a", "b", "mallory")
 
