@@ -77,7 +77,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     the version has one; where others have, it counts as zeros. Its residual stays in either case.
 
     A step that raised is not over. The next step() finishes it, with the gradient that it began
-    with; it calls no closure and looks at no newer gradient.
+    with; it calls no closure and looks at no newer gradient. Only where a server refuses what was
+    sent (InvalidError, TooLargeError) it is over there: its gradient goes with the next one, or
+    after NonFiniteError is forgotten, with the residual.
 
     Raises TypeError or ValueError on bad input, ServerLostError for a server that does not answer,
     and RefusedError (ModelDiffersError and others) for one that does not take this worker.
@@ -204,7 +206,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             finally:
                 update_residuals()  # where Ctrl-C was quicker
                 self._absorb()
-        self._open = False
+                self._open = any(client.pushes.pending is not None for client in self._clients)
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
         return loss
 
@@ -291,7 +293,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """Take in what the clients brought."""
         for client, shard in zip(self._clients, self._shards, strict=True):
             outcome = client.collect()
-            if outcome.forked:
+            if outcome.forked or outcome.overflowed:
                 shard.clear_residuals()
             for push in outcome.taken_back:
                 shard.restore_residual(push)

@@ -29,10 +29,13 @@ from topq_dist.ps.protocol.errors import (
     DamagedError,
     DigestDiffersError,
     ExpiredError,
+    InvalidError,
+    NonFiniteError,
     NotJoinedError,
     RefusedError,
     SequenceGapError,
     ServerLostError,
+    TooLargeError,
     WrongRunError,
 )
 from topq_dist.ps.protocol.types import (
@@ -75,11 +78,14 @@ class Outcome:
     taken_back: pushes that the server did not take, whose values go back into the residual.
     forked: this worker was started again from before pushes of its own that the server holds, and
         has come another way since: its residual is in them, as far as anybody can tell.
+    overflowed: a push was given up that would not leave the model finite; what is left of its
+        gradient, in the residual, would not either.
     """
 
     changed: list[list[Tensor]] | None = field(default_factory=list)
     taken_back: list[PushRecord] = field(default_factory=list)
     forked: bool = False
+    overflowed: bool = False
     sent_bytes: int = 0
     received_bytes: int = 0
 
@@ -161,7 +167,7 @@ class ServerClient:
         """Send the push under way until the server has decided on it, and take in what comes back.
 
         Without one under way nothing happens. Raises ServerLostError, after which it can be called
-        again, and RefusedError.
+        again, and RefusedError; a push that the server will never take is given up then.
         """
         deadline = RetryDeadline(self._connection, self._timeout_s)
         with self._lock:
@@ -170,7 +176,7 @@ class ServerClient:
                     self._catch_up(deadline)
                     push = self.pushes.pending
                     if push is not None:
-                        self._take_in(push, self._send(push, deadline))
+                        self._take_in(push, self._send_new(push, deadline))
                 except _PASSING as error:
                     self._recover_from(deadline, error)
                 except (DigestDiffersError, ExpiredError) as error:
@@ -366,6 +372,19 @@ class ServerClient:
         self._outcome.sent_bytes += push.frame_bytes
         self._outcome.received_bytes += sum(update.payload_bytes for update in answer.updates)
         return answer
+
+    def _send_new(self, push: PushRecord, deadline: RetryDeadline) -> Answer:
+        """Send the push under way, and give it up where it is refused for what it holds."""
+        try:
+            return self._send(push, deadline)
+        except (InvalidError, TooLargeError) as error:
+            if not isinstance(error, DamagedError):
+                given_up = self.pushes.take_back(push.sequence)
+                if isinstance(error, NonFiniteError):
+                    self._outcome.overflowed = True
+                else:
+                    self._outcome.taken_back += given_up
+            raise
 
     def _take_in(self, push: PushRecord, answer: Answer) -> None:
         """Take in the answer to the push under way."""
