@@ -53,6 +53,26 @@ def test_a_replay_is_made_of_the_same_workers_again(make: Make) -> None:
     assert bench.sha256() == sha256
 
 
+def test_a_lower_max_lr_after_a_restart_ends_nobody_for_what_was_applied(make: Make) -> None:
+    bench = make()
+    a = bench.join("a")
+    first = replace(push_of(a, 1, START), lr=(2.0,))
+    kept = bench.answer(bench.submit(first))
+    bench.save()
+    second = replace(push_of(a, 2, bench.point), lr=(2.0,))
+    lost = bench.answer(bench.submit(second))
+    sha256 = bench.sha256()
+    bench.serving = replace(bench.serving, max_lr=1.0)
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(2, 3))
+    assert bench.answer(bench.submit(first)).applied == kept.applied  # a repeat
+    again = replace(push_of(a, 2, bench.point, replay=lost), lr=(2.0,))
+    assert bench.answer(bench.submit(again)).applied == lost.applied
+    assert bench.sha256() == sha256
+    with pytest.raises(InvalidError, match=r"lr=2.0: expected at most 1"):
+        bench.submit(replace(push_of(a, 3, bench.point), lr=(2.0,)))
+
+
 def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) -> None:
     bench = make(round_timeout_s=1.0)
     a, b = bench.join("a"), bench.join("b")

@@ -7,6 +7,7 @@ sender is gone stays pending, and whoever comes next decides on it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -136,7 +137,9 @@ class Coordinator(Run):
             self._check_serving()
             permit = self._membership.renew(permit)
             state = self._started()
-            state.central.check_push(push, max_lr=self.serving.max_lr)
+            # the limit may have been another one when a push was applied
+            was_applied = push.applied_version > 0 or isinstance(permit.verdict, Repeat)
+            state.central.check_push(push, max_lr=math.inf if was_applied else self.serving.max_lr)
             if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
                 pending.resolve(state.repeat(push, permit.verdict.version))
