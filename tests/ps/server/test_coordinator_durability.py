@@ -165,3 +165,23 @@ def test_nobody_gets_a_model_before_it_is_durable(
     assert bench.server.fetch(bench.join("b"), central=False)[0].point == START
     bench.crash()
     assert bench.join("a", epoch=a.epoch, held=START).worker == "a"
+
+
+def test_a_model_that_is_not_finite_is_never_saved(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make(snapshot_every=2)
+    a = bench.join("a")
+    bench.round(1, a)
+    bench.save()
+    saved = bench.state_dir.snapshot_path.read_bytes()
+    state = bench.server._started()
+    pending = bench.submit(push_of(a, 2, bench.point))
+    state.central._params.flats[0][1] = float("inf")
+    bench.save()
+    assert bench.server.failed
+    assert "version 2 holds NaN or infinity and is not saved" in caplog.text
+    with pytest.raises(NotReadyError, match="started again"):
+        bench.look(pending)
+    bench.server.drain()
+    assert bench.state_dir.snapshot_path.read_bytes() == saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,35 @@ def test_a_weight_decay_that_is_none_is_refused(
     (push,) = pushes(central, weight_decay=[decay])
     with pytest.raises(error, match=message):
         central.check_push(push)
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers", "message"),
+    [
+        ({}, {"lr": 0.5}, ""),
+        ({}, {"lr": 0.51}, "lr=0.51: expected at most 0.5, which is this server's max_lr"),
+        ({}, {"lr": 0.25, "momentum": 0.95}, ""),
+        ({}, {"lr": 0.5, "momentum": 0.5}, ""),
+        ({}, {"lr": 0.25, "momentum": 0.96}, "momentum=0.96 at lr=0.25: expected steps no longer"),
+        ({}, {"momentum": 1 - 1e-9}, "max_lr=0.5 makes them with momentum=0.9, as its run began"),
+        ({}, {"weight_decay": 0.99}, ""),
+        ({}, {"weight_decay": 1.1}, "weight_decay=1.1 at a rate of 1: expected at most 1, beyond"),
+        ({}, {"weight_decay": 4e9}, "beyond which a step turns weights round"),
+        ({"options": {"lr": 0.1, "weight_decay": 30.0}}, {"lr": 0.1}, ""),
+        ({"inner_opt": "adamw", "options": {"lr": 0.1}}, {"lr": 0.5, "momentum": 0.99}, ""),
+    ],
+)
+def test_one_worker_sets_no_step_that_is_longer_than_max_lr_or_inverts_weights(
+    config: dict[str, Any], numbers: dict[str, float], message: str
+) -> None:
+    central = central_of(**config)
+    (push,) = pushes(central, **{name: [(number,)] for name, number in numbers.items()})
+    central.check_push(push)
+    if not message:
+        central.check_push(push, max_lr=0.5)
+        return
+    with pytest.raises(InvalidError, match=re.escape(message)):
+        central.check_push(push, max_lr=0.5)
 
 
 def test_an_optimizer_without_weight_decay_takes_none() -> None:

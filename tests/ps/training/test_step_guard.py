@@ -109,6 +109,29 @@ def test_poison_that_adds_up_is_noticed_before_it_is_infinite() -> None:
     assert central.is_finite()
 
 
+@pytest.mark.parametrize("dtype", SHAPES)
+@pytest.mark.parametrize("inner_opt", ["sgd", "adam", "adamw", "adagrad"])
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [{"lr": 1.0, "weight_decay": 1.0}],
+        # the groups keep it where later pushes say nothing
+        [{"lr": 0.0, "weight_decay": 1.0}, {"lr": 1.0}],
+        [{"lr": 1.0, "weight_decay": 0.0}] * 5 + [{"lr": 1e-9, "weight_decay": 1.0}],
+    ],
+)
+def test_no_weight_decay_multiplies_the_model_to_infinity(
+    dtype: torch.dtype, inner_opt: str, rates: list[dict[str, float]]
+) -> None:
+    central = central_of(dtype, inner_opt, lr=1e-3, weight_decay=0.01)
+    largest = 0.99 * torch.finfo(dtype).max ** 0.25  # of what is looked at for itself
+    for step in range(70):
+        numbers = rates[min(step, len(rates) - 1)]
+        given: dict[str, Any] = {name: (largest * number,) for name, number in numbers.items()}
+        refusal(central, [push(central, step, **given)])
+        assert central.is_finite()
+
+
 def test_where_a_run_diverges_by_itself_all_are_told() -> None:
     central = central_of(torch.float32, "sgd", lr=1000.0)
     why = None

@@ -167,8 +167,16 @@ class Run:
         return self._pushes.round_workers()
 
     def _snapshot(self) -> Snapshot | None:
-        if self._state is None or self.failed:
+        if self._state is None or self._pushes is None or self.failed:
             return None
         live = self._leases.live(self._clock())
         with self._unheard():
+            if not self._state.central.is_finite():
+                _log.critical(
+                    "version %d holds NaN or infinity and is not saved: this server ends, and one "
+                    "that is started again goes on from the snapshot before",
+                    self._state.point.version,
+                )
+                self._pushes.failed = True
+                return None
             return self._state.snapshot(live, every=self.serving.snapshot_every)

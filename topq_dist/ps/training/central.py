@@ -71,9 +71,10 @@ class CentralModel:
 
         Its frames must be none or one for each vector, of as many elements, and finite, and hold
         nothing of a tensor that it has no gradient of; its learning rates none or one for each
-        group, from 0 to `max_lr`, and its weight decay likewise, finite, where the optimizer has
-        one; its momentum none or one for each group, where the optimizer has one, in [0, 1); its
-        coherence nothing or two finite sums. A replay names its own worker among its members.
+        group, from 0 to `max_lr`, and its weight decay likewise, where the optimizer has one, of
+        no more than a step can take off a weight; its momentum none or one for each group, where
+        the optimizer has one, in [0, 1); its coherence nothing or two finite sums. A replay names
+        its own worker among its members.
         """
         vectors = self.spec.vectors
         if push.frames and len(push.frames) != len(vectors):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import Push, group_momentum, set_group_momentum
-from topq_dist.ps.training.step_guard import scale_of
+from topq_dist.ps.training.step_guard import StepScale
 
 _log = logging.getLogger(__name__)
 # of the workers that a message names
@@ -32,18 +33,32 @@ class GroupNumbers:
         groups = inner.param_groups
         self._have_momentum = all(group_momentum(group) is not None for group in groups)
         self.have_weight_decay = all("weight_decay" in group for group in groups)
+        self._own = [dict(group) for group in groups]
         self._warned = False
 
     def check(self, push: Push, *, max_lr: float = math.inf) -> None:
-        """Raise InvalidError or NonFiniteError unless `take` can take the push's numbers."""
-        for lr in push.lr:
-            if math.isfinite(lr) and lr > max_lr:
-                raise InvalidError(
-                    f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr"
-                )
+        """Raise InvalidError or NonFiniteError unless `take` can take the push's numbers.
+
+        max_lr: the highest rate, for the run's own momentum where a higher one multiplies it.
+        Infinity leaves out what one worker may ask for, and others have to bear.
+        """
         self._check_given("lr", push.lr, there=True)
         self._check_given("momentum", push.momentum, there=self._have_momentum)
         self._check_given("weight_decay", push.weight_decay, there=self.have_weight_decay)
+        if math.isfinite(max_lr) and (push.lr or push.momentum or push.weight_decay):
+            for place, own in enumerate(self._own):
+                _check_reach(self._with_given(push, place), own, max_lr)
+
+    def _with_given(self, push: Push, place: int) -> dict[str, Any]:
+        """Return a group as it would be if the push's numbers counted."""
+        group = dict(self._inner.param_groups[place])
+        if push.lr:
+            group["lr"] = push.lr[place]
+        if push.momentum:
+            set_group_momentum(group, push.momentum[place])
+        if push.weight_decay:
+            group["weight_decay"] = push.weight_decay[place]
+        return group
 
     def _check_given(self, name: str, given: Numbers, *, there: bool) -> None:
         if not given:
@@ -65,14 +80,15 @@ class GroupNumbers:
                 expected = "a number in [0, 1)" if name == "momentum" else "0 or more"
                 raise InvalidError(f"{name}={number!r}: expected {expected}")
 
-    def scale(self, pushes: Sequence[Push]) -> float:
-        """Return what a step with the numbers of these pushes, or of now, multiplies by at most."""
+    def scale(self, pushes: Sequence[Push]) -> StepScale:
+        """Return the largest numbers of a step with those of these pushes, or of now."""
         groups = self._inner.param_groups
-        return scale_of(
+        return StepScale.of(
             [group["lr"] for group in groups] + [lr for push in pushes for lr in push.lr],
             [group_momentum(group) or 0.0 for group in groups]
             + [momentum for push in pushes for momentum in push.momentum],
-            [decay for push in pushes for decay in push.weight_decay],
+            [group.get("weight_decay", 0.0) for group in groups]
+            + [decay for push in pushes for decay in push.weight_decay],
         )
 
     def take(self, pushes: Sequence[Push]) -> str:
@@ -100,6 +116,32 @@ class GroupNumbers:
             self._warned = True
             _log.warning("the workers of a version do not agree: %s", disagreement)
         return disagreement
+
+
+def _check_reach(group: Mapping[str, Any], own: Mapping[str, Any], max_lr: float) -> None:
+    """Raise InvalidError for a step longer than `max_lr` makes it, or one that inverts weights."""
+    lr = group["lr"]
+    if lr > max_lr:
+        raise InvalidError(f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr")
+    rate, own_rate = _summed_rate(group), _summed_rate(own)
+    momentum, own_momentum = group.get("momentum", 0.0), own.get("momentum", 0.0)
+    if momentum > own_momentum and rate * (1.0 - own_momentum) > max_lr:
+        raise InvalidError(
+            f"momentum={momentum!r} at lr={lr!r}: expected steps no longer than this server's "
+            f"max_lr={max_lr:g} makes them with momentum={own_momentum:g}, as its run began"
+        )
+    decay = group.get("weight_decay", 0.0)
+    most = max(1.0, own_rate * own.get("weight_decay", 0.0))
+    if rate * decay > most:
+        raise InvalidError(
+            f"weight_decay={decay!r} at a rate of {rate:g}: expected at most {most / rate:g}, "
+            "beyond which a step turns weights round"
+        )
+
+
+def _summed_rate(group: Mapping[str, Any]) -> float:
+    """Return how far a gradient comes to move the parameters, momentum included."""
+    return float(group["lr"] / (1.0 - group.get("momentum", 0.0)))
 
 
 def medians(given: Sequence[Numbers]) -> Numbers:
