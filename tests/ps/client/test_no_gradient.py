@@ -31,12 +31,24 @@ OPTIMIZERS: dict[str, Options] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
     "rmsprop": {"lr": 0.01, "momentum": 0.5},
     "adagrad": {"lr": 0.05, "lr_decay": 0.1},
+    "adafactor": {"lr": 0.05},
+    "adamax": {"lr": 0.05, "weight_decay": 0.1},
+    "asgd": {"lr": 0.05, "t0": 2, "weight_decay": 0.1},
+    "nadam": {"lr": 0.05, "weight_decay": 0.1},
+    "radam": {"lr": 0.05, "weight_decay": 0.1},
+    "rprop": {"lr": 0.05},
 }
 CLASSES = {
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
     "adagrad": torch.optim.Adagrad,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "asgd": torch.optim.ASGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "rprop": torch.optim.Rprop,
+    "sgd": torch.optim.SGD,
 }
 
 

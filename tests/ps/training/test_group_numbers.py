@@ -69,13 +69,38 @@ def test_no_worker_rules_the_others_numbers(name: str, caplog: pytest.LogCapture
     central.apply(pushes(central, **{name: [(0.0,), (0.25,), (0.25,)]}))
     assert central.groups()[0].numbers[name] == 0.25
     assert "a sent 0, b sent 0.25, c sent 0.25; the median, 0.25, counts" in central.disagreement
-    central.apply(pushes(central, **{name: [(0.5,), (), ()]}))  # who says nothing has no say
+    # who says nothing has no say, and is told
+    central.apply(pushes(central, **{name: [(0.5,), (), ()]}))
     assert central.groups()[0].numbers[name] == 0.5
+    assert "a sent 0.5, b sent none, c sent none; the median, 0.5, counts" in central.disagreement
+    central.apply(pushes(central, **{name: [(0.5,), (), ()]}))
     assert central.disagreement == ""
     central.apply(pushes(central, **{name: [(), (), ()]}))
     assert central.groups()[0].numbers[name] == 0.5
     central.apply(pushes(central, **{name: [(0.0,), (0.25,), (0.75,)]}))
     assert len([r for r in caplog.records if "do not agree" in r.message]) == 1
+
+
+def test_a_worker_that_never_changed_its_rate_is_told_of_anothers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    with serving(tmp_path, SGD, start_workers=2) as server:
+
+        def work(worker: int) -> None:
+            model = make_model()
+            with connect(model, server, worker=worker) as optimizer:
+                if worker == 0:
+                    optimizer.param_groups[0]["lr"] = 0.0
+                for step in range(3):
+                    optimizer.zero_grad()
+                    backward(model, [batch(worker, step)])
+                    optimizer.step()
+
+        side_by_side(2, work)
+    told = [r.message for r in caplog.records if r.name.endswith("server_client")]
+    assert len(told) == 2
+    assert all("lr of group 0: w0 sent 0, w1 sent none" in one for one in told)
 
 
 def test_workers_that_agree_have_their_bits() -> None:

@@ -94,28 +94,38 @@ class GroupNumbers:
     def take(self, pushes: Sequence[Push]) -> str:
         """Set each number to the median of those that pushes have; leave what none has.
 
-        Returns where they differ, for people; nothing where they agree.
+        Returns where they differ, or some have none of one that changes, for people; nothing where
+        they agree.
         """
         differing = []
         for name in _PLURALS:
-            having = [push for push in pushes if getattr(push, name)]
-            if not having:
+            said: list[Numbers] = [getattr(push, name) for push in pushes]
+            given = [numbers for numbers in said if numbers]
+            if not given:
                 continue
-            given: list[Numbers] = [getattr(push, name) for push in having]
-            numbers = medians(given)
+            before, numbers = self._numbers(name), medians(given)
             for group, number in zip(self._inner.param_groups, numbers, strict=True):
                 if name == "momentum":
                     set_group_momentum(group, number)
                 else:
                     group[name] = number
-            if len(set(given)) > 1:
-                workers = [push.worker for push in having]
-                differing.append(_difference(name, numbers, workers, given))
+            silent = len(given) < len(said) and numbers != before
+            if silent or len(set(given)) > 1:
+                place = _first_difference(given, before, numbers)
+                what = _said([push.worker for push in pushes], said, place)
+                median = f"the median, {numbers[place]:g}, counts"
+                differing.append(f"{name} of group {place}: {what}; {median}")
         disagreement = "; ".join(differing)
         if disagreement and not self._warned:
             self._warned = True
             _log.warning("the workers of a version do not agree: %s", disagreement)
         return disagreement
+
+    def _numbers(self, name: str) -> Numbers:
+        groups = self._inner.param_groups
+        if name == "momentum":
+            return tuple(group_momentum(group) or 0.0 for group in groups)
+        return tuple(float(group[name]) for group in groups)
 
 
 def _check_reach(group: Mapping[str, Any], own: Mapping[str, Any], max_lr: float) -> None:
@@ -156,14 +166,17 @@ def _median(ascending: Sequence[float]) -> float:
     return low if low == high else low / 2 + high / 2  # the sum of large ones is infinite
 
 
-def _difference(
-    name: str, numbers: Numbers, workers: Sequence[str], given: Sequence[Numbers]
-) -> str:
-    """Return who said what of the first group for which it differs."""
-    place = next(n for n, each in enumerate(zip(*given, strict=True)) if len({*each}) > 1)
-    said = [
-        f"{worker} sent {values[place]:g}" for worker, values in zip(workers, given, strict=True)
+def _first_difference(given: Sequence[Numbers], before: Numbers, numbers: Numbers) -> int:
+    """Return the first group for which workers differ, or else that is another than before."""
+    differing = [n for n, each in enumerate(zip(*given, strict=True)) if len({*each}) > 1]
+    changed = [n for n, number in enumerate(numbers) if number != before[n]]
+    return (differing or changed)[0]
+
+
+def _said(workers: Sequence[str], said: Sequence[Numbers], place: int) -> str:
+    words = [
+        f"{worker} sent {f'{numbers[place]:g}' if numbers else 'none'}"
+        for worker, numbers in zip(workers, said, strict=True)
     ]
-    more = [f"and {len(said) - _MOST_NAMED} more"] if len(said) > _MOST_NAMED else []
-    what = ", ".join(said[:_MOST_NAMED] + more)
-    return f"{name} of group {place}: {what}; the median, {numbers[place]:g}, counts"
+    more = [f"and {len(words) - _MOST_NAMED} more"] if len(words) > _MOST_NAMED else []
+    return ", ".join(words[:_MOST_NAMED] + more)
