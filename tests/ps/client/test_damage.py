@@ -15,8 +15,10 @@ from ps.workers import backward, batch, make_model, values
 from torch import Tensor
 
 from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
-from topq_dist.ps.client import connection
-from topq_dist.ps.client.connection import Connection, DoubtfulError, RetryDeadline, TransientError
+from topq_dist.ps.client import connection, retry_deadline
+from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
+from topq_dist.ps.client.connection import Connection
+from topq_dist.ps.client.retry_deadline import RetryDeadline
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, TooLargeError
@@ -142,7 +144,7 @@ class TestWhatAnotherTryCures:
         assert details in str(final)
 
     def test_is_tried_a_few_times(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(connection, "_FIRST_PAUSE_S", 0.0)
+        monkeypatch.setattr(retry_deadline, "_FIRST_PAUSE_S", 0.0)
         link = Connection("127.0.0.1:1", ClientSecurity())
         deadline, error = RetryDeadline(link, 10), DamagedError("damaged")
         for _ in range(3):

@@ -13,7 +13,8 @@ from ps.servers import serving
 from ps.workers import backward, batch, make_model
 
 from topq_dist.ps import ParameterServerOptimizer, ServerLostError
-from topq_dist.ps.client import connection
+from topq_dist.ps.client import connection, retry_deadline
+from topq_dist.ps.client.call_errors import TransientError
 from topq_dist.ps.security.policy import ServerSecurity
 from topq_dist.ps.security.tls import ClientTls, ServerTls
 
@@ -77,7 +78,7 @@ def test_it_is_said_within_seconds(
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(retry_deadline, "_LOOK_EVERY_S", 0.0)
     with pytest.raises(ServerLostError, match=r"no answer within 2 s: connection refused"):
         ParameterServerOptimizer(
             make_model().named_parameters(), "127.0.0.1:1", worker="a", timeout_s=2
@@ -88,7 +89,7 @@ def test_later_certificates_may_be_changing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody looks once a server has answered: it may be on its way back, with other files."""
-    monkeypatch.setattr(connection, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(retry_deadline, "_LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(connection, "lasting_reason", lambda *_: "wrong for the moment")
     model = make_model()
     with serving(tmp_path, PLAIN) as server, connect(model, server) as optimizer:
@@ -97,7 +98,7 @@ def test_later_certificates_may_be_changing(
 
         def failing(*arguments):  # type: ignore[no-untyped-def]
             if next(failures, False):
-                raise connection.TransientError("Socket closed")
+                raise TransientError("Socket closed")
             return step(*arguments)
 
         monkeypatch.setattr(connection.Connection, "step", failing)
@@ -108,7 +109,7 @@ def test_later_certificates_may_be_changing(
 
 def test_one_look_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that ends in the middle of a handshake looks like one that wants a certificate."""
-    monkeypatch.setattr(connection, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(retry_deadline, "_LOOK_EVERY_S", 0.0)
     reasons = iter(["wants one", None, "wants one", "something else", None] + [None] * 50)
     monkeypatch.setattr(connection, "lasting_reason", lambda *_: next(reasons))
     monkeypatch.setattr(connection, "diagnose_connection", lambda *_: "it was silent")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.client.connection import Connection, TransientError
+from topq_dist.ps.client.call_errors import TransientError
+from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, frames_of

@@ -11,7 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ps.certificates import Authority
 from ps.health_server import ask, client_tls, server_tls, serving
 
-from topq_dist.ps.client.connection import Connection, DoubtfulError, TransientError
+from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
+from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.security import secret_files
 from topq_dist.ps.security.address import Address
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from topq_dist.compress.codec.frame import encode_frame, encode_non_finite_frame
 from topq_dist.compress.codec.values import quantize
-from topq_dist.ps.client.connection import refusal_of
+from topq_dist.ps.client.call_errors import refusal_of
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol import errors
 from topq_dist.ps.protocol.errors import (

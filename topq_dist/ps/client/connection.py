@@ -1,25 +1,20 @@
-"""The calls to one server, what their errors mean, and how long it may be silent."""
+"""The calls to one server, over a channel that is made anew where that helps."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from topq_dist.compress.codec.frame import FrameError
+from topq_dist.ps.client.call_errors import DoubtfulError, TransientError, meaning_of
 from topq_dist.ps.client.probe import diagnose_connection, lasting_reason
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import (
-    REASON_KEY,
-    REFUSALS,
     DamagedError,
     InvalidError,
-    NotReadyError,
-    RefusedError,
     ServerLostError,
     TooLargeError,
 )
@@ -43,27 +38,7 @@ from topq_dist.ps.wire.steps import (
 )
 from topq_dist.v1 import parameter_server_pb2 as pb
 
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 0.5
-_TRANSIENT = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    # too many calls at once, and streams that a dying server breaks off
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.ABORTED,
-    # a stream that lost its connection, as by a damaged byte under TLS
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.DATA_LOSS,
-}
 _UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
-# gRPC's own words for what another try does not cure
-_TOO_LARGE = "larger than max"
-_RAISED = "Exception "
-# how often a call may be damaged on its way, before it is something else
-_MOST_DOUBTS = 3
-_LOOK_EVERY_S = 1.0
 # a server answers these within 5 s: later the end of a message was lost
 _SHORT_CALL_S = 20.0
 
@@ -84,21 +59,6 @@ def channel_options() -> list[tuple[str, Any]]:
         # workers in one process would share a connection, and its flow control, otherwise
         ("grpc.use_local_subchannel_pool", 1),
     ]
-
-
-class TransientError(Exception):
-    """A call that failed in a way that may pass."""
-
-
-class DoubtfulError(Exception):
-    """A call that failed as one does that is damaged on its way, and as some do for good.
-
-    final: the error of one that fails for good.
-    """
-
-    def __init__(self, final: RefusedError | ServerLostError) -> None:
-        super().__init__(str(final))
-        self.final = final
 
 
 class Connection:
@@ -284,86 +244,4 @@ class Connection:
             damaged = DamagedError(f"parameter server {self.address}: {error}")
             raise DoubtfulError(damaged) from error
         except grpc.RpcError as error:
-            refusal = refusal_of(error)
-            if isinstance(refusal, NotReadyError | DamagedError):
-                raise TransientError(str(refusal)) from None
-            if refusal is not None:
-                raise type(refusal)(f"parameter server {self.address}: {refusal}") from None
-            known = isinstance(error, grpc.Call)
-            code = error.code() if known else grpc.StatusCode.UNKNOWN
-            details = error.details() if known else repr(error)
-            too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in (details or "")
-            raised = code is grpc.StatusCode.UNKNOWN and (details or "").startswith(_RAISED)
-            if code in _TRANSIENT and not too_large and not raised:
-                raise TransientError(f"{code.name}: {details}") from None
-            kind = TooLargeError if too_large else ServerLostError
-            final = kind(f"parameter server {self.address}: {code.name}: {details}")
-            raise DoubtfulError(final) from None
-
-
-class RetryDeadline:
-    """The time that a server may still be silent; a sign of life starts it anew.
-
-    at_first: nothing has ever been heard of it, so that whatever keeps it from taking this client
-        (no TLS at one end, a certificate) is an error at once. Later, files may be changing.
-    """
-
-    def __init__(self, connection: Connection, timeout_s: float, *, at_first: bool = False) -> None:
-        self._connection = connection
-        self._timeout_s = timeout_s
-        self._at_first = at_first
-        self._pause_s = _FIRST_PAUSE_S
-        self._last_error: Exception | None = None
-        self._last_sign_s = self._last_look_s = time.monotonic()
-        self._reason: str | None = None
-        self._doubts = 0
-
-    def extend(self) -> None:
-        """Note a sign of life."""
-        self._last_sign_s = time.monotonic()
-        self._pause_s = _FIRST_PAUSE_S
-
-    def left_s(self) -> float:
-        """Return the seconds left; raises ServerLostError when there are none."""
-        left_s = self._last_sign_s + self._timeout_s - time.monotonic()
-        if left_s <= 0:
-            raise self._connection.lost(self._timeout_s, self._last_error) from None
-        return left_s
-
-    def pause(self, error: Exception) -> None:
-        """Wait a little before the call that failed with `error` is tried again."""
-        self._last_error = error
-        if self._at_first and time.monotonic() >= self._last_look_s + _LOOK_EVERY_S:
-            self._look()
-        time.sleep(min(self._pause_s, self.left_s()))
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-
-    def doubt(self, error: DamagedError | FrameError | DoubtfulError) -> None:
-        """Have a call tried again that may have been damaged on its way, or its answer.
-
-        Raises the error that stays where that has happened several times.
-        """
-        self._doubts += 1
-        if self._doubts > _MOST_DOUBTS:
-            raise error.final if isinstance(error, DoubtfulError) else error
-        self.pause(error)
-
-    def _look(self) -> None:
-        """Raise ServerLostError where the server does not take this client, twice in a row."""
-        before, self._reason = self._reason, self._connection.lasting_reason()
-        self._last_look_s = time.monotonic()
-        if self._reason is not None and self._reason == before:
-            raise ServerLostError(
-                f"parameter server {self._connection.address}: {self._reason}"
-            ) from self._last_error
-
-
-def refusal_of(error: grpc.RpcError) -> RefusedError | None:
-    """Return the refusal that a server of this library sent as `error`; None: it was none."""
-    if not isinstance(error, grpc.Call):
-        return None
-    metadata = error.trailing_metadata() or ()
-    reasons = [value for key, value in metadata if key == REASON_KEY]
-    if not reasons or reasons[0] not in REFUSALS:
-        return None
-    return REFUSALS[reasons[0]](error.details() or "")
+            raise meaning_of(error, self.address) from None

@@ -16,13 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError
-from topq_dist.ps.client.connection import (
-    Connection,
-    DoubtfulError,
-    RetryDeadline,
-    TransientError,
-)
+from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
+from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.replay_log import ReplayLog
+from topq_dist.ps.client.retry_deadline import RetryDeadline
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
