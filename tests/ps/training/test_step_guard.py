@@ -158,3 +158,22 @@ def test_steps_as_ever_make_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(130):
         central.apply([push(central, step)])
     assert copies == [False, False, False]
+
+
+@pytest.mark.parametrize("inner_opt", ["adamw", "adafactor", "sgd"])
+def test_a_tensor_of_very_many_dimensions_costs_no_more_than_its_elements(inner_opt: str) -> None:
+    shapes: Shapes = (
+        ("deep", (1,) * 34, torch.float32),
+        ("long", (1, 3, 1, 2, 5, 3), torch.float32),
+        ("w", (3, 2), torch.float32),
+    )
+    model = random_model(shapes)
+    options = {"lr": 0.01, **({"momentum": 0.9} if inner_opt == "sgd" else {})}
+    central = CentralModel(TrainingConfig(inner_opt=inner_opt, options=options), model.spec, model)
+    central.apply([push(central, 1)])
+    before = central.sha256()
+    central.load_state(*central.state())
+    with pytest.raises(NonFiniteStepError):
+        central.apply([push(central, 2, of_largest=0.1, lr=(1e300,))])
+    assert central.sha256() == before
+    central.apply([push(central, 3)])

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,25 @@ from topq_dist.ps.training.aggregate import GradientSum
 from topq_dist.ps.training.downlink import make_downlink
 from topq_dist.ps.training.group_numbers import GroupNumbers
 from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
-from topq_dist.ps.training.inner_state import check_inner_state, inner_state, load_inner_state
+from topq_dist.ps.training.inner_state import (
+    InnerState,
+    check_inner_state,
+    copy_inner_state,
+    inner_state,
+    load_inner_state,
+)
 from topq_dist.ps.training.inner_step import MomentumOut, SparseStep, step_evenly
 from topq_dist.ps.training.step_guard import StepGuard
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """All that the next steps depend on, checked: a flat vector for each dtype, and the rest."""
+
+    params: Sequence[Tensor]
+    held: Sequence[Tensor]
+    inner: InnerState
+    momentum: tuple[bool, list[float]]
 
 
 class CentralModel:
@@ -130,7 +147,7 @@ class CentralModel:
         self._gradient.add([push.frames for push in counted])
         if self._guard.is_calm(self._gradient.magnitude(), self._group_numbers.scale(pushes)):
             return self._step(pushes, counted)
-        before = self.state()
+        before = self._copy()
         try:
             update = self._step(pushes, counted)
             if self._guard.is_finite():
@@ -139,7 +156,7 @@ class CentralModel:
         except (ArithmeticError, RuntimeError) as error:  # of a number that no tensor can take
             self._gradient.clear()
             why = error
-        self.load_state(*before)
+        self._restore(before)
         raise self._guard.error(pushes) from why
 
     def is_finite(self) -> bool:
@@ -245,12 +262,31 @@ class CentralModel:
         inner_metadata = metadata.get("inner")
         state = check_inner_state(self._inner, self._named, inner_tensors, inner_metadata)
         momentum_state = self._momentum.check_state(metadata)
-        for key, flat in own.items():
-            flat.copy_(tensors[key])
-        self._downlink.load_state([tensors[key] for key in held], self._params)
-        load_inner_state(self._inner, self._named, state)
+        self._restore(
+            _Whole(
+                params=[tensors[key] for key in own],
+                held=[tensors[key] for key in held],
+                inner=state,
+                momentum=momentum_state,
+            )
+        )
+
+    def _copy(self) -> _Whole:
+        """Return what `_restore` takes; unlike `state`, it needs no check."""
+        return _Whole(
+            params=[copy_of(flat) for flat in self._params.flats],
+            held=[copy_of(flat) for flat in self._downlink.state()],
+            inner=copy_inner_state(self._inner, self._named),
+            momentum=self._momentum.check_state(self._momentum.state()),
+        )
+
+    def _restore(self, whole: _Whole) -> None:
+        for flat, saved in zip(self._params.flats, whole.params, strict=True):
+            flat.copy_(saved)
+        self._downlink.load_state(whole.held, self._params)
+        load_inner_state(self._inner, self._named, whole.inner)
         self._uneven = True
-        self._momentum.load_state(momentum_state)
+        self._momentum.load_state(whole.momentum)
 
     def sha256(self) -> str:
         """Return the SHA-256, in hexadecimal, of all that `state` returns."""

@@ -19,6 +19,8 @@ _PLAIN = (bool, int, float, str, type(None))
 # is taken out and given back with the momentum
 _OPTIONAL = "momentum_buffer"
 _EXAMPLE_LENGTH = 2
+# the last dimensions of an example that have that length; some optimizers keep sums over two
+_EXAMPLE_DIMENSIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,24 @@ def check_inner_state(
     return InnerState(groups=checked, by_name=loaded)
 
 
+def copy_inner_state(inner: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> InnerState:
+    """Return a copy of the state of this very optimizer, which `load_inner_state` takes."""
+    return InnerState(
+        groups=[
+            {key: value for key, value in group.items() if key != "params"}
+            for group in inner.param_groups
+        ],
+        by_name={
+            name: {
+                key: copy_of(value) if isinstance(value, Tensor) else value
+                for key, value in inner.state[parameter].items()
+            }
+            for name, parameter in named.items()
+            if parameter in inner.state
+        },
+    )
+
+
 def load_inner_state(
     inner: torch.optim.Optimizer, named: Mapping[str, Tensor], state: InnerState
 ) -> None:
@@ -149,7 +169,7 @@ def _check_complete(
 def _example_state(
     inner: torch.optim.Optimizer, group: Mapping[str, Any], dtype: torch.dtype, dimensions: int
 ) -> Mapping[str, Any]:
-    parameter = torch.zeros((_EXAMPLE_LENGTH,) * dimensions, dtype=dtype)
+    parameter = torch.zeros(_example_shape(dimensions), dtype=dtype)
     parameter.grad = torch.ones_like(parameter)
     try:
         cls: Any = type(inner)
@@ -163,6 +183,11 @@ def _example_state(
     return state
 
 
+def _example_shape(dimensions: int) -> tuple[int, ...]:
+    long = min(dimensions, _EXAMPLE_DIMENSIONS)
+    return (1,) * (dimensions - long) + (_EXAMPLE_LENGTH,) * long
+
+
 def _kind_of(value: Any, parameter: Tensor | None = None) -> str:
     """Return dtype and shape, or type, of a value, of an example's for `parameter`."""
     if not isinstance(value, Tensor):
@@ -171,8 +196,10 @@ def _kind_of(value: Any, parameter: Tensor | None = None) -> str:
     if parameter is not None and value is not parameter and value.dim() == parameter.dim():
         # some optimizers keep a row's or a column's sums
         shape = tuple(
-            full if length == _EXAMPLE_LENGTH else length
-            for length, full in zip(shape, parameter.shape, strict=True)
+            full if length == whole else length
+            for length, whole, full in zip(
+                shape, _example_shape(len(shape)), parameter.shape, strict=True
+            )
         )
     return f"{value.dtype} of shape {shape}"
 
