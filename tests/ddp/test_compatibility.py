@@ -202,7 +202,7 @@ class Changed(nn.Module):
 
 
 class WithNorm(nn.Module):
-    """Buffers that travel as DDP says, and a parameter in two places."""
+    """Statistics that travel as DDP says, and a parameter in two places."""
 
     def __init__(self) -> None:
         super().__init__()

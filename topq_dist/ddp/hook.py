@@ -3,6 +3,7 @@
 # no `from __future__ import annotations` here: DistributedDataParallel reads the hook's annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -28,12 +29,11 @@ from topq_dist.ddp.parts import (
     Ranks,
     agree_on_loaded,
     connect,
-    follow,
     make_parts,
     telling_of_failures,
 )
 from topq_dist.ddp.sparsity_policy import FixedSparsity
-from topq_dist.ddp.state_dict import ROW_ORDER, STATE_VERSION, SavedState, load_states
+from topq_dist.ddp.state_dict import SavedState, load_states, save_state
 from topq_dist.ddp.validation import check_takes_hook, trainable_names, unwrapped
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.registry import ExchangeName
@@ -251,8 +251,11 @@ class TopQState:
     ) -> Future[Tensor]:
         """Take the next bucket of a backward pass: what `topq_hook` does."""
         ranks = self._ranks or self._bind(flat.device)
-        if first:
-            ranks = self._ranks = follow(self._parts, self._knobs, ranks)
+        group = self._parts.stages.model.group() if first else None
+        if group is not None and group is not ranks.context.group:
+            # a collective, as DDP's change of group is
+            context = replace(ranks.context, group=group)
+            ranks = self._ranks = connect(self._parts, self._knobs, context, ranks)
         future = ranks.pipeline.push(flat, parameters, first=first, last=last)
         if last and isinstance(self._optimizer, TopQGradientOptimizer):
             self._optimizer.sparsified_until_step(self._parts.names)
@@ -271,16 +274,7 @@ class TopQState:
         """
         if self._ranks is None:
             raise RuntimeError("this state has no ranks yet: expected a backward pass before it")
-        state = {
-            **self._identity(self._ranks.context),
-            "order": ROW_ORDER,
-            "residuals": self._parts.stages.momentum.residuals(),
-            "momentum": self._parts.stages.momentum.state_dict(),
-            "density": self._parts.stages.sparsity.state_dict(),
-            "chosen_exchange": self.chosen_exchange,
-            "dense_steps": self._ranks.exchange.dense_steps,
-            "stats": vars(self._meter.stats).copy(),
-        }
+        state = save_state(self._parts, self._ranks)
         return gather_states(state, self._ranks.context) if all_ranks else state
 
     def load_state_dict(self, state: SavedState) -> None:
@@ -296,22 +290,8 @@ class TopQState:
         """
         if self._ranks is None:
             self._loaded = state
-            return
-        self._meter.stats = load_states(
-            state,
-            self._identity(self._ranks.context),
-            self._parts.names,
-            stages=self._parts.stages,
-            exchange=self._ranks.exchange,
-        )
-
-    def _identity(self, context: CommContext) -> dict[str, int]:
-        return {
-            "version": STATE_VERSION,
-            "world_size": context.size,
-            "rank": context.rank,
-            "ranks_per_node": self._parts.per_node,
-        }
+        else:
+            load_states(state, self._parts, self._ranks)
 
 
 def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 from torch import Tensor, nn
@@ -154,17 +154,6 @@ def connect(
     elif exchange.can_choose(chosen):
         exchange.resume(chosen, dense_steps)
     return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
-
-
-def follow(parts: HookParts, knobs: Knobs, ranks: Ranks) -> Ranks:
-    """Return the ranks of the step that begins; a collective of theirs where they are others.
-
-    Raises what `connect` raises.
-    """
-    group = parts.stages.model.group()
-    if group is None or group is ranks.context.group:
-        return ranks
-    return connect(parts, knobs, replace(ranks.context, group=group), ranks)
 
 
 def agree_on_loaded(loaded: object, context: CommContext) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from topq_dist.compress.layout import in_order, memory_order
 from topq_dist.compress.residual import check_residual
-from topq_dist.ddp.pipeline import Stages
-from topq_dist.exchange.base import Exchange
+from topq_dist.ddp.own_momentum import merged
+from topq_dist.ddp.parts import HookParts, Ranks
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.telemetry import Stats
 from topq_dist.validation import check_number
 
@@ -124,21 +125,40 @@ def assign_states(
     return AssignedStates(states, states[owner::owners], states, first, False)
 
 
-def load_states(
-    state: SavedState,
-    identity: Mapping[str, int],
-    names: Mapping[Tensor, str],
-    *,
-    stages: Stages,
-    exchange: Exchange,
-) -> Stats:
-    """Have a hook's parts take up what `TopQState.load_state_dict` was given; return its stats.
+def identity_of(parts: HookParts, context: CommContext) -> dict[str, int]:
+    """Return what tells a rank's state from those of other ranks and runs."""
+    return {
+        "version": STATE_VERSION,
+        "world_size": context.size,
+        "rank": context.rank,
+        "ranks_per_node": parts.per_node,
+    }
 
-    names: of the parameters. Raises ValueError or TypeError, having changed nothing, for what does
-    not fit.
+
+def save_state(parts: HookParts, ranks: Ranks) -> dict[str, Any]:
+    """Return the state of a hook on this rank: tensors, numbers and texts only."""
+    momentum = parts.stages.momentum
+    return {
+        **identity_of(parts, ranks.context),
+        "order": ROW_ORDER,
+        "residuals": momentum.residuals(),
+        "momentum": momentum.state_dict(),
+        "density": parts.stages.sparsity.state_dict(),
+        "chosen_exchange": ranks.exchange.chosen,
+        "dense_steps": ranks.exchange.dense_steps,
+        "stats": vars(ranks.context.meter.stats).copy(),
+    }
+
+
+def load_states(state: SavedState, parts: HookParts, ranks: Ranks) -> None:
+    """Have a hook take up what `TopQState.load_state_dict` was given.
+
+    Raises ValueError or TypeError, having changed nothing, for what does not fit.
     """
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
+    stages, exchange = parts.stages, ranks.exchange
     momentum = stages.momentum
+    shapes = {name: tuple(parameter.shape) for parameter, name in parts.names.items()}
+    identity = identity_of(parts, ranks.context)
     assigned = assign_states(state, identity, shapes, stages.compressor.error_feedback)
     for one in assigned.states:
         momentum.check_state(one, shapes)
@@ -150,11 +170,11 @@ def load_states(
     exchange.check_chosen(chosen)
     stages.sparsity.load_state_dict(first["density"])
     exchange.resume(chosen, first.get("dense_steps", 0) if assigned.is_own else 0)
-    orders = {name: order for one, name in names.items() if (order := memory_order(one))}
+    orders = {name: order for one, name in parts.names.items() if (order := memory_order(one))}
     mine = [_in_rows(one, orders) for one in assigned.mine]
     momentum.load_states(mine, [_in_rows(one, orders) for one in assigned.every])
     momentum.load_residuals(merged([one["residuals"] for one in mine]))
-    return stats
+    ranks.context.meter.stats = stats
 
 
 def _in_rows(state: Mapping[str, Any], orders: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
@@ -177,13 +197,3 @@ def _in_rows(state: Mapping[str, Any], orders: Mapping[str, tuple[int, ...]]) ->
 
     momentum = {key: tensors_in_rows(held) for key, held in state.get("momentum", {}).items()}
     return {**state, "residuals": tensors_in_rows(state["residuals"]), "momentum": momentum}
-
-
-def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the sum of the states' tensors by name."""
-    sums: dict[str, Tensor] = {}
-    for state in states:
-        for name, tensor in state.items():
-            there = sums.get(name)
-            sums[name] = tensor if there is None else there + tensor.to(there.device)
-    return sums

@@ -20,8 +20,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from topq_dist.compress.layout import Layout
 
 _requires_grad = attrgetter("requires_grad")
-# a scaler is in use from the first step on; its frame is looked for in so many
+# a scaler is in use from the first step on, and its frame is looked for in so many; a look costs
+# as much as a small kernel, so that later ones are taken in one step of so many
 _FIRST_STEPS = 10
+_LOOKED_AT_STEPS = 16
 _MOST_FRAMES = 12
 _watching: weakref.WeakSet[LossScaleWatch] = weakref.WeakSet()
 _installed: list[Any] = []
@@ -104,7 +106,7 @@ class LossScaleWatch:
         self._place, self._where = 0, slice(0)
         self._parameter: Tensor | None = None
         self._largest = self._factor = 0.0
-        self._steps = 0
+        self._passes = 0
         _watching.add(self)
         if not _installed:
             # one for all and for good: to remove it while optimizers step would break their loop
@@ -112,6 +114,10 @@ class LossScaleWatch:
 
     def saw(self, flat: Tensor, layout: Layout, parameters: Sequence[Tensor]) -> None:
         """Take note of a bucket's average, after which an optimizer may step."""
+        self._passes += 1
+        if self._passes > _FIRST_STEPS and self._passes % _LOOKED_AT_STEPS:
+            self._parameter = None
+            return
         if layout is not self._layout:
             slices = layout.slices()
             self._layout = layout
@@ -125,7 +131,7 @@ class LossScaleWatch:
         parameter = self._parameter
         if parameter is None or parameter.grad is None or not self._largest:
             return
-        if self._steps < _FIRST_STEPS and _is_scaled(optimizer) and _holds(optimizer, parameter):
+        if self._passes <= _FIRST_STEPS and _is_scaled(optimizer) and _holds(optimizer, parameter):
             self._warn("a GradScaler is in use")
             return
         found = _largest(parameter.grad)
@@ -133,15 +139,15 @@ class LossScaleWatch:
         if _is_power_of_two(factor) and _is_power_of_two(self._factor) and factor != self._factor:
             self._warn(f"they were divided by {self._factor:g} and now by {factor:g}")
             return
-        self._steps += 1
-        self._factor = factor or self._factor
+        if math.isfinite(factor) and factor:
+            self._factor = factor
 
     def _warn(self, why: str) -> None:
         _watching.discard(self)
         warnings.warn(
             f"gradients come scaled, since {why} before the optimizer steps, and grad_scaler=None: "
             "after each change of scale the residuals are in the wrong unit, so give the hook "
-            "grad_scaler=, or one with a get_scale() of your own",
+            "grad_scaler= (for a scale of your own, a subclass whose get_scale() returns it)",
             stacklevel=4,
         )
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.native import library
+from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.ps.client import shard as shard_module
 from topq_dist.ps.client.shard import Shard
 
@@ -141,3 +142,39 @@ def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:
     assert halves.own is not None
     assert singles.own.values.sum() == 30
     assert halves.own.values.sum() == 0
+
+
+@pytest.mark.parametrize("scope", ["parameter", "bucket"])
+def test_a_parameter_in_another_order_of_memory_is_the_same_to_the_server(scope: Scope) -> None:
+    """Frames, residuals and values are in logical order, whatever the order of either in memory."""
+    torch.manual_seed(0)
+    values = {"conv": torch.randn(8, 6, 3, 3), "matrix": torch.randn(40, 30), "b": torch.randn(9)}
+    gradients = [{name: torch.randn_like(one) for name, one in values.items()} for _ in range(3)]
+
+    def turned(tensor: Tensor) -> Tensor:
+        last = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        return tensor.clone(memory_format=last) if tensor.ndim != 2 else tensor.t().clone().t()
+
+    sent = []
+    for lie in (Tensor.clone, turned):
+        for lie_gradient in (Tensor.clone, turned):
+            shard = Shard(
+                {name: nn.Parameter(lie(one)) for name, one in values.items()},
+                TopKCompressor(value_format="fp32", error_feedback=True),
+            )
+            frames = []
+            for step in gradients:
+                for name, parameter in shard.parameters.items():
+                    parameter.grad = lie_gradient(step[name])
+                (made,) = shard.compress(q=0.9, scope=scope)
+                shard.compressor.residuals.apply(made.update)
+                frames.append(made.frames[0].clone())
+            shard.model.flats[0].copy_(torch.arange(float(shard.model.flats[0].numel())))
+            shard.write_back()
+            residuals = shard.compressor.residuals.state_dict()
+            sent.append((frames, residuals, dict(shard.parameters)))
+    for frames, residuals, parameters in sent[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(frames, sent[0][0], strict=True))
+        for name in values:
+            assert torch.equal(residuals[name], sent[0][1][name])
+            assert torch.equal(parameters[name], sent[0][2][name])
