@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from topq_dist.ps.protocol.errors import (
     FencedError,
     InvalidError,
     ModelDiffersError,
+    NonFiniteError,
     NotJoinedError,
     NotReadyError,
     RefusedError,
@@ -23,7 +25,7 @@ from topq_dist.ps.protocol.errors import (
     TooManyWorkersError,
     WrongRunError,
 )
-from topq_dist.ps.protocol.types import START, Answer, ModelVersion
+from topq_dist.ps.protocol.types import START, Answer, ModelVersion, Push
 
 
 def test_a_version_takes_one_push_of_each_live_worker(make: Make) -> None:
@@ -245,3 +247,25 @@ def test_refusals_are_counted_and_change_nothing(make: Make) -> None:
             bench.submit(wrong)
     assert bench.sha256() == sha256
     assert bench.point.version == 1
+
+
+def test_a_step_that_was_undone_ends_nobodys_lease_and_leaves_nobody_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(round_timeout_s=2.0)
+    a, _ = bench.join("a"), bench.join("b")
+    central = bench.server._started().central
+    apply = central.apply
+
+    def slow(pushes: Sequence[Push]) -> object:
+        bench.clock.pass_s(9.0)
+        return apply(pushes)
+
+    monkeypatch.setattr(central, "apply", slow)
+    poison = bench.submit(replace(push_of(a, 1, START, 3e38), lr=(9.0,)))
+    bench.clock.pass_s(3.0)
+    with pytest.raises(NonFiniteError, match="would not be finite"):
+        bench.look(poison)
+    assert bench.server.status().round_workers == 2
+    # nothing has come of the round that b missed
+    assert bench.look(bench.submit(push_of(a, 1, START))) == ("b",)

@@ -161,8 +161,11 @@ class PushQueue:
                 self._waiting_for = decision.workers
                 break
             if isinstance(decision, Apply):
-                self._passed_over.update(decision.passed_over)
-                self._apply(sorted(decision.workers))
+                started_s = self._clock()
+                if self._apply(sorted(decision.workers)):
+                    self._passed_over.update(decision.passed_over)
+                # while the lock was held nobody was heard
+                self._leases.extend(self._clock() - started_s)
             else:
                 for worker in decision.workers:
                     self.refused[decision.reason] += 1
@@ -251,15 +254,15 @@ class PushQueue:
             recovery.end()
         return self._async_policy.decide(view)
 
-    def _apply(self, workers: Sequence[str]) -> None:
-        started_s = self._clock()
+    def _apply(self, workers: Sequence[str]) -> bool:
+        """Make the next version of these workers' pushes; False: it was undone, some refused."""
         pushes = [self._pending[worker].push for worker in workers]
         try:
             self._state.apply(pushes)
         except NonFiniteStepError as error:
             for worker in error.workers:
                 self.resolve(worker, NonFiniteError(_would_overflow(self._pending[worker].push)))
-            return
+            return False
         except Exception as error:
             # read without the lock by whoever ends the process, so never set for a moment only
             self.failed = True
@@ -272,9 +275,8 @@ class PushQueue:
         self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
         if self._recovery is not None and self._sync:
             self._recovery.note_version(self._state.point.version, pushes)
-        # while the lock was held nobody was heard
-        self._leases.extend(self._clock() - started_s)
         self._made()
+        return True
 
 
 def _would_overflow(push: Push) -> str:
