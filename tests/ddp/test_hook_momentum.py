@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import logging
@@ -173,6 +174,18 @@ def handed_over(rank: int) -> bool:
         step_of(model, optimizer, step, rank)
         has = ["momentum_buffer" in s for s in optimizer.state.values()]
         assert has == [q < 0.5] * 6 or (q >= 0.5 and not any(has)), (q, has)
+    # a model that is wrapped anew without a hook, while the state is still held by somebody
+    model, optimizer, state = hooked(sgd)
+    train(model, optimizer, rank)
+    plain = DistributedDataParallel(copy.deepcopy(model.module))
+    reference = sgd(plain.parameters())
+    bare = DistributedDataParallel(model.module)
+    for step in range(3):
+        step_of(bare, optimizer, step, rank)
+        step_of(plain, reference, step, rank)
+        assert_same(bare, plain, f"wrapped anew, step {step}")
+    step_of(model, optimizer, 3, rank)
+    assert all("momentum_buffer" not in s for s in optimizer.state.values())
     # the state and the model gone, the optimizer is as it was
     model, optimizer, state = hooked(sgd)
     train(model, optimizer, rank)

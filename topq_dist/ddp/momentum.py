@@ -111,6 +111,8 @@ class SwitchedMomentum(Momentum):
     def attach(self) -> None:
         if self._optimizer is not None:
             self._switch = self._make_switch(self._optimizer)
+            # gradients that come without the hook are the optimizer's own affair
+            self._switch.for_one_step = True
 
     def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         if self._switch is not None:

@@ -38,6 +38,8 @@ class StepSwitch(ABC):
         self._optimizer = weakref.ref(optimizer)
         self._parameters = frozenset(parameters)
         self._active = False
+        # whether `active` holds for one step, and that step has been
+        self.for_one_step = self._is_over = False
         self._seen: list[ShownGroup] = []
         self._view_class = _view_class(type(optimizer))
         others = _attached.setdefault(optimizer, weakref.WeakSet())
@@ -52,11 +54,16 @@ class StepSwitch(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether steps see the other groups; what is set within a step, its closure, counts."""
+        """Whether steps see the other groups; what is set within a step, its closure, counts.
+
+        With `for_one_step` set it holds until the end of the next step: for those who say anew,
+        with each gradient, what a step on it is to see.
+        """
         return self._active
 
     @active.setter
     def active(self, active: bool) -> None:
+        self._is_over = False
         active = active and bool(self._handles)
         if active != self._active:
             self._active = active
@@ -80,6 +87,8 @@ class StepSwitch(ABC):
         """Finish a step that has raised nothing and has been active at its end."""
 
     def _groups(self, groups: list[ParamGroup]) -> list[ParamGroup]:
+        if self._is_over:
+            self.active = False
         if not self._active:
             return groups
         seen: list[ParamGroup] = []
@@ -118,6 +127,7 @@ class StepSwitch(ABC):
         self._seen = []
         if self._active:
             self._stepped(optimizer)
+            self._is_over = self.for_one_step
 
 
 class ShownGroup(NamedTuple):
