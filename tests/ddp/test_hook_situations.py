@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
-from topq_dist.ddp.validation import trainable_names
+from topq_dist.ddp.model_checks import trainable_names
 from topq_dist.sparsity import at_least_one, k_from_q, row_shape
 
 pytestmark = pytest.mark.gloo

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import Compressor, TopQGradientOptimizer, TopQState, register_topq_hook, topq_hook
-from topq_dist.ddp.validation import check_parameters
+from topq_dist.ddp.model_checks import check_parameters
 from topq_dist.ps import ParameterServerOptimizer
 
 alone = pytest.mark.usefixtures("alone")

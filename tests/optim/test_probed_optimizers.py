@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from topq_dist import ParamTransformingOptimizer, TopQGradientOptimizer
-from topq_dist.optim.momentum import MomentumSwitch
+from topq_dist.optim.momentum_rules import MomentumSwitch
 
 OPTIONS = [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)]
 

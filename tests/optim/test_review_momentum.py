@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from topq_dist import register_momentum_rule
-from topq_dist.optim import momentum
-from topq_dist.optim.momentum import MomentumSwitch
+from topq_dist.optim import momentum_rules
+from topq_dist.optim.momentum_rules import MomentumSwitch
 
 
 class Counting(Optimizer):
@@ -38,7 +38,7 @@ class Counting(Optimizer):
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(momentum, "_known", dict(momentum._known))
+    monkeypatch.setattr(momentum_rules, "_known", dict(momentum_rules._known))
     register_momentum_rule(Counting, lambda group: {"beta": 0.0} if group["beta"] else {})
 
 

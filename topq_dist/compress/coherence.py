@@ -67,7 +67,7 @@ def measure_coherence(
     """
     of_gradient, of_residual = (
         torch.cat(
-            [_sampled(flat[where]) if long else flat[where] for where, long in _stretches(layout)]
+            [_sampled(flat[where]) if long else flat[where] for where, long in _spans(layout)]
         ).double()
         for flat in (gradient, residual)
     )
@@ -77,7 +77,7 @@ def measure_coherence(
 
 
 @lru_cache(maxsize=64)
-def _stretches(layout: Layout) -> list[tuple[slice, bool]]:
+def _spans(layout: Layout) -> list[tuple[slice, bool]]:
     """Return where the tensors lie, and whether as samples: what is taken whole as one slice."""
     found: list[tuple[slice, bool]] = []
     for where in layout.slices():

@@ -15,7 +15,7 @@ from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.ddp.momentum import MomentumName, SwitchedMomentum
-from topq_dist.optim.momentum import MomentumSwitch, divides_by_mean_square
+from topq_dist.optim.momentum_rules import MomentumSwitch, divides_by_mean_square
 
 
 class FeedbackMomentum(SwitchedMomentum):

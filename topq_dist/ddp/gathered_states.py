@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.ddp.state_dict import STATE_VERSION
+from topq_dist.ddp.hook_state import STATE_VERSION
 from topq_dist.exchange.agreement import gather_texts
 from topq_dist.exchange.collectives import CommContext
 

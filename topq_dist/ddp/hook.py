@@ -22,6 +22,8 @@ from topq_dist.compress.defaults import (
 )
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.ddp.gathered_states import gather_states
+from topq_dist.ddp.hook_state import SavedState, load_states, save_state
+from topq_dist.ddp.model_checks import check_takes_hook, trainable_names, unwrapped
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.parts import (
     KnobOptions,
@@ -33,8 +35,6 @@ from topq_dist.ddp.parts import (
     telling_of_failures,
 )
 from topq_dist.ddp.sparsity_policy import FixedSparsity
-from topq_dist.ddp.state_dict import SavedState, load_states, save_state
-from topq_dist.ddp.validation import check_takes_hook, trainable_names, unwrapped
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.registry import ExchangeName
 from topq_dist.optim import TopQGradientOptimizer

@@ -18,7 +18,7 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
-from topq_dist.optim.momentum import takes_momentum_out
+from topq_dist.optim.momentum_rules import takes_momentum_out
 from topq_dist.optim.step_switch import StepSwitch
 
 MomentumName = Literal["feedback", "corrected", "adam", "optimizer"]

@@ -15,7 +15,7 @@ from topq_dist.ddp.adam_momentum import AdamMomentum
 from topq_dist.ddp.corrected_momentum import CorrectedMomentum
 from topq_dist.ddp.feedback_momentum import FeedbackMomentum
 from topq_dist.ddp.momentum import Momentum, MomentumName
-from topq_dist.optim.momentum import has_momentum, momentum_rule, stepping
+from topq_dist.optim.momentum_rules import has_momentum, momentum_rule, stepping
 
 _log = logging.getLogger(__name__)
 

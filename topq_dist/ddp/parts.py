@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.sparsify.segments import Scope
+from topq_dist.ddp.model_checks import check_grad_scaler, check_parameters, exchanged_names
 from topq_dist.ddp.momentum import MomentumName
 from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
 from topq_dist.ddp.pipeline import BucketLayouts, Pipeline, Stages
 from topq_dist.ddp.sparsity_policy import make_sparsity_policy
-from topq_dist.ddp.validation import check_grad_scaler, check_parameters, exchanged_names
 from topq_dist.ddp.watch import LossScaleWatch, ModelFacts
 from topq_dist.exchange.agreement import check_same_on_all_ranks, tell_of_failure
 from topq_dist.exchange.base import Exchange

@@ -16,7 +16,7 @@ from topq_dist.optim.gradient_transforming import (
     GradientTransformerOptimizer,
     TopQGradientOptimizer,
 )
-from topq_dist.optim.momentum import MomentumRule, MomentumSwitch, register_momentum_rule
+from topq_dist.optim.momentum_rules import MomentumRule, MomentumSwitch, register_momentum_rule
 from topq_dist.optim.param_transforming import ParamTransformingOptimizer
 
 __all__ = [

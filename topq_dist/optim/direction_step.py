@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from topq_dist.optim.groups import ParamGroup, decays_decoupled
-from topq_dist.optim.momentum import stepping
+from topq_dist.optim.momentum_rules import stepping
 from topq_dist.optim.step_switch import StepSwitch
 
 

@@ -34,7 +34,7 @@ from server_process import ServerProcess
 from torch import Tensor
 
 from topq_dist.compress.aggregate import write_sum
-from topq_dist.optim.momentum import SPARSE_BELOW
+from topq_dist.optim.momentum_rules import SPARSE_BELOW
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.replay_log import ReplayLog

@@ -27,8 +27,8 @@ from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_bu
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
-from topq_dist.ps.client.state_dict import SavedShard, model_sha256, read_state, shard_state
 from topq_dist.ps.client.state_elsewhere import StateElsewhere
+from topq_dist.ps.client.worker_state import SavedShard, model_sha256, read_state, shard_state
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls

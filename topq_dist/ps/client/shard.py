@@ -214,17 +214,17 @@ class Shard:
         gradients = [parameter.grad for parameter in self._parameters_of(vector)]
         if gather_tensors(gradients, vector.layout, flat):
             return flat if scale == 1.0 else flat.mul_(1.0 / scale)
-        for name, stretch in zip(vector.layout.names, vector.layout.slices(), strict=True):
+        for name, where in zip(vector.layout.names, vector.layout.slices(), strict=True):
             parameter = self.parameters[name]
             if parameter.grad is None:
-                flat[stretch].zero_()
+                flat[where].zero_()
                 continue
             if parameter.grad.layout != torch.strided:
                 raise TypeError(
                     f"the gradient of {name!r} has layout {parameter.grad.layout}: expected a "
                     "dense one, so make the embedding with sparse=False"
                 )
-            flat[stretch].view(parameter.shape).copy_(parameter.grad)
+            flat[where].view(parameter.shape).copy_(parameter.grad)
         return flat if scale == 1.0 else flat.mul_(1.0 / scale)
 
     def _first_non_finite(self) -> str:

@@ -29,10 +29,10 @@ class FlatModel:
         views: dict[str, Tensor] = {}
         for vector, flat in zip(self.spec.vectors, self.flats, strict=True):
             layout = vector.layout
-            for name, shape, stretch in zip(
+            for name, shape, where in zip(
                 layout.names, layout.shapes, layout.slices(), strict=True
             ):
-                views[name] = flat[stretch].view(shape)
+                views[name] = flat[where].view(shape)
         return {tensor.name: views[tensor.name] for tensor in self.spec.tensors}
 
     def raw(self) -> list[memoryview]:

@@ -24,7 +24,6 @@ from topq_dist.ps.protocol.types import (
     UpdateKind,
     group_momentum,
 )
-from topq_dist.ps.training.aggregate import GradientSum
 from topq_dist.ps.training.downlink import make_downlink
 from topq_dist.ps.training.group_numbers import GroupNumbers
 from topq_dist.ps.training.inner_optimizer import make_inner_optimizer
@@ -36,6 +35,7 @@ from topq_dist.ps.training.inner_state import (
     load_inner_state,
 )
 from topq_dist.ps.training.inner_step import MomentumOut, SparseStep, step_evenly
+from topq_dist.ps.training.round_mean import GradientSum
 from topq_dist.ps.training.step_guard import StepGuard
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, CoherenceMean
-from topq_dist.optim.momentum import (
+from topq_dist.optim.momentum_rules import (
     SPARSE_BELOW,
     divides_by_mean_square,
     momentum_rule,
@@ -31,8 +31,8 @@ from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import SparseDelta
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import group_momentum
-from topq_dist.ps.training.aggregate import GradientSum
 from topq_dist.ps.training.inner_optimizer import example_optimizers
+from topq_dist.ps.training.round_mean import GradientSum
 
 
 class MomentumOut:
@@ -296,7 +296,7 @@ def _is_sparse(group: dict[str, Any]) -> bool:
 
 
 def _runs(groups: Sequence[int], numels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (end, group) of each stretch of neighbouring tensors that share a group."""
+    """Return (end, group) of each run of neighbouring tensors that share a group."""
     runs: list[tuple[int, int]] = []
     end = 0
     for group, numel in zip(groups, numels, strict=True):

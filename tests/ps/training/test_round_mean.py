@@ -11,7 +11,7 @@ from topq_dist.compress.codec.frame import Frame, decode_frame, encode_frame
 from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.training.aggregate import GradientSum
+from topq_dist.ps.training.round_mean import GradientSum
 
 NUMEL = 2 * BLOCK_NUMEL + 77
 

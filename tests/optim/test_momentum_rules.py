@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from topq_dist import TopQGradientOptimizer, register_momentum_rule
-from topq_dist.optim.momentum import MomentumSwitch, has_momentum, momentum_rule, stepping
+from topq_dist.optim.momentum_rules import MomentumSwitch, has_momentum, momentum_rule, stepping
 
 STEPS = 4
 
