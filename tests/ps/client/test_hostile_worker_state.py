@@ -56,3 +56,21 @@ def test_a_far_number_takes_no_memory() -> None:
     assert ReplayLog.from_state(empty).missing_at(1) is None
     with pytest.raises(ValueError, match="expected a whole number"):
         ReplayLog.from_state({**empty, "next_sequence": 2**64})
+
+
+def test_a_push_under_way_is_finished_whatever_the_state_says_of_its_step(tmp_path: Path) -> None:
+    model = make_model()
+    with (
+        serving(tmp_path, {"inner_opt": "sgd"}) as server,
+        ParameterServerOptimizer(
+            model.named_parameters(), str(server.address), worker="a", timeout_s=30
+        ) as optimizer,
+    ):
+        (client,) = optimizer._clients
+        client.begin([], [])
+        state = optimizer.state_dict()
+        assert not state["topq"]["open"]
+        optimizer.load_state_dict(state)
+        for version in (1, 2):
+            optimizer.step()
+            assert server.coordinator.status().point.version == version

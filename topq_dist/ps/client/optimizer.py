@@ -206,7 +206,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             finally:
                 update_residuals()  # where Ctrl-C was quicker
                 self._absorb()
-                self._open = any(client.pushes.pending is not None for client in self._clients)
+                self._open = self._is_under_way()
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
         return loss
 
@@ -256,6 +256,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for shard, compressed in zip(self._shards, made, strict=True)
             for part in compressed
         ]
+
+    def _is_under_way(self) -> bool:
+        return any(client.pushes.pending is not None for client in self._clients)
 
     def _at_all(
         self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None
@@ -390,7 +393,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
-        self._open = saved.open
+        self._open = saved.open or self._is_under_way()
         self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
         self._groups.sends_momentum = saved.sends_momentum
         self._groups.told_momentum = list(saved.told_momentum or self._groups.told(groups))
