@@ -14,8 +14,8 @@ from topq_dist.ps.protocol.errors import (
     TooLargeError,
 )
 
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 _TRANSIENT = {
-    grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     # too many calls at once, and streams that a dying server breaks off
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -33,6 +33,10 @@ _RAISED = "Exception "
 
 class TransientError(Exception):
     """A call that failed in a way that may pass."""
+
+
+class UnreachedError(TransientError):
+    """A call that no server has answered, as far as gRPC knows."""
 
 
 class DoubtfulError(Exception):
@@ -58,6 +62,8 @@ def meaning_of(error: grpc.RpcError, address: str) -> Exception:
     details = (error.details() or "") if known else repr(error)
     too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details
     raised = code is grpc.StatusCode.UNKNOWN and details.startswith(_RAISED)
+    if code is _UNAVAILABLE:
+        return UnreachedError(f"{code.name}: {details}")
     if code in _TRANSIENT and not too_large and not raised:
         return TransientError(f"{code.name}: {details}")
     kind = TooLargeError if too_large else ServerLostError

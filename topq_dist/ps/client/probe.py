@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import grpc
@@ -19,7 +20,9 @@ from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 
 Reply = TypeVar("Reply")
 _NO_CONNECTION = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# These two may pass, or mean nothing: before a server is there a port proxy accepts and hangs up.
 _ENDED = "the server ended the connection: is this a parameter server?"
+_OTHER_CAS = "the server's certificate does not hold against this machine's CAs (gRPC has its own)"
 # What an HTTP/2 client says first: its preface, and settings that change nothing.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
@@ -52,7 +55,7 @@ def lasting_reason(address: Address, tls: ClientTls | None, timeout_s: float = 2
         why = _why_no_talk(address, tls, timeout_s)
     except OSError:
         return None
-    return None if why == _ENDED else why
+    return None if why is None or why.startswith((_ENDED, _OTHER_CAS)) else why
 
 
 def _why_no_talk(address: Address, tls: ClientTls | None, timeout_s: float) -> str | None:
@@ -91,16 +94,20 @@ def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> s
     if tls.certificate is not None:
         context.load_cert_chain(tls.certificate, tls.key)
     try:
-        with context.wrap_socket(end, server_hostname=tls.server_name or address.name) as encrypted:
+        encrypted = context.wrap_socket(end, server_hostname=tls.server_name or address.name)
+    except ssl.SSLCertVerificationError as error:
+        against = f"the server's certificate does not hold against ca={str(tls.ca)!r}"
+        return f"{_OTHER_CAS if tls.ca is None else against}: {error.verify_message}"
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError):
+        return _ENDED
+    except ssl.SSLError as error:
+        if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            return "the server does not speak TLS"
+    else:
+        with encrypted, suppress(ssl.SSLError, ConnectionError):
             # With TLS 1.3 a client is through before the server has seen its certificate.
             if encrypted.recv(1):
                 return None
-    except ssl.SSLCertVerificationError as error:
-        ca = "a CA that comes with gRPC" if tls.ca is None else f"ca={str(tls.ca)!r}"
-        return f"the server's certificate does not hold against {ca}: {error.verify_message}"
-    except (ssl.SSLError, ConnectionError) as error:
-        if getattr(error, "reason", None) in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            return "the server does not speak TLS"
     if tls.certificate is None:
         return "the server hung up on a client without certificate: it seems to want one"
     return f"the server does not take certificate={str(tls.certificate)!r} of this client"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from topq_dist.compress.codec.frame import FrameError
-from topq_dist.ps.client.call_errors import DoubtfulError
+from topq_dist.ps.client.call_errors import DoubtfulError, UnreachedError
 from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.protocol.errors import DamagedError, ServerLostError
 
@@ -48,7 +48,9 @@ class RetryDeadline:
     def pause(self, error: Exception) -> None:
         """Wait a little before the call that failed with `error` is tried again."""
         self._last_error = error
-        if self._at_first and time.monotonic() >= self._last_look_s + _LOOK_EVERY_S:
+        # whoever gives a reason, as that it is starting, takes this client
+        unreached = self._at_first and isinstance(error, UnreachedError)
+        if unreached and time.monotonic() >= self._last_look_s + _LOOK_EVERY_S:
             self._look()
         time.sleep(min(self._pause_s, self.left_s()))
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
