@@ -14,8 +14,9 @@ from ps.servers import Options, serving
 from ps.workers import backward, batch, make_model, values
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import FrameError
 from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
-from topq_dist.ps.client import connection, retry_deadline
+from topq_dist.ps.client import connection, retry_deadline, server_client
 from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
 from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.retry_deadline import RetryDeadline
@@ -208,6 +209,24 @@ def test_a_second_damaged_update_does_not_apply_the_first_twice(
         held.load_raw(server.coordinator._started().central.workers_raw())
     for one, right in zip(client.model.flats, held.flats, strict=True):
         assert torch.equal(one, right)
+
+
+def test_a_frame_that_stays_damaged_is_an_error_that_names_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_frame(*_: object) -> None:
+        raise FrameError("a frame with another checksum")
+
+    monkeypatch.setattr(server_client, "apply_update", no_frame)
+    monkeypatch.setattr(retry_deadline, "_FIRST_PAUSE_S", 0.0)
+    model = make_model()
+    with serving(tmp_path, SGD) as server, connect(model, server) as optimizer:
+        backward(model, [batch(0, 0)])
+        with pytest.raises(DamagedError, match=rf"{server.address}: a frame with another"):
+            optimizer.step()
+        monkeypatch.undo()
+        optimizer.step()
+        assert server.coordinator.status().point.version == 1
 
 
 def refuse(what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ps.training.test_central import push_of, random_gradients, random_model
 from ps.workers import side_by_side
 from torch import Tensor, nn
 
+from topq_dist.compress.codec.frame import decode_frame
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.sparsify.segments import Scope, UniformSegments, uniform_segments
 from topq_dist.ps.client.replay_log import ReplayLog
@@ -22,7 +24,7 @@ from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError
-from topq_dist.ps.protocol.types import START, push_digest
+from topq_dist.ps.protocol.types import START, Push, push_digest
 from topq_dist.ps.training.central import CentralModel
 from topq_dist.ps.training.inner_step import density
 
@@ -320,3 +322,45 @@ def test_bits_lie_as_the_contract_says() -> None:
     said = spec.no_gradient([place in (0, 9) for place in range(11)])
     assert said == bytes([0b0000_0001, 0b0000_0010])
     assert np.flatnonzero(spec.without_gradient(said)).tolist() == [0, 9]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restart_goes_on_where_some_tensors_have_no_state_yet(name: str) -> None:
+    shapes = tuple((f"t{n}", (3, 4), torch.float32) for n in range(5))
+    generator = torch.Generator().manual_seed(3)
+
+    def central() -> CentralModel:
+        config = TrainingConfig(inner_opt=name, options=OPTIMIZERS[name], momentum="optimizer")
+        model = random_model(shapes)
+        return CentralModel(config, model.spec, model)
+
+    def push(absent: set[int]) -> Push:
+        model = random_model(shapes)
+        flat = random_gradients(model, generator)[0]
+        left_out = [place in absent for place in range(5)]
+        for place in absent:
+            flat[12 * place : 12 * place + 12] = 0.0
+        compressor = TopKCompressor(value_format=None, error_feedback=False)
+        (vector,) = model.spec.vectors
+        segments = uniform_segments(vector.numels, q=0.0, scope="parameter", left_out=left_out)
+        frame = compressor.compress(flat, vector.layout, segments).frames[0]
+        made = push_of(model, [flat])
+        return dataclasses.replace(
+            made,
+            frames=(decode_frame(frame, numel=vector.numel),),
+            no_gradient=model.spec.no_gradient(left_out),
+        )
+
+    never_stopped = central()
+    for absent in ({1, 4}, {1, 2}):
+        never_stopped.apply([push(absent)])
+    tensors, metadata = never_stopped.state()
+    restarted = central()
+    restarted.load_state(tensors, json.loads(json.dumps(metadata)))
+    assert restarted.sha256() == never_stopped.sha256()
+    for absent in ({1}, {0}, set()):
+        one = push(absent)
+        for each in (never_stopped, restarted):
+            each.check_push(one)
+            each.apply([one])
+        assert restarted.sha256() == never_stopped.sha256()

@@ -34,11 +34,11 @@ def warn_of_buffers(module: nn.Module | None) -> None:
     """Name the buffers of a module that training may change: they stay this worker's own."""
     if module is None:
         return
-    saved = module.state_dict(keep_vars=True)
     names = [
-        name
-        for name, buffer in module.named_buffers()
-        if name in saved and buffer.is_floating_point()
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if buffer.is_floating_point() and name not in part._non_persistent_buffers_set
     ]
     if names:
         _log.warning(

@@ -62,6 +62,8 @@ class RetryDeadline:
         """
         self._doubts += 1
         if self._doubts > _MOST_DOUBTS:
+            if isinstance(error, FrameError):
+                raise DamagedError(f"parameter server {self._connection.address}: {error}")
             raise error.final if isinstance(error, DoubtfulError) else error
         self.pause(error)
 
