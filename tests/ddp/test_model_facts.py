@@ -179,6 +179,11 @@ def unused_later(rank: int) -> dict[str, str]:
     step_of(model, optimizer, 0, rank)
     model.find_unused_parameters = True
     said["bucket"] = error_of(lambda: step_of(model, optimizer, 1, rank))
+    lone = DistributedDataParallel(small_model())
+    register_topq_hook(lone, exchange="allgather", momentum="optimizer")
+    step_of(lone, optimizer, 0, rank)
+    lone.find_unused_parameters = rank == 1
+    said["one rank's"] = error_of(lambda: step_of(lone, optimizer, 1, rank))
     return said
 
 
@@ -195,6 +200,8 @@ def test_what_is_frozen_freed_or_unused_is_followed_or_refused_on_every_rank(
     for rank, said in enumerate(ranks):
         assert "ValueError: optimizer holds no group with 0.weight" in said["not held"]
         assert "scope='bucket'" in said["bucket"]
+        assert "ranks disagree" in said["one rank's"]
+        assert "may_be_unused=True" in said["one rank's"]
         for exchange in ("allgather", "dense", "auto"):
             both, one = said[f"{exchange} both"], said[f"{exchange} one"]
             assert both.startswith("ValueError: 0.weight, 0.bias was frozen when"), both

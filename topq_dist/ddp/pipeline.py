@@ -126,6 +126,7 @@ class Stages:
     def settings(self) -> str:
         """Return this step's settings, the same text on ranks that work alike."""
         clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
+        clip += f" may_be_unused={self.model.may_be_unused}"
         compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
         return f"{self.sparsity.settings()}\n{compressed}"
 
