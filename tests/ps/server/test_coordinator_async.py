@@ -5,6 +5,7 @@ from __future__ import annotations
 from ps.bench import Make, model_of, push_of
 
 from topq_dist.ps.protocol.types import START, ModelVersion
+from topq_dist.ps.server.push_queue import PendingPush
 
 ASYNC = {"mode": "async", "max_staleness": 2}
 
@@ -46,6 +47,32 @@ def test_async_replays_are_applied_where_they_were(make: Make) -> None:
     replayed = bench.answer(bench.submit(push_of(b, 1, one.applied or START, 2.0, replay=two)))
     assert replayed.applied == two.applied
     assert bench.answer(waiting).applied == last
+    assert bench.sha256() == sha256
+
+
+def test_async_a_slow_way_back_keeps_its_order(make: Make) -> None:
+    bench = make(ASYNC)
+    callers = [bench.join(worker) for worker in "ab"]
+    bench.save()
+    lost = [bench.round(1 + n // 2, callers[n % 2], value=1.0 + n)[0] for n in range(30)]
+    points = [START, *(answer.applied or START for answer in lost)]
+    sha256 = bench.sha256()
+    bench.crash()
+    for place, one in enumerate(callers):
+        callers[place] = bench.join(one.worker, epoch=one.epoch, held=points[-1], kept=(1, 16))
+
+    def replay(n: int) -> PendingPush:
+        caller = callers[n % 2]
+        return bench.submit(push_of(caller, 1 + n // 2, points[n], 1.0 + n, replay=lost[n]))
+
+    for n in range(0, 30, 2):
+        later = replay(n + 1)
+        bench.clock.pass_s(9.0)
+        for caller in callers:
+            bench.server.renew(caller)
+        assert bench.look(later) == ("a",)
+        assert bench.answer(replay(n)).applied == points[n + 1]
+        assert bench.answer(later).applied == points[n + 2]
     assert bench.sha256() == sha256
 
 

@@ -73,6 +73,24 @@ def test_a_lower_max_lr_after_a_restart_ends_nobody_for_what_was_applied(make: M
         bench.submit(replace(push_of(a, 3, bench.point), lr=(2.0,)))
 
 
+def test_one_worker_may_take_its_time_for_its_replays(make: Make) -> None:
+    bench = make()
+    a, gone = bench.join("a"), bench.join("gone")
+    bench.save()
+    bench.server.leave(gone)
+    lost = [bench.round(number, a)[0] for number in range(1, 21)]
+    sha256 = bench.sha256()
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=lost[-1].applied, kept=(1, 21))
+    for number, answer in enumerate(lost, start=1):
+        pending = bench.submit(push_of(a, number, bench.point, replay=answer))
+        bench.clock.pass_s(9.0)
+        bench.server.renew(a)
+        bench.clock.pass_s(2.0 if number == 1 else 0.0)
+        assert bench.answer(pending).applied == answer.applied
+    assert bench.sha256() == sha256
+
+
 def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) -> None:
     bench = make(round_timeout_s=1.0)
     a, b = bench.join("a"), bench.join("b")

@@ -275,6 +275,8 @@ class PushQueue:
         self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
         if self._recovery is not None and self._sync:
             self._recovery.note_version(self._state.point.version, pushes)
+        elif self._recovery is not None:
+            self._recovery.note_replays(pushes)
         self._made()
         return True
 

@@ -21,7 +21,7 @@ class Recovery:
     """The workers that come back to a server, and how far they are believed to have been.
 
     It is over once nobody is still to come, and a version is made that is no replay; at the latest
-    10 leases after the last one came back, or two replays agreed.
+    10 leases after the last one came back, two replays agreed, or all had brought another one.
 
     version: of the snapshot, which knows those that `leases` has now. clock: seconds.
     """
@@ -36,6 +36,8 @@ class Recovery:
         self._limit_s = _LEASES_TO_STEP * lease_s
         self._moved_s = clock()
         self._ended = False
+        # whose replays were applied since it last moved
+        self._replayed: set[str] = set()
         # what workers said that they hold when they joined
         self._held: dict[str, int] = {}
         # whether all that the snapshot knows have come back, and the server is where they are
@@ -98,13 +100,21 @@ class Recovery:
         return comes_back
 
     def note_version(self, version: int, pushes: Sequence[Push]) -> None:
-        """Note that a version was made of these."""
-        replays = sum(push.applied_version > 0 for push in pushes)
-        if replays > 1:
-            self._moved_s = self._clock()
+        """Note that a version of sync mode was made of these."""
+        self.note_replays(pushes)
+        replays = any(push.applied_version > 0 for push in pushes)
         if not replays and not self._leases.returning(self._clock()):
             self._ended = True
         self.look(version)
+
+    def note_replays(self, pushes: Sequence[Push]) -> None:
+        """Note that these were applied; the way back goes on while all bring their replays."""
+        replayed = {push.worker for push in pushes if push.applied_version > 0}
+        self._replayed |= replayed
+        live = self._live() or self._leases.live(self._clock())
+        if len(replayed) > 1 or (replayed and live <= self._replayed):
+            self._moved_s = self._clock()
+            self._replayed.clear()
 
     def look(self, version: int) -> None:
         """See whether those who come back are all where the server is, at `version`."""
