@@ -8,7 +8,7 @@ import pytest
 from ps.bench import Make, push_of
 
 from topq_dist.ps.protocol.errors import ExpiredError, InvalidError, NotJoinedError
-from topq_dist.ps.protocol.types import START, UpdateKind
+from topq_dist.ps.protocol.types import START, ModelVersion, UpdateKind
 
 
 def test_a_restarted_server_makes_everybody_join_again_and_replays(make: Make) -> None:
@@ -186,3 +186,76 @@ def test_a_repeat_that_cannot_be_answered_faithfully_is_refused(make: Make) -> N
     assert again == answers[2]
     with pytest.raises(ExpiredError):
         bench.submit(push_of(a, 2, answers[0].applied))  # type: ignore[arg-type]
+
+
+def test_whom_a_replay_names_takes_no_workers_place(make: Make) -> None:
+    bench = make(max_workers=2)
+    a = bench.join("a")
+    bench.save()
+    (lost,) = bench.round(1, a)
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(1, 2))
+    ghosts = tuple(f"ghost{number}" for number in range(60))
+    replay = push_of(a, 1, START, replay=lost)
+    pending = bench.submit(replace(replay, members=("a", *ghosts)))
+    assert len(bench.look(pending)) == 2  # no more than can join, and for a lease
+    bench.join("b")
+    bench.clock.pass_s(9)
+    bench.server.renew(a)
+    bench.clock.pass_s(2)
+    assert bench.answer(pending).members == ("a",)
+
+
+def test_replays_are_believed_until_all_have_caught_up_and_no_longer(make: Make) -> None:
+    bench = make()
+    a, m = bench.join("a"), bench.join("m")
+    bench.save()
+    lost = bench.round(1, a, m)
+    bench.crash()
+    callers = [
+        bench.join(caller.worker, epoch=caller.epoch, held=lost[0].applied, kept=(1, 2))
+        for caller in (a, m)
+    ]
+    again = [
+        bench.submit(push_of(caller, 1, START, replay=answer))
+        for caller, answer in zip(callers, lost, strict=True)
+    ]
+    assert [bench.answer(one).applied for one in again] == [lost[0].applied] * 2
+    a, m = callers
+    bench.round(2, a, m)
+    before, sha256 = bench.point, bench.sha256()
+    for version in (3, 10**6):
+        # she says as well that she holds what came of it
+        far = replace(before, version=version)
+        m = bench.join("m", epoch=m.epoch, held=far, kept=(1, 4))
+        lie = replace(push_of(m, 3, before, 9.0), applied_version=version, members=("m",))
+        assert bench.answer(bench.submit(lie)).applied is None
+    assert (bench.point, bench.sha256()) == (before, sha256)
+    assert bench.server.status().refused == {"unbelieved_replay": 2}
+    assert bench.round(3, a, m)[0].members == ("a", "m")
+
+
+def test_who_never_comes_back_does_not_keep_replays_believed(make: Make) -> None:
+    bench = make()
+    a, m = bench.join("a"), bench.join("m")
+    bench.save()
+    bench.round(1, a, m)
+    bench.crash()
+    far = ModelVersion(version=10**6, chain=b"?" * 32)
+    m = bench.join("m", epoch=m.epoch, held=far, kept=(1, 10**6))
+    base = START
+    for sequence in range(1, 40):  # a is dead: there is nobody to be ruled
+        alone = replace(push_of(m, sequence, base), applied_version=sequence, members=("m",))
+        pending = bench.submit(alone)
+        bench.clock.pass_s(5)
+        bench.server.renew(m)
+        answer = bench.look(pending)
+        while isinstance(answer, tuple):
+            bench.clock.pass_s(5)
+            bench.server.renew(m)
+            answer = bench.look(pending)
+        if answer.applied is None:
+            break
+        base = answer.applied
+    assert answer.applied is None
+    assert base.version < 25  # 10 leases of 10 s
