@@ -233,7 +233,11 @@ class TestOneWorker:
                     worker.stub.Renew(pb.RenewRequest(id=worker.id), timeout=CALL_S)
                 worker.close()
 
+            def look() -> None:
+                seen.append(target.status())
+
             joined = threading.Event()
+            seen: list[pb.StatusResponse] = []
             thread = threading.Thread(target=mallory)
 
             def attack() -> None:
@@ -242,10 +246,12 @@ class TestOneWorker:
 
             try:
                 with at(ATTACKED, attack) as between:
-                    assert train(target, between) == undisturbed
+                    assert train(target, between, last=look) == undisturbed
                 assert thread.is_alive()
-                lease = {one.worker: one.lease_left_s for one in target.status().workers}
+                (status,) = seen
+                lease = {one.worker: one.lease_left_s for one in status.workers}
                 assert lease["mallory"] > 0
+                assert status.round_workers == 2
             finally:
                 over.set()
                 thread.join(CALL_S)

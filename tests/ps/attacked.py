@@ -110,10 +110,15 @@ def token_of(name: str) -> str:
     return (name + "." * 32)[:32]
 
 
-def train(target: Target, between: Callable[[int], None] = lambda step: None) -> str:
+def train(
+    target: Target,
+    between: Callable[[int], None] = lambda step: None,
+    last: Callable[[], None] = lambda: None,
+) -> str:
     """Train as two workers, who end with the same; return the hash of the server's state.
 
-    between: called before each step, by the first worker, for which the other waits.
+    between: called before each step, by the first worker, for which the other waits. last: called
+    when all steps are done, and both still there.
     """
     stand = threading.Barrier(2)
 
@@ -139,6 +144,7 @@ def train(target: Target, between: Callable[[int], None] = lambda step: None) ->
         held = values(model)
         if worker == 0:
             hashes.append(target.status().state_sha256)
+            last()
         stand.wait(CALL_S)
         optimizer.close()
         return held

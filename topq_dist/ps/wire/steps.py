@@ -68,21 +68,21 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
 
 def header_digest(header: pb.StepHeader) -> bytes:
     """Return the SHA-256 of what the digest of a push's contents leaves out of its header."""
-    digest = hashlib.sha256()
+    frame_bytes, base = header.frame_bytes, header.base
+    parts = [
+        *map(_behind_length, (header.id.run.encode(), header.id.worker.encode())),
+        struct.pack("<3Q", header.id.epoch, header.sequence, base.version),
+        _behind_length(base.chain),
+        struct.pack(f"<{len(frame_bytes) + 1}Q", len(frame_bytes), *frame_bytes),
+        _behind_length(header.digest),
+        struct.pack("<2Q", header.applied_version, len(header.members)),
+        *(_behind_length(member.encode()) for member in header.members),
+    ]
+    return hashlib.sha256(b"".join(parts)).digest()
 
-    def add(*parts: int | bytes | str) -> None:
-        for part in parts:
-            if isinstance(part, int):
-                digest.update(struct.pack("<Q", part))
-            else:
-                raw = part.encode() if isinstance(part, str) else part
-                digest.update(struct.pack("<Q", len(raw)) + raw)
 
-    add(header.id.run, header.id.worker, header.id.epoch, header.sequence)
-    add(header.base.version, header.base.chain)
-    add(len(header.frame_bytes), *header.frame_bytes, header.digest, header.applied_version)
-    add(len(header.members), *header.members)
-    return digest.digest()
+def _behind_length(raw: bytes) -> bytes:
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def check_header(header: pb.StepHeader) -> None:
