@@ -269,3 +269,37 @@ def test_a_step_that_was_undone_ends_nobodys_lease_and_leaves_nobody_out(
     assert bench.server.status().round_workers == 2
     # nothing has come of the round that b missed
     assert bench.look(bench.submit(push_of(a, 1, START))) == ("b",)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_push_that_would_overflow_is_refused_and_training_goes_on(make: Make, mode: str) -> None:
+    bench = make({"mode": mode, "options": {"lr": 1.0}}, max_lr=1e308)
+    a, b = bench.join("a"), bench.join("b")
+    waiting = bench.submit(push_of(a, 1, START))
+    base, sha256 = bench.point, bench.sha256()
+    for poison in ({"value": 3e38, "lr": 1000.0}, {"value": 1.0, "lr": 1e300}):
+        push = push_of(b, 1, START, poison["value"])
+        with pytest.raises(NonFiniteError, match=r"'b'.*would not be finite"):
+            bench.look(bench.submit(replace(push, lr=(poison["lr"],))))
+        assert (bench.point, bench.sha256()) == (base, sha256)
+    right = bench.submit(push_of(b, 1, START))
+    assert bench.answer(waiting).applied is not None
+    answer = bench.answer(right)
+    assert answer.applied == bench.point
+    assert bench.point.version == (1 if mode == "sync" else 2)
+
+
+def test_who_lets_a_rounds_time_pass_is_not_waited_for_until_it_pushes(make: Make) -> None:
+    bench = make(round_timeout_s=5.0, lease_s=100.0)
+    a, b = bench.join("a"), bench.join("b")
+    waiting = bench.submit(push_of(a, 1, START))
+    assert bench.look(waiting) == ("b",)
+    bench.clock.pass_s(5)
+    assert bench.answer(waiting).members == ("a",)
+    assert bench.server.status().round_workers == 1
+    assert bench.round(2, a)[0].members == ("a",)
+    assert bench.answer(bench.submit(push_of(b, 1, START))).applied is None  # too late
+    waiting = bench.submit(push_of(a, 3, bench.point))
+    assert bench.look(waiting) == ("b",)
+    bench.submit(push_of(b, 1, bench.point))
+    assert bench.answer(waiting).members == ("a", "b")

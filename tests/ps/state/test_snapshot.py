@@ -21,6 +21,7 @@ from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
 from topq_dist.ps.protocol.types import ModelVersion
 from topq_dist.ps.state import snapshot_file
+from topq_dist.ps.state.directory_lock import LockLostError
 from topq_dist.ps.state.snapshot import (
     Snapshot,
     StateDir,
@@ -393,3 +394,73 @@ def test_the_training_must_be_the_same() -> None:
 def test_an_option_that_json_cannot_hold_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="options: expected numbers"):
         training_json(TrainingConfig(inner_opt="sgd", options={"lr": torch.tensor(0.1)}))
+
+
+class TestThePrevious:
+    def test_the_one_before_the_latest_is_kept(self, tmp_path: Path) -> None:
+        with StateDir(tmp_path) as state:
+            for version in (1, 2, 2, 3, 3):
+                state.save(snapshot_of(version))
+            state.previous_path.replace(state.snapshot_path)
+        with StateDir(tmp_path) as state:
+            assert_same(state.load(), snapshot_of(2))
+
+    def test_where_the_latest_is_damaged_it_is_named(self, tmp_path: Path) -> None:
+        with StateDir(tmp_path) as state:
+            state.save(snapshot_of(1))
+            state.snapshot_path.write_bytes(b"?")
+            with pytest.raises(StateError) as alone:
+                state.load()
+            assert "previous" not in str(alone.value)
+        with StateDir(tmp_path / "two") as state:
+            state.save(snapshot_of(1))
+            state.save(snapshot_of(2))
+            state.snapshot_path.write_bytes(state.snapshot_path.read_bytes()[:-1])
+            with pytest.raises(StateError, match=r"damaged.*snapshot\.previous\.safetensors"):
+                state.load()
+
+    def test_without_hard_links_there_is_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def link(*_: object) -> None:
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", link)
+        with StateDir(tmp_path) as state:
+            for version in (1, 2):
+                state.save(snapshot_of(version))
+            assert not state.previous_path.exists()
+            assert_same(state.load(), snapshot_of(2))
+
+
+class TestALockThatIsRemoved:
+    def test_it_is_taken_again_where_nobody_came_in_between(self, tmp_path: Path) -> None:
+        with StateDir(tmp_path) as state:
+            state.save(snapshot_of(1))
+            (tmp_path / "lock").unlink()
+            state.save(snapshot_of(2))
+            with pytest.raises(StateError, match="in use by process"):
+                StateDir(tmp_path)
+            assert_same(state.load(), snapshot_of(2))
+
+    def test_nothing_is_written_where_another_server_has_it(self, tmp_path: Path) -> None:
+        with StateDir(tmp_path) as first:
+            first.save(snapshot_of(1))
+            (tmp_path / "lock").unlink()
+            with StateDir(tmp_path) as second:
+                with pytest.raises(LockLostError, match="its lock file was removed"):
+                    first.save(snapshot_of(2))
+                assert_same(second.load(), snapshot_of(1))
+                second.save(snapshot_of(5))
+            # it is gone again, and what it wrote is not to be overwritten
+            with pytest.raises(LockLostError, match="was written by somebody else"):
+                first.save(snapshot_of(2))
+
+    def test_a_folder_that_is_gone_is_an_error_and_no_end(self, tmp_path: Path) -> None:
+        with StateDir(tmp_path / "state") as state:
+            state.save(snapshot_of(1))
+            state.path.rename(tmp_path / "elsewhere")
+            with pytest.raises(StateError, match="was not saved"):
+                state.save(snapshot_of(2))
+            (tmp_path / "elsewhere").rename(state.path)
+            state.save(snapshot_of(2))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from topq_dist.ps.protocol.types import (
     point_from_state,
     point_to_state,
 )
+from topq_dist.ps.state.directory_lock import DirectoryLock, LockLostError
 from topq_dist.ps.state.snapshot_file import (
     Contents,
     StateError,
@@ -39,7 +38,6 @@ __all__ = ["Snapshot", "StateDir", "StateError", "check_same_training", "trainin
 SNAPSHOT_NAME = "snapshot.safetensors"
 PREVIOUS_NAME = "snapshot.previous.safetensors"
 _PARTIAL_NAMES = (SNAPSHOT_NAME + ".partial", PREVIOUS_NAME + ".partial")
-_LOCK_NAME = "lock"
 _METADATA = "metadata"
 _HISTORY = "history"
 _CENTRAL = "central/"
@@ -68,10 +66,6 @@ class Snapshot:
     workers: Sequence[str] = ()
 
 
-class LockLostError(StateError):
-    """Another server has taken the state directory over: this one may not write there any more."""
-
-
 class StateDir:
     """A directory that one server holds its state in, locked until it is closed.
 
@@ -91,7 +85,7 @@ class StateDir:
             if not self.path.exists():
                 self.path.mkdir(mode=0o700, parents=True)
                 _sync_directory(self.path.parent)
-            self._lock = _lock(self.path)
+            self._lock = DirectoryLock(self.path)
             self._remove_partial()
             self._saved_stamp = _stamp(self.snapshot_path)
         except OSError as error:
@@ -153,7 +147,7 @@ class StateDir:
         saved.
         """
         with self._saving:
-            if self._lock < 0:
+            if self._lock.closed:
                 raise ValueError(f"state directory {self.path} is closed: expected an open one")
             version = snapshot.point.version
             if version < self._saved_version:
@@ -164,7 +158,7 @@ class StateDir:
                 # a new file each time: after a failed fsync the old one's pages are not to trust
                 self._remove_partial()
                 _write_durably(partial, contents)
-                self._check_lock()
+                self._check_ours()
                 if version > self._saved_version >= 0:
                     self._keep_previous(spare)
                 _rename(partial, self.snapshot_path)
@@ -179,9 +173,7 @@ class StateDir:
 
     def close(self) -> None:
         """Let another server have the directory."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -193,6 +185,15 @@ class StateDir:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_ours(self) -> None:
+        """Raise LockLostError where another server has, or has had, the directory meanwhile."""
+        self._lock.check()
+        if _stamp(self.snapshot_path) not in (None, self._saved_stamp):
+            raise LockLostError(
+                f"{self.snapshot_path} was written by somebody else: expected nobody but this "
+                "server to do so while it runs"
+            )
 
     def _remove_partial(self) -> None:
         for partial in (self.path / name for name in _PARTIAL_NAMES):
@@ -207,27 +208,6 @@ class StateDir:
             spare.replace(self.previous_path)
         except OSError as error:
             _log.debug("the snapshot before the latest is not kept: %s", error)
-
-    def _check_lock(self) -> None:
-        """Raise LockLostError unless the directory is still ours.
-
-        A lock file that somebody has removed is made again, where no server came in between.
-        """
-        held = os.fstat(self._lock)
-        path = self.path / _LOCK_NAME
-        if not path.exists() or not os.path.samestat(held, path.stat()):
-            _log.warning("the lock of state directory %s was removed: taking it again", self.path)
-            try:
-                lock = _lock(self.path)
-            except StateError as error:
-                raise LockLostError(f"{error}; its lock file was removed meanwhile") from error
-            os.close(self._lock)
-            self._lock = lock
-        if _stamp(self.snapshot_path) not in (None, self._saved_stamp):
-            raise LockLostError(
-                f"{self.snapshot_path} was written by somebody else: expected nobody but this "
-                "server to do so while it runs"
-            )
 
 
 def training_json(training: TrainingConfig) -> dict[str, Any]:
@@ -324,26 +304,6 @@ def _view(tensor: Tensor) -> memoryview:
     if tensor.dtype != torch.uint8:
         raise ValueError(f"bytes stored as {tensor.dtype}")
     return tensor.numpy().data
-
-
-def _lock(directory: Path) -> int:
-    path = directory / _LOCK_NAME
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
-        os.close(lock)
-        raise StateError(
-            f"state directory {directory} is in use by {holder}: stop it, or give this server "
-            "another one"
-        ) from error
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

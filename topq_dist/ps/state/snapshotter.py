@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 from topq_dist.ps.protocol.errors import NotReadyError
-from topq_dist.ps.state.snapshot import LockLostError, Snapshot, StateDir
+from topq_dist.ps.state.directory_lock import LockLostError
+from topq_dist.ps.state.snapshot import Snapshot, StateDir
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
