@@ -32,6 +32,10 @@ version of the last answer, and send it again as a replay, saying in which versi
 whom it was applied. A durable version says nothing of pushes that the server does not hold again
 yet: it may have made versions of the same numbers without them.
 
+Checksums. TLS sees bytes that were damaged on their way, TCP's sums nearly all. What has no digest
+or checksum of its own may end in a field `checksum`, behind all its others: CRC-32 of the bytes of
+the message before it. Unset: not checked.
+
 Who calls. Where the server has tokens, the metadata of each call but those of gRPC's health
 holds "authorization: Bearer TOKEN".
 
@@ -231,6 +235,7 @@ class JoinRequest(_message.Message):
     POINT_FIELD_NUMBER: _builtins.int
     FIRST_KEPT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """empty where the worker has not been in it yet"""
     worker: _builtins.str
@@ -242,6 +247,8 @@ class JoinRequest(_message.Message):
     """of the next push that was never sent; 0: from the server"""
     first_kept: _builtins.int
     """sequence of its oldest push, one under way included; 0: none"""
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def point(self) -> Global___Point:
         """what the worker holds; unset: nothing"""
@@ -259,12 +266,15 @@ class JoinRequest(_message.Message):
         point: Global___Point | None = ...,
         first_kept: _builtins.int = ...,
         model: _abc.Iterable[Global___TensorSpec] | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_kept", b"first_kept", "instance", b"instance", "model", b"model", "next_sequence", b"next_sequence", "point", b"point", "run", b"run", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "epoch", b"epoch", "first_kept", b"first_kept", "instance", b"instance", "model", b"model", "next_sequence", b"next_sequence", "point", b"point", "run", b"run", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
 
@@ -283,6 +293,7 @@ class JoinResponse(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     MAX_PUSH_BYTES_FIELD_NUMBER: _builtins.int
     TAKES_NO_GRADIENT_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
     """the next number the server would apply"""
     durable_version: _builtins.int
@@ -299,6 +310,8 @@ class JoinResponse(_message.Message):
     """StepHeader.no_gradient is understood; a worker leaves it empty for other servers, where it
     counts as a gradient of zeros.
     """
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     @_builtins.property
@@ -321,12 +334,15 @@ class JoinResponse(_message.Message):
         lease_s: _builtins.float = ...,
         max_push_bytes: _builtins.int = ...,
         takes_no_gradient: _builtins.bool = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "point", b"point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "takes_no_gradient", b"takes_no_gradient", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "takes_no_gradient", b"takes_no_gradient", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___JoinResponse: _TypeAlias = JoinResponse  # noqa: Y015
 
@@ -796,7 +812,10 @@ class FetchRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     WHICH_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     which: Global___FetchRequest.Which.ValueType
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     def __init__(
@@ -804,12 +823,15 @@ class FetchRequest(_message.Message):
         *,
         id: Global___WorkerId | None = ...,
         which: Global___FetchRequest.Which.ValueType = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "which", b"which"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id", "which", b"which"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
@@ -877,18 +899,24 @@ class RenewRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     def __init__(
         self,
         *,
         id: Global___WorkerId | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___RenewRequest: _TypeAlias = RenewRequest  # noqa: Y015
 
@@ -897,17 +925,23 @@ class RenewResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DURABLE_VERSION_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     durable_version: _builtins.int
+    checksum: _builtins.int
+    """See "Checksums"."""
     def __init__(
         self,
         *,
         durable_version: _builtins.int = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_version", b"durable_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "durable_version", b"durable_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___RenewResponse: _TypeAlias = RenewResponse  # noqa: Y015
 
@@ -916,18 +950,24 @@ class LeaveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def id(self) -> Global___WorkerId: ...
     def __init__(
         self,
         *,
         id: Global___WorkerId | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
 
@@ -936,6 +976,9 @@ class LeaveResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POINT_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """See "Checksums"."""
     @_builtins.property
     def point(self) -> Global___Point:
         """durable; a worker that holds a later version joins, replays and leaves again"""
@@ -944,12 +987,15 @@ class LeaveResponse(_message.Message):
         self,
         *,
         point: Global___Point | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "point", b"point"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
 

@@ -32,6 +32,10 @@ version of the last answer, and send it again as a replay, saying in which versi
 whom it was applied. A durable version says nothing of pushes that the server does not hold again
 yet: it may have made versions of the same numbers without them.
 
+Checksums. TLS sees bytes that were damaged on their way, TCP's sums nearly all. What has no digest
+or checksum of its own may end in a field `checksum`, behind all its others: CRC-32 of the bytes of
+the message before it. Unset: not checked.
+
 Who calls. Where the server has tokens, the metadata of each call but those of gRPC's health
 holds "authorization: Bearer TOKEN".
 

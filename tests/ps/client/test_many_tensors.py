@@ -81,7 +81,7 @@ class TestTheServer:
     def call(self, server: Any, *parts: pb.JoinPart | memoryview) -> pb.JoinResponse:
         with grpc.insecure_channel(str(server.address)) as channel:
             return codec.read_join_parts(
-                iter(Calls(channel).LongJoin(iter(parts), timeout=20)), pb.JoinResponse()
+                iter(Calls(channel).LongJoin(iter(parts), timeout=20)), pb.JoinResponse
             )
 
     @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Connection:
         with self._errors():
             call = self._calls().LongJoin(iter(parts), timeout=timeout_s, metadata=self._metadata)
             try:
-                return read_join_parts(iter(call), pb.JoinResponse())
+                return read_join_parts(iter(call), pb.JoinResponse)
             except grpc.RpcError as error:
                 if isinstance(error, grpc.Call) and error.code() is _UNIMPLEMENTED:
                     raise TooLargeError(

@@ -201,9 +201,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
         answer = _Answerer(self, behind, handler_call_details.method)
         if behind.response_streaming:
             return grpc.stream_stream_rpc_method_handler(answer.many)
-        return grpc.stream_unary_rpc_method_handler(
-            answer.one, response_serializer=behind.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(answer.one, response_serializer=answer.write)
 
     def _note_late(self) -> None:
         # the client sees CANCELLED: there is no other way to end a call from outside
@@ -267,7 +265,7 @@ class _Answerer:
         self._behind: Any = behind  # which of its behaviors is there, its flags say
         self._method = method
         self._read: Any = READERS.get(method) or behind.request_deserializer
-        self._write: Any = WRITERS.get(method) or behind.response_serializer
+        self.write: Any = WRITERS.get(method) or behind.response_serializer
 
     def one(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         """Return the response."""
@@ -281,7 +279,7 @@ class _Answerer:
             behavior = self._behind.stream_stream or self._behind.unary_stream
             limit = self._interceptor.limit(context, self._method)
             for response in behavior(self._argument(requests, context), context):
-                raw = self._write(response)
+                raw = self.write(response)
                 limit.moved(len(raw))
                 with limit.waiting():
                     yield raw

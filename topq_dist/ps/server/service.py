@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import grpc
 
-from topq_dist.ps.protocol.errors import InvalidError, NotReadyError
+from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NotReadyError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
@@ -108,7 +108,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         if not self._long_join.acquire(blocking=False):
             raise NotReadyError("another worker with a long list of tensors is joining: try again")
         try:
-            request = read_join_parts(request_iterator, pb.JoinRequest())
+            request = read_join_parts(request_iterator, pb.JoinRequest)
         finally:
             self._long_join.release()
         yield from join_parts(self.Join(request, context))
@@ -121,7 +121,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         """Take the initial model in."""
         first = next(request_iterator, None)
         if not isinstance(first, pb.UploadRequest) or not first.HasField("id"):
-            raise InvalidError("an upload begins without saying who sends it")
+            raise DamagedError("an upload begins without saying who sends it")
         caller = self._caller(context, first.id)
         spec = self._coordinator.upload_spec(caller)
         if spec is not None:
@@ -145,7 +145,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         """Take a push in, wait until it is decided, and answer."""
         first = next(request_iterator, None)
         if not isinstance(first, pb.StepRequest) or not first.HasField("header"):
-            raise InvalidError("a step begins without its header")
+            raise DamagedError("a step begins without its header")
         header = first.header
         check_header(header)
         caller = self._caller(context, header.id)
@@ -167,6 +167,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self, request: pb.ShortStepRequest, context: grpc.ServicerContext
     ) -> pb.ShortStepResponse:
         """Do the same with a push in one message, where the answer is there soon."""
+        if not request.HasField("header"):
+            raise DamagedError("a short step without its header")
         header = request.header
         check_header(header)
         caller = self._caller(context, header.id)
@@ -276,7 +278,7 @@ def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: s
     if isinstance(message, memoryview):
         return message
     if message.WhichOneof("part") != "chunk":
-        raise InvalidError(f"{otherwise}: expected chunks after the first message")
+        raise DamagedError(f"{otherwise}: expected chunks after the first message")
     return memoryview(message.chunk)
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from topq_dist.ps.model.spec import DTYPES, ModelSpec, TensorSpec
-from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
+from topq_dist.ps.protocol.errors import DamagedError, InvalidError, TooLargeError
 from topq_dist.ps.protocol.types import (
     MAX_JOIN_BYTES,
     GroupView,
@@ -20,7 +20,7 @@ from topq_dist.ps.protocol.types import (
     Update,
     raw_checksum,
 )
-from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
+from topq_dist.ps.wire.messages import Receiver, check_raw, chunks, from_checked, with_checksum
 from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -122,7 +122,7 @@ def join_parts(message: Message) -> Iterator[pb.JoinPart | memoryview]:
 
     Raises TooLargeError for one that no part may announce.
     """
-    raw = memoryview(message.SerializeToString())
+    raw = memoryview(with_checksum(message))
     if raw.nbytes > MAX_JOIN_BYTES:
         raise TooLargeError(
             f"the names and shapes of the model's tensors take {raw.nbytes} bytes: expected at "
@@ -132,8 +132,8 @@ def join_parts(message: Message) -> Iterator[pb.JoinPart | memoryview]:
     yield from chunks([raw])
 
 
-def read_join_parts(parts: Iterator[pb.JoinPart | memoryview], message: M) -> M:
-    """Read what `join_parts` yielded into `message`, and return that; raises RefusedError."""
+def read_join_parts(parts: Iterator[pb.JoinPart | memoryview], message_type: type[M]) -> M:
+    """Read the message that `join_parts` yielded, and return it; raises RefusedError."""
     first = next(parts, None)
     if not isinstance(first, pb.JoinPart) or first.WhichOneof("part") != "total_bytes":
         raise InvalidError("a long Join begins without its length")
@@ -141,10 +141,9 @@ def read_join_parts(parts: Iterator[pb.JoinPart | memoryview], message: M) -> M:
     for part in parts:
         receiver.take(chunk_of(part))
     try:
-        message.ParseFromString(bytes(receiver.parts()[0]))
+        return from_checked(message_type, bytes(receiver.parts()[0]))
     except DecodeError as error:
-        raise InvalidError(f"a long Join that is no message of its kind: {error}") from error
-    return message
+        raise DamagedError(f"a long Join that is no message of its kind: {error}") from error
 
 
 def upload_requests(

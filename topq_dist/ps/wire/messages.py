@@ -5,7 +5,10 @@ A chunk goes without protobuf, which would copy it twice.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Final, Generic, TypeVar
 
@@ -117,6 +120,26 @@ def check_raw(
 
 
 M = TypeVar("M", bound=Message)
+_CHECKSUM = struct.Struct("<BI")
+_CHECKSUM_TAG = 15 << 3 | 5  # field 15, a fixed32
+
+
+def with_checksum(message: Message) -> bytes:
+    """Return the bytes of a message that has a field `checksum`, which ends them."""
+    raw: bytes = message.SerializeToString()
+    return raw + _CHECKSUM.pack(_CHECKSUM_TAG, zlib.crc32(raw))
+
+
+def from_checked(message_type: type[M], raw: bytes) -> M:
+    """Return the message; raises DecodeError, or DamagedError for another checksum than it says."""
+    message = message_type.FromString(raw)
+    if message.HasField("checksum"):
+        end = len(raw) - _CHECKSUM.size
+        if raw[end:] != _CHECKSUM.pack(_CHECKSUM_TAG, zlib.crc32(raw[:end])):
+            raise DamagedError("another checksum than it says: damaged on its way")
+    return message
+
+
 _LENGTH_DELIMITED = 2
 # of the length of a message; gRPC takes none of 4 GiB
 _LONGEST_VARINT = 5
@@ -170,18 +193,28 @@ UPLOAD_REQUESTS: Final = ChunkedMessages(pb.UploadRequest)
 FETCH_RESPONSES: Final = ChunkedMessages(pb.FetchResponse)
 JOIN_PARTS: Final = ChunkedMessages(pb.JoinPart)
 _SERVICE: Final = "/" + pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+_JOIN: Final = f"{_SERVICE}/Join"
+_RENEW: Final = f"{_SERVICE}/Renew"
+_LEAVE: Final = f"{_SERVICE}/Leave"
 _STEP: Final = f"{_SERVICE}/Step"
 _UPLOAD: Final = f"{_SERVICE}/Upload"
 _FETCH: Final = f"{_SERVICE}/Fetch"
 _LONG_JOIN: Final = f"{_SERVICE}/LongJoin"
 
-# of the methods whose messages can be chunks, for the server's side
+# of the methods whose messages can be chunks, or have a checksum, for the server's side
 READERS: Final[Mapping[str, Callable[[bytes], Any]]] = {
+    _JOIN: partial(from_checked, pb.JoinRequest),
+    _RENEW: partial(from_checked, pb.RenewRequest),
+    _LEAVE: partial(from_checked, pb.LeaveRequest),
+    _FETCH: partial(from_checked, pb.FetchRequest),
     _STEP: STEP_REQUESTS.from_bytes,
     _UPLOAD: UPLOAD_REQUESTS.from_bytes,
     _LONG_JOIN: JOIN_PARTS.from_bytes,
 }
 WRITERS: Final[Mapping[str, Callable[[Any], bytes]]] = {
+    _JOIN: with_checksum,
+    _RENEW: with_checksum,
+    _LEAVE: with_checksum,
     _STEP: STEP_RESPONSES.to_bytes,
     _FETCH: FETCH_RESPONSES.to_bytes,
     _LONG_JOIN: JOIN_PARTS.to_bytes,
@@ -189,14 +222,20 @@ WRITERS: Final[Mapping[str, Callable[[Any], bytes]]] = {
 
 
 class Calls:
-    """The generated stub, for streams of messages and chunks."""
+    """The generated stub, for streams of messages and chunks, and for checksums."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         stub = pb_grpc.ParameterServerStub(channel)
-        self.Join = stub.Join
+        self.Join: grpc.UnaryUnaryMultiCallable[pb.JoinRequest, pb.JoinResponse] = (
+            channel.unary_unary(_JOIN, with_checksum, partial(from_checked, pb.JoinResponse))
+        )
+        self.Renew: grpc.UnaryUnaryMultiCallable[pb.RenewRequest, pb.RenewResponse] = (
+            channel.unary_unary(_RENEW, with_checksum, partial(from_checked, pb.RenewResponse))
+        )
+        self.Leave: grpc.UnaryUnaryMultiCallable[pb.LeaveRequest, pb.LeaveResponse] = (
+            channel.unary_unary(_LEAVE, with_checksum, partial(from_checked, pb.LeaveResponse))
+        )
         self.ShortStep = stub.ShortStep
-        self.Renew = stub.Renew
-        self.Leave = stub.Leave
         self.Status = stub.Status
         self.Step: grpc.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
             _STEP,
@@ -215,6 +254,6 @@ class Calls:
         )
         self.Fetch: grpc.UnaryStreamMultiCallable[pb.FetchRequest, Any] = channel.unary_stream(
             _FETCH,
-            request_serializer=pb.FetchRequest.SerializeToString,
+            request_serializer=with_checksum,
             response_deserializer=FETCH_RESPONSES.from_bytes,
         )
