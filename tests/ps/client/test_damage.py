@@ -17,7 +17,7 @@ from torch import Tensor
 from topq_dist.compress.codec.frame import FrameError
 from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
 from topq_dist.ps.client import connection, retry_deadline, server_client
-from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
+from topq_dist.ps.client.call_errors import DoubtfulError, TransientError, UnreachedError
 from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.retry_deadline import RetryDeadline
 from topq_dist.ps.client.server_client import ServerClient
@@ -98,7 +98,7 @@ class TestWhatAnotherTryCures:
     @pytest.mark.parametrize(
         ("code", "details", "expected"),
         [
-            ("UNAVAILABLE", "Socket closed", TransientError),
+            ("UNAVAILABLE", "Socket closed", UnreachedError),
             ("UNKNOWN", "Stream removed", TransientError),
             ("DATA_LOSS", "", TransientError),
             ("INTERNAL", "Exception deserializing response!", TransientError),
