@@ -13,6 +13,7 @@ from topq_dist.compress.coherence import (
     NO_COHERENCE,
     Coherence,
     CoherenceMean,
+    bounded_total,
     measure_coherence,
     total,
 )
@@ -116,3 +117,23 @@ def test_a_mean_goes_on_where_it_was() -> None:
         one.add(Coherence(0.5, 1.0))
     assert mean.state() == other.state()
     assert mean.rate_factor(0.1) == other.rate_factor(0.1) > 1.0
+
+
+@pytest.mark.parametrize("worst", [(1e308, 1.0), (-1e308, 1.0), (1e308, 1e308), (0.0, 1e300)])
+def test_no_worker_outweighs_the_others(worst: tuple[float, float]) -> None:
+    others = [Coherence(0.5, 1.0)] * 4
+    aligned, energy = bounded_total([*others, Coherence(*worst)])
+    assert abs(aligned - 2.0) <= 4.0
+    assert 4.0 <= energy <= 8.0
+    # of two, neither by more than four times
+    assert bounded_total([others[0], Coherence(*worst)]).size <= 5.0
+
+
+def test_workers_that_differ_as_batches_do_are_added_up_as_they_are() -> None:
+    given = [Coherence(0.1, 1.0), Coherence(-0.3, 0.7), Coherence(2.0, 2.5), Coherence()]
+    assert bounded_total(given) == total(given)
+    assert bounded_total([Coherence(1e308, 0.0)]) == Coherence(1e308, 0.0)
+    assert bounded_total([]) == Coherence()
+    usual = Coherence(0.0, 1.0)
+    assert bounded_total([Coherence(1e300, 1e300)], usual=usual) == pytest.approx((4.0, 4.0))
+    assert bounded_total(given[:1], usual=usual) == given[0]

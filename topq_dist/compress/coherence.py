@@ -24,6 +24,8 @@ from topq_dist.compress.layout import ChunkedVector, Layout
 _WHOLE_NUMEL = 1 << 14
 _BLOCK_NUMEL = 64
 _EVERY = 32
+# more than batches differ by
+_MOST_WEIGHT = 4.0
 # batches differ, and the rate should not follow each of them
 _MEMORY = 0.9
 # in steps of a 64th, in which the order does not show that buckets and ranks are added up in
@@ -44,6 +46,11 @@ class Coherence(NamedTuple):
         """Whether both are finite."""
         return math.isfinite(self.aligned) and math.isfinite(self.energy)
 
+    @property
+    def size(self) -> float:
+        """The weight that it has beside others, where all are added up."""
+        return max(abs(self.aligned), self.energy)
+
 
 NO_COHERENCE = Coherence()
 
@@ -55,6 +62,22 @@ def total(coherences: Iterable[Coherence]) -> Coherence:
         aligned += one.aligned
         energy += one.energy
     return Coherence(aligned, energy)
+
+
+def bounded_total(coherences: Iterable[Coherence], *, usual: Coherence = NO_COHERENCE) -> Coherence:
+    """Return the sums over several workers, of which none weighs over four times the median one.
+
+    usual: counts as one more worker for the median, but not in the sums.
+    """
+    given = list(coherences)
+    sizes = sorted(one.size for one in (*given, usual) if one.size > 0.0)
+    limit = _MOST_WEIGHT * sizes[(len(sizes) - 1) // 2] if sizes else 0.0
+    return total(
+        Coherence(one.aligned * (limit / one.size), one.energy * (limit / one.size))
+        if one.size > limit
+        else one
+        for one in given
+    )
 
 
 def measure_coherence(

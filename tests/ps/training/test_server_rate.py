@@ -115,6 +115,24 @@ def test_one_worker_cannot_raise_the_rate_past_that_of_dense_gradients() -> None
         assert group["lr"] <= 0.01 / DENSITY**0.5 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_one_worker_does_not_rule_the_mean_for_long(mode: str) -> None:
+    """Without a bound its one push counted more than thousands of the others' after it."""
+    spoilt, plain = central_of(mode=mode), central_of(mode=mode)
+    for step in range(60):
+        for central in (spoilt, plain):
+            usual = pushes(step, (0.5, 1.0), (0.5, 1.0))
+            if step == 10 and central is spoilt:
+                usual[0] = replace(usual[0], coherence=(1e300, 1e300))
+            for version in (usual,) if mode == "sync" else ([one] for one in usual):
+                central.apply(version)
+    rates = []
+    for central in (spoilt, plain):
+        aligned, energy = central._momentum.coherence
+        rates.append(aligned / energy)
+    assert rates[0] == pytest.approx(rates[1], rel=0.05)
+
+
 def test_kept_pushes_go_round_with_their_coherence() -> None:
     log = ReplayLog()
     made = log.begin(START, [memoryview(b"frame")], (0.1,), (), (2.0, 1.0))

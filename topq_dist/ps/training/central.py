@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from topq_dist.compress.coherence import Coherence, total
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence, bounded_total
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
@@ -62,6 +62,7 @@ class CentralModel:
         if values.spec != spec:
             raise ValueError("values is of another model than spec: expected the same")
         self.spec = spec
+        self._mode = config.mode
         self._params = values
         self._gradient = GradientSum(spec)
         self._named = values.tensors()
@@ -168,7 +169,9 @@ class CentralModel:
     ) -> tuple[UpdateKind, tuple[memoryview, ...]]:
         self.disagreement = self._group_numbers.take(pushes)
         frames = [push.frames for push in counted]
-        coherence = total(Coherence(*push.coherence) for push in counted)
+        # alone in its version, a push is compared with those before
+        usual = self._momentum.coherence if self._mode == "async" else NO_COHERENCE
+        coherence = bounded_total((Coherence(*push.coherence) for push in counted), usual=usual)
         unused, numels = self._without_gradient(counted)
         with self._momentum.stepping(frames, coherence, numels), self._skipped(unused):
             touched = self._sparse_step.take(self._params, self._gradient)

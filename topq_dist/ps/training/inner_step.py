@@ -55,6 +55,11 @@ class MomentumOut:
         self.takes_coherence = enabled and adapt_rate and divides_by_mean_square(inner)
         self._coherence = CoherenceMean()
 
+    @property
+    def coherence(self) -> Coherence:
+        """The mean over recent steps."""
+        return self._coherence.sums
+
     @contextmanager
     def stepping(
         self,
@@ -64,7 +69,7 @@ class MomentumOut:
     ) -> Iterator[None]:
         """Have the block's step run as these pushes ask, each of one frame for each vector.
 
-        coherence: the sum of theirs. numels: as `density` takes them.
+        coherence: of all of them. numels: as `density` takes them.
         """
         overrides: list[Mapping[str, Any]] = []
         sent = density(pushes, numels)
