@@ -144,7 +144,7 @@ def test_a_weight_decay_that_is_none_is_refused(
         ({}, {"lr": 0.25, "momentum": 0.96}, "momentum=0.96 at lr=0.25: expected steps no longer"),
         ({}, {"momentum": 1 - 1e-9}, "max_lr=0.5 makes them with momentum=0.9, as its run began"),
         ({}, {"weight_decay": 0.99}, ""),
-        ({}, {"weight_decay": 1.1}, "weight_decay=1.1 at a rate of 1: expected at most 1, beyond"),
+        ({}, {"weight_decay": 1.1}, "lr=0.1 with weight_decay=1.1 is a decay of 1.1 a step"),
         ({}, {"weight_decay": 4e9}, "beyond which a step turns weights round"),
         ({"options": {"lr": 0.1, "weight_decay": 30.0}}, {"lr": 0.1}, ""),
         ({"inner_opt": "adamw", "options": {"lr": 0.1}}, {"lr": 0.5, "momentum": 0.99}, ""),
