@@ -181,6 +181,17 @@ def trained(pair: Pair, steps: range) -> Tensor:
     return values(model)
 
 
+def test_an_lr_that_is_a_tensor_is_saved_and_read(tmp_path: Path) -> None:
+    with serving(tmp_path, SGD) as server:
+        model, optimizer = connect_and_keep(server)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+        trained((model, optimizer), range(2))
+        optimizer.load_state_dict(saved_and_read(optimizer))
+        trained((model, optimizer), range(2, 3))
+        assert server.coordinator._started().central.groups()[0].numbers["lr"] == 0.25
+        optimizer.close()
+
+
 def test_an_lr_that_others_drive_is_not_taken_for_a_change_after_a_resume() -> None:
     before = ServerGroups([[GroupView(names=("w",), numbers={"lr": 0.1})]])
     now = ServerGroups([[GroupView(names=("w",), numbers={"lr": 0.05})]])

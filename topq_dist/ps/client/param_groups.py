@@ -182,7 +182,10 @@ def _filled(place: int, view: GroupView, group: Group) -> dict[str, Any]:
         raise TypeError(f"{what} is {group!r}: expected what state_dict returned")
     filled = {**_shown(view), **group}
     for name in view.numbers:
-        check_number(f"{name} of {what}", filled[name])
+        number = filled[name]
+        # schedulers write into an lr that is one
+        is_tensor = isinstance(number, Tensor) and number.dim() == 0
+        check_number(f"{name} of {what}", number.item() if is_tensor else number)
     betas = filled["betas"] if view.betas else ()
     if not isinstance(betas, list | tuple) or len(betas) != len(view.betas):
         raise ValueError(f"betas={betas!r} of {what}: expected {len(view.betas)} numbers")
