@@ -685,12 +685,19 @@ class StepAnswer(_message.Message):
     DURABLE_VERSION_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
     DISAGREEMENT_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     outcome: Global___StepAnswer.Outcome.ValueType
     applied_version: _builtins.int
     durable_version: _builtins.int
     disagreement: _builtins.str
     """For people, where the workers of applied_version sent different numbers for one group: which,
     and what counted. Not in the answer to a repeat.
+    """
+    checksum: _builtins.int
+    """CRC-32 of what follows, numbers as little-endian uint64 and bytes and texts behind their length
+    as one: outcome, applied_version, how many members and each, version and chain of applied_point,
+    durable_version, how many updates, and of each kind, version and chain of its point, checksum (0
+    where it has none), how many payload_bytes and each. Unset: not checked.
     """
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -714,12 +721,15 @@ class StepAnswer(_message.Message):
         durable_version: _builtins.int = ...,
         updates: _abc.Iterable[Global___Update] | None = ...,
         disagreement: _builtins.str = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied_point", b"applied_point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "applied_point", b"applied_point", "checksum", b"checksum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_point", b"applied_point", "applied_version", b"applied_version", "disagreement", b"disagreement", "durable_version", b"durable_version", "members", b"members", "outcome", b"outcome", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "applied_point", b"applied_point", "applied_version", b"applied_version", "checksum", b"checksum", "disagreement", b"disagreement", "durable_version", b"durable_version", "members", b"members", "outcome", b"outcome", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___StepAnswer: _TypeAlias = StepAnswer  # noqa: Y015
 

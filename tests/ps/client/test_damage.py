@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from ps.certificates import Authority
 from ps.client.test_optimizer import SGD, connect
 from ps.damaging_proxy import damaging
@@ -22,10 +24,13 @@ from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.retry_deadline import RetryDeadline
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.model.flat import FlatModel
+from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, TooLargeError
+from topq_dist.ps.protocol.types import Answer, ModelVersion, Update, UpdateKind
 from topq_dist.ps.security.policy import ClientSecurity, ServerSecurity
 from topq_dist.ps.security.tls import ClientTls, ServerTls
 from topq_dist.ps.wire import steps
+from topq_dist.v1 import parameter_server_pb2 as pb
 
 STEPS = 24
 
@@ -209,6 +214,40 @@ def test_a_second_damaged_update_does_not_apply_the_first_twice(
         held.load_raw(server.coordinator._started().central.workers_raw())
     for one, right in zip(client.model.flats, held.flats, strict=True):
         assert torch.equal(one, right)
+
+
+def test_a_bit_of_an_answer_is_not_flipped_unseen() -> None:
+    answer = Answer(
+        applied=ModelVersion(version=5, chain=bytes(range(32))),
+        members=("a", "b"),
+        updates=tuple(
+            Update(
+                kind=kind,
+                point=ModelVersion(version=version, chain=bytes([version]) * 32),
+                payloads=(memoryview(bytes(100 + version)),),
+            )
+            for version, kind in ((4, UpdateKind.SET), (5, UpdateKind.ADD))
+        ),
+        durable_version=3,
+    )
+    spec = ModelSpec.of([("w", torch.zeros(400))])
+    raw = steps.answer_message(answer).SerializeToString()
+    assert len(steps.receiver_of_answer(pb.StepAnswer.FromString(raw), spec)._edges) == 3
+    seen = 0
+    for bit in range(8 * len(raw)):
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(DecodeError):
+            message = pb.StepAnswer.FromString(bytes(damaged))
+            if not message.HasField("checksum"):  # its own tag, as one of many
+                continue
+            with pytest.raises((DamagedError, InvalidError)):
+                steps.receiver_of_answer(message, spec)
+            seen += 1
+    assert seen > 4 * len(raw)
+    old = pb.StepAnswer.FromString(raw)
+    old.ClearField("checksum")
+    steps.receiver_of_answer(old, spec)
 
 
 def test_a_frame_that_stays_damaged_is_an_error_that_names_the_server(

@@ -61,6 +61,9 @@ def test_an_answer_that_is_none_is_refused() -> None:
         with pytest.raises(InvalidError, match=words):
             steps.read_short_answer(wrong, spec)
     good.answer.outcome = pb.StepAnswer.OUTCOME_UNSPECIFIED
+    with pytest.raises(InvalidError, match="another checksum than it says"):
+        steps.read_short_answer(good, spec)
+    good.answer.checksum = steps.answer_checksum(good.answer)
     with pytest.raises(InvalidError, match="outcome 0"):
         steps.read_short_answer(good, spec)
 

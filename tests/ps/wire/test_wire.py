@@ -276,6 +276,7 @@ class TestDamage:
         with pytest.raises(InvalidError, match="an update has another checksum"):
             read()
         message.answer.updates[0].ClearField("checksum")
+        message.answer.ClearField("checksum")  # as older servers have it
         read()
 
     def test_of_any_field_of_a_pushs_header(self) -> None:

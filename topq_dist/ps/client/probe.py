@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> s
     if tls.certificate is not None:
         context.load_cert_chain(tls.certificate, tls.key)
     try:
+        end.getpeername()  # of one that has been reset by now, ssl would leave a socket open
         encrypted = context.wrap_socket(end, server_hostname=tls.server_name or address.name)
     except ssl.SSLCertVerificationError as error:
         against = f"the server's certificate does not hold against ca={str(tls.ca)!r}"
@@ -103,6 +105,10 @@ def _why_no_handshake(address: Address, end: socket.socket, tls: ClientTls) -> s
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             return "the server does not speak TLS"
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return _ENDED
+        raise
     else:
         with encrypted, suppress(ssl.SSLError, ConnectionError):
             # With TLS 1.3 a client is through before the server has seen its certificate.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ from topq_dist.ps.protocol.types import (
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
 from topq_dist.v1 import parameter_server_pb2 as pb
+
+_LARGEST = 2**64 - 1
 
 
 def point_to_wire(point: ModelVersion) -> pb.Point:
@@ -187,7 +190,30 @@ def answer_message(answer: Answer) -> pb.StepAnswer:
         message.outcome = pb.StepAnswer.OUTCOME_APPLIED
         message.applied_version = answer.applied.version
         message.applied_point.CopyFrom(point_to_wire(answer.applied))
+    message.checksum = answer_checksum(message)
     return message
+
+
+def answer_checksum(message: pb.StepAnswer) -> int:
+    """Return the CRC-32 of what an answer says before its payloads, which bring their own."""
+    outcome = message.outcome & _LARGEST  # a damaged one may be negative
+    parts = [struct.pack("<QQQ", outcome, message.applied_version, len(message.members))]
+    parts += [_behind_its_length(worker.encode()) for worker in message.members]
+    parts += [_packed_point(message.applied_point)]
+    parts += [struct.pack("<QQ", message.durable_version, len(message.updates))]
+    for update in message.updates:
+        sizes = update.payload_bytes
+        parts += [struct.pack("<Q", update.kind & _LARGEST), _packed_point(update.point)]
+        parts += [struct.pack(f"<{2 + len(sizes)}Q", update.checksum, len(sizes), *sizes)]
+    return zlib.crc32(b"".join(parts))
+
+
+def _packed_point(point: pb.Point) -> bytes:
+    return struct.pack("<Q", point.version) + _behind_its_length(point.chain)
+
+
+def _behind_its_length(raw: bytes) -> bytes:
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def payloads_of(answer: Answer) -> list[memoryview]:
@@ -235,6 +261,8 @@ def receiver_of_answer(
     message: pb.StepAnswer, spec: ModelSpec, pool: BufferPool | None = None
 ) -> Receiver:
     """Return what takes the payloads of an answer; raises InvalidError where it is none."""
+    if message.HasField("checksum") and answer_checksum(message) != message.checksum:
+        raise DamagedError("a step's answer has another checksum than it says: damaged on its way")
     known = (pb.StepAnswer.OUTCOME_APPLIED, pb.StepAnswer.OUTCOME_STALE)
     if message.outcome not in known:
         raise InvalidError(
