@@ -337,7 +337,7 @@ class TestTheServersOwnTroubles:
 
     def test_its_own_pause_is_nobodys_silence(self, tmp_path: Path) -> None:
         expected = self.ended(tmp_path / "calm", pauses=0)
-        assert self.ended(tmp_path / "paused", pauses=2) == expected
+        assert self.ended(tmp_path / "paused", pauses=1) == expected
 
     @staticmethod
     def ended(folder: Path, *, pauses: int) -> str:
