@@ -69,9 +69,10 @@ class TopQState:
         exchange: "allgather" sends every frame to every rank, exactly; "split" reduces each part
             of the index space on one rank, for many ranks; "hierarchical" sums inside a node and
             sends frames between nodes; "dense" sends all. "auto" measures them in the first
-            steps and keeps the cheapest: "dense" where it is over 5 % faster, else the one of
-            fewest bytes among those not over 25 % slower than the fastest. It tries what would
-            change a result, "split" and "dense", only with error feedback, "hierarchical" never.
+            steps, which train as "dense" does, and keeps the cheapest: "dense" where it is over
+            5 % faster, else the one of fewest bytes among those not over 25 % slower than the
+            fastest. It tries what would change a result, "split" and "dense", only with error
+            feedback, "hierarchical" never.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (row with param_ndim, bucket with that scope), and keep what is clipped; None
             does not. What is half sent or more is never clipped. Only with error_feedback.
@@ -88,17 +89,15 @@ class TopQState:
             rate (not the decoupled weight decay) of sparse steps by sqrt(1 + 2 c), where c is the
             coherence of gradients and residuals, a mean over recent steps, layers and ranks: 1 for
             gradients that are mostly noise, at most sqrt(1 / (1 - q)) where they agree for long.
-
         process_group: the ranks that train the model; None is the default group. Only where
             `ddp_model` is not wrapped yet, since DistributedDataParallel knows its own.
 
     ddp_model: the model, wrapped in DistributedDataParallel. Making the state is then a collective,
-    which every rank of its process group enters at the same point; the model's process group,
-    find_unused_parameters and what is frozen are read anew at each step.
-    A model that is wrapped later, by a trainer or replicate(), is given as it is, and the state
-    with `topq_hook` to whoever calls register_comm_hook (Lightning: ddp_comm_state= and
-    ddp_comm_hook=). Ranks then agree in the first backward pass; until it `optimizer` may be set,
-    and each parameter is taken for one that may be unused.
+    which every rank of its process group enters at the same point; the group, what may go unused
+    and what is frozen are read anew at each step. A model that is wrapped later, by a trainer or
+    replicate(), is given as it is, and the state with `topq_hook` to whoever calls
+    register_comm_hook (Lightning: ddp_comm_state= and ddp_comm_hook=). Ranks then agree in the
+    first backward pass, until which `optimizer` may be set; each parameter may go unused.
 
     Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
     disagree on settings or model; nothing is touched before that.
