@@ -21,7 +21,7 @@ class Recovery:
     """The workers that come back to a server, and how far they are believed to have been.
 
     It is over once nobody is still to come, and a version is made that is no replay; at the latest
-    10 leases after the last one came back, two replays agreed, or all had brought another one.
+    10 leases after the last one came back, two replays agreed, or all of them had brought one.
 
     version: of the snapshot, which knows those that `leases` has now. clock: seconds.
     """
@@ -108,11 +108,11 @@ class Recovery:
         self.look(version)
 
     def note_replays(self, pushes: Sequence[Push]) -> None:
-        """Note that these were applied; the way back goes on while all bring their replays."""
+        """Note that these were applied; the way back goes on while all those known bring theirs."""
         replayed = {push.worker for push in pushes if push.applied_version > 0}
         self._replayed |= replayed
-        live = self._live() or self._leases.live(self._clock())
-        if len(replayed) > 1 or (replayed and live <= self._replayed):
+        # one alone may take its time where the run has nobody else
+        if len(replayed) > 1 or (self._known and self._known <= self._replayed):
             self._moved_s = self._clock()
             self._replayed.clear()
 

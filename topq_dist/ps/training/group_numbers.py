@@ -144,8 +144,8 @@ def _check_reach(group: Mapping[str, Any], own: Mapping[str, Any], max_lr: float
     most = max(1.0, own_rate * own.get("weight_decay", 0.0))
     if rate * decay > most:
         raise InvalidError(
-            f"lr={lr!r} with weight_decay={decay!r} is a decay of {rate * decay:g} a step: expected "
-            f"at most {most:g}, beyond which a step turns weights round"
+            f"lr={lr!r} with weight_decay={decay!r} is a decay of {rate * decay:g} a step: "
+            f"expected at most {most:g}, beyond which a step turns weights round"
         )
 
 
