@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 from ps.bench import Make, push_of
 
-from topq_dist.ps.protocol.errors import ExpiredError, InvalidError, NotJoinedError
+from topq_dist.ps.protocol.errors import (
+    ExpiredError,
+    InvalidError,
+    NotJoinedError,
+    NotReadyError,
+    TooManyWorkersError,
+)
 from topq_dist.ps.protocol.types import START, ModelVersion, UpdateKind
 
 
@@ -75,9 +81,8 @@ def test_a_lower_max_lr_after_a_restart_ends_nobody_for_what_was_applied(make: M
 
 def test_one_worker_may_take_its_time_for_its_replays(make: Make) -> None:
     bench = make()
-    a, gone = bench.join("a"), bench.join("gone")
+    a = bench.join("a")
     bench.save()
-    bench.server.leave(gone)
     lost = [bench.round(number, a)[0] for number in range(1, 21)]
     sha256 = bench.sha256()
     bench.crash()
@@ -86,9 +91,32 @@ def test_one_worker_may_take_its_time_for_its_replays(make: Make) -> None:
         pending = bench.submit(push_of(a, number, bench.point, replay=answer))
         bench.clock.pass_s(9.0)
         bench.server.renew(a)
-        bench.clock.pass_s(2.0 if number == 1 else 0.0)
         assert bench.answer(pending).applied == answer.applied
     assert bench.sha256() == sha256
+
+
+def test_names_that_a_worker_makes_up_take_no_place_after_the_next_restart(make: Make) -> None:
+    bench = make(max_workers=2)
+    a, b = bench.join("a"), bench.join("b")
+    bench.save()
+    lost = bench.round(1, a, b)[0]
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(1, 2))
+    bench.submit(push_of(a, 1, START, replay=replace(lost, members=("a", "x", "y"))))
+    assert {member.worker for member in bench.server._leases.all()} == {"a", "b", "x", "y"}
+    bench.save()
+    bench.crash()
+    assert {member.worker for member in bench.server._leases.all()} == {"a", "b"}
+    # a third has a place once one of them has not come back in time
+    with pytest.raises(NotReadyError, match="waits for a, b to come back"):
+        bench.join("c")
+    b = bench.join("b", epoch=b.epoch, held=lost.applied, kept=(1, 2))
+    bench.clock.pass_s(9)
+    bench.server.renew(b)
+    bench.clock.pass_s(2)
+    bench.join("c")
+    with pytest.raises(TooManyWorkersError):
+        bench.join("d")
 
 
 def test_no_round_times_out_while_workers_come_back_after_a_restart(make: Make) -> None:

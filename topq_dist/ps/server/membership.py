@@ -104,6 +104,11 @@ class Leases:
             if member.phase(now_s) in (Phase.EXPECTED, Phase.RETURNING)
         )
 
+    def only_expected(self) -> frozenset[str]:
+        """Return the names of those of whom others have spoken, and nobody else."""
+        members = self._by_name.values()
+        return frozenset(one.worker for one in members if one.entered_as is Phase.EXPECTED)
+
     def uploader(self) -> Member | None:
         """Return who was told to bring the model, be its lease over or not; None: nobody."""
         found = (one for one in self._by_name.values() if one.entered_as is Phase.UPLOADING)
@@ -220,6 +225,12 @@ class Membership:
                 f"{self.run!r}: point it to its own server, or start it anew"
             )
         if not self._leases.has_room(call.worker, self._clock()):
+            returning = self._leases.returning(self._clock()) - self._leases.only_expected()
+            if returning:  # they may be gone
+                raise NotReadyError(
+                    f"worker {call.worker!r} has no place while the server waits for "
+                    f"{', '.join(sorted(returning))} to come back, one lease at most: try again"
+                )
             raise TooManyWorkersError(
                 f"worker {call.worker!r} would be one too many: expected at most "
                 f"max_workers={self._serving.max_workers} at a time"

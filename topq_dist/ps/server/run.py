@@ -169,7 +169,8 @@ class Run:
     def _snapshot(self) -> Snapshot | None:
         if self._state is None or self._pushes is None or self.failed:
             return None
-        live = self._leases.live(self._clock())
+        # not those of whom others speak: a restart would take them for workers that it knows
+        live = self._leases.live(self._clock()) - self._leases.only_expected()
         with self._unheard():
             if not self._state.central.is_finite():
                 _log.critical(
