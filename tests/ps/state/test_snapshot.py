@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
 from topq_dist.ps.protocol.types import ModelVersion
-from topq_dist.ps.state import snapshot_file
+from topq_dist.ps.state import snapshot, snapshot_file
 from topq_dist.ps.state.directory_lock import LockLostError
 from topq_dist.ps.state.snapshot import (
     Snapshot,
@@ -307,10 +307,11 @@ def test_killed_at_a_point(killed: tuple[Path, list[list[str]]], point: str) -> 
     directory, lines = killed
     assert [point, str(int(signal.SIGKILL))] in lines
     found = 2 if killed_saves.POINTS[point] else 1
-    left = directory / point / "snapshot.safetensors.partial"
-    assert left.exists() == (found == 1)
+    left = list((directory / point).glob("*partial"))
+    assert bool(left) == (found == 1)
+    (directory / point / "snapshot.safetensors.partial").touch()  # as they were named once
     with StateDir(directory / point) as state:
-        assert not left.exists()
+        assert not list(state.path.glob("*partial"))
         assert_same(state.load(), snapshot_of(found))
         state.save(snapshot_of(3))
         assert_same(state.load(), snapshot_of(3))
@@ -455,6 +456,25 @@ class TestALockThatIsRemoved:
             # it is gone again, and what it wrote is not to be overwritten
             with pytest.raises(LockLostError, match="was written by somebody else"):
                 first.save(snapshot_of(2))
+
+    def test_who_has_lost_it_touches_nothing_that_the_other_writes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rename = snapshot._rename
+
+        def late(partial: Path, path: Path) -> None:
+            monkeypatch.setattr(snapshot, "_rename", rename)
+            with pytest.raises(LockLostError):
+                first.save(snapshot_of(2))
+            rename(partial, path)
+
+        with StateDir(tmp_path) as first:
+            first.save(snapshot_of(1))
+            (tmp_path / "lock").unlink()
+            with StateDir(tmp_path) as second:
+                monkeypatch.setattr(snapshot, "_rename", late)
+                second.save(snapshot_of(5))
+                assert_same(second.load(), snapshot_of(5))
 
     def test_a_folder_that_is_gone_is_an_error_and_no_end(self, tmp_path: Path) -> None:
         with StateDir(tmp_path / "state") as state:

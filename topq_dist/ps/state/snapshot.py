@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ __all__ = ["Snapshot", "StateDir", "StateError", "check_same_training", "trainin
 
 SNAPSHOT_NAME = "snapshot.safetensors"
 PREVIOUS_NAME = "snapshot.previous.safetensors"
-_PARTIAL_NAMES = (SNAPSHOT_NAME + ".partial", PREVIOUS_NAME + ".partial")
+_PARTIAL_NAMES = "snapshot.*partial"
 _METADATA = "metadata"
 _HISTORY = "history"
 _CENTRAL = "central/"
@@ -77,6 +78,10 @@ class StateDir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        # names of its own: a server that has lost the directory may still be writing
+        own = f"{secrets.token_hex(4)}.partial"
+        self._partial = self.path / f"{SNAPSHOT_NAME}.{own}"
+        self._spare = self.path / f"{PREVIOUS_NAME}.{own}"
         self._saving = threading.Lock()
         self._saved_version = -1
         # of the latest snapshot, as this server has found or left it
@@ -86,7 +91,9 @@ class StateDir:
                 self.path.mkdir(mode=0o700, parents=True)
                 _sync_directory(self.path.parent)
             self._lock = DirectoryLock(self.path)
-            self._remove_partial()
+            for partial in self.path.glob(_PARTIAL_NAMES):
+                _log.info("removing %s, which was not finished", partial)
+                partial.unlink(missing_ok=True)
             self._saved_stamp = _stamp(self.snapshot_path)
         except OSError as error:
             raise StateError(f"state directory {self.path}: {error}") from error
@@ -153,22 +160,21 @@ class StateDir:
             if version < self._saved_version:
                 raise ValueError(f"version={version}: expected {self._saved_version} or later")
             contents = _packed(snapshot)
-            partial, spare = (self.path / name for name in _PARTIAL_NAMES)
             try:
                 # a new file each time: after a failed fsync the old one's pages are not to trust
-                self._remove_partial()
-                _write_durably(partial, contents)
+                self._partial.unlink(missing_ok=True)
+                _write_durably(self._partial, contents)
                 self._check_ours()
                 if version > self._saved_version >= 0:
-                    self._keep_previous(spare)
-                _rename(partial, self.snapshot_path)
+                    self._keep_previous()
+                _rename(self._partial, self.snapshot_path)
                 self._saved_stamp = _stamp(self.snapshot_path)
                 _sync_directory(self.path)
             except OSError as error:
                 raise StateError(f"{self.snapshot_path} was not saved: {error}") from error
             finally:
                 with contextlib.suppress(OSError):  # its space may be what is missing
-                    partial.unlink(missing_ok=True)
+                    self._partial.unlink(missing_ok=True)
             self._saved_version = version
 
     def close(self) -> None:
@@ -195,17 +201,12 @@ class StateDir:
                 "server to do so while it runs"
             )
 
-    def _remove_partial(self) -> None:
-        for partial in (self.path / name for name in _PARTIAL_NAMES):
-            if partial.exists():
-                _log.info("removing %s, which was not finished", partial)
-                partial.unlink()
-
-    def _keep_previous(self, spare: Path) -> None:
+    def _keep_previous(self) -> None:
         """Give the latest snapshot a second name, which stays when it is replaced."""
         try:
-            os.link(self.snapshot_path, spare)
-            spare.replace(self.previous_path)
+            self._spare.unlink(missing_ok=True)
+            os.link(self.snapshot_path, self._spare)
+            self._spare.replace(self.previous_path)
         except OSError as error:
             _log.debug("the snapshot before the latest is not kept: %s", error)
 
