@@ -13,7 +13,7 @@ from ps.servers import serving
 from torch import nn
 
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.protocol.errors import TooLargeError
+from topq_dist.ps.protocol.errors import InvalidError, TooLargeError
 from topq_dist.ps.server.service import ParameterServerService
 from topq_dist.ps.wire import codec
 from topq_dist.ps.wire.messages import Calls
@@ -105,6 +105,28 @@ class TestTheServer:
         assert isinstance(caught.value, grpc.Call)
         assert caught.value.code() is grpc.StatusCode[code]
         assert words in str(caught.value.details())
+
+    def test_makes_nothing_of_more_tensors_than_any_model_has(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(codec, "MOST_TENSORS", 1_000)
+        said = "model of 1600 tensors: expected at most 1000"
+        with serving(tmp_path, PLAIN) as server, pytest.raises(InvalidError, match=said):
+            connect(named(1_600), server.address)
+
+    def test_takes_in_one_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        alone: list[bool] = []
+        join = ParameterServerService.Join
+
+        def looking(service: Any, request: Any, context: Any) -> Any:
+            alone.append(service._long_join.locked())
+            return join(service, request, context)
+
+        monkeypatch.setattr(ParameterServerService, "Join", looking)
+        with serving(tmp_path, PLAIN) as server:
+            connect(named(1_600), server.address).close()
+        assert alone
+        assert all(alone)
 
     def test_reads_one_list_at_a_time(self, tmp_path: Path) -> None:
         with serving(tmp_path, PLAIN) as server:

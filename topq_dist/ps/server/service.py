@@ -64,7 +64,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._authenticator = authenticator
         self._steps = _FewCalls()
         self._models = _FewCalls()
-        # the memory for a list that a stranger sends is taken once
+        # the memory for a list that a stranger sends, and for what is made of it, is taken once
         self._long_join = threading.Lock()
         self._pool = BufferPool()
         # the workers of a round are sent the same
@@ -109,9 +109,10 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             raise NotReadyError("another worker with a long list of tensors is joining: try again")
         try:
             request = read_join_parts(request_iterator, pb.JoinRequest)
+            response = self.Join(request, context)
         finally:
             self._long_join.release()
-        yield from join_parts(self.Join(request, context))
+        yield from join_parts(response)
 
     def Upload(
         self,

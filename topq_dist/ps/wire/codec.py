@@ -25,6 +25,8 @@ from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 M = TypeVar("M", bound=Message)
+# of a Join: each takes memory and time far beyond its bytes there
+MOST_TENSORS = 1 << 18
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -36,8 +38,10 @@ def spec_to_wire(spec: ModelSpec) -> list[pb.TensorSpec]:
     ]
 
 
-def spec_from_wire(messages: Iterable[pb.TensorSpec]) -> ModelSpec:
+def spec_from_wire(messages: Sequence[pb.TensorSpec]) -> ModelSpec:
     """Return the model in `messages`; raises InvalidError for what can be none."""
+    if len(messages) > MOST_TENSORS:
+        raise InvalidError(f"a model of {len(messages)} tensors: expected at most {MOST_TENSORS}")
     tensors = []
     for message in messages:
         if message.dtype not in DTYPES:
