@@ -13,11 +13,15 @@ from topq_dist.ps.security.address import Address
 
 
 class DamagingProxy:
-    """Flips a bit about once in `every_bytes`, while `active`; both ways, where `seed` says."""
+    """Flips a bit about once in `every_bytes`, while `active`; both ways, where `seed` says.
 
-    def __init__(self, target: Address, *, every_bytes: int, seed: int) -> None:
+    spares: bytes at both ends of what is sent at once, where HTTP/2's own headers lie.
+    """
+
+    def __init__(self, target: Address, *, every_bytes: int, seed: int, spares: int = 0) -> None:
         self._target = target
         self._every_bytes = every_bytes
+        self._spares = spares
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._left = self._draw()
@@ -54,8 +58,9 @@ class DamagingProxy:
             start = 0
             while self.active and start + self._left < len(chunk):
                 start += self._left
-                chunk[start] ^= 1 << self._random.randrange(8)
-                self.flips += 1
+                if self._spares <= start <= len(chunk) - self._spares - 1:
+                    chunk[start] ^= 1 << self._random.randrange(8)
+                    self.flips += 1
                 self._left = self._draw() + 1
             if self.active:
                 self._left -= len(chunk) - start
@@ -68,8 +73,10 @@ class DamagingProxy:
 
 
 @contextmanager
-def damaging(target: Address, *, every_bytes: int, seed: int) -> Iterator[DamagingProxy]:
-    proxy = DamagingProxy(target, every_bytes=every_bytes, seed=seed)
+def damaging(
+    target: Address, *, every_bytes: int, seed: int, spares: int = 0
+) -> Iterator[DamagingProxy]:
+    proxy = DamagingProxy(target, every_bytes=every_bytes, seed=seed, spares=spares)
     try:
         yield proxy
     finally:

@@ -77,7 +77,13 @@ def test_a_run_through_a_bad_link_ends_where_one_through_a_good_one_does(
     training: Options = {**SGD, "downlink": downlink}
     with (
         serving(tmp_path, training, security=security) as server,
-        damaging(server.address, every_bytes=10_000, seed=seed) as link,
+        # in the clear nothing covers HTTP/2's headers: now and then a call is lost with them
+        damaging(
+            server.address,
+            every_bytes=10_000 if over_tls else 5_000,
+            seed=seed,
+            spares=0 if over_tls else 350,
+        ) as link,
     ):
         optimizer = ParameterServerOptimizer(
             model.named_parameters(),

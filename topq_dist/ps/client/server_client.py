@@ -290,6 +290,8 @@ class ServerClient:
         if self._cancelled.is_set():
             raise TransientError("broken off") from error
         if isinstance(error, DamagedError | FrameError | DoubtfulError):
+            # what was damaged of a header stays in HTTP/2's tables as long as the connection
+            self._connection.cancel_calls()
             deadline.doubt(error)
             return
         if isinstance(error, TransientError):
