@@ -673,7 +673,7 @@ BAD_JOINS: dict[str, tuple[Act, str, str, tuple[str, ...]]] = {
         joining(model=[pb.TensorSpec()] * 1_000_000),
         "INVALID_ARGUMENT",
         "invalid",
-        ("dtype",),
+        ("1000000 tensors", "at most 262144"),
     ),
     "many valid tensors": (
         joining(model=[tensor(str(number)) for number in range(150_000)]),
