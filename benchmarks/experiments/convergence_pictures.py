@@ -19,7 +19,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "PowerSGD 4": ("#7fbf94", "v"),
     "top-Q": ("#b3263e", "o"),
     "top-Q, q=0.99": ("#e07b39", "o"),
-    "top-Q, q=0.9985": ("#7b3294", "o"),
+    "top-Q, q=0.9982": ("#7b3294", "o"),
     "top-Q, optimizer's momentum": ("#222222", "X"),
     "top-Q, corrected": ("#c99700", "P"),
     "top-Q, adam": ("#3aa0c9", "*"),
@@ -27,7 +27,7 @@ STYLES: dict[str, tuple[str, str]] = {
 _OTHERS = (("#a6761d", "h"), ("#e7298a", "p"), ("#66a61e", "<"), ("#1b9e77", ">"), ("#8c6bb1", "H"))
 # the others would hide them
 _CURVES = ("dense", "dense, no momentum", "PowerSGD 1", "PowerSGD 4", "top-Q", "top-Q, q=0.99",
-           "top-Q, q=0.9985", "top-Q, optimizer's momentum")  # fmt: skip
+           "top-Q, q=0.9982", "top-Q, optimizer's momentum")  # fmt: skip
 _QUALITIES = {"accuracy": "accuracy (%)", "loss": "loss (nats)"}
 # what a curve does before is the same for all, and would hide the rest
 _SHOWN_FROM = 0.3

@@ -46,7 +46,7 @@ def _promises() -> Iterator[Promise]:
         for steps, within_rare in ((1500, 3.0), (4500, 1.0)):
             yield Promise(task=task, steps=steps, within=0.5)
             yield Promise(
-                task=task, steps=steps, method="top-Q, q=0.9985", fewer=900.0, within=within_rare
+                task=task, steps=steps, method="top-Q, q=0.9982", fewer=900.0, within=within_rare
             )
     yield from _gpts(steps=1000, within=0.5)
     yield from _gpts(steps=3000, within=0.5)

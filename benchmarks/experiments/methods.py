@@ -25,6 +25,7 @@ METHODS = {
         Method(name="PowerSGD 4", kind="powersgd", rank=4),
         Method(name="top-Q"),
         Method(name="top-Q, q=0.99", q=0.99),
+        Method(name="top-Q, q=0.9982", q=0.9982),
         Method(name="top-Q, q=0.9985", q=0.9985),
         *(
             Method(name=f"top-Q, q=0.99, {name}", q=0.99, value_format=name)
@@ -53,7 +54,7 @@ METHODS = {
     )
 }
 _MAIN = ["dense", "top-Q"]
-_ONE, _RARE = "top-Q, q=0.99", "top-Q, q=0.9985"
+_ONE, _RARE = "top-Q, q=0.99", "top-Q, q=0.9982"
 _PEERS = ["dense, no momentum", "fp16 hook", "PowerSGD 1", "PowerSGD 4"]
 _OURS = ["top-Q, optimizer's momentum", "top-Q, corrected", "top-Q, no bound"]
 _FORMATS = [f"top-Q, q=0.99, {name}" for name in FORMATS if name != "int2"]

@@ -320,7 +320,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
             _line("cifar10-sgd", "top-Q", seed, 1500, 56.7 + seed, ratio=116.0, validation=50.0)
             for seed in range(3)
         ),
-        _line("cifar10-sgd", "top-Q, q=0.9985", 1, 1500, 52.0, ratio=1200.0),
+        _line("cifar10-sgd", "top-Q, q=0.9982", 1, 1500, 52.0, ratio=1200.0),
         _line("cifar10-sgd", "PowerSGD 1", 0, 1500, math.nan, ratio=40.0, highest_loss=math.inf),
         *(_line("gpt-moby", "dense", seed, 1000, 1.6) for seed in range(3)),
         *(_line("gpt-moby", "top-Q", seed, 1000, 1.6064, ratio=99.0) for seed in range(3)),
@@ -355,7 +355,7 @@ def test_tables_have_means_seeds_and_differences(page: str) -> None:
         ["top-Q", "1.5 MB", "116 x", "57.70", "56.70, 57.70, 58.70", "-0.30"]
     ]
     # to dense's run of that seed
-    assert _rows(cifar, "top-Q, q=0.9985")[0][2:] == [
+    assert _rows(cifar, "top-Q, q=0.9982")[0][2:] == [
         "1200 x", "52.00", "52.00 (1 seed)", "-6.00 (seed 1)"
     ]  # fmt: skip
     assert (
@@ -366,7 +366,7 @@ def test_tables_have_means_seeds_and_differences(page: str) -> None:
     assert _rows(_section(page, "### 1,000 steps, 4 ranks"), "top-Q")[0][3:] == [
         "1.6064", "1.6064, 1.6064, 1.6064", "+0.40 %"
     ]  # fmt: skip
-    assert "Not run: dense; top-Q; top-Q, q=0.9985." in _section(page, "### 4,500 steps, 4 ranks")
+    assert "Not run: dense; top-Q; top-Q, q=0.9982." in _section(page, "### 4,500 steps, 4 ranks")
     # of no plan, and older than the count of bytes
     assert _rows(_section(page, "### 7 steps, 4 ranks"), "dense")[0][1] == "not kept"
 
@@ -377,10 +377,10 @@ def test_promises_are_met_missed_or_not_run(page: str) -> None:
     assert cifar == [
         ["4, 1,500", "top-Q", "116 x", "-0.30", "-8.00", "100 x, -0.5",
          "met on test, **missed** on validation"],
-        ["4, 1,500", "top-Q, q=0.9985", "1200 x", "-6.00", "-6.00", "900 x, -3",
+        ["4, 1,500", "top-Q, q=0.9982", "1200 x", "-6.00", "-6.00", "900 x, -3",
          "**missed** (1 seed)"],
         ["4, 4,500", "top-Q", "", "", "", "100 x, -0.5", "not run"],
-        ["4, 4,500", "top-Q, q=0.9985", "", "", "", "900 x, -1", "not run"],
+        ["4, 4,500", "top-Q, q=0.9982", "", "", "", "900 x, -1", "not run"],
     ]  # fmt: skip
     moby = {(row[1], row[2]): row[3:] for row in _rows(shown, "gpt-moby")}
     assert moby["4, 1,000", "top-Q"][-1] == "**missed**: too many bytes"
