@@ -151,13 +151,19 @@ class PortProxy:
                 far = self.target.connect(10)
                 far.settimeout(None)
                 for ends in ((near, far), (far, near)):
-                    threading.Thread(target=carry, args=ends, daemon=True).start()
+                    threading.Thread(target=carry_and_close, args=ends, daemon=True).start()
 
     def close(self) -> None:
         self._listener.close()
 
 
+def carry_and_close(source: socket.socket, sink: socket.socket) -> None:
+    with source:
+        carry(source, sink)
+
+
 def reset(end: socket.socket) -> None:
+    end.recv(1)  # Python leaves a socket open that is reset before it is wrapped
     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     end.close()
 
