@@ -182,6 +182,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     by_step.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
     by_step.yaxis.set_minor_formatter(NullFormatter())
     by_step.margins(y=0.14)
+    # room for the bytes below the curves
+    by_step.set_ylim(bottom=0.7 * min(every_loss))
     by_step.set_xlabel("step")
     by_step.set_ylabel(f"training loss (nats, mean of {window} steps)")
     by_step.legend()
