@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from topq_dist.compress.codec import rice
+from topq_dist.compress.codec import rice, tiled
 from topq_dist.compress.codec.frame import (
     HEADER_BYTES,
     Frame,
@@ -52,18 +52,20 @@ class Seed:
 def make_seeds() -> list[Seed]:
     """Return one frame for each shape and value format, and one that is not finite.
 
-    Frames of 8 bits and fewer come with segments as well, where there can be any.
+    Frames of 8 bits and fewer come with segments as well, where there can be any; those of every
+    third shape in tiles, where they can.
     """
     generator = np.random.default_rng(0)
     seeds = [Seed(encode_non_finite_frame(9, "fp16"), 9)]
-    for numel, k in SHAPES:
+    for number, (numel, k) in enumerate(SHAPES):
+        in_tiles = 0 < k < numel and number % 3 == 2
         for value_format in VALUE_FORMATS:
             drawn: set[int] = set()
             while len(drawn) < k:
                 drawn.add(int(generator.integers(numel)))
             values = torch.from_numpy(generator.standard_normal(k).astype(np.float32))
             indices = torch.tensor(sorted(drawn)).long()
-            frame = encode_frame(numel, indices, quantize(values, value_format))
+            frame = encode_frame(numel, indices, quantize(values, value_format), in_tiles=in_tiles)
             seeds.append(Seed(frame, numel))
             if value_format in LOW_BITS and k > 1:
                 first = 1 + k // 2
@@ -171,6 +173,16 @@ def index_payload(indices: Indices, header: FrameHeader) -> npt.NDArray[np.uint8
             return np.packbits(present, bitorder="little")
         case IndexCoding.RICE:
             return rice.encode_gaps(np.diff(indices, prepend=-1) - 1, header.rice_bits)
+        case IndexCoding.TILED:
+            gaps = np.diff(indices, prepend=-1) - 1
+            code = rice.encode_gaps(gaps, header.rice_bits)
+            ends = np.cumsum((gaps >> header.rice_bits) + 1)
+            width = "<u4" if header.numel <= 2**32 else "<u8"
+            entries = [
+                [int(ends[at - 1]), int(indices[at - 1]) + 1] if at else [0, 0]
+                for at in range(0, indices.size, tiled.TILE_NUMEL)
+            ]
+            return np.concatenate([np.array(entries, width).reshape(-1).view(np.uint8), code])
 
 
 def fuzz(cases: int, seed: int) -> Counter[str]:

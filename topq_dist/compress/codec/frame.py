@@ -84,12 +84,15 @@ class Frame:
             out.index_add_(0, indices, self.values.to(device=out.device, dtype=out.dtype))
 
 
-def encode_frame(numel: int, indices: Tensor, quantized: Quantized) -> Tensor:
+def encode_frame(
+    numel: int, indices: Tensor, quantized: Quantized, *, in_tiles: bool = False
+) -> Tensor:
     """Return the frame of quantized values at strictly ascending `indices` below `numel`.
 
-    `indices` is an integer tensor of shape (k,); the frame is 1-D uint8 on the CPU. Raises
-    ValueError for indices out of order or range, or as many as there are no values, or sizes past
-    the header's fields (k below 2**32, numel at most 2**48).
+    `indices` is an integer tensor of shape (k,); the frame is 1-D uint8 on the CPU. in_tiles: the
+    indices are coded for many threads to read at once, as a GPU codes them. Raises ValueError for
+    indices out of order or range, or as many as there are no values, or sizes past the header's
+    fields (k below 2**32, numel at most 2**48).
     """
     k = quantized.decoded.numel()
     if indices.dim() != 1 or indices.shape != quantized.decoded.shape:
@@ -100,7 +103,8 @@ def encode_frame(numel: int, indices: Tensor, quantized: Quantized) -> Tensor:
     if indices.dtype.is_floating_point:
         raise ValueError(f"indices has dtype {indices.dtype}: expected an integer dtype")
     _check_counts(numel, k)
-    index = encode_indices(indices.cpu().numpy().astype(np.int64, copy=False), numel)
+    places = indices.cpu().numpy().astype(np.int64, copy=False)
+    index = encode_indices(places, numel, in_tiles=in_tiles)
     if index.payload.size > LARGEST_FIELD:
         raise ValueError(f"{index.payload.size} index bytes: expected at most {LARGEST_FIELD}")
     ks = quantized.segment_ks

@@ -6,7 +6,7 @@
 | 4 | 1 | version, 1 |
 | 5 | 1 | flags: bit 0, the gradient was not finite (then k = 0 and no payload); bit 1, see below |
 | 6 | 1 | value format, the position in VALUE_FORMATS |
-| 7 | 1 | index coding: 0 all, 1 raw, 2 bitmap, 3 Rice-coded gaps |
+| 7 | 1 | index coding: 0 all, 1 raw, 2 bitmap, 3 Rice-coded gaps, 4 the same in tiles (tiled.py) |
 | 8 | 1 | Rice parameter b, else 0 |
 | 9 | 1 | signed power of two that fp16 values are multiplied by, else 0 |
 | 10 | 2 | zero |

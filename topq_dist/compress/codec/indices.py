@@ -1,4 +1,4 @@
-"""Ascending index sets as bytes: nothing, raw integers, a bitmap or Rice-coded gaps."""
+"""Ascending index sets as bytes: nothing, raw integers, a bitmap, Rice-coded gaps, tiles of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from topq_dist.compress.codec import rice
+from topq_dist.compress.codec import rice, tiled
 from topq_dist.compress.codec.bits import Bytes, padding_is_zero
 from topq_dist.compress.kernels import gaps_between
 
@@ -26,10 +26,11 @@ class IndexCoding(IntEnum):
     RAW = 1
     BITMAP = 2
     RICE = 3
+    TILED = 4
 
 
 class EncodedIndices(NamedTuple):
-    """The smallest code of an index set; `rice_bits` is 0 unless the coding is RICE."""
+    """The code of an index set; `rice_bits` is 0 unless the coding is RICE or TILED."""
 
     coding: IndexCoding
     rice_bits: int
@@ -43,10 +44,11 @@ def bound_bytes(numel: int, k: int) -> int:
     return min(_raw_bytes(numel, k), _bitmap_bytes(numel), rice.bound_bytes(numel, k))
 
 
-def encode_indices(indices: Indices, numel: int) -> EncodedIndices:
+def encode_indices(indices: Indices, numel: int, *, in_tiles: bool = False) -> EncodedIndices:
     """Encode strictly ascending `indices`, each in [0, numel), in the smallest coding.
 
-    Raises ValueError where they are not strictly ascending or out of range.
+    in_tiles: in the coding that many threads read at once, where it is not all or nothing. Raises
+    ValueError where they are not strictly ascending or out of range.
     """
     k = indices.size
     if k == 0:
@@ -54,6 +56,11 @@ def encode_indices(indices: Indices, numel: int) -> EncodedIndices:
     gaps = _gaps(indices, numel)
     if k == numel:
         return EncodedIndices(IndexCoding.ALL, 0, _nothing())
+    if in_tiles:
+        rice_bits = tiled.choose_bits(numel, k)
+        return EncodedIndices(
+            IndexCoding.TILED, rice_bits, tiled.encode(indices, gaps, numel, rice_bits)
+        )
     rice_bits, rice_bytes = rice.best_bits(gaps, numel)
     # on a tie the one that decodes fastest
     if _raw_bytes(numel, k) <= min(_bitmap_bytes(numel), rice_bytes):
@@ -76,7 +83,7 @@ def decode_indices(
     """
     if (coding is IndexCoding.ALL) != (k == numel):
         raise ValueError(f"index coding {coding.name} with {k} of {numel} indices")
-    if rice_bits and coding is not IndexCoding.RICE:
+    if rice_bits and coding not in (IndexCoding.RICE, IndexCoding.TILED):
         raise ValueError(f"Rice parameter {rice_bits} with index coding {coding.name}")
     if coding is IndexCoding.ALL:
         _check_length(payload, 0)
@@ -96,6 +103,8 @@ def decode_indices(
         if indices.size != k:
             raise ValueError(f"bitmap holds {indices.size} indices, expected {k}")
         return indices
+    if coding is IndexCoding.TILED:
+        return tiled.decode(payload, numel, k, rice_bits)
     return rice.decode_indices(payload, numel, k, rice_bits)
 
 
