@@ -25,6 +25,8 @@ TURNED = [
     ("compress/codec", "topq_dist.compress.residual"),
     ("exchange", "topq_dist.ddp"),
     ("exchange", "topq_dist.optim"),
+    ("exchange", "topq_dist.hook"),
+    ("hook", "topq_dist.ddp"),
     ("optim", "topq_dist.compress"),
     ("compress", "topq_dist.ps"),
     ("ddp", "topq_dist.ps"),
@@ -94,7 +96,7 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    transports = {"__init__.py", "ddp", "exchange"}
+    transports = {"__init__.py", "ddp", "exchange", "hook"}
     sources = [
         source
         for source in PACKAGE.rglob("*.py")

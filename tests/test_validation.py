@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from topq_dist.validation import check_number, check_positive
+from topq_dist.validation import check_number, check_positive, warn_caller
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
@@ -23,3 +23,11 @@ def test_none_and_numbers_above_zero_pass() -> None:
 def test_a_truth_value_is_no_number() -> None:
     with pytest.raises(TypeError, match="lr=True"):
         check_number("lr", True)
+
+
+def test_a_warning_is_the_line_s_that_called_the_package() -> None:
+    namespace: dict[str, object] = {"warn_caller": warn_caller, "__name__": "topq_dist.made_up"}
+    exec("def inner():\n    warn_caller('said')\ndef outer():\n    inner()", namespace)  # noqa: S102
+    with pytest.warns(UserWarning, match="said") as caught:
+        namespace["outer"]()  # type: ignore[operator]
+    assert caught[0].filename == __file__

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from numbers import Real
 from typing import Any
+
+_PACKAGE = f"{__name__.partition('.')[0]}."
 
 
 def check_fraction(name: str, value: Any) -> float:
@@ -34,3 +38,11 @@ def check_positive(name: str, value: float | None) -> float | None:
     if value is not None and check_number(name, value) <= 0.0:
         raise ValueError(f"{name}={value!r}: expected a number above zero, or None")
     return value
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that has called into this package, however deep within it this is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -24,8 +24,8 @@ from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_Q, DEFAULT_VALUE_FORMAT
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.sparsify.segments import uniform_segments
-from topq_dist.ddp.momentum import MomentumName
-from topq_dist.ddp.momentum_choice import make_momentum
+from topq_dist.hook.momentum import MomentumName
+from topq_dist.hook.momentum_choice import make_momentum
 
 _MOMENTUM = 0.9
 # samples of a point of a curve

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQState, register_topq_hook
 from topq_dist.compress.layout import Layout
-from topq_dist.ddp.momentum import MomentumName
+from topq_dist.hook.momentum import MomentumName
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "convergence.py"

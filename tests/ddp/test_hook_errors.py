@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, register_topq_hook
-from topq_dist.ddp.momentum import MomentumName
+from topq_dist.hook.momentum import MomentumName
 
 pytestmark = pytest.mark.gloo
 METHODS: tuple[MomentumName, ...] = ("feedback", "corrected", "adam")

@@ -22,7 +22,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import topq_dist.exchange.auto
 from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook
-from topq_dist.ddp.momentum import MomentumName
+from topq_dist.hook.momentum import MomentumName
 from topq_dist.sparsity import at_least_one
 
 pytestmark = pytest.mark.gloo

@@ -24,19 +24,19 @@ from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.ddp.gathered_states import gather_states
 from topq_dist.ddp.hook_state import SavedState, load_states, save_state
 from topq_dist.ddp.model_checks import check_takes_hook, trainable_names, unwrapped
-from topq_dist.ddp.momentum import MomentumName
-from topq_dist.ddp.parts import (
+from topq_dist.ddp.parts import make_parts
+from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.registry import ExchangeName
+from topq_dist.hook.momentum import MomentumName
+from topq_dist.hook.parts import (
     KnobOptions,
     Knobs,
     Ranks,
     agree_on_loaded,
     connect,
-    make_parts,
     telling_of_failures,
 )
-from topq_dist.ddp.sparsity_policy import FixedSparsity
-from topq_dist.exchange.collectives import CommContext
-from topq_dist.exchange.registry import ExchangeName
+from topq_dist.hook.sparsity_policy import FixedSparsity
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
 from topq_dist.validation import check_fraction

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -88,15 +87,6 @@ def check_parameters(module: nn.Module, names: Mapping[Tensor, str]) -> None:
                 f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter, "
                 f"one of {known}"
             )
-
-
-def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
-    """Return `grad_scaler`, or raise TypeError unless it is None or a GradScaler."""
-    if not isinstance(grad_scaler, GradScaler | None):
-        raise TypeError(
-            f"grad_scaler is a {type(grad_scaler).__name__}: expected a torch.amp.GradScaler"
-        )
-    return grad_scaler
 
 
 def exchanged_names(model: nn.Module) -> dict[Tensor, str]:

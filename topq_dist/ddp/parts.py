@@ -1,76 +1,17 @@
-"""What a hook is made of: by its knobs and its model first, then among the ranks that train it."""
+"""A hook's parts, made of a model in DistributedDataParallel or one that is wrapped later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
-
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from topq_dist.compress.compressor import TopKCompressor
-from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.ddp.model_checks import check_grad_scaler, check_parameters, exchanged_names
-from topq_dist.ddp.momentum import MomentumName
-from topq_dist.ddp.momentum_choice import advise, check_momentum, make_momentum
-from topq_dist.ddp.pipeline import BucketLayouts, Pipeline, Stages
-from topq_dist.ddp.sparsity_policy import make_sparsity_policy
-from topq_dist.ddp.watch import LossScaleWatch, ModelFacts
-from topq_dist.exchange.agreement import check_same_on_all_ranks, tell_of_failure
-from topq_dist.exchange.base import Exchange
-from topq_dist.exchange.collectives import CommContext
-from topq_dist.exchange.registry import ExchangeName, check_exchange, check_ranks, make_exchange
-from topq_dist.validation import check_positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Knobs:
-    """What a user says of the hook; see TopQState."""
-
-    q: float | None
-    momentum: MomentumName | None
-    error_feedback: bool
-    value_format: str | None
-    bound: float | None
-    exchange: ExchangeName
-    scope: Scope
-    clip_norm: float | None
-    grad_scaler: GradScaler | None
-    ranks_per_node: int | None
-    mask_velocity: bool
-    adapt_rate: bool
-
-
-class KnobOptions(TypedDict, total=False):
-    """The knobs as keywords; see TopQState."""
-
-    q: float | None
-    momentum: MomentumName | None
-    error_feedback: bool
-    value_format: str | None
-    bound: float | None
-    exchange: ExchangeName
-    scope: Scope
-    clip_norm: float | None
-    grad_scaler: GradScaler | None
-    ranks_per_node: int | None
-    mask_velocity: bool
-    adapt_rate: bool
-
-
-class HookParts(NamedTuple):
-    """What needs no other rank: `method` is the momentum meant, `names` those of all parameters."""
-
-    optimizer: Optimizer | None
-    names: dict[Tensor, str]
-    per_node: int
-    method: MomentumName
-    stages: Stages
-    layouts: BucketLayouts
+from topq_dist.ddp.bucket_layouts import BucketLayouts
+from topq_dist.ddp.model_checks import check_parameters, exchanged_names
+from topq_dist.ddp.model_facts import ModelFacts
+from topq_dist.exchange.registry import check_exchange
+from topq_dist.hook.parts import HookParts, Knobs, WrappedModel, assemble
+from topq_dist.hook.sparsity_policy import make_sparsity_policy
 
 
 def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> HookParts:
@@ -81,92 +22,10 @@ def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> H
     check_parameters(model if ddp_model is None else ddp_model.module, trainable)
     per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
     sparsity = make_sparsity_policy(names, optimizer, q=knobs.q, scope=knobs.scope)
-    compressor = TopKCompressor(
-        value_format=knobs.value_format,
-        error_feedback=knobs.error_feedback,
-        bound=knobs.bound,
-    )
-    method = check_momentum(
-        knobs.momentum,
-        optimizer,
-        trainable,
-        error_feedback=knobs.error_feedback,
-        mask_velocity=knobs.mask_velocity,
-        adapt_rate=knobs.adapt_rate,
-    )
-    facts = ModelFacts(ddp_model, names, knobs.scope)
-    momentum = make_momentum(
-        method,
-        optimizer,
+    wrapped = WrappedModel(
         names,
-        compressor.residuals,
-        mask_velocity=knobs.mask_velocity,
-        adapt_rate=knobs.adapt_rate,
-        summed_ranks=per_node,
+        ModelFacts(ddp_model, names, knobs.scope),
+        sparsity,
+        BucketLayouts(names, sparsity),
     )
-    watches = knobs.error_feedback and knobs.exchange != "dense" and knobs.grad_scaler is None
-    stages = Stages(
-        model=facts,
-        sparsity=sparsity,
-        compressor=compressor,
-        momentum=momentum,
-        clip_norm=check_positive("clip_norm", knobs.clip_norm),
-        grad_scaler=check_grad_scaler(knobs.grad_scaler),
-        scale_watch=LossScaleWatch() if watches else None,
-    )
-    return HookParts(optimizer, names, per_node, method, stages, BucketLayouts(names, sparsity))
-
-
-class Ranks(NamedTuple):
-    """The ranks that train the model, and what carries its buckets among them."""
-
-    context: CommContext
-    exchange: Exchange
-    pipeline: Pipeline
-
-
-def connect(
-    parts: HookParts, knobs: Knobs, context: CommContext, before: Ranks | None = None
-) -> Ranks:
-    """Return what carries buckets among the ranks of `context`; a collective of theirs.
-
-    before: the ranks of earlier steps, whose place these take. Raises ValueError on a rank where
-    the number of ranks does not fit, and ExchangeError on every rank where they disagree on
-    settings or model, or one has failed.
-    """
-    with telling_of_failures(context):
-        check_ranks(parts.per_node, context.size)
-    model = [f"{n} {tuple(p.shape)} {p.dtype}" for p, n in parts.names.items() if p.requires_grad]
-    chosen = None if before is None else before.exchange.chosen
-    dense_steps = 0 if before is None else before.exchange.dense_steps
-    asked = f"exchange={knobs.exchange} ranks_per_node={parts.per_node}"
-    done = f"chosen={chosen} dense_steps={dense_steps}"
-    settings = "\n".join([asked, done, parts.stages.settings(), *model])
-    check_same_on_all_ranks(settings, group=context.group, device=context.device)
-    # only now: ranks that disagree would make groups that the others do not know of
-    exchange = make_exchange(knobs.exchange, context, parts.stages.compressor, parts.per_node)
-    if before is None:
-        parts.stages.momentum.attach()
-        told = parts.optimizer is None and knobs.momentum == "optimizer"
-        feeds_back = knobs.error_feedback and knobs.exchange != "dense"
-        if parts.method == "optimizer" and feeds_back and not told:
-            advise(parts.optimizer, parts.names, rank=context.rank)
-    elif exchange.can_choose(chosen):
-        exchange.resume(chosen, dense_steps)
-    return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
-
-
-def agree_on_loaded(loaded: object, context: CommContext) -> None:
-    """Raise ExchangeError on every rank unless all have loaded a state, or none; a collective."""
-    text = f"a state was loaded: {loaded is not None}"
-    check_same_on_all_ranks(text, group=context.group, device=context.device)
-
-
-@contextmanager
-def telling_of_failures(context: CommContext) -> Iterator[None]:
-    """Tell the other ranks, which wait for this one to agree, of an error in the block."""
-    try:
-        yield
-    except Exception as error:
-        tell_of_failure(error, group=context.group, device=context.device)
-        raise
+    return assemble(knobs, wrapped, optimizer, per_node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from typing import get_args
 
@@ -11,11 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.residual import Residuals
-from topq_dist.ddp.adam_momentum import AdamMomentum
-from topq_dist.ddp.corrected_momentum import CorrectedMomentum
-from topq_dist.ddp.feedback_momentum import FeedbackMomentum
-from topq_dist.ddp.momentum import Momentum, MomentumName
+from topq_dist.hook.adam_momentum import AdamMomentum
+from topq_dist.hook.corrected_momentum import CorrectedMomentum
+from topq_dist.hook.feedback_momentum import FeedbackMomentum
+from topq_dist.hook.momentum import Momentum, MomentumName
 from topq_dist.optim.momentum_rules import has_momentum, momentum_rule, stepping
+from topq_dist.validation import warn_caller
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def make_momentum(
                 "momentum would act as well, since nothing is known of it: say how to take it out "
                 "with topq_dist.register_momentum_rule"
             )
-        _warn(
+        warn_caller(
             f"nothing is known of the momentum of {type(stepping(optimizer)).__name__}, which is "
             "left as it is behind error feedback, itself a momentum: say how to take it out with "
             "topq_dist.register_momentum_rule, or momentum='optimizer' to leave it"
@@ -102,7 +102,7 @@ def advise(optimizer: Optimizer | None, names: Mapping[Tensor, str], *, rank: in
     """Say what would train better, where a hook with error feedback leaves the momentum."""
     if optimizer is not None:
         if has_momentum(optimizer, names):
-            _warn(
+            warn_caller(
                 f"momentum='optimizer': {type(stepping(optimizer)).__name__} has a momentum, and "
                 "error feedback acts as another; momentum='feedback' does without the first"
             )
@@ -138,8 +138,3 @@ def _say_whose_stay(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
             len(trainable),
             left[0],
         )
-
-
-def _warn(message: str) -> None:
-    # at the caller of register_topq_hook
-    warnings.warn(message, stacklevel=6)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.residual import Residuals, check_residual
-from topq_dist.ddp.momentum import SwitchedMomentum, Unit
+from topq_dist.hook.momentum import SwitchedMomentum, Unit
 from topq_dist.optim.groups import ParamGroup
 
 

@@ -1,4 +1,4 @@
-"""What may change behind the hook's back: facts of the model, and the scale of the loss."""
+"""The scale of the loss, where it changes behind the hook's back."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from topq_dist.compress.layout import Layout
 
-_requires_grad = attrgetter("requires_grad")
 # a scaler is in use from the first step on, and its frame is looked for in so many; a look costs
 # as much as a small kernel, so that later ones are taken in one step of so many
 _FIRST_STEPS = 10
@@ -27,70 +23,6 @@ _LOOKED_AT_STEPS = 16
 _MOST_FRAMES = 12
 _watching: weakref.WeakSet[LossScaleWatch] = weakref.WeakSet()
 _installed: list[Any] = []
-
-
-class ModelFacts:
-    """What DistributedDataParallel goes by, as it is in the step that has begun.
-
-    may_be_unused: DDP leaves a parameter's gradient alone where no rank has used it, so nothing
-    may be sent for one whose own gradient is all zero. It is taken to be so where DDP is not known.
-
-    ddp_model: None where a trainer holds it. names: of every parameter that it may exchange.
-    """
-
-    def __init__(
-        self, ddp_model: DistributedDataParallel | None, names: Mapping[Tensor, str], scope: str
-    ) -> None:
-        # the model holds the hook, and must go with its last user
-        self._ddp_model = None if ddp_model is None else weakref.ref(ddp_model)
-        self._names = names
-        self._scope = scope
-        # frozen when DDP was made
-        self._left_out: list[Tensor] | None = None
-        if ddp_model is None and scope == "bucket":
-            raise ValueError(
-                "scope='bucket' for a model that is wrapped later: expected 'parameter', since "
-                "parameters that no rank uses in a step cannot be told apart in a bucket"
-            )
-        self.may_be_unused = ddp_model is None or _may_be_unused(ddp_model, scope)
-
-    def group(self) -> dist.ProcessGroup | None:
-        """Return the process group that the model trains in; None where that is not known."""
-        ddp_model = None if self._ddp_model is None else self._ddp_model()
-        return None if ddp_model is None else ddp_model.process_group
-
-    def begin_step(self) -> None:
-        """Read what may have changed since the last step.
-
-        Raises ValueError, naming it, for a trainable parameter that DDP does not exchange, and
-        for a scope that cannot tell unused ones.
-        """
-        ddp_model = None if self._ddp_model is None else self._ddp_model()
-        if ddp_model is not None:
-            self.may_be_unused = _may_be_unused(ddp_model, self._scope)
-        if self._left_out and any(map(_requires_grad, self._left_out)):
-            names = [self._names[one] for one in self._left_out if one.requires_grad]
-            raise ValueError(
-                f"{', '.join(names)} was frozen when DistributedDataParallel was made, which does "
-                "not average its gradient, and is trainable now: make DistributedDataParallel and "
-                "the hook anew, or name it in _ddp_params_and_buffers_to_ignore of the model"
-            )
-
-    def end_step(self, exchanged: Collection[Tensor]) -> None:
-        """Take note of the parameters that have been in buckets, all of them in the first pass."""
-        if self._left_out is None:
-            self._left_out = [one for one in self._names if one not in exchanged]
-
-
-def _may_be_unused(ddp_model: DistributedDataParallel, scope: str) -> bool:
-    """Return whether parameters may go unused; ValueError with a scope that cannot tell them."""
-    may_be_unused = bool(ddp_model.find_unused_parameters)
-    if may_be_unused and scope == "bucket":
-        raise ValueError(
-            "scope='bucket' with find_unused_parameters=True: expected 'parameter', since what is "
-            "owed for a parameter that no rank uses in a step must wait"
-        )
-    return may_be_unused
 
 
 class LossScaleWatch:
@@ -150,6 +82,15 @@ class LossScaleWatch:
             "grad_scaler= (for a scale of your own, a subclass whose get_scale() returns it)",
             stacklevel=4,
         )
+
+
+def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
+    """Return `grad_scaler`, or raise TypeError unless it is None or a GradScaler."""
+    if not isinstance(grad_scaler, GradScaler | None):
+        raise TypeError(
+            f"grad_scaler is a {type(grad_scaler).__name__}: expected a torch.amp.GradScaler"
+        )
+    return grad_scaler
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

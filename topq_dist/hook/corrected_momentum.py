@@ -17,8 +17,8 @@ from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.compress.velocity import Advanced, Decay, Velocity
-from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
-from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors, merged
+from topq_dist.hook.momentum import MomentumName, Unit, unit_of
+from topq_dist.hook.own_momentum import OwnMomentum, check_tensors, merged
 from topq_dist.optim.momentum_rules import MomentumSwitch, stepping
 from topq_dist.optim.step_switch import StepSwitch
 

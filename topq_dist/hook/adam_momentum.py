@@ -19,8 +19,8 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
-from topq_dist.ddp.momentum import MomentumName, Unit, unit_of
-from topq_dist.ddp.own_momentum import OwnMomentum, check_tensors
+from topq_dist.hook.momentum import MomentumName, Unit, unit_of
+from topq_dist.hook.own_momentum import OwnMomentum, check_tensors
 from topq_dist.optim.direction_step import DirectionSwitch, check_adam
 from topq_dist.optim.groups import decays_decoupled
 from topq_dist.optim.step_switch import StepSwitch

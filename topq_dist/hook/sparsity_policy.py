@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ from topq_dist.compress.defaults import DEFAULT_Q
 from topq_dist.compress.sparsify.segments import Scope, Segment, UniformSegments, check_scope
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.sparsity import draw_q, k_from_q, row_shape, rows_lie_apart
-from topq_dist.validation import check_fraction
+from topq_dist.validation import check_fraction, warn_caller
 
 
 class SparsityPolicy(Protocol):
@@ -208,9 +207,8 @@ class OptimizerSparsity:
                 if k_from_q(lowest_q, row_numel) == 0:
                     unmoving.append(self._names[parameter])
         if unmoving:
-            warnings.warn(
+            warn_caller(
                 f"these parameters can never move, since q and param_ndim keep 0 elements of each "
                 f"of their sub-tensors: {', '.join(unmoving)}; give them a group with a smaller q "
-                "or another param_ndim",
-                stacklevel=7,
+                "or another param_ndim"
             )

@@ -14,7 +14,7 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
-from topq_dist.ddp.momentum import MomentumName, SwitchedMomentum
+from topq_dist.hook.momentum import MomentumName, SwitchedMomentum
 from topq_dist.optim.momentum_rules import MomentumSwitch, divides_by_mean_square
 
 

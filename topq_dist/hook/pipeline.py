@@ -7,22 +7,20 @@ in one order, and an error is raised where the user called backward().
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
 from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout, OutOfRows, memory_order
+from topq_dist.compress.layout import Layout, OutOfRows
 from topq_dist.compress.sparsify.segments import Segment
-from topq_dist.ddp.momentum import Momentum
-from topq_dist.ddp.sparsity_policy import SparsityPolicy
-from topq_dist.ddp.watch import LossScaleWatch, ModelFacts
 from topq_dist.exchange.agreement import (
     ExchangeError,
     SettingsDifferError,
@@ -32,10 +30,13 @@ from topq_dist.exchange.agreement import (
 from topq_dist.exchange.base import Exchange, ExchangeWork
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
 from topq_dist.exchange.slots import NO_FRAME
+from topq_dist.hook.loss_scale import LossScaleWatch
+from topq_dist.hook.momentum import Momentum
+from topq_dist.hook.sparsity_policy import SparsityPolicy
 
 
 class Bucket(NamedTuple):
-    """What is needed of one of DDP's buckets; `flat` is 1-D and takes the average.
+    """What is needed of a bucket; `flat` is 1-D and takes the average.
 
     out_of_rows: what is brought into rows for as long as it is on its way.
     """
@@ -48,67 +49,37 @@ class Bucket(NamedTuple):
 
 
 # a bucket's layout, and what is out of rows for it
-_Laid: TypeAlias = tuple[Layout, Sequence[OutOfRows]]
+Laid: TypeAlias = tuple[Layout, Sequence[OutOfRows]]
 
 
-class BucketLayouts:
-    """The layouts of DDP's buckets, made when first asked for.
+class Layouts(Protocol):
+    """How buckets are laid out; `seen` are the parameters that have been in one."""
 
-    names: of each parameter that may be in a bucket. seen: those that have been in one.
+    seen: set[Tensor]
+
+    def of(self, parameters: Sequence[Tensor]) -> Laid:
+        """Return the layout of a bucket of these parameters, and what is out of rows for it."""
+
+
+class ModelFacts(Protocol):
+    """What a wrapper of models does as it is in the step that has begun.
+
+    may_be_unused: nothing may be sent for a parameter whose own gradient is all zero.
     """
 
-    def __init__(self, names: Mapping[Tensor, str], sparsity: SparsityPolicy) -> None:
-        self._names = names
-        self._sparsity = sparsity
-        # with the memory's order where it is not that of rows, by place
-        self._known: dict[
-            tuple[int, ...], tuple[dict[int, tuple[int, ...]], dict[tuple[int, ...], _Laid]]
-        ] = {}
-        self.seen: set[Tensor] = set()
+    may_be_unused: bool
 
-    def of(self, parameters: Sequence[Tensor]) -> _Laid:
-        """Return the layout of a bucket of these parameters, and what is out of rows for it.
+    def group(self) -> dist.ProcessGroup | None:
+        """Return the process group that the model trains in; None where that is not known."""
 
-        Raises ValueError for a parameter that has no name.
-        """
-        # by identity: parameters live as long as the model, and comparing them compares numbers
-        key = tuple(map(id, parameters))
-        known = self._known.get(key)
-        if known is None:
-            orders = {place: memory_order(one) for place, one in enumerate(parameters)}
-            strides = {place: order for place, order in orders.items() if order is not None}
-            known = self._known[key] = strides, {}
-            self.seen.update(parameters)
-        strides, laid = known
-        apart = tuple(
-            place
-            for place, order in strides.items()
-            if self._sparsity.selects_apart(parameters[place], order)
-        )
-        if apart not in laid:
-            laid[apart] = self._laid_out(parameters, strides, apart)
-        return laid[apart]
+    def begin_step(self) -> None:
+        """Read what may have changed since the last step; raises where that cannot be."""
 
-    def _laid_out(
-        self,
-        parameters: Sequence[Tensor],
-        strides: Mapping[int, tuple[int, ...]],
-        apart: Sequence[int],
-    ) -> _Laid:
-        strangers = [tuple(one.shape) for one in parameters if one not in self._names]
-        if strangers:
-            raise ValueError(
-                f"a bucket holds parameters of shapes {strangers}, which the hook's model has not: "
-                "expected those of the model that its state was made for"
-            )
-        in_memory = {place: order for place, order in strides.items() if place not in apart}
-        layout = Layout(
-            names=tuple(self._names[one] for one in parameters),
-            shapes=tuple(tuple(one.shape) for one in parameters),
-            strides=tuple(map(in_memory.get, range(len(parameters)))) if in_memory else (),
-        )
-        slices = layout.slices()
-        return layout, [OutOfRows(slices[at], layout.shapes[at], strides[at]) for at in apart]
+    def settings(self) -> str:
+        """Return what must be the same on every rank in the step that has begun."""
+
+    def end_step(self, exchanged: Collection[Tensor]) -> None:
+        """Take note of the parameters that have been in buckets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +97,7 @@ class Stages:
     def settings(self) -> str:
         """Return this step's settings, the same text on ranks that work alike."""
         clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
-        clip += f" may_be_unused={self.model.may_be_unused}"
+        clip += f" {self.model.settings()}"
         compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
         return f"{self.sparsity.settings()}\n{compressed}"
 
@@ -139,7 +110,7 @@ class Pipeline:
         context: CommContext,
         stages: Stages,
         exchange: Exchange,
-        layouts: BucketLayouts,
+        layouts: Layouts,
     ) -> None:
         self._context = context
         self._stages = stages

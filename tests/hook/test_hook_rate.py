@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import ExchangeError, register_topq_hook
-from topq_dist.ddp.feedback_momentum import FeedbackMomentum
+from topq_dist.hook.feedback_momentum import FeedbackMomentum
 from topq_dist.optim.momentum_rules import MomentumSwitch
 
 pytestmark = pytest.mark.gloo
