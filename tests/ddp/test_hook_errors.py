@@ -182,7 +182,7 @@ def test_ranks_that_disagree_all_raise_at_once(tmp_path: Path) -> None:
         for exchange in EXCHANGES:
             assert "q=0.5" in errors[f"{exchange} differs"], errors[f"{exchange} differs"]
             assert "q=0.7" in errors[f"{exchange} differs"]
-    assert ranks[0]["one rank is wrong"].startswith("ExchangeError: rank 1 could not make its hook")
+    assert ranks[0]["one rank is wrong"].startswith("ExchangeError: rank 1 could not make its part")
     for exchange in EXCHANGES:
         assert "q=7.0" in ranks[1][f"{exchange} fails"], ranks[1][f"{exchange} fails"]
         assert "rank 1 could not compress" in ranks[0][f"{exchange} fails"]

@@ -56,20 +56,27 @@ class TopKCompressor:
     bound: clip what is sent to so many times the mean magnitude of what is selected of the same
         row of a segment; what is clipped is kept. None: send it as it is. A row of which half or
         more is selected is never clipped.
+    residual_decay: what a residual is multiplied by before it is added, in [0, 1].
 
-    Raises ValueError for an unknown value format, or a bound that is not above zero or comes
-    without error feedback; TypeError for an error_feedback that is no bool or a bound that is no
-    number.
+    Raises ValueError for an unknown value format, a residual_decay out of range, or a bound that is
+    not above zero or comes without error feedback; TypeError for an error_feedback that is no bool
+    or a bound that is no number.
     """
 
     def __init__(
-        self, *, value_format: str | None, error_feedback: bool, bound: float | None = None
+        self,
+        *,
+        value_format: str | None,
+        error_feedback: bool,
+        bound: float | None = None,
+        residual_decay: float = 1.0,
     ) -> None:
         self.value_format = None if value_format is None else check_value_format(value_format)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback={error_feedback!r}: expected True or False")
         self.error_feedback = error_feedback
         self.bound = check_bound(bound, error_feedback=error_feedback)
+        self.residual_decay = check_fraction("residual_decay", residual_decay)
         self.residuals = Residuals()
         self._segment_selectors = LayoutCache(SegmentSelector)
         self._whole_selectors = LayoutCache(Selector)
@@ -77,12 +84,17 @@ class TopKCompressor:
     def anew(self) -> TopKCompressor:
         """Return one of the same settings, which keeps nothing yet."""
         return TopKCompressor(
-            value_format=self.value_format, error_feedback=self.error_feedback, bound=self.bound
+            value_format=self.value_format,
+            error_feedback=self.error_feedback,
+            bound=self.bound,
+            residual_decay=self.residual_decay,
         )
 
     def settings(self) -> str:
         """Return the settings as text, the same for compressors that work alike."""
         feedback = f"error_feedback={self.error_feedback} bound={self.bound}"
+        if self.residual_decay != 1.0:
+            feedback += f" residual_decay={self.residual_decay}"
         return f"value_format={self.value_format} {feedback}"
 
     def compress(
@@ -110,9 +122,13 @@ class TopKCompressor:
 
         # 1. compensate: what earlier steps have left is added where it is looked at
         residual = self._residual(layout, vector) if self.error_feedback else None
+        added = residual
+        if residual is not None and self.residual_decay != 1.0:
+            # a copy: until the update is applied nothing has happened
+            added = residual * self.residual_decay
 
         # 2. select
-        selected = self._segment_selectors.of(layout).select(vector, residual, segments)
+        selected = self._segment_selectors.of(layout).select(vector, added, segments)
         if not selected.finite:
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
@@ -140,7 +156,12 @@ class TopKCompressor:
                 places = mine if isinstance(mine, slice) else mine.numpy()
                 rest.numpy()[places] = rounded.error(_taken(values, mine))
             update = ResidualUpdate(
-                layout=layout, residual=residual, gradient=vector, indices=indices, rest=rest
+                layout=layout,
+                residual=residual,
+                decay=self.residual_decay,
+                gradient=vector,
+                indices=indices,
+                rest=rest,
             )
         if parts == 1:
             decoded = quantized[0].decoded
@@ -154,7 +175,8 @@ class TopKCompressor:
         since the sum is made where its largest are looked for.
         """
         segment = Segment(start=0, rows=1, row_numel=gradient.numel(), k=k)
-        if not self.error_feedback or gradient.device.type != "cpu":
+        in_one_pass = gradient.device.type == "cpu" and self.residual_decay == 1.0
+        if not self.error_feedback or not in_one_pass:
             compressed = self.compress(gradient, layout, [segment])
             self.residuals.apply(compressed.update)
             return compressed.frames[0]

@@ -46,6 +46,7 @@ class ResidualUpdate:
 
     residual: as `Residuals.flat` has returned it; where another has taken its place since, what
         the step has left is forgotten with it.
+    decay: what the residual is multiplied by before anything is added to it.
     gradient: what is added to the residual, which is then `rest` (of its dtype) at `indices`: what
         the frames of both have left. Still what it was when it was compressed.
     added: what is added besides.
@@ -55,6 +56,7 @@ class ResidualUpdate:
 
     layout: Layout
     residual: Tensor
+    decay: float = 1.0
     gradient: ChunkedVector | None = None
     indices: Tensor = _NOTHING
     rest: Tensor = _NOTHING
@@ -119,6 +121,8 @@ class Residuals:
         if update is None:
             return
         residual = update.residual
+        if update.decay != 1.0:
+            residual.mul_(update.decay)
         if update.gradient is not None:
             for where, chunk, mine in update.gradient.split(update.indices):
                 places = update.indices[mine]
@@ -181,6 +185,16 @@ class Residuals:
         # cloned, or two owners (and every slice of one saved storage) would share memory
         self._by_name = {name: residual.detach().clone() for name, residual in state.items()}
         self._flat = {}
+
+
+def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sum of the states' tensors by name."""
+    sums: dict[str, Tensor] = {}
+    for state in states:
+        for name, tensor in state.items():
+            there = sums.get(name)
+            sums[name] = tensor if there is None else there + tensor.to(there.device)
+    return sums
 
 
 def check_residual(name: str, residual: Tensor) -> None:

@@ -21,11 +21,11 @@ from topq_dist.compress.defaults import (
     usual_value_format,
 )
 from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.ddp.gathered_states import gather_states
-from topq_dist.ddp.hook_state import SavedState, load_states, save_state
-from topq_dist.ddp.model_checks import check_takes_hook, trainable_names, unwrapped
+from topq_dist.ddp.hook_state import STATE_VERSION, SavedState, load_states, save_state
+from topq_dist.ddp.model_checks import check_takes_hook, trainable_names
 from topq_dist.ddp.parts import make_parts
-from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.collectives import CommContext, telling_of_failures
+from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import ExchangeName
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.parts import (
@@ -34,9 +34,9 @@ from topq_dist.hook.parts import (
     Ranks,
     agree_on_loaded,
     connect,
-    telling_of_failures,
 )
 from topq_dist.hook.sparsity_policy import FixedSparsity
+from topq_dist.module_names import unwrapped
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.telemetry import Meter, Stats
 from topq_dist.validation import check_fraction
@@ -274,7 +274,9 @@ class TopQState:
         if self._ranks is None:
             raise RuntimeError("this state has no ranks yet: expected a backward pass before it")
         state = save_state(self._parts, self._ranks)
-        return gather_states(state, self._ranks.context) if all_ranks else state
+        if not all_ranks:
+            return state
+        return gather_states(state, self._ranks.context, version=STATE_VERSION)
 
     def load_state_dict(self, state: SavedState) -> None:
         """Resume from what the same rank's `state_dict` returned, or from those of all ranks.

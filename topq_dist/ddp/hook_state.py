@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from topq_dist.compress.layout import in_order, memory_order
-from topq_dist.compress.residual import check_residual
+from topq_dist.compress.residual import check_residual, merged
 from topq_dist.exchange.collectives import CommContext
-from topq_dist.hook.own_momentum import merged
 from topq_dist.hook.parts import HookParts, Ranks
 from topq_dist.telemetry import Stats
 from topq_dist.validation import check_number

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from topq_dist.dtypes import FLOATS, check_plain
+from topq_dist.module_names import plain_name
 
 # private to torch, and read leniently
 _REFUSED_MODES: tuple[tuple[Callable[[Any], Any], str], ...] = (
@@ -37,13 +38,6 @@ _REFUSED_MODES: tuple[tuple[Callable[[Any], Any], str], ...] = (
         ),
     ),
 )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model within what torch.compile has made of it."""
-    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model._orig_mod  # type: ignore[assignment]
-    return model
 
 
 def check_takes_hook(ddp_model: DistributedDataParallel) -> None:
@@ -109,11 +103,6 @@ def exchanged_names(model: nn.Module) -> dict[Tensor, str]:
 def trainable_names(model: nn.Module) -> dict[Tensor, str]:
     """Return the name of each parameter whose gradient the hook is to sparsify."""
     return {p: name for p, name in exchanged_names(model).items() if p.requires_grad}
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without torch.compile's prefix."""
-    return name.replace("_orig_mod.", "")
 
 
 def _sparse_gradients(module: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
-_FAILED = "could not make its hook:"
+_FAILED = "could not make its part:"
 
 
 class ExchangeError(RuntimeError):

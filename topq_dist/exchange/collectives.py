@@ -7,7 +7,8 @@ the same heads, go on to a second collective.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
+from topq_dist.exchange.agreement import tell_of_failure
 from topq_dist.exchange.slots import (
     Head,
     ReusableBuffer,
@@ -55,6 +57,16 @@ def member(work: dist.Work | None) -> dist.Work:
     if work is None:
         raise RuntimeError("this process is no member of the process group it trains in")
     return work
+
+
+@contextmanager
+def telling_of_failures(context: CommContext) -> Iterator[None]:
+    """Tell the other ranks, which wait for this one to agree, of an error in the block."""
+    try:
+        yield
+    except Exception as error:
+        tell_of_failure(error, group=context.group, device=context.device)
+        raise
 
 
 class _FrameCollective(ABC):

@@ -14,11 +14,11 @@ from topq_dist.compress.coherence import Coherence
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.partition import BlockCyclicPartition
-from topq_dist.compress.residual import Residuals
+from topq_dist.compress.residual import Residuals, merged
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.compress.velocity import Advanced, Decay, Velocity
 from topq_dist.hook.momentum import MomentumName, Unit, unit_of
-from topq_dist.hook.own_momentum import OwnMomentum, check_tensors, merged
+from topq_dist.hook.own_momentum import OwnMomentum, check_tensors
 from topq_dist.optim.momentum_rules import MomentumSwitch, stepping
 from topq_dist.optim.step_switch import StepSwitch
 

@@ -6,7 +6,7 @@ which is known to count on all ranks then, as the update of the residual does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -69,13 +69,3 @@ def check_tensors(key: str, tensors: object, shapes: Mapping[str, tuple[int, ...
                 f"state has {key} of {name!r} with shape {tuple(tensor.shape)}: expected "
                 f"{shapes.get(name, 'no such parameter in this model')}"
             )
-
-
-def merged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the sum of the states' tensors by name."""
-    sums: dict[str, Tensor] = {}
-    for state in states:
-        for name, tensor in state.items():
-            there = sums.get(name)
-            sums[name] = tensor if there is None else there + tensor.to(there.device)
-    return sums

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -13,9 +11,9 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.exchange.agreement import check_same_on_all_ranks, tell_of_failure
+from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.base import Exchange
-from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.collectives import CommContext, telling_of_failures
 from topq_dist.exchange.registry import ExchangeName, check_ranks, make_exchange
 from topq_dist.hook.loss_scale import LossScaleWatch, check_grad_scaler
 from topq_dist.hook.momentum import MomentumName
@@ -169,13 +167,3 @@ def agree_on_loaded(loaded: object, context: CommContext) -> None:
     """Raise ExchangeError on every rank unless all have loaded a state, or none; a collective."""
     text = f"a state was loaded: {loaded is not None}"
     check_same_on_all_ranks(text, group=context.group, device=context.device)
-
-
-@contextmanager
-def telling_of_failures(context: CommContext) -> Iterator[None]:
-    """Tell the other ranks, which wait for this one to agree, of an error in the block."""
-    try:
-        yield
-    except Exception as error:
-        tell_of_failure(error, group=context.group, device=context.device)
-        raise

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.ddp.hook_state import STATE_VERSION
 from topq_dist.exchange.agreement import gather_texts
 from topq_dist.exchange.collectives import CommContext
 
@@ -19,10 +18,13 @@ from topq_dist.exchange.collectives import CommContext
 _TENSOR = ""
 
 
-def gather_states(state: Mapping[str, Any], context: CommContext) -> dict[str, Any]:
+def gather_states(
+    state: Mapping[str, Any], context: CommContext, *, version: int
+) -> dict[str, Any]:
     """Return the states of all ranks, under "ranks" in rank order, on rank 0; elsewhere nothing.
 
-    A collective. state: dicts with text keys, lists, tensors, numbers, texts and None.
+    A collective. state: dicts with text keys, lists, tensors, numbers, texts and None. version: of
+    what is returned.
     """
     tensors: list[Tensor] = []
     outline = json.dumps(_outline(state, tensors))
@@ -35,7 +37,7 @@ def gather_states(state: Mapping[str, Any], context: CommContext) -> dict[str, A
     others = [
         _filled(json.loads(text), rank, context) for rank, text in enumerate(outlines[1:], start=1)
     ]
-    return {"version": STATE_VERSION, "ranks": [dict(state), *others]}
+    return {"version": version, "ranks": [dict(state), *others]}
 
 
 def _outline(value: Any, tensors: list[Tensor]) -> Any:
