@@ -24,6 +24,10 @@ TURNED = [
     ("compress/codec", "topq_dist.compress.partition"),
     ("compress/codec", "topq_dist.compress.residual"),
     ("exchange", "topq_dist.ddp"),
+    ("exchange", "topq_dist.local"),
+    ("local", "topq_dist.ddp"),
+    ("local", "topq_dist.hook"),
+    ("ddp", "topq_dist.local"),
     ("exchange", "topq_dist.optim"),
     ("exchange", "topq_dist.hook"),
     ("hook", "topq_dist.ddp"),
@@ -96,7 +100,7 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    transports = {"__init__.py", "ddp", "exchange", "hook"}
+    transports = {"__init__.py", "ddp", "exchange", "hook", "local"}
     sources = [
         source
         for source in PACKAGE.rglob("*.py")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from topq_dist.compress.compressor import Compressor
     from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
     from topq_dist.exchange.agreement import ExchangeError
+    from topq_dist.local.local_topq import LocalTopQ
     from topq_dist.optim import (
         ChainedParamTransformingOptimizer,
         GradientTransformerOptimizer,
@@ -25,6 +26,7 @@ __all__ = [
     "ExchangeError",
     "FrameError",
     "GradientTransformerOptimizer",
+    "LocalTopQ",
     "ParamTransformingOptimizer",
     "Stats",
     "TopQGradientOptimizer",
@@ -43,6 +45,7 @@ _HOMES = {
     "ExchangeError": "exchange.agreement",
     "FrameError": "compress.codec.frame",
     "GradientTransformerOptimizer": "optim",
+    "LocalTopQ": "local.local_topq",
     "ParamTransformingOptimizer": "optim",
     "Stats": "telemetry",
     "TopQGradientOptimizer": "optim",

@@ -1,0 +1,44 @@
+"""What the first rank of a group has, on every rank: parameters at the start, and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from topq_dist.exchange.collectives import CommContext, member
+
+
+class FirstRanks:
+    """Tensors of any dtypes and shapes on their way from the group's first rank to all others.
+
+    A collective that all ranks launch by making one, with tensors alike, and end with `receive`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], context: CommContext) -> None:
+        self._tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
+        self._context = context
+        self._payload = torch.cat([_bytes_of(one) for one in self._tensors]).to(context.device)
+        sender = dist.get_global_rank(context.group, 0)
+        self._work = member(
+            dist.broadcast(self._payload, sender, group=context.group, async_op=True)
+        )
+        sent_bytes = self._payload.numel() * (context.rank == 0)
+        context.meter.add(sent_bytes=sent_bytes, wire_bytes=sent_bytes)
+
+    def receive(self) -> None:
+        """Wait, and write what has come into the tensors."""
+        with self._context.meter.timed("wait_s"):
+            self._work.wait()
+        if self._context.rank == 0:
+            return
+        sizes = [one.numel() * one.element_size() for one in self._tensors]
+        for tensor, part in zip(self._tensors, torch.split(self._payload, sizes), strict=True):
+            # cloned, since a view needs what is aligned
+            tensor.copy_(part.to(tensor.device).clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,288 @@
+"""Local steps: inner steps on each rank, and every so often a compressed average of the changes.
+
+Sources: Douillard et al., "DiLoCo" (2023) and "Streaming DiLoCo" (arXiv 2501.18512); SparseLoCo
+(arXiv 2508.15706), whose compression with a decaying residual this is, by an exact top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.defaults import DEFAULT_VALUE_FORMAT, usual_value_format
+from topq_dist.exchange.agreement import check_same_on_all_ranks
+from topq_dist.exchange.collectives import CommContext, telling_of_failures
+from topq_dist.exchange.gathered_states import gather_states
+from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
+from topq_dist.local.first_rank import FirstRanks
+from topq_dist.local.fragment import local_part
+from topq_dist.local.model import check_group, device_of, local_model
+from topq_dist.local.replica import Replica
+from topq_dist.local.rounds import Rounds
+from topq_dist.local.saved_state import STATE_VERSION, SavedState, load, save
+from topq_dist.local.settings import (
+    BufferRule,
+    LocalExchangeName,
+    check_local_exchange,
+    make_settings,
+)
+from topq_dist.telemetry import Meter, Stats
+from topq_dist.validation import check_fraction
+
+
+class LocalTopQ:
+    """Steps `optimizer` on each rank alone, and exchanges what `every` steps have changed.
+
+    `step()` takes the place of `optimizer.step()`. After `every` inner steps the change of each
+    parameter, with what earlier rounds have left of it, is compressed; what was sent is averaged
+    over the ranks, and the outer optimizer steps the outer parameters along it, with which every
+    rank goes on.
+
+    model: any module, also one wrapped in DistributedDataParallel (among the ranks of a node, with
+        `process_group` the ranks across nodes) or sharded by fully_shard (each rank exchanges its
+        shard with those that hold the same one). What is trainable now is exchanged.
+    optimizer: of this model. Its state, and its momentum, are each rank's own.
+    every: inner steps from one round of a parameter to its next.
+    q: fraction of each parameter's change that is not sent, in [0, 1]; may be set anew between
+        rounds, on every rank alike.
+    value_format: how what is sent travels: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64";
+        None is lossless, and the default where q is 0.
+    residual_decay: what a residual is multiplied by in each round, in [0, 1].
+    bound: clip what is sent to so many times the mean magnitude of what is sent of the same
+        parameter, and keep what is clipped; None does not.
+    outer_lr, outer_momentum, nesterov: of the outer optimizer, SGD. With rate 1 and no momentum,
+        and q=0, a round is the mean of the ranks' parameters, to the bit.
+    fragments: into how many runs of parameters the model is divided, each exchanged at its own step
+        within `every`: the n-th of F at ceil(n * every / F), or where `offsets` says, from 1 to
+        `every`. A parameter's rounds depend on these steps alone: with offsets that are equal (with
+        every=1 all are) any number of fragments ends in the same bits.
+    overlap: inner steps that are taken beside the exchange of a round, below `every`.
+    blend: how much of themselves parameters then keep: blend * parameters + (1 - blend) * outer
+        parameters (Streaming DiLoCo's alpha), in [0, 1). None keeps what the steps beside the
+        exchange have changed, all of it, on top of the outer parameters.
+    buffers: "first": every `every` steps the others take the first rank's buffers, as with
+        DistributedDataParallel at each step; "own": each rank keeps its own.
+    exchange: "allgather" sends every frame to every rank, "split" reduces each part of the index
+        space on one rank, for many; "hierarchical" sums inside a node, of `ranks_per_node` ranks,
+        and sends one frame a node.
+    process_group: the ranks that average; None is the default group.
+
+    Making one is a collective of the group, after which every rank has the first one's parameters
+    and buffers. Raises TypeError or ValueError on bad input, and ExchangeError on every rank where
+    ranks disagree on settings or model; nothing is touched before that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int,
+        q: float,
+        value_format: str | None = DEFAULT_VALUE_FORMAT,
+        residual_decay: float = 0.95,
+        bound: float | None = None,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        nesterov: bool = False,
+        fragments: int = 1,
+        offsets: Sequence[int] | None = None,
+        overlap: int = 0,
+        blend: float | None = None,
+        buffers: BufferRule = "first",
+        exchange: LocalExchangeName = "allgather",
+        ranks_per_node: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        group = _checked_group(process_group)
+        self._context = CommContext(group=group, device=device_of(model), meter=Meter())
+        with telling_of_failures(self._context):
+            self._settings = make_settings(
+                every=every,
+                outer_lr=outer_lr,
+                outer_momentum=outer_momentum,
+                nesterov=nesterov,
+                fragments=fragments,
+                offsets=offsets,
+                overlap=overlap,
+                blend=blend,
+                buffers=buffers,
+            )
+            compressor = TopKCompressor(
+                value_format=usual_value_format(value_format, error_feedback=True, q=q),
+                error_feedback=True,
+                bound=bound,
+                residual_decay=residual_decay,
+            )
+            check_local_exchange(exchange)
+            self._per_node = check_exchange(exchange, ranks_per_node)
+            self._model = local_model(model, optimizer)
+            check_group(group, self._model.node)
+            check_ranks(self._per_node, group.size())
+            self._replica = Replica(self._model.parameters, self._settings, compressor, q=q)
+        asked = f"q={q} exchange={exchange} ranks_per_node={self._per_node}"
+        texts = [asked, self._settings.text(), compressor.settings(), self._model.text()]
+        check_same_on_all_ranks("\n".join(texts), group=group, device=self._context.device)
+        self.optimizer = optimizer
+        tensors = [*self._model.parameters.values(), *self._model.buffers.values()]
+        # as DDP's own at its start, this is in no account
+        unmetered = replace(self._context, meter=Meter())
+        FirstRanks([local_part(one) for one in tensors], unmetered).receive()
+        for fragment in self._replica.fragments:
+            fragment.outer = fragment.gather()
+        carrier = make_exchange(exchange, self._context, compressor, self._per_node)
+        self._rounds = Rounds(self._context, carrier, self._replica, self._settings)
+        self._step = 0
+        self._buffers: tuple[int, FirstRanks] | None = None
+        self._resumed: dict[int, tuple[int, Tensor]] = {}
+        self._dense_bytes = sum(one.outer.nbytes for one in self._replica.fragments)
+
+    @property
+    def q(self) -> float:
+        """The fraction of each parameter's change that is not sent."""
+        return self._replica.q
+
+    @q.setter
+    def q(self, value: float) -> None:
+        self._replica.q = check_fraction("q", value)
+
+    @property
+    def void_rounds(self) -> int:
+        """How many rounds were void, a change not being finite on some rank."""
+        return self._rounds.void
+
+    def stats(self) -> Stats:
+        """Return this rank's totals so far; a step is an inner one, dense bytes are DDP's."""
+        return self._context.meter.stats
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step the optimizer, and begin and receive the rounds that are due; return its loss.
+
+        Raises ExchangeError, on every rank, where ranks disagree or one has failed.
+        """
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self.end_step()
+        return loss
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Do what `step` does once the optimizer has stepped, for who steps it otherwise.
+
+        GradScaler does, and trainers do. On every rank, once for each inner step.
+        """
+        self._begin_resumed()
+        self._step += 1
+        self._rounds.end_step(self._step)
+        self._exchange_buffers()
+        self._context.meter.add(steps=1, dense_bytes=self._dense_bytes)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Exchange what inner steps have changed and make all ranks equal; a collective.
+
+        For the end of training, or an evaluation in between: of what is under way, and of a period
+        that is not over, no rank's model has all. Afterwards parameters are the outer ones, and
+        buffers the first rank's unless each keeps its own.
+        """
+        self._begin_resumed()
+        self._rounds.receive_all()
+        for fragment in range(len(self._replica.fragments)):
+            self._rounds.begin(self._replica.begin(fragment), self._step, self._step)
+        self._rounds.receive_all()
+        for one in self._replica.fragments:
+            one.take_up(None)
+        if self._settings.buffers == "first":
+            self._receive_buffers()
+            self._launch_buffers()
+            self._receive_buffers()
+
+    def _begin_resumed(self) -> None:
+        """Send once more what a saved run had under way, at the first step after it."""
+        resumed, self._resumed = self._resumed, {}
+        for fragment, (received_at, launched) in resumed.items():
+            self._rounds.begin(self._replica.begin(fragment, launched), self._step, received_at)
+
+    def _exchange_buffers(self) -> None:
+        if self._settings.buffers == "own":
+            return
+        if self._buffers is not None and self._buffers[0] <= self._step:
+            self._receive_buffers()
+        if self._step % self._settings.every == 0:
+            self._launch_buffers()
+            if not self._settings.overlap:
+                self._receive_buffers()
+
+    def _launch_buffers(self) -> None:
+        if self._model.buffers:
+            on_their_way = FirstRanks(list(self._model.buffers.values()), self._context)
+            self._buffers = self._step + self._settings.overlap, on_their_way
+
+    def _receive_buffers(self) -> None:
+        if self._buffers is not None:
+            self._buffers[1].receive()
+            self._buffers = None
+
+    def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
+        """Return what this rank needs to resume: parameters, outer ones, residuals, outer momentum,
+        rounds under way, q, steps and totals.
+
+        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
+        The model's buffers and the optimizer's state are saved beside it. Each rank's is its own:
+        save one a rank, or, with all_ranks=True, what this returns on the group's first rank, which
+        any number of ranks load. That is a collective; the others get an empty dict.
+        """
+        state = save(
+            self._replica,
+            self._identity(),
+            step=self._step,
+            void_rounds=self._rounds.void,
+            stats=self._context.meter.stats,
+            under_way={**self._resumed, **self._rounds.launched()},
+        )
+        if not all_ranks:
+            return state
+        return gather_states(state, self._context, version=STATE_VERSION)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: SavedState) -> None:
+        """Resume, parameters included, from what `state_dict` returned, on every rank alike.
+
+        It is this rank's own, or those of all ranks: what `state_dict(all_ranks=True)` has
+        returned, or a sequence of every rank's in rank order. Where the number of ranks has
+        changed, the sum of the residuals stays what it was, and all ranks begin with the outer
+        parameters and the mean of what inner steps have changed since the last rounds.
+
+        Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
+        model's, or for a single one of another rank or world size.
+        """
+        loaded = load(state, self._replica, self._identity())
+        self._rounds.drop()
+        self._buffers = None
+        self._step, self._rounds.void = loaded.step, loaded.void_rounds
+        self._context.meter.stats = loaded.stats
+        self._resumed = loaded.under_way
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "world_size": self._context.size,
+            "rank": self._context.rank,
+            "ranks_per_node": self._per_node,
+        }
+
+
+def _checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("no process group: expected init_process_group before LocalTopQ")
+    found = group or dist.group.WORLD
+    if not isinstance(found, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group={group!r}: expected a group that this process is a member of"
+        )
+    return found

@@ -1,0 +1,113 @@
+"""One rank's side of local steps, without the others: what it has to send, and what comes of it.
+
+The stages of a round, which a process group, or an emulation of ranks in one process, calls in this
+order: `begin`, `compress`, an exchange that puts the mean in place of `Round.vector`, `finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topq_dist.compress.codec.values import WHOLE
+from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import UniformSegments
+from topq_dist.dtypes import accumulate_dtype
+from topq_dist.local.fragment import Fragment, split_in_fragments
+from topq_dist.local.settings import LocalSettings
+from topq_dist.validation import check_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One fragment's round on one rank.
+
+    vector: (n,), the change of its parameters, or these themselves where `of_parameters`; an
+        exchange puts the ranks' mean in its place. launched: (n,), what the parameters were.
+    """
+
+    fragment: int
+    vector: Tensor
+    of_parameters: bool
+    launched: Tensor | None = None
+
+
+class Replica:
+    """A rank's fragments, and the compressor with what it has not sent of their changes.
+
+    parameters: the trainable ones by name, dense or DTensors, on one device. q: fraction of each
+        parameter's change that is not sent; may be set anew between rounds.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        settings: LocalSettings,
+        compressor: TopKCompressor,
+        *,
+        q: float,
+    ) -> None:
+        self.q = check_fraction("q", q)
+        self.compressor = compressor
+        self._keeps_launched = settings.overlap > 0
+        wide = any(accumulate_dtype(one.dtype) == torch.float64 for one in parameters.values())
+        self._dtype = torch.float64 if wide else torch.float32
+        numels = {name: parameter.numel() for name, parameter in parameters.items()}
+        self.fragments = [
+            Fragment(
+                {name: parameters[name] for name in names},
+                settings.outer,
+                dtype=self._dtype,
+                blend=settings.blend,
+            )
+            for names in split_in_fragments(numels, settings.fragments)
+        ]
+        self._segments = UniformSegments()
+
+    def layout(self, fragment: int) -> Layout:
+        """Return what a fragment's vectors are made up of."""
+        return self.fragments[fragment].layout
+
+    def begin(self, fragment: int, parameters: Tensor | None = None) -> Round:
+        """Return a round of a fragment, whose parameters may go on to change.
+
+        parameters: what they were when it first began, for one that a saved run had under way.
+        """
+        mine = self.fragments[fragment]
+        now = mine.gather() if parameters is None else parameters.clone()
+        launched = now.clone() if self._keeps_launched else None
+        of_parameters = self._is_lossless() and mine.can_average_parameters()
+        vector = now if of_parameters else mine.change_of(now)
+        return Round(
+            fragment=fragment, vector=vector, of_parameters=of_parameters, launched=launched
+        )
+
+    def compress(self, begun: Round, *, parts: int = 1) -> Compressed:
+        """Return the frames of the largest of decay * residual + change; change neither.
+
+        The residual becomes decay * residual + change - sent by the update alone.
+        """
+        mine = self.fragments[begun.fragment]
+        segments = self._segments.of(mine.numels, q=self.q, scope="parameter")
+        return self.compressor.compress(begun.vector, mine.layout, segments, parts=parts)
+
+    def finish(self, begun: Round) -> None:
+        """Take a step of the outer optimizer, and have the parameters take it up.
+
+        The round's vector holds the mean by now.
+        """
+        mine = self.fragments[begun.fragment]
+        mine.step_outer(begun.vector, of_parameters=begun.of_parameters)
+        mine.take_up(begun.launched)
+
+    def _is_lossless(self) -> bool:
+        value_format = self.compressor.value_format
+        if self.q > 0.0:
+            return False
+        return value_format is None or (
+            value_format in WHOLE and WHOLE[value_format].itemsize >= self._dtype.itemsize
+        )

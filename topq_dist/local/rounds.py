@@ -1,0 +1,164 @@
+"""Rounds over a process group: begun at their steps, received `overlap` steps later.
+
+Every rank begins and receives the same rounds at the same steps, so that all issue their
+collectives in one order. A round in which one rank's change is not finite is void on all:
+parameters, outer parameters and residuals stay what they are, and the next round has the change of
+both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from topq_dist.compress.compressor import Compressed
+from topq_dist.exchange.agreement import (
+    ExchangeError,
+    SettingsDifferError,
+    check_same_on_all_ranks,
+    digest,
+)
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
+from topq_dist.exchange.slots import NO_FRAME
+from topq_dist.local.replica import Replica, Round
+from topq_dist.local.settings import LocalSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """A round under way. received_at: the step at whose end it is received.
+
+    settings, failure: this rank's, for when others have other settings or none.
+    """
+
+    begun: Round
+    work: ExchangeWork
+    received_at: int
+    settings: str
+    failure: Exception | None
+    announcement: FrameAllGather | None
+
+
+class Rounds:
+    """The rounds of one rank among those of `context`."""
+
+    def __init__(
+        self, context: CommContext, exchange: Exchange, replica: Replica, settings: LocalSettings
+    ) -> None:
+        self._context = context
+        self._exchange = exchange
+        self._replica = replica
+        self._settings = settings
+        self._in_flight: dict[int, _InFlight] = {}
+        self._announcing = AllGatherLane()
+        self.void = 0
+
+    def end_step(self, step: int) -> None:
+        """Receive and begin what is due at the end of an inner step, counted from 1.
+
+        Raises ExchangeError, on every rank, where ranks disagree or one has failed; the round is
+        then as one that never was.
+        """
+        self._receive(step)
+        for fragment in range(len(self._replica.fragments)):
+            if self._settings.due(fragment, step):
+                self.begin(self._replica.begin(fragment), step, step + self._settings.overlap)
+        self._receive(step)
+
+    def begin(self, begun: Round, step: int, received_at: int) -> None:
+        """Compress a round's change and send it on its way."""
+        self._exchange.begin_step()
+        settings = f"step={step} fragment={begun.fragment} q={self._replica.q}"
+        settings = f"{settings}\n{self._settings.text()}\n{self._replica.compressor.settings()}"
+        compressed, failure = None, None
+        self._exchange.prepare(begun.vector)
+        if self._exchange.frames_per_bucket:
+            try:
+                compressed = self._compress(begun)
+            except Exception as error:  # noqa: BLE001 - raised once the other ranks have been told
+                failure = error
+        announcement = None
+        if not self._exchange.carries_settings:
+            announcement = FrameAllGather(
+                NO_FRAME if failure is None else None,
+                self._announcing,
+                self._context,
+                settings_digest=digest(settings),
+            )
+        work = self._exchange.launch(
+            begun.vector,
+            self._replica.layout(begun.fragment),
+            compressed,
+            settings_digest=digest(settings),
+        )
+        self._in_flight[begun.fragment] = _InFlight(
+            begun=begun,
+            work=work,
+            received_at=received_at,
+            settings=settings,
+            failure=failure,
+            announcement=announcement,
+        )
+
+    def _compress(self, begun: Round) -> Compressed:
+        with self._context.meter.timed("select_s"):
+            return self._replica.compress(begun, parts=self._exchange.frames_per_bucket)
+
+    def launched(self) -> Mapping[int, tuple[int, Tensor]]:
+        """Return of each fragment under way the step that receives it and its parameters then."""
+        return {
+            fragment: (flight.received_at, flight.begun.launched)
+            for fragment, flight in self._in_flight.items()
+            if flight.begun.launched is not None
+        }
+
+    def drop(self) -> None:
+        """Forget what is under way, on every rank alike."""
+        self._in_flight = {}
+
+    def receive_all(self) -> None:
+        """Receive every round that is under way."""
+        for fragment in list(self._in_flight):
+            self._finish(self._in_flight.pop(fragment))
+
+    def _receive(self, step: int) -> None:
+        due = [f for f, flight in self._in_flight.items() if flight.received_at <= step]
+        for fragment in due:
+            self._finish(self._in_flight.pop(fragment))
+
+    def _finish(self, flight: _InFlight) -> None:
+        try:
+            if flight.announcement is not None:
+                flight.announcement.frames()
+            flight.work.advance()
+            finite = flight.work.receive()
+        except SettingsDifferError:
+            # every rank is here, having read the same digests, and may ask for the particulars
+            check_same_on_all_ranks(
+                flight.settings, group=self._context.group, device=self._context.device
+            )
+            raise
+        except ExchangeError as error:
+            raise flight.failure or error from None
+        if not finite:
+            self._void(flight.begun)
+            return
+        flight.work.deliver()
+        self._replica.finish(flight.begun)
+
+    def _void(self, begun: Round) -> None:
+        self.void += 1
+        # once: a rank whose parameters are lost says the same at every round
+        level = logging.WARNING if self.void == 1 else logging.DEBUG
+        _log.log(
+            level,
+            "a round is void on every rank, since a change of parameters from %s on is not finite "
+            "on some rank; nothing of it is lost, and rounds go on once it is finite again",
+            self._replica.layout(begun.fragment).names[0],
+        )
