@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from tasks import Batches, Task, evaluate, loss_of
@@ -30,7 +30,7 @@ from topq_dist.hook.momentum_choice import make_momentum
 _MOMENTUM = 0.9
 # samples of a point of a curve
 _CURVE = 1000
-Kind = Literal["dense", "topq", "powersgd", "fp16"]
+Kind = Literal["dense", "topq", "powersgd", "fp16", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class Method:
     lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate goes with it,
     so that rate / (1 - momentum) stays what it is at 0.9.
     warm: (part of the steps, q in them).
+    every, residual_decay, outer_lr, outer_momentum, nesterov, fragments, overlap, blend: of
+        LocalTopQ, whose inner steps have `beta`, for the kind "local".
     """
 
     name: str
@@ -54,6 +56,14 @@ class Method:
     beta: float = _MOMENTUM
     lr: float = 1.0
     warm: tuple[float, float] | None = None
+    every: int = 1
+    residual_decay: float = 0.95
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    nesterov: bool = False
+    fragments: int = 1
+    overlap: int = 0
+    blend: float | None = None
 
     def q_at(self, step: int, steps: int) -> float:
         """Return the q of a step."""
@@ -93,7 +103,7 @@ def train(
     """Train one model with `workers` ranks."""
     torch.manual_seed(seed)
     model = task.model(data)
-    group = Ranks(task, model, method, workers=workers, steps=steps)
+    group = _ranks(task, model, method, workers=workers, steps=steps)
     batches = Batches(task, data, seed=seed, workers=workers, steps=steps)
     losses, curve = [], []
     for step in range(steps):
@@ -101,6 +111,7 @@ def train(
         if evaluate_every and (step + 1) % evaluate_every == 0:
             curve.append((step + 1, evaluate(task, model, data, "validation", limit=_CURVE)))
         progress(step + 1)
+    group.synchronize()
     return Outcome(
         validation=evaluate(task, model, data, "validation"),
         test=evaluate(task, model, data, "test"),
@@ -110,6 +121,28 @@ def train(
         sent_bytes=group.sent_bytes,
         curve=curve,
     )
+
+
+class AnyRanks(Protocol):
+    """Ranks that train together."""
+
+    dense_bytes: int
+    sent_bytes: int
+
+    def step(self, batches: list[tuple[Tensor, Tensor]], step: int) -> float:
+        """Take one step on every rank and return the mean loss."""
+
+    def synchronize(self) -> None:
+        """Have the first rank's model be everyone's."""
+
+
+def _ranks(task: Task, model: nn.Module, method: Method, *, workers: int, steps: int) -> AnyRanks:
+    if method.kind != "local":
+        return Ranks(task, model, method, workers=workers, steps=steps)
+    # late, since it is made of what is here
+    from local_ranks import LocalRanks
+
+    return LocalRanks(task, model, method, workers=workers, steps=steps)
 
 
 class Ranks:
@@ -132,7 +165,7 @@ class Ranks:
         if task.optimizer == "sgd" and method.beta != _MOMENTUM:
             lr *= (1 - method.beta) / (1 - _MOMENTUM)
         self._optimizer = task.make_optimizer(model, lr=lr, momentum=method.beta)
-        self._scheduler = _scheduler(task, self._optimizer, steps)
+        self._scheduler = make_scheduler(task, self._optimizer, steps)
         self.dense_bytes = self.sent_bytes = 0
         self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._powersgd = None
@@ -177,6 +210,9 @@ class Ranks:
         self._optimizer.step()
         self._scheduler.step()
         return statistics.fmean(losses)
+
+    def synchronize(self) -> None:
+        """Do nothing: the ranks share their model."""
 
     def _show(self, flat: Tensor) -> None:
         for parameter, where in zip(self._parameters, self._layout.slices(), strict=True):
@@ -263,7 +299,8 @@ class PowerSgd:
         return sent
 
 
-def _scheduler(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def make_scheduler(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """Return the scheduler of a run of so many steps."""
     if task.schedule == "onecycle":
         return OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=steps + 1)
     warm = max(1, round(0.05 * steps))

@@ -17,7 +17,7 @@ import torch
 from convergence_report import write_report
 from convergence_runs import groups_of, read_runs
 from datasets import Images, Text
-from emulated_ranks import Kind, Method, PowerSgd, Ranks, _scheduler
+from emulated_ranks import Kind, Method, PowerSgd, Ranks, make_scheduler
 from methods import PLAN
 from networks import Gpt, Mlp
 from ranks import run_ranks
@@ -128,7 +128,7 @@ def _train_for_real(rank: int, case: Case) -> tuple[Tensor, int | None]:
     # several buckets
     model = DistributedDataParallel(task.model(case.data), bucket_cap_mb=0.02)
     optimizer = task.make_optimizer(model, lr=task.lr, momentum=0.9)
-    scheduler = _scheduler(task, optimizer, STEPS)
+    scheduler = make_scheduler(task, optimizer, STEPS)
     state = _register(model, optimizer, case)
     for step in range(STEPS):
         optimizer.zero_grad()
