@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +14,13 @@ from topq_dist.compress.aggregate import average, terms_of, write_sum
 from topq_dist.compress.codec.frame import Buffer, Frame, encode_frame, encode_non_finite_frame
 from topq_dist.compress.codec.values import check_value_format, quantize
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
+from topq_dist.compress.gpu import engine
+from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.layout import ChunkedVector, Layout, LayoutCache
 from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
+from topq_dist.compress.sparsify.magnitude import Selection
 from topq_dist.compress.sparsify.segments import (
     Segment,
     Segments,
@@ -24,7 +28,15 @@ from topq_dist.compress.sparsify.segments import (
     count_between,
 )
 from topq_dist.compress.sparsify.topk import Selector
-from topq_dist.dtypes import FLOATS, Indices, accumulate_dtype, bits_of, check_plain, tensor_of
+from topq_dist.dtypes import (
+    FLOATS,
+    Indices,
+    accumulate_dtype,
+    bits_of,
+    check_plain,
+    key_of,
+    tensor_of,
+)
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
@@ -80,6 +92,7 @@ class TopKCompressor:
         self.residuals = Residuals()
         self._segment_selectors = LayoutCache(SegmentSelector)
         self._whole_selectors = LayoutCache(Selector)
+        self._device_selectors = LayoutCache(partial(engine.make_selector, Arena()))
 
     def anew(self) -> TopKCompressor:
         """Return one of the same settings, which keeps nothing yet."""
@@ -128,7 +141,7 @@ class TopKCompressor:
             added = residual * self.residual_decay
 
         # 2. select
-        selected = self._segment_selectors.of(layout).select(vector, added, segments)
+        selected = self._select(vector, added, layout, segments)
         if not selected.finite:
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
@@ -168,6 +181,16 @@ class TopKCompressor:
             own = Frame(numel=vector.numel, indices=indices, values=decoded, finite=True)
         return Compressed(frames=frames, update=update, own=own, vector=vector.whole)
 
+    def _select(
+        self, vector: ChunkedVector, residual: Tensor | None, layout: Layout, segments: Segments
+    ) -> Selection:
+        whole = vector.whole
+        if whole is None or not segments.in_single_rows or not engine.runs_on(vector.device):
+            return self._segment_selectors.of(layout).select(vector, residual, segments)
+        found = self._device_selectors.of(layout).select(whole, residual, segments)
+        finite = int(found.highest) < key_of(np.inf, found.values.dtype)
+        return Selection(found.indices.cpu(), found.values.cpu(), finite)
+
     def compress_and_update(self, gradient: Tensor, layout: Layout, k: int) -> Tensor:
         """Return the frame of the k largest of gradient + residual, and update that at once.
 
@@ -176,7 +199,7 @@ class TopKCompressor:
         """
         segment = Segment(start=0, rows=1, row_numel=gradient.numel(), k=k)
         in_one_pass = gradient.device.type == "cpu" and self.residual_decay == 1.0
-        if not self.error_feedback or not in_one_pass:
+        if not self.error_feedback or not in_one_pass or engine.runs_on(gradient.device):
             compressed = self.compress(gradient, layout, [segment])
             self.residuals.apply(compressed.update)
             return compressed.frames[0]

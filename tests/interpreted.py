@@ -1,0 +1,75 @@
+"""Triton's interpreter, ready for tests: import this before anything that imports triton.
+
+It runs the kernels on CPU tensors, by numpy. Which of both a process does, that or compile, is
+decided once and for all when the kernels are imported. TOPQ_TEST_DEVICE=cuda has the same tests run
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+DEVICE = os.environ.get("TOPQ_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+from triton import language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton.runtime.jit import mangle_type  # noqa: E402
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: what the compiler would have been told, and how many programs.
+
+    types: of each argument, as the compiler writes them. constants: those that are compiled in.
+    """
+
+    module: str
+    name: str
+    grid: tuple[int, ...]
+    types: dict[str, str]
+    constants: dict[str, int]
+    warps: int
+
+
+LAUNCHES: list[Launch] = []
+_patch_lang = interpreter._patch_lang
+
+
+def _patched_once(function: Any) -> Any:
+    """Prepare the language for a function, unless a kernel that calls it has done so already.
+
+    The interpreter does it for every call of a function within a kernel, which takes most of its
+    time.
+    """
+    languages = [one for one in (tl, tl.core) if one in function.__globals__.values()]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
+def _noted_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    constants = {name: options[name] for name in self.arg_names if name in options}
+    types = {name: mangle_type(one) for name, one in zip(self.arg_names, args, strict=False)}
+    warps = options.get("num_warps", 4)
+    LAUNCHES.append(Launch(self.fn.__module__, self.__name__, grid, types, constants, warps))
+    return _run(self, *args, grid=grid, warmup=warmup, **options)
+
+
+_execute = interpreter.GridExecutor.__call__
+
+
+def _execute_quietly(self: Any, *args: Any, **kwargs: Any) -> None:
+    with np.errstate(all="ignore"):
+        _execute(self, *args, **kwargs)
+
+
+_run = interpreter.InterpretedFunction.run
+interpreter.InterpretedFunction.run = _noted_launch
+interpreter._patch_lang = _patched_once
+# numbers that are not finite are no news to a kernel
+interpreter.GridExecutor.__call__ = _execute_quietly
+# a check of each sum and product, which takes half of the rest
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
