@@ -34,7 +34,7 @@ from topq_dist.compress.codec.frame import (
 )
 from topq_dist.compress.codec.indices import IndexCoding, Indices
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
-from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS, quantize
+from topq_dist.compress.codec.values import BLOCK_NUMELS, CODED, VALUE_FORMATS, quantize
 
 # numel, k: every index coding, and the small and odd sizes where edges lie
 SHAPES = [(0, 0), (1, 0), (1, 1), (9, 9), (9, 4), (64, 3), (200, 90), (1000, 10), (5000, 300)]
@@ -52,7 +52,7 @@ class Seed:
 def make_seeds() -> list[Seed]:
     """Return one frame for each shape and value format, and one that is not finite.
 
-    Frames of 8 bits and fewer come with segments as well, where there can be any; those of every
+    Frames of formats with blocks come with segments as well, where there can be any; those of every
     third shape in tiles, where they can.
     """
     generator = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def make_seeds() -> list[Seed]:
             indices = torch.tensor(sorted(drawn)).long()
             frame = encode_frame(numel, indices, quantize(values, value_format), in_tiles=in_tiles)
             seeds.append(Seed(frame, numel))
-            if value_format in LOW_BITS and k > 1:
+            if value_format in BLOCK_NUMELS and k > 1:
                 first = 1 + k // 2
                 ks = [1] * k if k < 50 else [first, 0, 1, k - 1 - first]
                 frame = encode_frame(numel, indices, quantize(values, value_format, segment_ks=ks))
@@ -89,6 +89,8 @@ def set_header_field(raw: bytearray, draw: random.Random, seeds: Sequence[Seed])
     at, size = draw.choice(((5, 1), (6, 1), (7, 1), (8, 1), (9, 1), (12, 4), (16, 8), (24, 4)))
     if raw[5:6] == b"\2" and draw.random() < 0.5:
         at, size = draw.choice(((32, 4), (36, 4)))
+    if raw[6:7] >= bytes([VALUE_FORMATS.index(CODED[0])]) and draw.random() < 0.3:
+        at, size = (40 if raw[5:6] == b"\2" else 32), 4
     old = int.from_bytes(raw[at : at + size], "little")
     new = draw.choice((old + 1, old - 1, old * 2, old // 2, 0, -1, 1 << draw.randrange(64)))
     raw[at : at + size] = (new % (1 << (8 * size))).to_bytes(size, "little")
@@ -154,7 +156,9 @@ def check_sound(frame: Frame, raw: bytes, numel: int) -> None:
             listed = rest[: header.segment_bytes]
             ks = decode_ks(listed, header.k)
             sound &= np.array_equal(encode_ks(ks), listed)
-            sound &= header.blocks == sum(-(-int(one) // 128) for one in ks)
+            sound &= header.blocks == sum(
+                -(-int(one) // BLOCK_NUMELS[header.value_format]) for one in ks
+            )
             sound &= len(ks) > 1 and min(ks) > 0 and sum(map(int, ks)) == header.k
     if not sound:
         raise AssertionError(f"accepted {raw.hex()}")

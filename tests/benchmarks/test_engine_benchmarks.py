@@ -36,16 +36,30 @@ def test_selection_reports_every_method_and_part(
     assert "compress()" in capsys.readouterr().out
 
 
-def test_frame_size_reports_every_format(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("distribution", ["normal", "laplace"])
+def test_frames_stay_within_the_bounds_of_their_formats(
+    distribution: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    frame_size.main(["--numel", "50000", "--densities", "0.01", "0.001", "--out", str(tmp_path)])
+    sizes = ("--numel", "1000000", "--densities", "0.015625", "0.001")
+    frame_size.main([*sizes, "--distribution", distribution, "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "frame_size.json").read_text())["rows"]
-    assert [row["k"] for row in rows] == [500] * 7 + [50] * 7
+    assert [row["k"] for row in rows] == [15625] * 11 + [1000] * 11
     for row in rows:
         assert row["index_bits"] >= row["least_index_bits"]
-        assert 0.0 < row["over"] < 1.0
+        assert 0.0 < row["over"] < 0.2
         assert row["frame_bytes"] <= row["slot_bytes"]
+        assert (row["encode_times"] is None) == (row["value_format"] not in frame_size.FIXED)
+    at = {row["value_format"]: row for row in rows[:11]}
+    # SparseLoCo's 14 bits a value are 146 x
+    assert at["ec2"]["times_smaller_than_fp32"] > 207
+    assert at["ec1"]["times_smaller_than_fp32"] > 220
+    assert at["ec2"]["error"] < 0.5 * at["int2"]["error"]
+    assert at["ec2"]["value_bits"] < 1.01 * at["int2"]["value_bits"]
+    assert at["ec1"]["error"] < 1.1 * at["int2"]["error"]
+    for name, fixed in frame_size.FIXED.items():
+        assert at[name]["value_bits"] < 1.02 * at[name]["least_value_bits"]
+        if name in ("ecfp16", "ecbf16"):
+            assert at[name]["error"] == at[fixed]["error"]
     assert (tmp_path / "frame_size.png").stat().st_size > 1000
     assert "over the bound" in capsys.readouterr().out
 

@@ -267,7 +267,7 @@ class Compressor:
     q: fraction of each gradient that is not sent, in [0, 1]; at least one element is, unless q is
         1. May be set anew between gradients.
     value_format: how the values sent travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
-        "fp64".
+        "fp64", or entropy-coded "ec1", "ec2", "ecfp16", "ecbf16".
     error_feedback: keep what was not sent and add it to the next gradient of the same name.
     bound: send no magnitude above so many times the mean of those sent with it, and keep what is
         clipped; None: no bound. Only with error feedback; what is half sent or more is not

@@ -64,8 +64,10 @@ class TopQState:
             sees: accumulate gradients under no_sync().
         error_feedback: keep what was not sent and add it to the next gradient.
         value_format: how the values sent travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
-            "fp64"; what rounding loses is kept too. None is the gradient's own dtype, lossless,
-            and the default without error_feedback.
+            "fp64", or entropy-coded: "ec2" (the bits of "int2" or fewer, less than half of its
+            error), "ec1", "ecfp16" and "ecbf16" (the same numbers in fewer bits). What rounding
+            loses is kept too. None is the gradient's own dtype, lossless, and the default without
+            error_feedback.
         exchange: "allgather" sends every frame to every rank, exactly; "split" reduces each part
             of the index space on one rank, for many ranks; "hierarchical" sums inside a node and
             sends frames between nodes; "dense" sends all. "auto" measures them in the first

@@ -3,7 +3,7 @@ from fuzz_frames import SHAPES, fuzz, make_seeds
 
 from topq_dist.compress.codec.frame import peek_header
 from topq_dist.compress.codec.indices import IndexCoding
-from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS
+from topq_dist.compress.codec.values import BLOCK_NUMELS, VALUE_FORMATS
 
 
 def test_the_seeds_cover_every_index_coding_with_segments_and_without() -> None:
@@ -11,7 +11,7 @@ def test_the_seeds_cover_every_index_coding_with_segments_and_without() -> None:
     cut = [seed for seed in seeds if peek_header(seed.raw).segment_bytes]
     plain = [seed for seed in seeds if seed not in cut]
     assert len(plain) == len(SHAPES) * len(VALUE_FORMATS) + 1
-    assert len(cut) == sum(k > 1 for _, k in SHAPES) * len(LOW_BITS)
+    assert len(cut) == sum(k > 1 for _, k in SHAPES) * len(BLOCK_NUMELS)
     assert {peek_header(seed.raw).index_coding for seed in plain} == set(IndexCoding)
 
 

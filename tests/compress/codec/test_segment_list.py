@@ -23,14 +23,14 @@ from topq_dist.compress.codec.frame import (
     peek_header,
 )
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
-from topq_dist.compress.codec.values import LOW_BITS, VALUE_FORMATS, quantize
+from topq_dist.compress.codec.values import BLOCK_NUMELS, VALUE_FORMATS, quantize
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.reduce import PartReducer
 from topq_dist.compress.sparsify.segments import Segment, uniform_segments
 
-LOW = st.sampled_from(list(LOW_BITS))
-KS = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=12)
+LOW = st.sampled_from(list(BLOCK_NUMELS))
+KS = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400), st.just(4097)), max_size=12)
 
 
 def some_values(count: int, seed: int) -> Tensor:
@@ -69,7 +69,7 @@ def test_a_segment_is_rounded_as_if_it_were_alone(
         assert torch.equal(plain, encoded)
 
 
-@pytest.mark.parametrize("value_format", [f for f in VALUE_FORMATS if f not in LOW_BITS])
+@pytest.mark.parametrize("value_format", [f for f in VALUE_FORMATS if f not in BLOCK_NUMELS])
 def test_other_formats_have_no_segments(value_format: str) -> None:
     values = some_values(30, 1)
     plain = encode_frame(30, torch.arange(30), quantize(values, value_format))
@@ -86,6 +86,10 @@ def test_other_formats_have_no_segments(value_format: str) -> None:
         ("int4", "9c7542de54c7ad0b58847c74e548c372"),
         # before the means of a block of fewer values were those of its values alone: b42a9b0d7100
         ("int2", "beb9879bc691fa0c046463a796111c9c"),
+        ("ec1", "d2fea0d37b70b9bf3a44ad89e913d277"),
+        ("ec2", "e64969982d9692412d0440992c2718f0"),
+        ("ecfp16", "7e6f475db46797ef2f0b34f3caf3f082"),
+        ("ecbf16", "9f7f006f93bca6e4c54b8ee8027456f2"),
     ],
 )
 def test_frames_of_one_segment_are_those_of_older_versions(value_format: str, sha256: str) -> None:
@@ -252,7 +256,7 @@ def test_parts_and_their_means_keep_segments_apart(value_format: str) -> None:
         assert where.numel() == 800
         assert bool((dense[where] / gradient[where] - 1).abs().max() < 0.1)
     has_segments = [peek_header(frame).segment_bytes > 0 for frame in compressed[0].frames]
-    assert has_segments == [value_format in LOW_BITS] * 2
+    assert has_segments == [value_format in BLOCK_NUMELS] * 2
 
 
 def test_rows_of_a_parameter_are_one_segment() -> None:

@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from topq_dist.compress.codec.values import (
+    CODED,
     VALUE_FORMATS,
     check_value_format,
     decode_values,
@@ -31,7 +32,8 @@ def heavy_tail(numel: int) -> Tensor:
 def test_what_is_decoded_is_what_the_encoder_said(values: np.ndarray, value_format: str) -> None:
     quantized = quantize(torch.from_numpy(values), value_format)
     payload, exponent, decoded = quantized.payload, quantized.exponent, quantized.decoded
-    assert payload.size == payload_bytes(values.size, value_format)
+    most = payload_bytes(values.size, value_format)
+    assert payload.size <= most if value_format in CODED else payload.size == most
     again = decode_values(payload, values.size, value_format, exponent)
     assert again.dtype == decoded.dtype
     assert again.numpy().tobytes() == decoded.numpy().tobytes()
@@ -47,7 +49,10 @@ def test_what_is_decoded_is_what_the_encoder_said(values: np.ndarray, value_form
 
 @pytest.mark.parametrize(
     ("value_format", "most_error"),
-    [("fp16", 2.0**-11), ("bf16", 2.0**-8), ("int8", 0.003), ("int4", 0.04), ("int2", 0.08)],
+    [
+        *[("fp16", 2.0**-11), ("bf16", 2.0**-8), ("int8", 0.003), ("int4", 0.04), ("int2", 0.08)],
+        *[("ec1", 0.08), ("ec2", 0.05), ("ecfp16", 2.0**-11), ("ecbf16", 2.0**-8)],
+    ],
 )
 def test_relative_error_of_the_tail_of_a_normal(value_format: str, most_error: float) -> None:
     values = heavy_tail(10_000)
@@ -104,6 +109,15 @@ def test_bits_a_value_with_scales() -> None:
         assert payload_bytes(count, "int8") * 8 / count <= 9.0
         assert payload_bytes(count, "int4") * 8 / count <= 4.5
         assert payload_bytes(count, "int2") * 8 / count <= 2.3
+
+
+@pytest.mark.parametrize(("coded", "plain"), [("ecfp16", "fp16"), ("ecbf16", "bf16")])
+def test_coded_halves_are_the_same_numbers_in_fewer_bits(coded: str, plain: str) -> None:
+    values = heavy_tail(20_000)
+    some, all_of_it = quantize(values, coded), quantize(values, plain)
+    assert torch.equal(some.decoded, all_of_it.decoded)
+    assert some.exponent == all_of_it.exponent
+    assert some.payload.size < 0.7 * all_of_it.payload.size
 
 
 def test_two_bits_keep_the_sum_of_magnitudes_of_each_block() -> None:

@@ -13,8 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HEADER = 32, MOST_K = 1 << 12, MOST_NUMEL = 1 << 12, MOST_FRAMES = 1024, ROUNDS = 12 };
-enum { FP16 = 1, INT8 = 3, INT2 = 5, RAW = 1, RICE = 3, SEGMENTED = 2 };
+enum { HEADER = 32, MOST_K = 1 << 15, MOST_NUMEL = 1 << 12, MOST_FRAMES = 1024, ROUNDS = 12 };
+enum { FP16 = 1, INT8 = 3, INT2 = 5, EC1 = 7, EC2 = 8, ECFP16 = 9, RAW = 1, RICE = 3 };
+enum { SEGMENTED = 2 };
 
 static uint64_t state;
 
@@ -53,7 +54,7 @@ static void damage(uint8_t *frame, int64_t *length)
     static const uint8_t telling[] = {0, 1, 2, 127, 128, 254, 255};
     for (uint64_t left = 1 + drawn(ROUNDS); left > 0; left--) {
         /* half of it where lengths and counts are */
-        const int64_t at = (int64_t)drawn(drawn(2) ? (uint64_t)*length : HEADER + 8);
+        const int64_t at = (int64_t)drawn(drawn(2) ? (uint64_t)*length : HEADER + 12);
         if (at >= *length)
             continue;
         switch (drawn(5)) {
@@ -120,12 +121,46 @@ static int64_t segments_of(const uint8_t *listed, int64_t bytes, int64_t *ks)
     return count;
 }
 
+/* Return the levels of a payload, which are not all written where it is refused. */
+static uint8_t *take_symbols(const uint8_t *code, int64_t code_bytes, int64_t k, uint64_t *taken)
+{
+    uint8_t *levels = room_for(k), *payload = copy_of(code, code_bytes);
+    memset(levels, 1, (size_t)k);
+    taken[3] += 0 == topq_read_symbols(payload, code_bytes, levels, k);
+    free(payload);
+    return levels;
+}
+
+static void take_levels(const uint8_t *payload, int64_t payload_bytes, const int64_t *ks,
+                        int64_t segments, float *values, int64_t k, uint64_t *taken)
+{
+    int64_t scale_bytes = 0;
+    for (int64_t segment = 0; segment < segments; segment++) {
+        const uint64_t of_segment = (uint64_t)ks[segment] % MOST_K;
+        scale_bytes += 4 * (int64_t)(of_segment / 4096) + 2 * (of_segment % 4096 > 0) +
+                       2 * (of_segment % 4096 > 1);
+    }
+    scale_bytes += drawn(9) ? 0 : (int64_t)drawn(9) - 4;
+    scale_bytes = scale_bytes < 0 ? 0 : scale_bytes < payload_bytes ? scale_bytes : payload_bytes;
+    int64_t sign_bytes = (k + 7) / 8 + (drawn(9) ? 0 : 1), rest = payload_bytes - scale_bytes;
+    sign_bytes = sign_bytes < rest ? sign_bytes : rest;
+    uint8_t *scales = copy_of(payload, scale_bytes);
+    uint8_t *signs = copy_of(payload + scale_bytes, sign_bytes);
+    uint8_t *levels =
+        take_symbols(payload + scale_bytes + sign_bytes, rest - sign_bytes, k, taken);
+    taken[4] += 0 == topq_decode_levels(scales, scale_bytes, signs, sign_bytes, levels, ks,
+                                        segments, values, k);
+    free(scales);
+    free(signs);
+    free(levels);
+}
+
 static void decode(const uint8_t *frame, int64_t length, uint64_t *taken)
 {
     const int format = frame[6], coding = frame[7], rice_bits = frame[8];
     const int64_t numel = (int64_t)(field(frame, 16, 8) % MOST_NUMEL);
     const int64_t k = (int64_t)(field(frame, 24, 4) % MOST_K);
-    int64_t start = HEADER + (frame[5] == SEGMENTED ? 8 : 0);
+    int64_t start = HEADER + (frame[5] == SEGMENTED ? 8 : 0) + (format >= EC1 ? 4 : 0);
     start = start < length ? start : length;
     int64_t index_bytes = (int64_t)field(frame, 12, 4), listed_bytes = 0;
     index_bytes = index_bytes < length - start ? index_bytes : length - start;
@@ -169,6 +204,11 @@ static void decode(const uint8_t *frame, int64_t length, uint64_t *taken)
         taken[1] += 0 == topq_decode_blocks(payload, length - start, ks, segments,
                                             8 >> (format - INT8), values, k);
         free(payload);
+    } else if (format == EC1 || format == EC2) {
+        take_levels(frame + start, length - start, ks, segments, values, k, taken);
+    } else if (format >= ECFP16) {
+        const int64_t plain = k < length - start ? k : length - start;
+        free(take_symbols(frame + start + plain, length - start - plain, k, taken));
     } else if (format == FP16) {
         const int64_t halves = (length - start) / 2 < k ? (length - start) / 2 : k;
         uint16_t *payload = copy_of(frame + start, 2 * halves);
@@ -187,7 +227,7 @@ int main(int count, char **words)
     static int64_t lengths[MOST_FRAMES];
     int64_t held = 0;
     uint32_t length;
-    uint64_t taken[3] = {0};
+    uint64_t taken[5] = {0};
     if (count != 3)
         return 2;
     const uint64_t wanted = strtoull(words[1], NULL, 10);
@@ -195,7 +235,7 @@ int main(int count, char **words)
     while (held < MOST_FRAMES && fread(&length, sizeof length, 1, stdin) == 1) {
         frames[held] = room_for(length);
         lengths[held] = length;
-        if (length < HEADER + 8 || fread(frames[held++], 1, length, stdin) != length)
+        if (length < HEADER + 12 || fread(frames[held++], 1, length, stdin) != length)
             return 2;
     }
     for (uint64_t at = 0; held > 0 && at < wanted; at++) {
@@ -209,8 +249,10 @@ int main(int count, char **words)
     }
     for (int64_t at = 0; at < held; at++)
         free(frames[at]);
-    printf("%llu frames; taken as Rice code: %llu, as levels: %llu, as fp16: %llu\n",
+    printf("%llu frames; taken as Rice code: %llu, as levels: %llu, as fp16: %llu, as symbols: %llu, "
+           "as coded levels: %llu\n",
            (unsigned long long)wanted, (unsigned long long)taken[0], (unsigned long long)taken[1],
-           (unsigned long long)taken[2]);
+           (unsigned long long)taken[2], (unsigned long long)taken[3],
+           (unsigned long long)taken[4]);
     return 0;
 }

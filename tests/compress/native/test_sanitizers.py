@@ -15,7 +15,7 @@ import torch
 from native_build import compile_kernels, compilers
 
 from topq_dist.compress.codec.frame import encode_frame
-from topq_dist.compress.codec.values import VALUE_FORMATS, quantize
+from topq_dist.compress.codec.values import CODED, VALUE_FORMATS, quantize
 
 DRIVER = Path(__file__).with_name("fuzz_driver.c")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -37,7 +37,10 @@ def frames() -> bytes:
     generator = np.random.default_rng(0)
     stream = b""
     for value_format in VALUE_FORMATS:
-        for numel, k in ((64, 1), (5_000, 40), (60_000, 30), (2_000, 700), (40_000, 1_500)):
+        sizes = [(64, 1), (5_000, 40), (60_000, 30), (2_000, 700), (40_000, 1_500)]
+        # of 4 lanes, and of 16
+        sizes += [(40_000, 4_500), (99_000, 17_000)] if value_format in CODED[-1:] else []
+        for numel, k in sizes:
             for segments in (1, 7):
                 indices = np.sort(generator.choice(numel, k, replace=False))
                 edges = np.sort(generator.integers(0, k, segments - 1))
@@ -47,7 +50,7 @@ def frames() -> bytes:
                     segment_ks=np.diff(edges, prepend=0, append=k),
                 )
                 frame = encode_frame(numel, torch.from_numpy(indices), quantized)
-                sent = frame.numpy().tobytes().ljust(40, b"\0")
+                sent = frame.numpy().tobytes().ljust(44, b"\0")
                 stream += len(sent).to_bytes(4, "little") + sent
     return stream
 

@@ -19,6 +19,7 @@ from topq_dist.compress.codec.header import (
     LARGEST_FIELD,
     LARGEST_NUMEL,
     SEGMENTS_HEADER_BYTES,
+    VALUES_HEADER_BYTES,
     FrameError,
     FrameHeader,
     checksum_fits,
@@ -31,10 +32,11 @@ from topq_dist.compress.codec.indices import (
     decode_indices,
     encode_indices,
 )
-from topq_dist.compress.codec.lowbit import BLOCK_NUMEL, Counts, block_count
+from topq_dist.compress.codec.lowbit import Counts, block_count
 from topq_dist.compress.codec.segment_list import decode_ks, encode_ks
 from topq_dist.compress.codec.values import (
-    LOW_BITS,
+    BLOCK_NUMELS,
+    CODED,
     Quantized,
     check_value_format,
     decode_values,
@@ -111,6 +113,11 @@ def encode_frame(
     listed = np.zeros(0, np.uint8) if ks is None else encode_ks(ks)
     if listed.size > LARGEST_FIELD:
         raise ValueError(f"{listed.size} bytes of segments: expected at most {LARGEST_FIELD}")
+    coded = quantized.value_format in CODED
+    if coded and quantized.payload.size > LARGEST_FIELD:
+        raise ValueError(
+            f"{quantized.payload.size} bytes of values: expected at most {LARGEST_FIELD}"
+        )
     header = FrameHeader(
         finite=True,
         value_format=quantized.value_format,
@@ -121,7 +128,8 @@ def encode_frame(
         numel=numel,
         k=k,
         segment_bytes=listed.size,
-        blocks=None if ks is None else block_count(ks),
+        blocks=None if ks is None else block_count(ks, BLOCK_NUMELS[quantized.value_format]),
+        coded_bytes=quantized.payload.size if coded else None,
     )
     return _assemble(header, index.payload, listed, quantized.payload)
 
@@ -140,6 +148,7 @@ def encode_non_finite_frame(numel: int, value_format: str = "fp32") -> Tensor:
         index_bytes=0,
         numel=numel,
         k=0,
+        coded_bytes=0 if value_format in CODED else None,
     )
     return _assemble(header, nothing)
 
@@ -153,12 +162,13 @@ def max_frame_bytes(numel: int, k: int, value_format: str, *, segments: int = 1)
     if not 0 <= k <= numel:
         raise ValueError(f"k={k!r}: expected a number in [0, numel={numel}]")
     length = HEADER_BYTES + bound_bytes(numel, k)
+    length += VALUES_HEADER_BYTES if value_format in CODED else 0
     several = min(segments, k)
-    if several < 2 or value_format not in LOW_BITS:
+    if several < 2 or value_format not in BLOCK_NUMELS:
         return length + payload_bytes(k, value_format)
     # no number is longer than k's own
     listed = several * encode_ks(np.array([k])).size
-    blocks = -(-k // BLOCK_NUMEL) + several - 1
+    blocks = -(-k // BLOCK_NUMELS[value_format]) + several - 1
     return length + SEGMENTS_HEADER_BYTES + listed + payload_bytes(k, value_format, blocks=blocks)
 
 
@@ -237,8 +247,9 @@ def _read_ks(listed: Bytes, header: FrameHeader) -> Counts | None:
     if header.blocks is None:
         return None
     ks = decode_ks(listed, header.k)
-    if block_count(ks) != header.blocks:
-        raise ValueError(f"segments of {block_count(ks)} blocks: expected {header.blocks}")
+    blocks = block_count(ks, BLOCK_NUMELS[header.value_format])
+    if blocks != header.blocks:
+        raise ValueError(f"segments of {blocks} blocks: expected {header.blocks}")
     return ks
 
 

@@ -1,4 +1,4 @@
-"""The header of a frame: 32 bytes, or 40 where the values lie in segments; little-endian.
+"""The header of a frame: 32 bytes, and up to 12 more as its format asks; little-endian.
 
 | offset | bytes | field |
 |---|---|---|
@@ -16,9 +16,10 @@
 | 28 | 4 | CRC-32 of bytes 0 to 27 and of everything after byte 31 |
 | 32 | 4 | with bit 1: bytes of the list of segments, which lies before the value payload |
 | 36 | 4 | with bit 1: blocks of values |
+| 32 or 40 | 4 | with an entropy-coded value format: the value payload's length in bytes |
 
-Bit 1: the values, of 8 bits or fewer, lie in two or more segments (segment_list.py), and their
-blocks begin anew with each. Without it there is one segment, and none of the last two fields.
+Bit 1: the values, of a format that has blocks, lie in two or more segments (segment_list.py), and
+their blocks begin anew with each. Without it there is one segment, and neither of its two fields.
 Unused fields are zero, and reading insists on it.
 """
 
@@ -30,10 +31,10 @@ from dataclasses import dataclass
 
 from topq_dist.compress.codec.bits import Bytes
 from topq_dist.compress.codec.indices import IndexCoding
-from topq_dist.compress.codec.lowbit import BLOCK_NUMEL
 from topq_dist.compress.codec.segment_list import LONGEST_BYTES
 from topq_dist.compress.codec.values import (
-    LOW_BITS,
+    BLOCK_NUMELS,
+    CODED,
     VALUE_FORMATS,
     exponent_is_valid,
     payload_bytes,
@@ -42,6 +43,8 @@ from topq_dist.compress.codec.values import (
 HEADER_BYTES = 32
 # more of a header where the values lie in segments
 SEGMENTS_HEADER_BYTES = 8
+# and where their payload's length is told
+VALUES_HEADER_BYTES = 4
 LARGEST_NUMEL = 2**48
 LARGEST_FIELD = 2**32 - 1
 _LAYOUT = struct.Struct("<4sBBBBBbHIQII")
@@ -51,6 +54,7 @@ _VERSION = 1
 _NON_FINITE = 1
 _SEGMENTED = 2
 _SEGMENTS = struct.Struct("<II")
+_VALUES = struct.Struct("<I")
 
 
 class FrameError(ValueError):
@@ -63,6 +67,7 @@ class FrameHeader:
 
     segment_bytes: length of the list of segments, 0 where there is one segment or none.
     blocks: how many blocks of values they come to; None where there is no list.
+    coded_bytes: length of the value payload where the format is entropy-coded, else None.
     """
 
     finite: bool
@@ -75,17 +80,28 @@ class FrameHeader:
     k: int
     segment_bytes: int = 0
     blocks: int | None = None
+    coded_bytes: int | None = None
 
     @property
     def header_bytes(self) -> int:
         """Length of the header, where the index payload begins."""
-        return HEADER_BYTES + (SEGMENTS_HEADER_BYTES if self.segment_bytes else 0)
+        return (
+            HEADER_BYTES
+            + (SEGMENTS_HEADER_BYTES if self.segment_bytes else 0)
+            + (0 if self.coded_bytes is None else VALUES_HEADER_BYTES)
+        )
+
+    @property
+    def value_bytes(self) -> int:
+        """Length of the value payload."""
+        if self.coded_bytes is not None:
+            return self.coded_bytes
+        return payload_bytes(self.k, self.value_format, blocks=self.blocks)
 
     @property
     def frame_bytes(self) -> int:
         """Length of the whole frame."""
-        value_bytes = payload_bytes(self.k, self.value_format, blocks=self.blocks)
-        return self.header_bytes + self.index_bytes + self.segment_bytes + value_bytes
+        return self.header_bytes + self.index_bytes + self.segment_bytes + self.value_bytes
 
 
 def write_header(header: FrameHeader, frame: Bytes) -> None:
@@ -94,6 +110,8 @@ def write_header(header: FrameHeader, frame: Bytes) -> None:
     if header.segment_bytes:
         flags |= _SEGMENTED
         _SEGMENTS.pack_into(frame.data, HEADER_BYTES, header.segment_bytes, header.blocks)
+    if header.coded_bytes is not None:
+        _VALUES.pack_into(frame.data, header.header_bytes - _VALUES.size, header.coded_bytes)
     fields = (
         _MAGIC,
         _VERSION,
@@ -152,6 +170,8 @@ def read_header(raw: Bytes) -> FrameHeader:
     if not exponent_is_valid(name, exponent):
         raise FrameError(f"exponent {exponent} with value format {name}")
     segment_bytes, blocks = (0, None) if flags != _SEGMENTED else _read_segments(raw, name, k)
+    offset = HEADER_BYTES + (SEGMENTS_HEADER_BYTES if segment_bytes else 0)
+    coded_bytes = _read_coded(raw, offset, name, k, blocks) if name in CODED else None
     return FrameHeader(
         finite=flags != _NON_FINITE,
         value_format=name,
@@ -163,12 +183,25 @@ def read_header(raw: Bytes) -> FrameHeader:
         k=k,
         segment_bytes=segment_bytes,
         blocks=blocks,
+        coded_bytes=coded_bytes,
     )
+
+
+def _read_coded(raw: Bytes, offset: int, value_format: str, k: int, blocks: int | None) -> int:
+    """Return the length of the value payload, which the header has at `offset`."""
+    end = offset + VALUES_HEADER_BYTES
+    if raw.size < end:
+        raise FrameError(f"{raw.size} bytes: expected a header of {end}")
+    (coded_bytes,) = _VALUES.unpack_from(raw[offset:end].tobytes())
+    most = payload_bytes(k, value_format, blocks=blocks)
+    if coded_bytes > most:
+        raise FrameError(f"{coded_bytes} bytes of {k} values: expected at most {most}")
+    return int(coded_bytes)
 
 
 def _read_segments(raw: Bytes, value_format: str, k: int) -> tuple[int, int]:
     """Return the length of the list of segments, and how many blocks they come to."""
-    if value_format not in LOW_BITS:
+    if value_format not in BLOCK_NUMELS:
         raise FrameError(f"flags {_SEGMENTED} with value format {value_format}: it has no segments")
     end = HEADER_BYTES + SEGMENTS_HEADER_BYTES
     if raw.size < end:
@@ -177,7 +210,7 @@ def _read_segments(raw: Bytes, value_format: str, k: int) -> tuple[int, int]:
     # a byte and a value at least for each of two segments
     if not 2 <= segment_bytes <= LONGEST_BYTES * k:
         raise FrameError(f"{segment_bytes} bytes of segments with {k} values")
-    if not max(2, -(-k // BLOCK_NUMEL)) <= blocks <= k:
+    if not max(2, -(-k // BLOCK_NUMELS[value_format])) <= blocks <= k:
         raise FrameError(f"{blocks} blocks of segments with {k} values")
     return segment_bytes, blocks
 

@@ -26,9 +26,9 @@ Singles = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
 
-def block_count(ks: Counts) -> int:
+def block_count(ks: Counts, block_numel: int = BLOCK_NUMEL) -> int:
     """Return how many blocks segments of so many values each come to."""
-    return int((-(-ks // BLOCK_NUMEL)).sum())
+    return int((-(-ks // block_numel)).sum())
 
 
 def lowbit_bytes(count: int, bits: int, blocks: int) -> int:

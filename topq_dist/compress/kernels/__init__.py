@@ -8,17 +8,20 @@ itself looks.
 
 import logging
 
-from topq_dist.compress.native import library, numpy_codec, numpy_kernels
+from topq_dist.compress.native import library, numpy_codec, numpy_kernels, numpy_symbols
 from topq_dist.compress.native.binding import (
     bound_rows,
     decode_blocks,
+    decode_levels,
     encode_blocks,
+    encode_levels,
     find_differing,
     find_reaching,
     gaps_between,
     indices_of_part,
     keep_largest,
     read_gaps,
+    read_symbols,
     round_to_half,
     scatter_add,
     select_segments,
@@ -28,18 +31,22 @@ from topq_dist.compress.native.binding import (
     update_residual_span,
     widen_half,
     write_gaps,
+    write_symbols,
 )
 
 __all__ = [
     "bound_rows",
     "decode_blocks",
+    "decode_levels",
     "encode_blocks",
+    "encode_levels",
     "find_differing",
     "find_reaching",
     "gaps_between",
     "indices_of_part",
     "keep_largest",
     "read_gaps",
+    "read_symbols",
     "round_to_half",
     "scatter_add",
     "select_segments",
@@ -49,6 +56,7 @@ __all__ = [
     "update_residual_span",
     "widen_half",
     "write_gaps",
+    "write_symbols",
 ]
 
 # elements that are looked at together: lists need room for as many more than they are to hold
@@ -61,5 +69,5 @@ if library.LIBRARY is None:
         "gradients are compressed by numpy: as exactly as by the compiled kernels, but slower (%s)",
         library.WHY_NOT,
     )
-    _by_numpy = vars(numpy_kernels) | vars(numpy_codec)
+    _by_numpy = vars(numpy_kernels) | vars(numpy_codec) | vars(numpy_symbols)
     globals().update({name: _by_numpy[name] for name in __all__})

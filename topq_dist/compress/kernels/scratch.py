@@ -43,6 +43,7 @@ class _Scratch(threading.local):
         self._indices = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.uint8)
         self._before = np.zeros(0, dtype=np.uint8)
+        self._coding = np.zeros(0, dtype=np.uint8)
         self.single = torch.empty(BLOCK_NUMEL)
         # as many as stay in a core's first cache
         self.counts = np.empty(2_048, dtype=np.int64)
@@ -58,6 +59,12 @@ class _Scratch(threading.local):
         if self._numbers.nbytes < room * dtype.itemsize:
             self._numbers = np.empty(room * dtype.itemsize, dtype=np.uint8)
         return self._indices[:room], self._numbers[: room * dtype.itemsize].view(dtype)
+
+    def coding(self, room: int) -> npt.NDArray[np.uint8]:
+        """Room for so many bytes of code, until the next call."""
+        if self._coding.size < room:
+            self._coding = np.empty(room, dtype=np.uint8)
+        return self._coding[:room]
 
     def before(self, numel: int, dtype: np.dtype[Any]) -> Floats:
         """Room for what a vector was: so many floats, of STREAM_ALIGNMENT, until the next call."""

@@ -335,6 +335,67 @@ def decode_blocks(payload: Array, ks: Array, code_bits: int, values: Array) -> N
         raise ValueError(_WRONG[status])
 
 
+def encode_levels(
+    values: Array,
+    ks: Array,
+    ratio: float,
+    bases: Array,
+    steps: Array,
+    signs: Array,
+    levels: Array,
+    decoded: Array,
+) -> None:
+    """Write values as signs and levels; see topq_encode_levels."""
+    _LIBRARY.topq_encode_levels(
+        read(values, FLOAT32),
+        read(ks, INT64),
+        ks.size,
+        ratio,
+        written(bases, UINT8),
+        written(steps, UINT8),
+        written(signs, UINT8),
+        written(levels, UINT8),
+        written(decoded, FLOAT32),
+    )
+
+
+def decode_levels(scales: Array, signs: Array, levels: Array, ks: Array, values: Array) -> None:
+    """Undo encode_levels; raise ValueError for scales or signs that are none of so many values."""
+    status: int = _LIBRARY.topq_decode_levels(
+        read(scales, UINT8),
+        scales.size,
+        read(signs, UINT8),
+        signs.size,
+        read(levels, UINT8),
+        read(ks, INT64),
+        ks.size,
+        written(values, FLOAT32),
+        values.size,
+    )
+    if status:
+        raise ValueError(_WRONG[status])
+
+
+def write_symbols(levels: Array, scratch: Array, payload: Array) -> int:
+    """Write numbers of a byte in entropy code; return how many bytes that took."""
+    used: int = _LIBRARY.topq_write_symbols(
+        read(levels, UINT8),
+        levels.size,
+        written(scratch, UINT8),
+        written(payload, UINT8),
+    )
+    return used
+
+
+def read_symbols(payload: Array, levels: Array) -> None:
+    """Undo write_symbols; raise ValueError for a payload that is none of so many numbers."""
+    status: int = _LIBRARY.topq_read_symbols(
+        read(payload, UINT8), payload.size, written(levels, UINT8), levels.size
+    )
+    if status:
+        raise ValueError(_WRONG[status])
+
+
 def bound_rows(values: Array, ks: Array, row_numels: Array, bound: float, bounded: Array) -> None:
     """Clip each row's values to `bound` times their mean magnitude; see topq_bound_rows."""
     dtype = values.dtype

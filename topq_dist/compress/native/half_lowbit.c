@@ -1,32 +1,9 @@
 /* Values in few bits: fp16 scaled by a power of two, and blocks of levels between two numbers. */
 #include "topq_kernels.h"
+#include "float_bits.h"
 
-#include <string.h>
-
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* how many values share two scales, and what is sent of a larger magnitude */
-enum { BLOCK = 128, SUM_LANES = 8 };
-#define LARGEST 0x1p127f
-
-/* vectors of the compiler's own, of as many bytes as every machine has */
-typedef double Pair __attribute__((vector_size(16), may_alias));
-typedef int64_t Flags __attribute__((vector_size(16)));
-
-static inline uint32_t bits_of(float number)
-{
-    uint32_t bits;
-    memcpy(&bits, &number, sizeof bits);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits)
-{
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return number;
-}
+/* how many values share two scales */
+enum { BLOCK = 128 };
 
 /* fp32's exponent is biased by 127 and fp16's by 15; fp32 has 13 more bits of mantissa. */
 static inline uint16_t half_of(float number)
@@ -68,12 +45,6 @@ int64_t topq_widen_half(const uint16_t *restrict halves, int64_t count, float sc
     return beyond == 0;
 }
 
-/* Cut off the bits that bf16 has no room for, in fp32. */
-static inline float bf16_below(float number)
-{
-    return float_of(bits_of(number) & 0xffff0000u);
-}
-
 static inline float bf16_above(float number)
 {
     return float_of((bits_of(number) + 0xffffu) & 0xffff0000u);
@@ -90,13 +61,6 @@ static void spread_levels(const float *magnitudes, int count, float top, float *
     }
     *base = bf16_below(smallest);
     *step = bf16_above((largest - *base) / top);
-}
-
-/* The sum of lanes, in pairs, as numpy does it. */
-static inline double sum_of(const Pair *lanes)
-{
-    return ((lanes[0][0] + lanes[0][1]) + (lanes[1][0] + lanes[1][1])) +
-           ((lanes[2][0] + lanes[2][1]) + (lanes[3][0] + lanes[3][1]));
 }
 
 /* The scales of 2 bits: the means of the magnitudes up to and above their mean, in SUM_LANES lanes.

@@ -76,7 +76,7 @@ def encode_blocks(
     values: Array, ks: Array, code_bits: int, scales: Array, packed: Array, decoded: Array
 ) -> None:
     """Write values in blocks of levels."""
-    magnitudes = np.minimum(np.abs(values), _LARGEST)
+    magnitudes = largest_magnitudes(values)
     sizes, top = _block_sizes(ks), (1 << (code_bits - 1)) - 1
     base, step = (
         _two_levels(magnitudes, sizes) if code_bits == 2 else _levels(magnitudes, sizes, top)
@@ -155,17 +155,22 @@ def _two_levels(magnitudes: Array, sizes: Array) -> tuple[Array, Array]:
     """Return the scales of 2 bits: the means of the magnitudes up to and above their mean."""
     blocks = np.zeros((sizes.size, _BLOCK))
     blocks[np.arange(_BLOCK) < sizes[:, None]] = magnitudes
-    total = _sums(blocks)
+    total = sums_of_rows(blocks)
     is_above = blocks > (total / sizes)[:, None]
     count_above = np.count_nonzero(is_above, axis=1)
-    sum_above = _sums(np.where(is_above, blocks, 0.0))
+    sum_above = sums_of_rows(np.where(is_above, blocks, 0.0))
     below = (total - sum_above) / (sizes - count_above)
     above = np.where(count_above, sum_above / np.maximum(count_above, 1), below)
     base = _round_bf16(below.astype(np.float32))
     return base, _round_bf16((above - base).astype(np.float32))
 
 
-def _sums(blocks: Array) -> Array:
+def largest_magnitudes(values: Array) -> Array:
+    """Return magnitudes, the largest ones as what is sent of them."""
+    return np.minimum(np.abs(values), _LARGEST)
+
+
+def sums_of_rows(blocks: Array) -> Array:
     """Return the sum of each row in fp64: in lanes, and these in pairs, as the kernels do it."""
     lanes = np.zeros((blocks.shape[0], _SUMS))
     for start in range(0, blocks.shape[1], _SUMS):

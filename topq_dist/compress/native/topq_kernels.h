@@ -202,6 +202,55 @@ TOPQ_API int64_t topq_decode_blocks(const uint8_t *payload, int64_t payload_byte
                                     const int64_t *ks, int64_t segments, int64_t code_bits,
                                     float *values, int64_t count);
 
+/* ---- coded_levels.c ------------------------------------------------------------------------- */
+
+/* Write values as signs and levels of blocks of up to 4096, which begin anew with each segment;
+ * coded.py says what they look like.
+ *
+ *   values   (the sum of ks,), finite
+ *   ks       (segments,), none below zero
+ *   ratio    a step over the mean excess of a block's magnitudes over the least of them
+ *   bases    (2 * blocks,), in bf16; steps (2 * blocks of two values or more,)
+ *   signs    ((the sum of ks + 7) / 8,)
+ *   levels, decoded  (the sum of ks,), decoded being what topq_decode_levels makes of it
+ */
+TOPQ_API int64_t topq_encode_levels(const float *values, const int64_t *ks, int64_t segments,
+                                    double ratio, uint8_t *bases, uint8_t *steps, uint8_t *signs,
+                                    uint8_t *levels, float *decoded);
+
+/* Undo topq_encode_levels, scales being bases and then steps, into values (count,).
+ *
+ * Returns 0, or TOPQ_RANGE where ks do not add up to count or are not of these scale_bytes and
+ * sign_bytes, TOPQ_PADDING where bits at the end are not zero, TOPQ_NOT_FINITE where a value is
+ * not. WIRE, but for levels (count,).
+ */
+TOPQ_API int64_t topq_decode_levels(const uint8_t *scales, int64_t scale_bytes,
+                                    const uint8_t *signs, int64_t sign_bytes, const uint8_t *levels,
+                                    const int64_t *ks, int64_t segments, float *values,
+                                    int64_t count);
+
+/* ---- symbol_coding.c ------------------------------------------------------------------------ */
+
+/* Write numbers of a byte in the bits that their frequencies leave them; symbols.py says how.
+ *
+ *   levels   (count,)
+ *   scratch  (count,)
+ *   payload  room for the bytes that symbols.py's most_bytes says
+ *
+ * Returns how many bytes it took.
+ */
+TOPQ_API int64_t topq_write_symbols(const uint8_t *levels, int64_t count, uint8_t *scratch,
+                                    uint8_t *payload);
+
+/* Undo topq_write_symbols, of a payload of just these bytes, into levels (count,).
+ *
+ * Returns 0, or TOPQ_RANGE or TOPQ_PADDING for what topq_write_symbols does not write. WIRE.
+ */
+TOPQ_API int64_t topq_read_symbols(const uint8_t *payload, int64_t payload_bytes, uint8_t *levels,
+                                   int64_t count);
+
+/* ---- half_lowbit.c, goes on ----------------------------------------------------------------- */
+
 /* Clip the values of each row to `bound` times their mean magnitude, a limit rounded so that value
  * - bounded is exact; rows of which half or more is there stay as they are.
  *

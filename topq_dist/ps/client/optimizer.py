@@ -56,8 +56,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         error_feedback: keep what was not sent and add it to the next gradient. Without it, a
             gradient that comes too late for its version is lost.
         value_format: how kept values travel: "fp32", "fp16", "bf16", "int8", "int4", "int2",
-            "fp64"; None is the gradient's own dtype, lossless, and what is used where none is said
-            and q is 0, or error_feedback False.
+            "fp64", or entropy-coded "ec1", "ec2", "ecfp16", "ecbf16"; None is the gradient's own
+            dtype, lossless, and what is used where none is said and q is 0, or error_feedback
+            False.
         bound: clip what is sent to so many times the mean magnitude of what is sent of the same
             parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
             What is half sent or more is never clipped. Only with error_feedback.

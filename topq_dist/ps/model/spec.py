@@ -67,11 +67,11 @@ class VectorSpec:
     @property
     def max_frame_bytes(self) -> int:
         """Length that no frame of the vector exceeds, in whatever value format."""
-        # fp64 is the widest, but for a few values each in a segment of its own; no index coding is
-        # longer than a bitmap
+        # fp64 is the widest, but for a few values and for each in a segment of its own; no index
+        # coding is longer than a bitmap
         longest = max(
             max_frame_bytes(self.numel, self.numel, value_format, segments=self.numel)
-            for value_format in ("fp64", "int8")
+            for value_format in ("fp64", "int8", "ec2", "ecfp16")
         )
         return longest + -(-self.numel // 8)
 
