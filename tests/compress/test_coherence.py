@@ -15,9 +15,10 @@ from topq_dist.compress.coherence import (
     CoherenceMean,
     bounded_total,
     measure_coherence,
+    measure_energies,
     total,
 )
-from topq_dist.compress.layout import Layout
+from topq_dist.compress.layout import ChunkedVector, Layout
 
 NUMEL, WAIT = 2_000, 20
 
@@ -137,3 +138,21 @@ def test_workers_that_differ_as_batches_do_are_added_up_as_they_are() -> None:
     usual = Coherence(0.0, 1.0)
     assert bounded_total([Coherence(1e300, 1e300)], usual=usual) == pytest.approx((4.0, 4.0))
     assert bounded_total(given[:1], usual=usual) == given[0]
+
+
+@pytest.mark.parametrize("numels", [(8_000, 7_000, 40_000), (5, 0, 9_000), (20_000, 20_000, 3)])
+def test_a_vector_in_chunks_says_what_it_says_in_one(numels: tuple[int, ...]) -> None:
+    layout = Layout(names=("a", "b", "c"), shapes=tuple((numel,) for numel in numels))
+    chunks = [torch.randn(numel) for numel in numels]
+    whole, residual = torch.cat(chunks), torch.randn(sum(numels))
+    in_chunks = measure_coherence(ChunkedVector(chunks), residual, layout)
+    assert in_chunks == measure_coherence(whole, residual, layout)
+
+
+def test_energies_are_about_those_of_all_elements() -> None:
+    layout = Layout(names=("a", "b", "c"), shapes=((9_000,), (700, 1_000), (3,)))
+    gradient, residual = torch.randn(layout.numel), 3.0 * torch.randn(layout.numel)
+    expected = [float(one.double().square().sum()) for one in (residual, gradient)]
+    assert measure_energies(gradient, residual, layout) == pytest.approx(expected, rel=0.05)
+    chunks = ChunkedVector([gradient[where] for where in layout.slices()])
+    assert measure_energies(chunks, residual, layout) == pytest.approx(expected, rel=0.05)

@@ -11,7 +11,7 @@ for gradients that do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -89,14 +89,41 @@ def measure_coherence(
     a tensor, and in fp64 nearly to the bit what it comes to, does not depend on its bucket.
     """
     of_gradient, of_residual = (
-        torch.cat(
-            [_sampled(flat[where]) if long else flat[where] for where, long in _spans(layout)]
-        ).double()
+        torch.cat([part for part, _ in _looked_at(flat, layout)]).double()
         for flat in (gradient, residual)
     )
     sums = torch.stack([torch.dot(of_residual, of_gradient), torch.dot(of_gradient, of_gradient)])
     aligned, energy = sums.tolist()
     return Coherence(aligned, energy)
+
+
+def measure_energies(
+    gradient: Tensor | ChunkedVector, residual: Tensor, layout: Layout
+) -> tuple[float, float]:
+    """Return about <residual, residual> and <gradient, gradient>, of a sample of long tensors.
+
+    As measure_coherence, but what is sampled counts for all that it stands for.
+    """
+    sums = []
+    for flat in (residual, gradient):
+        total_energy = torch.zeros((), dtype=torch.float64, device=residual.device)
+        for part, stands_for in _looked_at(flat, layout):
+            looked_at = part.double()
+            total_energy += stands_for / max(1, part.numel()) * torch.dot(looked_at, looked_at)
+        sums.append(total_energy)
+    of_residual, of_gradient = torch.stack(sums).tolist()
+    return of_residual, of_gradient
+
+
+def _looked_at(flat: Tensor | ChunkedVector, layout: Layout) -> Iterator[tuple[Tensor, int]]:
+    """Yield what is looked at of a vector, and how many elements each stands for."""
+    for where, long in _spans(layout):
+        if long:
+            yield _sampled(flat[where]), where.stop - where.start
+        elif isinstance(flat, Tensor):
+            yield flat[where], where.stop - where.start
+        else:
+            yield from ((piece, piece.numel()) for piece in flat.pieces(where))
 
 
 @lru_cache(maxsize=64)

@@ -138,6 +138,13 @@ class ChunkedVector:
             raise ValueError(f"{where}: expected a slice of one chunk")
         return self._chunks[number][where.start - start : where.stop - start]
 
+    def pieces(self, where: slice) -> Iterator[Tensor]:
+        """Yield what lies in a slice, chunk by chunk, sharing their memory."""
+        for chunk, start in zip(self._chunks, self._edges, strict=False):
+            low, high = max(where.start - start, 0), min(where.stop - start, chunk.numel())
+            if low < high:
+                yield chunk[low:high]
+
     def split(self, indices: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
         """Yield where each chunk lies, the chunk, and which of some ascending indices are in it."""
         edges = np.searchsorted(indices.numpy(), self._edges).tolist()
