@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,7 @@ class Compressed:
     own: what decoding the only frame returns, where there is one and it holds values.
     vector: what was compressed, where it is finite and one chunk.
     coherence: of the vector with its residual, where it has been measured.
+    encode_s: seconds in quantizing and encoding.
     """
 
     frames: list[Tensor]
@@ -58,6 +60,7 @@ class Compressed:
     own: Frame | None = None
     vector: Tensor | None = None
     coherence: Coherence = NO_COHERENCE
+    encode_s: float = 0.0
 
 
 class TopKCompressor:
@@ -149,6 +152,7 @@ class TopKCompressor:
         indices, values = selected.indices, selected.values
 
         # 3. quantize
+        began_s = time.perf_counter()
         sent = values if self.bound is None else bounded(values, segments, self.bound)
         split = partition.split(indices)
         quantized = [
@@ -161,6 +165,7 @@ class TopKCompressor:
             encode_frame(numel, places, rounded)
             for numel, (_, places), rounded in zip(numels, split, quantized, strict=True)
         ]
+        encode_s = time.perf_counter() - began_s
 
         update = own = None
         if residual is not None:
@@ -179,7 +184,9 @@ class TopKCompressor:
         if parts == 1:
             decoded = quantized[0].decoded
             own = Frame(numel=vector.numel, indices=indices, values=decoded, finite=True)
-        return Compressed(frames=frames, update=update, own=own, vector=vector.whole)
+        return Compressed(
+            frames=frames, update=update, own=own, vector=vector.whole, encode_s=encode_s
+        )
 
     def _select(
         self, vector: ChunkedVector, residual: Tensor | None, layout: Layout, segments: Segments

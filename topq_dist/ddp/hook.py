@@ -21,6 +21,7 @@ from topq_dist.compress.defaults import (
     usual_value_format,
 )
 from topq_dist.compress.sparsify.segments import Scope
+from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.ddp.hook_state import STATE_VERSION, SavedState, load_states, save_state
 from topq_dist.ddp.model_checks import check_takes_hook, trainable_names
 from topq_dist.ddp.parts import make_parts
@@ -38,7 +39,8 @@ from topq_dist.hook.parts import (
 from topq_dist.hook.sparsity_policy import FixedSparsity
 from topq_dist.module_names import unwrapped
 from topq_dist.optim import TopQGradientOptimizer
-from topq_dist.telemetry import Meter, Stats
+from topq_dist.telemetry.readings import Reading, rank_readings
+from topq_dist.telemetry.stats import Meter, Stats
 from topq_dist.validation import check_fraction
 
 
@@ -146,6 +148,8 @@ class TopQState:
         self._optimizer = optimizer
         self._group = process_group
         self._meter = Meter()
+        # once somebody looks on
+        self._watch: UnsentWatch | None = None
         self._loaded: SavedState | None = None
         # the one or the other: a state that has its ranks is held by its model
         self._model: nn.Module | None = None
@@ -247,6 +251,18 @@ class TopQState:
         """Return this rank's totals so far."""
         return self._meter.stats
 
+    def observe(self) -> None:
+        """Measure from the next step on what waits in the residuals; a second call does nothing.
+
+        What `telemetry.serve_metrics` and the like call; docs/metrics.md says what it costs.
+        """
+        self._watch = self._watch or UnsentWatch()
+
+    def readings(self) -> list[Reading]:
+        """Return what this rank's metrics stand at now; from any thread."""
+        unsent = None if self._watch is None else self._watch.reading
+        return rank_readings(self._meter, unsent, self.chosen_exchange or self._knobs.exchange)
+
     def push(
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
     ) -> Future[Tensor]:
@@ -257,6 +273,8 @@ class TopQState:
             # a collective, as DDP's change of group is
             context = replace(ranks.context, group=group)
             ranks = self._ranks = connect(self._parts, self._knobs, context, ranks)
+        if first:
+            ranks.pipeline.watch = self._watch
         future = ranks.pipeline.push(flat, parameters, first=first, last=last)
         if last and isinstance(self._optimizer, TopQGradientOptimizer):
             self._optimizer.sparsified_until_step(self._parts.names)

@@ -7,6 +7,7 @@ in one order, and an error is raised where the user called backward().
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeAlias
@@ -15,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.autograd.profiler import record_function
 from torch.futures import Future
 
 from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout, OutOfRows
+from topq_dist.compress.residual import ResidualUpdate
 from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.exchange.agreement import (
     ExchangeError,
     SettingsDifferError,
@@ -123,6 +127,9 @@ class Pipeline:
         self._in_flight: list[tuple[Bucket, ExchangeWork]] = []
         self._announcement: FrameAllGather | None = None
         self._announcing = AllGatherLane()
+        # where somebody looks on
+        self.watch: UnsentWatch | None = None
+        self._watched: list[ResidualUpdate] = []
 
     def push(
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
@@ -155,6 +162,9 @@ class Pipeline:
         # what an aborted backward pass left behind is of no use to anyone
         self._held = []
         self._in_flight = []
+        self._watched = []
+        if self.watch is not None:
+            self.watch.void()
         self._failure = None
         self._exchange.begin_step()
         if self._stages.grad_scaler is not None:
@@ -202,12 +212,13 @@ class Pipeline:
         parts = self._exchange.frames_per_bucket
         if self._failure is not None or not parts:
             return None
+        meter = self._context.meter
         try:
-            with self._context.meter.timed("select_s"):
+            with meter.timed("select_s"), record_function("topq: select and encode"):
                 segments = self._stages.sparsity.segments(bucket.parameters)
                 if self._stages.model.may_be_unused:
                     segments = [_unless_unused(segment, bucket.flat) for segment in segments]
-                return self._stages.momentum.compress(
+                compressed = self._stages.momentum.compress(
                     self._exchange.compressor,
                     bucket.flat,
                     bucket.layout,
@@ -215,6 +226,11 @@ class Pipeline:
                     segments,
                     parts=parts,
                 )
+            meter.encode_s += compressed.encode_s
+            if self.watch is not None and self._exchange.sparse and compressed.update is not None:
+                self.watch.compressed(compressed.update)
+                self._watched.append(compressed.update)
+            return compressed
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
             return None
@@ -222,11 +238,14 @@ class Pipeline:
     def _finish(self) -> None:
         in_flight, self._in_flight = self._in_flight, []
         self._held = []
+        meter = self._context.meter
+        began_s, before = time.perf_counter(), meter.stats
         try:
-            if self._announcement is not None:
-                self._announcement.frames()
-            in_flight[-1][1].advance()
-            finite = [work.receive() for _, work in in_flight]
+            with record_function("topq: wait and decode"):
+                if self._announcement is not None:
+                    self._announcement.frames()
+                in_flight[-1][1].advance()
+                finite = [work.receive() for _, work in in_flight]
         except SettingsDifferError:
             # every rank is here, having read the same digests, and may ask for the particulars
             check_same_on_all_ranks(
@@ -237,20 +256,38 @@ class Pipeline:
             raise self._failure or error from None
         if all(finite):
             self._stages.momentum.end_step(total([work.coherence for _, work in in_flight]))
-        for bucket, work in in_flight:
-            if not all(finite):
-                bucket.flat.fill_(torch.nan)
-            else:
-                work.deliver()
-                if self._stages.grad_scaler is not None:
-                    bucket.flat.mul_(self._scale)
-                for out_of_rows in bucket.out_of_rows:
-                    out_of_rows.to_memory(bucket.flat)
-            bucket.future.set_result(bucket.flat)
+        with record_function("topq: average and update residuals"):
+            for bucket, work in in_flight:
+                if not all(finite):
+                    bucket.flat.fill_(torch.nan)
+                else:
+                    work.deliver()
+                    if self._stages.grad_scaler is not None:
+                        bucket.flat.mul_(self._scale)
+                    for out_of_rows in bucket.out_of_rows:
+                        out_of_rows.to_memory(bucket.flat)
+                bucket.future.set_result(bucket.flat)
         self._stages.model.end_step(self._layouts.seen)
         if self._stages.scale_watch is not None:
             self._stages.scale_watch.saw(bucket.flat, bucket.layout, bucket.parameters)
-        self._context.meter.add(steps=1)
+        meter.add(steps=1)
+        after = meter.stats
+        # in between it has waited, and with "split" selected once more
+        aside_s = after.wait_s - before.wait_s + after.select_s - before.select_s
+        meter.decode_s += time.perf_counter() - began_s - aside_s
+        self._look_on(counts=all(finite))
+
+    def _look_on(self, *, counts: bool) -> None:
+        """Have who looks on see the step that is over."""
+        if not counts:
+            self._context.meter.void_steps += 1
+        if self.watch is None:
+            return
+        if counts:
+            self.watch.applied(self._watched)
+        else:
+            self.watch.void()
+        self._watched = []
 
 
 def _clip(buckets: Sequence[Bucket], clip_norm: float) -> None:

@@ -293,6 +293,7 @@ class JoinResponse(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     MAX_PUSH_BYTES_FIELD_NUMBER: _builtins.int
     TAKES_NO_GRADIENT_FIELD_NUMBER: _builtins.int
+    TAKES_REPORT_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
     """the next number the server would apply"""
@@ -310,6 +311,8 @@ class JoinResponse(_message.Message):
     """StepHeader.no_gradient is understood; a worker leaves it empty for other servers, where it
     counts as a gradient of zeros.
     """
+    takes_report: _builtins.bool
+    """Somebody looks on who wants StepHeader.report; workers measure what is in it for nobody else."""
     checksum: _builtins.int
     """See "Checksums"."""
     @_builtins.property
@@ -334,11 +337,12 @@ class JoinResponse(_message.Message):
         lease_s: _builtins.float = ...,
         max_push_bytes: _builtins.int = ...,
         takes_no_gradient: _builtins.bool = ...,
+        takes_report: _builtins.bool = ...,
         checksum: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "id", b"id", "point", b"point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "takes_no_gradient", b"takes_no_gradient", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "downlink", b"downlink", "durable_version", b"durable_version", "groups", b"groups", "id", b"id", "lease_s", b"lease_s", "max_push_bytes", b"max_push_bytes", "mode", b"mode", "next_sequence", b"next_sequence", "point", b"point", "takes_no_gradient", b"takes_no_gradient", "takes_report", b"takes_report", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
     _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
@@ -468,6 +472,7 @@ class StepHeader(_message.Message):
     COHERENCE_FIELD_NUMBER: _builtins.int
     NO_GRADIENT_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
@@ -524,6 +529,10 @@ class StepHeader(_message.Message):
         groups of a server take it, or none does.
         """
 
+    @_builtins.property
+    def report(self) -> Global___WorkerReport:
+        """For people who look on: it has a part in no digest, changes nothing, and may be left out."""
+
     def __init__(
         self,
         *,
@@ -539,15 +548,56 @@ class StepHeader(_message.Message):
         coherence: _abc.Iterable[_builtins.float] | None = ...,
         no_gradient: _builtins.bytes = ...,
         weight_decay: _abc.Iterable[_builtins.float] | None = ...,
+        report: Global___WorkerReport | None = ...,
         header_digest: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "header_digest", b"header_digest", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "header_digest", b"header_digest", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "report", b"report", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepHeader: _TypeAlias = StepHeader  # noqa: Y015
+
+@_typing.final
+class WorkerReport(_message.Message):
+    """How a worker is doing. What is unset, or not finite, is not known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSS_FIELD_NUMBER: _builtins.int
+    RESIDUAL_RATIO_FIELD_NUMBER: _builtins.int
+    OLDEST_UNSENT_STEPS_FIELD_NUMBER: _builtins.int
+    loss: _builtins.float
+    residual_ratio: _builtins.float
+    """Norm of its residuals over that of the gradient that they are added to."""
+    oldest_unsent_steps: _builtins.float
+    """Steps that a coordinate with something to send has gone without being sent, at most."""
+    def __init__(
+        self,
+        *,
+        loss: _builtins.float | None = ...,
+        residual_ratio: _builtins.float | None = ...,
+        oldest_unsent_steps: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__oldest_unsent_steps: _TypeAlias = _typing.Literal["oldest_unsent_steps"]  # noqa: Y015
+    _WhichOneofArgType__oldest_unsent_steps: _TypeAlias = _typing.Literal["_oldest_unsent_steps", b"_oldest_unsent_steps"]  # noqa: Y015
+    _WhichOneofReturnType__residual_ratio: _TypeAlias = _typing.Literal["residual_ratio"]  # noqa: Y015
+    _WhichOneofArgType__residual_ratio: _TypeAlias = _typing.Literal["_residual_ratio", b"_residual_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__oldest_unsent_steps) -> _WhichOneofReturnType__oldest_unsent_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__residual_ratio) -> _WhichOneofReturnType__residual_ratio | None: ...
+
+Global___WorkerReport: _TypeAlias = WorkerReport  # noqa: Y015
 
 @_typing.final
 class StepResponse(_message.Message):
@@ -615,19 +665,25 @@ class ShortStepResponse(_message.Message):
 
     ANSWER_FIELD_NUMBER: _builtins.int
     PAYLOADS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     payloads: _builtins.bytes
     """of the updates, one behind the other; 2 MiB at most"""
     @_builtins.property
     def answer(self) -> Global___StepAnswer: ...
+    @_builtins.property
+    def waiting(self) -> Global___Waiting:
+        """without an answer: for whom"""
+
     def __init__(
         self,
         *,
         answer: Global___StepAnswer | None = ...,
         payloads: _builtins.bytes = ...,
+        waiting: Global___Waiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "payloads", b"payloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "payloads", b"payloads", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -67,12 +67,15 @@ def topq(context: click.Context) -> None:
 def serve(**given: Any) -> None:
     """Run a parameter server until SIGTERM, which lets it save its state and exit 0.
 
-    One line on stdout says where it listens.
+    One line on stdout says where it listens, and one each where one may look on.
     """
+    from topq_dist.ps.server.view_addresses import check_views
+
     training, serving = training_config(given), serving_config(given)
     security = server_security(given)
     with usage_errors():
         security.check(given["address"])
+        check_views(serving)
     logging.basicConfig(
         level=given["log_level"].upper(), format="topq serve: %(levelname)s: %(message)s"
     )
@@ -89,6 +92,7 @@ def serve(**given: Any) -> None:
                     address=given["address"],
                     security=security,
                     on_listening=lambda address: click.echo(f"listening on {address}"),
+                    on_view=lambda name, url: click.echo(f"{name} at {url}"),
                 )
         except (StateError, OSError, RuntimeError) as error:
             _log.debug("where it failed:", exc_info=True)

@@ -133,11 +133,23 @@ class Connection:
         spec: ModelSpec,
         timeout_s: float,
         sign_of_life: Callable[[], None],
+        *,
+        waits_for: Callable[[tuple[str, ...]], None] = lambda _: None,
+        report: pb.WorkerReport | None = None,
     ) -> Answer:
-        """Push, or replay, a gradient; returns what the server has decided on it."""
+        """Push, or replay, a gradient; returns what the server has decided on it.
+
+        sign_of_life: called now and then while the push waits for others. waits_for: likewise, with
+        the names of these. report: of this worker, for who looks on there.
+        """
+
+        def waiting(workers: tuple[str, ...]) -> None:
+            sign_of_life()
+            waits_for(workers)
+
         short = self._short_answers and push.frame_bytes <= SHORT_BYTES
         if short:
-            request = short_step_request(worker, push)
+            request = short_step_request(worker, push, report)
             with self._errors():
                 stub = self._calls()
                 limit_s = min(timeout_s, _SHORT_CALL_S)
@@ -145,9 +157,9 @@ class Connection:
                 answer = read_short_answer(response, spec)
             if answer is not None:
                 return answer
-            sign_of_life()
+            waiting(tuple(response.waiting.workers))
         answer, at_once = self._long_step(
-            step_requests(worker, push), spec, timeout_s, sign_of_life
+            step_requests(worker, push, report), spec, timeout_s, waiting
         )
         # the next will be like this one
         self._short_answers = not short and at_once and answer.payload_bytes <= SHORT_BYTES
@@ -158,15 +170,15 @@ class Connection:
         requests: Iterator[pb.StepRequest | memoryview],
         spec: ModelSpec,
         timeout_s: float,
-        sign_of_life: Callable[[], None],
+        sign_of_life: Callable[[tuple[str, ...]], None],
     ) -> tuple[Answer, bool]:
         """Return the answer, and whether it came without a sign of life before."""
         waited = False
 
-        def waiting(_: tuple[str, ...]) -> None:
+        def waiting(workers: tuple[str, ...]) -> None:
             nonlocal waited
             waited = True
-            sign_of_life()
+            sign_of_life(workers)
 
         with self._errors():
             call = self._calls().Step(requests, timeout=timeout_s, metadata=self._metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import (
@@ -22,6 +24,7 @@ from topq_dist.compress.defaults import (
 )
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope, check_scope
+from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
 from topq_dist.ps.client.param_groups import ServerGroups
@@ -32,7 +35,9 @@ from topq_dist.ps.client.worker_state import SavedShard, model_sha256, read_stat
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
-from topq_dist.telemetry import Meter, Stats
+from topq_dist.telemetry.readings import Reading, rank_readings
+from topq_dist.telemetry.stats import Meter, Stats
+from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.validation import check_fraction, check_number
 
 _log = logging.getLogger(__name__)
@@ -140,6 +145,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for shard, address in zip(self._shards, sorted(addresses), strict=True)
         ]
         self._meter = Meter()
+        # once somebody looks on, and what a server that wants it is told
+        self._watch: UnsentWatch | None = None
+        self._loss: float | None = None
         self._open = False
         self._closed = False
         self._resumed: list[SavedShard] = []
@@ -175,6 +183,30 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """Return this worker's totals so far: payload bytes, without gRPC's own."""
         return self._meter.stats
 
+    def observe(self) -> None:
+        """Measure from the next step on what waits in the residuals; a second call does nothing.
+
+        What `telemetry.serve_metrics` and the like call, and what a server with --metrics or --http
+        asks for; docs/metrics.md says what it costs.
+        """
+        self._watch = self._watch or UnsentWatch()
+
+    def readings(self) -> list[Reading]:
+        """Return what this worker's metrics stand at now; from any thread."""
+        unsent = None if self._watch is None else self._watch.reading
+        return rank_readings(self._meter, unsent, "server")
+
+    def report(self, *, loss: float | Tensor) -> None:
+        """Have the servers show this loss from the next step on, where somebody looks on there.
+
+        loss: a number, or a tensor of one element, which is only read where a server asks. What
+        step() is given as a closure is reported by itself.
+        """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss has {loss.numel()} elements: expected one")
+        if any(client.takes_report for client in self._clients):
+            self._loss = float(loss)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients and take the parameters that come back; returns the closure's loss.
@@ -193,7 +225,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+                if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
+                    self.report(loss=loss)
             left_out = self._begin()
+
+        watched = [update for _, update in left_out if update is not None]
 
         def update_residuals() -> None:
             while left_out:
@@ -206,8 +242,12 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 self._at_all(ServerClient.finish, meanwhile=update_residuals)
             finally:
                 update_residuals()  # where Ctrl-C was quicker
+                began_s = time.perf_counter()
                 self._absorb()
+                self._meter.decode_s += time.perf_counter() - began_s
                 self._open = self._is_under_way()
+        if self._watch is not None:
+            self._watch.applied(watched)
         self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
         return loss
 
@@ -226,7 +266,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         overflow = found_inf is not None and bool(found_inf.item())
         grad_scale = getattr(self, "grad_scale", None)
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        with self._meter.timed("select_s"):
+        if any(client.takes_report for client in self._clients):
+            self.observe()
+        with self._meter.timed("select_s"), record_function("topq: select and encode"):
             made = [
                 []
                 if overflow or shard in elsewhere
@@ -241,6 +283,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                     self._shards, self._groups.take_coherence(), absent, strict=True
                 )
             ]
+        self._meter.encode_s += sum(part.encode_s for parts in made for part in parts)
+        self._meter.void_steps += overflow
+        self._look_on([part.update for parts in made for part in parts])
         # only now: an error above leaves no server with a push that the others lack
         for place, (client, compressed) in enumerate(zip(self._clients, made, strict=True)):
             client.begin(
@@ -257,6 +302,21 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for shard, compressed in zip(self._shards, made, strict=True)
             for part in compressed
         ]
+
+    def _look_on(self, updates: Sequence[ResidualUpdate | None]) -> None:
+        """Measure for who looks on, before the residuals are updated, and make the reports."""
+        if self._watch is None:
+            return
+        for update in updates:
+            self._watch.compressed(update)
+        reading = self._watch.reading
+        report = pb.WorkerReport(
+            loss=self._loss,
+            residual_ratio=reading.residual_ratio,
+            oldest_unsent_steps=reading.oldest_steps,
+        )
+        for client in self._clients:
+            client.report = report if client.takes_report else None
 
     def _is_under_way(self) -> bool:
         return any(client.pushes.pending is not None for client in self._clients)

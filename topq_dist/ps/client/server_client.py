@@ -20,6 +20,7 @@ from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
 from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.retry_deadline import RetryDeadline
+from topq_dist.ps.client.wait_notice import WaitNotice
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
@@ -111,8 +112,12 @@ class ServerClient:
         self.groups: tuple[GroupView, ...] = ()
         # whether the server knows of tensors without a gradient
         self.takes_no_gradient = False
+        # whether somebody looks on there, and what he is told with the next push
+        self.takes_report = False
+        self.report: pb.WorkerReport | None = None
         self._timeout_s = timeout_s
         self._connection = Connection(address, security)
+        self._notice = WaitNotice(address, worker)
         self._instance = secrets.token_bytes(INSTANCE_BYTES)
         self._id = pb.WorkerId(worker=worker)
         self._lease_s = timeout_s
@@ -138,7 +143,8 @@ class ServerClient:
 
         Raises ServerLostError after `timeout_s`, and RefusedError.
         """
-        with self._lock:
+        self._notice.start()
+        with self._lock, self._notice.waiting("joining"):
             self.resync()
         self._renewer = threading.Thread(
             target=self._keep_lease, name=f"lease at {self.address}", daemon=True
@@ -167,7 +173,7 @@ class ServerClient:
         again, and RefusedError; a push that the server will never take is given up then.
         """
         deadline = RetryDeadline(self._connection, self._timeout_s)
-        with self._lock:
+        with self._lock, self._notice.waiting(f"push {self.pushes.next_sequence}"):
             while self.pushes.pending is not None:
                 try:
                     self._catch_up(deadline)
@@ -198,7 +204,7 @@ class ServerClient:
         """Return the server's own parameters; raises ServerLostError and RefusedError."""
         model = FlatModel(self.model.spec)
         deadline = RetryDeadline(self._connection, self._timeout_s)
-        with self._lock:
+        with self._lock, self._notice.waiting("fetching the model"):
             while True:
                 try:
                     self._catch_up(deadline)
@@ -279,6 +285,7 @@ class ServerClient:
                     self._leave(self._timeout_s if timeout_s is None else timeout_s)
         finally:
             self._connection.close()
+            self._notice.close()
         if self._renewer is not None:
             self._renewer.join()
 
@@ -287,6 +294,7 @@ class ServerClient:
     def _recover_from(self, deadline: RetryDeadline, error: Exception) -> None:
         """Get over an error that a new Join, another try or some time may cure."""
         _log.debug("parameter server %s: %s", self.address, error)
+        self._notice.failed(error)
         if self._cancelled.is_set():
             raise TransientError("broken off") from error
         if isinstance(error, DamagedError | FrameError | DoubtfulError):
@@ -339,6 +347,8 @@ class ServerClient:
         if not self.groups:
             self.groups = groups_from_wire(joined.groups)
         self.takes_no_gradient = joined.takes_no_gradient
+        self.takes_report = joined.takes_report
+        self._notice.heard()
         self._forget_durable(joined.durable_version)
         return joined.upload
 
@@ -365,7 +375,13 @@ class ServerClient:
 
     def _send(self, push: PushRecord, deadline: RetryDeadline) -> Answer:
         answer = self._connection.step(
-            self._id, push, self.model.spec, deadline.left_s(), deadline.extend
+            self._id,
+            push,
+            self.model.spec,
+            deadline.left_s(),
+            deadline.extend,
+            waits_for=self._notice.heard,
+            report=self.report,
         )
         deadline.extend()
         self._outcome.sent_bytes += push.frame_bytes

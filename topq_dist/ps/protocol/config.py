@@ -213,6 +213,8 @@ class ServingConfig:
     snapshot_every: versions between two snapshots; 1 makes each durable before it is answered.
     history_bytes: recent updates kept for workers that catch up or come back.
     max_model_bytes: of the values that a worker may bring. max_lr: of the rates that one may set.
+    metrics, http: where Prometheus and people may look on, HOST:PORT; None: nowhere. Workers then
+    report their loss and residuals as well.
 
     Raises ConfigError for a value out of place.
     """
@@ -259,6 +261,22 @@ class ServingConfig:
     max_lr: float = field(
         default=1000.0, metadata=_option("The highest learning rate that a worker may set.")
     )
+    metrics: str | None = field(
+        default=None,
+        metadata=_option(
+            "Serve metrics for Prometheus at http://HOST:PORT/metrics; a PORT alone is of"
+            " loopback.",
+            metavar="HOST:PORT",
+        ),
+    )
+    http: str | None = field(
+        default=None,
+        metadata=_option(
+            "Serve a status page at http://HOST:PORT/, read-only and in the clear; a PORT alone is"
+            " of loopback.",
+            metavar="HOST:PORT",
+        ),
+    )
 
     def __post_init__(self) -> None:
         _check_whole("start_workers", self.start_workers, 1)
@@ -271,6 +289,9 @@ class ServingConfig:
         _check_whole("history_bytes", self.history_bytes, 0)
         _check_whole("max_model_bytes", self.max_model_bytes, 1)
         _check("max_lr", self.max_lr, 0, above=True)
+        for name, where in (("metrics", self.metrics), ("http", self.http)):
+            if where is not None and not isinstance(where, str):
+                raise ConfigError(name, where, "expected HOST:PORT, or None")
 
 
 def check_together(training: TrainingConfig, serving: ServingConfig) -> None:

@@ -73,6 +73,7 @@ class Push:
     coherence: the two sums of its gradient and residuals (compress/coherence.py), or nothing.
     no_gradient: which tensors it has no gradient of, as ModelSpec.without_gradient reads it.
     applied_version, members: in a replay, where the push was applied before and beside whom.
+    frame_bytes: what the frames took on the wire.
     """
 
     worker: str
@@ -88,6 +89,7 @@ class Push:
     coherence: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
     no_gradient: bytes = b""
+    frame_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,7 @@ class Coordinator(Run):
             if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
                 pending.resolve(state.repeat(push, permit.verdict.version))
+                self.counters.pushes["repeated"] += 1
                 return pending
             if self._pushes is None:
                 raise NotReadyError(NO_MODEL)
@@ -184,7 +185,9 @@ class Coordinator(Run):
             raise pending.outcome
         if not self._may_answer(pending.outcome, end_s, is_active):
             return ()
-        self.totals.send(pending.push.worker, pending.outcome)
+        state = self._state
+        dense_bytes = 0 if state is None else state.spec.raw_bytes
+        self.totals.send(pending.push.worker, pending.outcome, dense_bytes)
         return replace(pending.outcome, durable_version=self._snapshotter.acknowledged_version)
 
     def wake(self, pending: PendingPush) -> None:

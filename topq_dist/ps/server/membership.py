@@ -96,6 +96,14 @@ class Leases:
             worker for worker, member in self._by_name.items() if member.lease_end_s > now_s
         )
 
+    def joined(self, now_s: float) -> list[str]:
+        """Return the names of the live that have joined this server."""
+        return [
+            worker
+            for worker, member in self._by_name.items()
+            if member.lease_end_s > now_s and member.has_joined
+        ]
+
     def returning(self, now_s: float) -> frozenset[str]:
         """Return the names of the live that have not joined this server yet."""
         return frozenset(

@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from types import FrameType
 from typing import Any
@@ -29,6 +29,8 @@ from topq_dist.ps.server.clock import RunningClock
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import AuthInterceptor
 from topq_dist.ps.server.service import ParameterServerService
+from topq_dist.ps.server.view_addresses import check_views
+from topq_dist.ps.server.views import Views
 from topq_dist.ps.state.snapshot import StateDir
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -102,6 +104,8 @@ class ParameterServer:
         self._state_dir = StateDir(state_dir)
         self._coordinator: Coordinator | None = None
         self._interceptor: AuthInterceptor | None = None
+        self._views: Views | None = None
+        check_views(serving)
         try:
             calls = 2 * serving.max_workers + _SPARE_CALLS
             clock = RunningClock()
@@ -127,6 +131,7 @@ class ParameterServer:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
             self.address: Address = security.bind(self._server, address)
+            self._views = Views(self._coordinator)
             self._server.start()
         except BaseException:
             if self._coordinator is not None:
@@ -151,7 +156,14 @@ class ParameterServer:
             self._server.stop(_GRACE_S).wait()
             self._close()
 
+    @property
+    def views(self) -> Mapping[str, str]:
+        """The URLs at which one may look on, by option: "metrics", "http"."""
+        return {} if self._views is None else self._views.urls
+
     def _close(self) -> None:
+        if self._views is not None:
+            self._views.close()
         if self._interceptor is not None:
             self._interceptor.close()
         self._state_dir.close()
@@ -197,12 +209,14 @@ def serve(
     address: str,
     security: ServerSecurity | None = None,
     on_listening: Callable[[Address], None] | None = None,
+    on_view: Callable[[str, str], None] | None = None,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain, save and return.
 
-    on_listening: called once, with the address and its true port. For the main thread. Raises
-    what ParameterServer does, and RuntimeError where the server had to stop because a version
-    could not be made, or another server has taken its state directory over.
+    on_listening: called once, with the address and its true port. on_view: then, with each option
+    of looking on ("metrics", "http") and its URL. For the main thread. Raises what ParameterServer
+    does, and RuntimeError where the server had to stop because a version could not be made, or
+    another server has taken its state directory over.
     """
     _raise_file_limit()
     _keep_few_arenas()
@@ -227,6 +241,9 @@ def serve(
         gc.freeze()
         if on_listening is not None:
             on_listening(server.address)
+        if on_view is not None:
+            for option, url in server.views.items():
+                on_view(option, url)
         while not stop.wait(1.0) and not server.coordinator.failed:
             pass
         server.stop()

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch.autograd.profiler import record_function
+
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
@@ -24,6 +26,7 @@ from topq_dist.ps.protocol.types import Answer, Push
 from topq_dist.ps.server.membership import Leases
 from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
+from topq_dist.ps.server.run_counters import RunCounters
 from topq_dist.ps.state.run_state import RunState
 from topq_dist.ps.training.step_guard import NonFiniteStepError
 
@@ -54,7 +57,7 @@ class PushQueue:
     """The undecided pushes of a run, at most one of each worker.
 
     recovery: the way back of a restarted server; None where nothing is lost. clock: seconds.
-    made: called after each new version.
+    made: called after each new version. counters: what becomes of pushes is counted there.
     """
 
     def __init__(
@@ -67,11 +70,13 @@ class PushQueue:
         recovery: Recovery | None,
         clock: Callable[[], float],
         made: Callable[[], None],
+        counters: RunCounters,
     ) -> None:
         self._state = state
         self._leases = leases
         self._clock = clock
         self._made = made
+        self._counters = counters
         self._recovery = recovery
         self._round_timeout_s = math.inf
         if serving.round_timeout_s is not None:
@@ -169,6 +174,9 @@ class PushQueue:
             else:
                 for worker in decision.workers:
                     self.refused[decision.reason] += 1
+                    # where it could not be in time, the version it has missed is counted
+                    is_late = not self._sync and decision.reason == "stale"
+                    self._counters.push_refused(worker, decision.reason, is_late=is_late)
                     self.resolve(worker, self._state.stale(self._pending[worker].push))
 
     @property
@@ -257,10 +265,13 @@ class PushQueue:
     def _apply(self, workers: Sequence[str]) -> bool:
         """Make the next version of these workers' pushes; False: it was undone, some refused."""
         pushes = [self._pending[worker].push for worker in workers]
+        began_s = self._clock()
         try:
-            self._state.apply(pushes)
+            with record_function("topq: make a version"):
+                self._state.apply(pushes)
         except NonFiniteStepError as error:
             for worker in error.workers:
+                self._counters.push_refused(worker, "non_finite", is_late=False)
                 self.resolve(worker, NonFiniteError(_would_overflow(self._pending[worker].push)))
             return False
         except Exception as error:
@@ -269,6 +280,7 @@ class PushQueue:
             version = self._state.point.version + 1
             _log.exception("version %d could not be made: this server is of no use now", version)
             raise NotReadyError(FAILED) from error
+        self._count_version(pushes, began_s)
         for push in pushes:
             self.resolve(push.worker, self._state.fresh(push))
         left = self._pending.items()
@@ -279,6 +291,22 @@ class PushQueue:
             self._recovery.note_replays(pushes)
         self._made()
         return True
+
+    def _count_version(self, pushes: Sequence[Push], began_s: float) -> None:
+        now_s = self._clock()
+        waited_s = {
+            push.worker: max(0.0, now_s - self._pending[push.worker].arrived_s) for push in pushes
+        }
+        missing: Sequence[str] = ()
+        if self._sync and not any(push.applied_version for push in pushes):
+            missing = [one for one in self._leases.joined(now_s) if one not in waited_s]
+        self._counters.version_made(
+            self._state.point.version,
+            waited_s,
+            missing,
+            step_s=now_s - began_s,
+            up_bytes=sum(push.frame_bytes for push in pushes),
+        )
 
 
 def _would_overflow(push: Push) -> str:

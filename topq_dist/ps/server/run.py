@@ -13,6 +13,7 @@ from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.server.membership import NO_MODEL, Leases, Membership, Phase
 from topq_dist.ps.server.push_queue import FAILED, PushQueue
 from topq_dist.ps.server.recovery import Recovery
+from topq_dist.ps.server.run_counters import RunCounters
 from topq_dist.ps.server.status import HashTurns, Totals
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState, new_run
@@ -50,6 +51,8 @@ class Run:
         self._changed = threading.Condition(self._lock)
         self._leases = Leases(lease_s=serving.lease_s, max_workers=serving.max_workers)
         self.totals = Totals(self._leases, clock)
+        looked_at = serving.metrics is not None or serving.http is not None
+        self.counters = RunCounters(observed=looked_at)
         self._hash_turns = HashTurns()
         self._draining = False
         self._state: RunState | None = None
@@ -102,6 +105,7 @@ class Run:
             recovery=recovery,
             clock=self._clock,
             made=lambda: self._snapshotter.made(state.point.version),
+            counters=self.counters,
         )
 
     @property
@@ -126,6 +130,16 @@ class Run:
             )
             if unsaved and not self.failed:
                 self._snapshotter.save()
+
+    def counted(self) -> tuple[RunCounters, Snapshotter]:
+        """Return what counts the run and its snapshots; to be read under `locked`."""
+        return self.counters, self._snapshotter
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the run: it stands still meanwhile."""
+        with self._lock:
+            yield
 
     # under the lock
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import grpc
+from torch.autograd.profiler import record_function
 
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NotReadyError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
@@ -19,6 +21,7 @@ from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, PushPermit, WorkerId
+from topq_dist.ps.server.run_counters import WorkerReport
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.ps.wire.codec import (
     fetch_to_wire,
@@ -98,6 +101,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             downlink=training.downlink,
             lease_s=self._coordinator.serving.lease_s,
             takes_no_gradient=True,
+            takes_report=self._coordinator.counters.observed,
             max_push_bytes=call.spec.max_frame_bytes,
         )
 
@@ -181,7 +185,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
                 return short_answer_to_wire(answer)
-            return pb.ShortStepResponse()
+            return pb.ShortStepResponse(waiting=pb.Waiting(workers=answer))
 
     def Fetch(  # type: ignore[override] # the interceptor writes chunks
         self, request: pb.FetchRequest, context: grpc.ServicerContext
@@ -238,9 +242,15 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         permit: PushPermit,
         context: grpc.ServicerContext,
     ) -> PendingPush:
-        frames = receiver.parts()
-        self._coordinator.totals.receive(header.id.worker, sum(frame.nbytes for frame in frames))
-        push = push_from_wire(header, frames, permit.spec)
+        frames, worker, totals = receiver.parts(), header.id.worker, self._coordinator.totals
+        dense_bytes = permit.spec.raw_bytes if frames else 0
+        totals.receive(worker, sum(frame.nbytes for frame in frames), dense_bytes)
+        began_s = time.perf_counter()
+        with record_function("topq: decode a push"):
+            push = push_from_wire(header, frames, permit.spec)
+        totals.decoded(time.perf_counter() - began_s)
+        if header.HasField("report"):
+            self._coordinator.counters.take_report(worker, report_from_wire(header.report))
         pending = self._coordinator.submit(permit, push)
         context.add_callback(lambda: self._coordinator.wake(pending))
         return pending
@@ -273,6 +283,11 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             check_worker_name(worker)
         if self._authenticator is not None:
             self._authenticator.check(context.invocation_metadata(), worker)
+
+
+def report_from_wire(message: pb.WorkerReport) -> WorkerReport:
+    """Return what a worker says of itself; None for what it leaves out."""
+    return WorkerReport(**{field.name: value for field, value in message.ListFields()})
 
 
 def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: str) -> memoryview:

@@ -61,24 +61,35 @@ class Totals:
         self._refused: Counter[str] = Counter()
         self._received_bytes = 0
         self._sent_bytes = 0
+        # what that would be, sent whole
+        self.received_dense_bytes = 0
+        self.sent_dense_bytes = 0
+        self.decode_s = 0.0
 
     def refuse(self, reason: str) -> None:
         """Count a refused call."""
         with self._lock:
             self._refused[reason] += 1
 
-    def receive(self, worker: str, received_bytes: int) -> None:
-        """Count bytes of a push's frames."""
+    def receive(self, worker: str, received_bytes: int, dense_bytes: int = 0) -> None:
+        """Count bytes of a push's frames, and of the same gradient sent whole."""
         with self._lock:
             self._received_bytes += received_bytes
+            self.received_dense_bytes += dense_bytes
             member = self._leases.get(worker)
             if member is not None:
                 member.received_bytes += received_bytes
 
-    def send(self, worker: str, answer: Answer) -> None:
-        """Count an answer, whose updates the worker holds from now on."""
+    def decoded(self, seconds: float) -> None:
+        """Count the time that decoding a push has taken."""
+        with self._lock:
+            self.decode_s += seconds
+
+    def send(self, worker: str, answer: Answer, dense_bytes: int = 0) -> None:
+        """Count an answer, whose updates the worker holds from now on, and one sent whole."""
         with self._lock:
             self._sent_bytes += answer.payload_bytes
+            self.sent_dense_bytes += dense_bytes if answer.updates else 0
             member = self._leases.get(worker)
             if member is not None:
                 member.sent_bytes += answer.payload_bytes

@@ -108,6 +108,11 @@ class StateDir:
         """The path of the snapshot before the latest, if there is one."""
         return self.path / PREVIOUS_NAME
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the latest snapshot's file; 0 without one."""
+        return self._saved_stamp[0] if self._saved_stamp else 0
+
     def unusable(self, why: Exception) -> StateError:
         """Return the error of a latest snapshot that cannot be gone on from."""
         said = str(why)

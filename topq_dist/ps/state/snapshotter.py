@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.state.directory_lock import LockLostError
 from topq_dist.ps.state.snapshot import Snapshot, StateDir
+from topq_dist.telemetry.readings import Histogram
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 # versions that are made without a snapshot: workers keep their pushes for as long
 _MOST_UNSAVED = 1000
 _DURABLE_WITHIN_S = 60.0
+_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Snapshotter(threading.Thread):
@@ -40,6 +43,10 @@ class Snapshotter(threading.Thread):
         self.version = -1
         # whether another server has the directory, so that this one can save nothing any more
         self.lost = False
+        # for metrics: times of time.monotonic()
+        self.durations = Histogram(_BOUNDS_S)
+        self._made_s: deque[tuple[int, float]] = deque()
+        self._due_s: float | None = None
         self._failing = False
         self._requested_version = 0
         self._state_dir = state_dir
@@ -61,9 +68,21 @@ class Snapshotter(threading.Thread):
 
     def made(self, version: int) -> None:
         """Note that `version` was made: where it is time, have it saved."""
+        now_s = time.monotonic()
+        self._made_s.append((version, now_s))
         if version - self._requested_version >= self._every:
             self._requested_version = version
+            if self._due_s is None:
+                self._due_s = now_s
             self.request()
+
+    def unsaved_s(self) -> float:
+        """Return since when there is a version that is in no snapshot; 0: none; under the lock."""
+        return time.monotonic() - self._made_s[0][1] if self._made_s else 0.0
+
+    def overdue_s(self) -> float:
+        """Return since when a snapshot is due that is not written; 0: none is; under the lock."""
+        return 0.0 if self._due_s is None else time.monotonic() - self._due_s
 
     def holds_up(self, version: int) -> bool:
         """Return whether none may be made after `version` until a snapshot is written.
@@ -108,17 +127,36 @@ class Snapshotter(threading.Thread):
 
     def save(self) -> None:
         """Save what is there."""
+        began_s = time.monotonic()
         with self._changed:
             snapshot = self._snapshot()
         if snapshot is None:
             return
         self._state_dir.save(snapshot)
+        version, took_s = snapshot.point.version, time.monotonic() - began_s
         with self._changed:
+            self.durations.observe(took_s)
+            while self._made_s and self._made_s[0][0] <= version:
+                self._made_s.popleft()
+            # another may have become due meanwhile
+            self._due_s = None if version >= self._requested_version else time.monotonic()
             if self._failing:
                 _log.warning("snapshots can be written again")
                 self._failing = False
             self.version = max(self.version, snapshot.point.version)
             self._changed.notify_all()
+        _log.info(
+            "snapshot of version %d written: %.1f MB in %.2f s",
+            version,
+            self._state_dir.saved_bytes / 1e6,
+            took_s,
+            extra={"version": version, "duration_s": took_s},
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the newest snapshot's file; 0 before there is one."""
+        return self._state_dir.saved_bytes
 
     def wait(self, version: int) -> None:
         """Return once `version` is durable, or raise NotReadyError; under the lock."""

@@ -49,8 +49,10 @@ def point_from_wire(message: pb.Point) -> ModelVersion:
     return ModelVersion(version=message.version, chain=message.chain)
 
 
-def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
-    """Return what a push says before its frames."""
+def step_header(
+    worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
+) -> pb.StepHeader:
+    """Return what a push says before its frames; report: of its worker, for who looks on."""
     header = pb.StepHeader(
         id=worker,
         sequence=push.sequence,
@@ -64,6 +66,7 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
         coherence=push.coherence,
         weight_decay=push.weight_decay,
         no_gradient=push.no_gradient,
+        report=report,
     )
     header.header_digest = header_digest(header)
     return header
@@ -97,9 +100,11 @@ def check_header(header: pb.StepHeader) -> None:
         )
 
 
-def step_requests(worker: pb.WorkerId, push: PushRecord) -> Iterator[pb.StepRequest | memoryview]:
+def step_requests(
+    worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
+) -> Iterator[pb.StepRequest | memoryview]:
     """Yield the header of a push and its chunks."""
-    yield pb.StepRequest(header=step_header(worker, push))
+    yield pb.StepRequest(header=step_header(worker, push, report))
     yield from chunks(push.frames)
 
 
@@ -166,6 +171,7 @@ def push_from_wire(header: pb.StepHeader, frames: Sequence[memoryview], spec: Mo
         coherence=coherence,
         weight_decay=weight_decay,
         no_gradient=no_gradient,
+        frame_bytes=sum(header.frame_bytes),
     )
 
 
@@ -298,9 +304,12 @@ def _update(message: pb.Update, payloads: tuple[memoryview, ...]) -> Update:
     return Update(kind=UpdateKind(message.kind), point=point, payloads=payloads)
 
 
-def short_step_request(worker: pb.WorkerId, push: PushRecord) -> pb.ShortStepRequest:
+def short_step_request(
+    worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
+) -> pb.ShortStepRequest:
     """Return a push as one message."""
-    return pb.ShortStepRequest(header=step_header(worker, push), frames=b"".join(push.frames))
+    header = step_header(worker, push, report)
+    return pb.ShortStepRequest(header=header, frames=b"".join(push.frames))
 
 
 def short_answer_to_wire(answer: Answer) -> pb.ShortStepResponse:

@@ -39,15 +39,38 @@ class Stats:
 
 
 class Meter:
-    """Adds up Stats."""
+    """Adds up Stats, and beside them what is counted since the process began and is not saved.
+
+    encode_s: of Stats.select_s, the seconds in quantizing and encoding. decode_s: seconds in
+    decoding, averaging and updating residuals. void_steps: those in which a rank's gradient held
+    NaN or infinity, so that nothing was sent or nothing delivered.
+    """
 
     def __init__(self, stats: Stats | None = None) -> None:
         self.stats = stats or Stats()
+        self.decode_s = 0.0
+        self.void_steps = 0
+
+    @property
+    def stats(self) -> Stats:
+        """The totals; to set them goes on from those of another process."""
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: Stats) -> None:
+        self._stats = stats
+        self._before_s = stats.select_s
+        self.encode_s = 0.0
+
+    @property
+    def selecting_s(self) -> float:
+        """Seconds in compensation and selection alone, since this process began."""
+        return max(0.0, self._stats.select_s - self._before_s - self.encode_s)
 
     def add(self, **amounts: float) -> None:
         """Add to the named fields of the totals."""
-        totals = {name: getattr(self.stats, name) + amount for name, amount in amounts.items()}
-        self.stats = replace(self.stats, **totals)
+        totals = {name: getattr(self._stats, name) + amount for name, amount in amounts.items()}
+        self._stats = replace(self._stats, **totals)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

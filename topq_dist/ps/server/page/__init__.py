@@ -1,0 +1,1 @@
+"""The status page: what a server tells people about its run, over HTTP, and nothing else."""
