@@ -1,4 +1,4 @@
-"""What waits in the residuals, beside a plain account of every coordinate."""
+"""Residuals that wait, beside a plain account of every coordinate."""
 
 from __future__ import annotations
 

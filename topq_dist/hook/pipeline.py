@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.autograd.profiler import record_function
 from torch.futures import Future
 
 from topq_dist.compress.coherence import total
@@ -37,6 +36,7 @@ from topq_dist.exchange.slots import NO_FRAME
 from topq_dist.hook.loss_scale import LossScaleWatch
 from topq_dist.hook.momentum import Momentum
 from topq_dist.hook.sparsity_policy import SparsityPolicy
+from topq_dist.profiling import labelled
 
 
 class Bucket(NamedTuple):
@@ -214,7 +214,7 @@ class Pipeline:
             return None
         meter = self._context.meter
         try:
-            with meter.timed("select_s"), record_function("topq: select and encode"):
+            with meter.timed("select_s"), labelled("select and encode"):
                 segments = self._stages.sparsity.segments(bucket.parameters)
                 if self._stages.model.may_be_unused:
                     segments = [_unless_unused(segment, bucket.flat) for segment in segments]
@@ -241,7 +241,7 @@ class Pipeline:
         meter = self._context.meter
         began_s, before = time.perf_counter(), meter.stats
         try:
-            with record_function("topq: wait and decode"):
+            with labelled("wait and decode"):
                 if self._announcement is not None:
                     self._announcement.frames()
                 in_flight[-1][1].advance()
@@ -256,7 +256,7 @@ class Pipeline:
             raise self._failure or error from None
         if all(finite):
             self._stages.momentum.end_step(total([work.coherence for _, work in in_flight]))
-        with record_function("topq: average and update residuals"):
+        with labelled("average and update residuals"):
             for bucket, work in in_flight:
                 if not all(finite):
                     bucket.flat.fill_(torch.nan)

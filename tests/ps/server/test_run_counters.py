@@ -1,4 +1,4 @@
-"""What a server counts of rounds, pushes and workers, and what its snapshots are like."""
+"""Counts of a server: of its rounds, pushes and workers, and what its snapshots are like."""
 
 from __future__ import annotations
 

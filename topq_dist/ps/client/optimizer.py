@@ -12,7 +12,6 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import (
@@ -25,6 +24,7 @@ from topq_dist.compress.defaults import (
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope, check_scope
 from topq_dist.compress.unsent import UnsentWatch
+from topq_dist.profiling import labelled
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
 from topq_dist.ps.client.param_groups import ServerGroups
@@ -268,7 +268,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         scale = 1.0 if grad_scale is None else float(grad_scale)
         if any(client.takes_report for client in self._clients):
             self.observe()
-        with self._meter.timed("select_s"), record_function("topq: select and encode"):
+        with self._meter.timed("select_s"), labelled("select and encode"):
             made = [
                 []
                 if overflow or shard in elsewhere

@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch.autograd.profiler import record_function
-
+from topq_dist.profiling import labelled
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.errors import (
     DigestDiffersError,
@@ -267,7 +266,7 @@ class PushQueue:
         pushes = [self._pending[worker].push for worker in workers]
         began_s = self._clock()
         try:
-            with record_function("topq: make a version"):
+            with labelled("make a version"):
                 self._state.apply(pushes)
         except NonFiniteStepError as error:
             for worker in error.workers:

@@ -1,4 +1,4 @@
-"""What a server counts of its rounds, pushes and workers, for metrics and the status page.
+"""Counts of rounds, pushes and workers, for a server's metrics and status page.
 
 The coordinator's lock guards it, but for what comes in on the threads of calls.
 """

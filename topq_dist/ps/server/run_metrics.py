@@ -12,7 +12,7 @@ from topq_dist.telemetry.readings import Reading
 
 
 class RunMetrics:
-    """What a server offers to look at; `observe` has workers report on themselves from then on."""
+    """The metrics of a server; `observe` has workers report on themselves from then on."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator

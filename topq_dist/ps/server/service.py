@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import grpc
-from torch.autograd.profiler import record_function
 
+from topq_dist.profiling import labelled
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NotReadyError
 from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
 from topq_dist.ps.server.coordinator import Coordinator
@@ -246,7 +246,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         dense_bytes = permit.spec.raw_bytes if frames else 0
         totals.receive(worker, sum(frame.nbytes for frame in frames), dense_bytes)
         began_s = time.perf_counter()
-        with record_function("topq: decode a push"):
+        with labelled("decode a push"):
             push = push_from_wire(header, frames, permit.spec)
         totals.decoded(time.perf_counter() - began_s)
         if header.HasField("report"):

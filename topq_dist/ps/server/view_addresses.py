@@ -1,4 +1,4 @@
-"""Where one may look on: the addresses of metrics and of the status page."""
+"""The addresses at which one may look on: those of metrics and of the status page."""
 
 from __future__ import annotations
 

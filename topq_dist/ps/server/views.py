@@ -1,4 +1,4 @@
-"""What a server shows beside gRPC: metrics for Prometheus, and the status page."""
+"""A server's views beside gRPC: metrics for Prometheus, and the status page."""
 
 from __future__ import annotations
 
