@@ -223,6 +223,13 @@ WORKER_RESIDUAL = _server(
     "ratio",
     "worker",
 )
+WORKER_GROWING = _server(
+    "worker_residual_growing_steps",
+    "gauge",
+    "topq_residual_growing_steps as a worker last reported it.",
+    "steps",
+    "worker",
+)
 WORKER_UNSENT = _server(
     "worker_oldest_unsent_steps",
     "gauge",

@@ -312,7 +312,7 @@ class JoinResponse(_message.Message):
     counts as a gradient of zeros.
     """
     takes_report: _builtins.bool
-    """Somebody looks on who wants StepHeader.report; workers measure what is in it for nobody else."""
+    """Somebody looks on who wants reports beside a step's header; workers measure what is in it for nobody else."""
     checksum: _builtins.int
     """See "Checksums"."""
     @_builtins.property
@@ -434,21 +434,27 @@ class StepRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """then the frames likewise; never empty, 2 MiB at most"""
     @_builtins.property
     def header(self) -> Global___StepHeader:
         """first"""
 
+    @_builtins.property
+    def report(self) -> Global___WorkerReport:
+        """Beside the header, for people who look on: it changes nothing, and may be left out."""
+
     def __init__(
         self,
         *,
         header: Global___StepHeader | None = ...,
         chunk: _builtins.bytes = ...,
+        report: Global___WorkerReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
@@ -472,7 +478,6 @@ class StepHeader(_message.Message):
     COHERENCE_FIELD_NUMBER: _builtins.int
     NO_GRADIENT_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
-    REPORT_FIELD_NUMBER: _builtins.int
     HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """from 1"""
@@ -529,10 +534,6 @@ class StepHeader(_message.Message):
         groups of a server take it, or none does.
         """
 
-    @_builtins.property
-    def report(self) -> Global___WorkerReport:
-        """For people who look on: it has a part in no digest, changes nothing, and may be left out."""
-
     def __init__(
         self,
         *,
@@ -548,12 +549,11 @@ class StepHeader(_message.Message):
         coherence: _abc.Iterable[_builtins.float] | None = ...,
         no_gradient: _builtins.bytes = ...,
         weight_decay: _abc.Iterable[_builtins.float] | None = ...,
-        report: Global___WorkerReport | None = ...,
         header_digest: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "header_digest", b"header_digest", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "report", b"report", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_version", b"applied_version", "base", b"base", "coherence", b"coherence", "digest", b"digest", "frame_bytes", b"frame_bytes", "header_digest", b"header_digest", "id", b"id", "lr", b"lr", "members", b"members", "momentum", b"momentum", "no_gradient", b"no_gradient", "sequence", b"sequence", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -568,32 +568,40 @@ class WorkerReport(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     RESIDUAL_RATIO_FIELD_NUMBER: _builtins.int
     OLDEST_UNSENT_STEPS_FIELD_NUMBER: _builtins.int
+    RESIDUAL_GROWING_STEPS_FIELD_NUMBER: _builtins.int
     loss: _builtins.float
     residual_ratio: _builtins.float
     """Norm of its residuals over that of the gradient that they are added to."""
     oldest_unsent_steps: _builtins.float
     """Steps that a coordinate with something to send has gone without being sent, at most."""
+    residual_growing_steps: _builtins.float
+    """Steps for which a mean of residual_ratio has been rising without a pause."""
     def __init__(
         self,
         *,
         loss: _builtins.float | None = ...,
         residual_ratio: _builtins.float | None = ...,
         oldest_unsent_steps: _builtins.float | None = ...,
+        residual_growing_steps: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_growing_steps", b"_residual_growing_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_growing_steps", b"residual_growing_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_oldest_unsent_steps", b"_oldest_unsent_steps", "_residual_growing_steps", b"_residual_growing_steps", "_residual_ratio", b"_residual_ratio", "loss", b"loss", "oldest_unsent_steps", b"oldest_unsent_steps", "residual_growing_steps", b"residual_growing_steps", "residual_ratio", b"residual_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     _WhichOneofReturnType__oldest_unsent_steps: _TypeAlias = _typing.Literal["oldest_unsent_steps"]  # noqa: Y015
     _WhichOneofArgType__oldest_unsent_steps: _TypeAlias = _typing.Literal["_oldest_unsent_steps", b"_oldest_unsent_steps"]  # noqa: Y015
+    _WhichOneofReturnType__residual_growing_steps: _TypeAlias = _typing.Literal["residual_growing_steps"]  # noqa: Y015
+    _WhichOneofArgType__residual_growing_steps: _TypeAlias = _typing.Literal["_residual_growing_steps", b"_residual_growing_steps"]  # noqa: Y015
     _WhichOneofReturnType__residual_ratio: _TypeAlias = _typing.Literal["residual_ratio"]  # noqa: Y015
     _WhichOneofArgType__residual_ratio: _TypeAlias = _typing.Literal["_residual_ratio", b"_residual_ratio"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__oldest_unsent_steps) -> _WhichOneofReturnType__oldest_unsent_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__residual_growing_steps) -> _WhichOneofReturnType__residual_growing_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__residual_ratio) -> _WhichOneofReturnType__residual_ratio | None: ...
 
@@ -637,19 +645,25 @@ class ShortStepRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     frames: _builtins.bytes
     """one behind the other; 2 MiB at most"""
     @_builtins.property
     def header(self) -> Global___StepHeader: ...
+    @_builtins.property
+    def report(self) -> Global___WorkerReport:
+        """as in StepRequest"""
+
     def __init__(
         self,
         *,
         header: Global___StepHeader | None = ...,
         frames: _builtins.bytes = ...,
+        report: Global___WorkerReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "header", b"header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "header", b"header", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

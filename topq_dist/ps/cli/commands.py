@@ -28,6 +28,7 @@ from topq_dist.ps.cli.options import (
     serving_options,
     training_options,
 )
+from topq_dist.telemetry.logs import formatter
 
 _log = logging.getLogger(__name__)
 _LEVELS = ("debug", "info", "warning", "error")
@@ -64,6 +65,13 @@ def topq(context: click.Context) -> None:
     show_default=True,
     help="What is told on stderr.",
 )
+@option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="Lines of text, or of a JSON object each.",
+)
 def serve(**given: Any) -> None:
     """Run a parameter server until SIGTERM, which lets it save its state and exit 0.
 
@@ -76,9 +84,9 @@ def serve(**given: Any) -> None:
     with usage_errors():
         security.check(given["address"])
         check_views(serving)
-    logging.basicConfig(
-        level=given["log_level"].upper(), format="topq serve: %(levelname)s: %(message)s"
-    )
+    told = logging.StreamHandler()
+    told.setFormatter(formatter(given["log_format"], "topq serve"))
+    logging.basicConfig(level=given["log_level"].upper(), handlers=[told])
     with _exit_on_sigterm():
         from topq_dist.ps.server.process import serve as run
         from topq_dist.ps.state.snapshot_file import StateError
@@ -92,11 +100,15 @@ def serve(**given: Any) -> None:
                     address=given["address"],
                     security=security,
                     on_listening=lambda address: click.echo(f"listening on {address}"),
-                    on_view=lambda name, url: click.echo(f"{name} at {url}"),
+                    **({} if serving.metrics is serving.http is None else {"on_view": _tell_of}),
                 )
         except (StateError, OSError, RuntimeError) as error:
             _log.debug("where it failed:", exc_info=True)
             raise click.ClickException(str(error)) from error
+
+
+def _tell_of(view: str, url: str) -> None:
+    click.echo(f"{view} at {url}")
 
 
 @contextmanager

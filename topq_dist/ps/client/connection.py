@@ -65,9 +65,20 @@ class Connection:
     """A channel to the server at `address`.
 
     Every call has a time limit, and raises RefusedError, TransientError or DoubtfulError.
+
+    waits_for: called with the names of those that a push waits for. report: what goes with the next
+    pushes, for who looks on there.
     """
 
-    def __init__(self, address: str, security: ClientSecurity) -> None:
+    def __init__(
+        self,
+        address: str,
+        security: ClientSecurity,
+        *,
+        waits_for: Callable[[tuple[str, ...]], None] = lambda _: None,
+    ) -> None:
+        self.waits_for = waits_for
+        self.report: pb.WorkerReport | None = None
         self.address = address
         self._security = security
         self._metadata = security.metadata()
@@ -133,23 +144,19 @@ class Connection:
         spec: ModelSpec,
         timeout_s: float,
         sign_of_life: Callable[[], None],
-        *,
-        waits_for: Callable[[tuple[str, ...]], None] = lambda _: None,
-        report: pb.WorkerReport | None = None,
     ) -> Answer:
         """Push, or replay, a gradient; returns what the server has decided on it.
 
-        sign_of_life: called now and then while the push waits for others. waits_for: likewise, with
-        the names of these. report: of this worker, for who looks on there.
+        sign_of_life: called now and then while the push waits for others.
         """
 
         def waiting(workers: tuple[str, ...]) -> None:
             sign_of_life()
-            waits_for(workers)
+            self.waits_for(workers)
 
         short = self._short_answers and push.frame_bytes <= SHORT_BYTES
         if short:
-            request = short_step_request(worker, push, report)
+            request = short_step_request(worker, push, self.report)
             with self._errors():
                 stub = self._calls()
                 limit_s = min(timeout_s, _SHORT_CALL_S)
@@ -159,7 +166,7 @@ class Connection:
                 return answer
             waiting(tuple(response.waiting.workers))
         answer, at_once = self._long_step(
-            step_requests(worker, push, report), spec, timeout_s, waiting
+            step_requests(worker, push, self.report), spec, timeout_s, waiting
         )
         # the next will be like this one
         self._short_answers = not short and at_once and answer.payload_bytes <= SHORT_BYTES

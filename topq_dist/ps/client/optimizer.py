@@ -314,9 +314,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             loss=self._loss,
             residual_ratio=reading.residual_ratio,
             oldest_unsent_steps=reading.oldest_steps,
+            residual_growing_steps=reading.growing_steps,
         )
         for client in self._clients:
-            client.report = report if client.takes_report else None
+            client.tell(report)
 
     def _is_under_way(self) -> bool:
         return any(client.pushes.pending is not None for client in self._clients)

@@ -112,12 +112,11 @@ class ServerClient:
         self.groups: tuple[GroupView, ...] = ()
         # whether the server knows of tensors without a gradient
         self.takes_no_gradient = False
-        # whether somebody looks on there, and what he is told with the next push
+        # whether somebody looks on there
         self.takes_report = False
-        self.report: pb.WorkerReport | None = None
         self._timeout_s = timeout_s
-        self._connection = Connection(address, security)
         self._notice = WaitNotice(address, worker)
+        self._connection = Connection(address, security, waits_for=self._notice.heard)
         self._instance = secrets.token_bytes(INSTANCE_BYTES)
         self._id = pb.WorkerId(worker=worker)
         self._lease_s = timeout_s
@@ -184,6 +183,10 @@ class ServerClient:
                     self._recover_from(deadline, error)
                 except (DigestDiffersError, ExpiredError) as error:
                     self.resync_from(f"this time a push has become another one ({error})")
+
+    def tell(self, report: pb.WorkerReport) -> None:
+        """Have the next pushes bring this to who looks on there; nothing where nobody does."""
+        self._connection.report = report if self.takes_report else None
 
     def cancel_calls(self) -> None:
         """Have what another thread does here raise TransientError soon, until `go_on` is called."""
@@ -375,13 +378,7 @@ class ServerClient:
 
     def _send(self, push: PushRecord, deadline: RetryDeadline) -> Answer:
         answer = self._connection.step(
-            self._id,
-            push,
-            self.model.spec,
-            deadline.left_s(),
-            deadline.extend,
-            waits_for=self._notice.heard,
-            report=self.report,
+            self._id, push, self.model.spec, deadline.left_s(), deadline.extend
         )
         deadline.extend()
         self._outcome.sent_bytes += push.frame_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _log = logging.getLogger(__name__)
@@ -25,10 +25,13 @@ class WaitNotice(threading.Thread):
     clock: seconds. Its methods may be called from any thread, the waits from one at a time.
     """
 
-    def __init__(self, address: str, worker: str) -> None:
+    def __init__(
+        self, address: str, worker: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(name=f"notices of {address}", daemon=True)
         self._server = f"parameter server {address}"
         self._worker = worker
+        self._clock = clock
         self._closing = threading.Event()
         self._usual_s = 0.0
         self._what = ""
@@ -44,27 +47,27 @@ class WaitNotice(threading.Thread):
         """Count the block as a wait of `what`, such as "push 7"."""
         self._what, self._workers, self._error, self._failed_s = what, None, None, None
         self._told = set()
-        began_s = self._heard_s = time.monotonic()
+        began_s = self._heard_s = self._clock()
         self._began_s = began_s
         try:
             yield
         finally:
             self._began_s = None
-            waited_s = time.monotonic() - began_s
+            waited_s = self._clock() - began_s
             if self._told:
                 _log.info("worker %s: %s is over after %.0f s", self._worker, what, waited_s)
             self._usual_s = _MEMORY * self._usual_s + (1.0 - _MEMORY) * waited_s
 
     def heard(self, workers: tuple[str, ...] | None = None) -> None:
         """Note a sign of life of the server; workers: for whom it waits, where it says so."""
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock()
         self._workers, self._error, self._failed_s = workers, None, None
         self._look()
 
     def failed(self, error: Exception) -> None:
         """Note that a call has failed and is tried again."""
         self._workers, self._error = None, error
-        self._failed_s = self._failed_s or time.monotonic()
+        self._failed_s = self._failed_s or self._clock()
 
     def run(self) -> None:
         """Look every second."""
@@ -82,7 +85,7 @@ class WaitNotice(threading.Thread):
             self._began_s,
             self._workers,
             self._failed_s,
-            time.monotonic(),
+            self._clock(),
         )
         if began_s is None:
             return

@@ -28,6 +28,7 @@ from topq_dist.ps.security.policy import ServerSecurity
 from topq_dist.ps.server.clock import RunningClock
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import AuthInterceptor
+from topq_dist.ps.server.run_log import RunLog
 from topq_dist.ps.server.service import ParameterServerService
 from topq_dist.ps.server.view_addresses import check_views
 from topq_dist.ps.server.views import Views
@@ -235,7 +236,8 @@ def serve(
         )
         now = server.coordinator.status()
         where = f"run {now.run} at version {now.point.version}"
-        _log.info("listening on %s, %s", server.address, where)
+        version = {"version": now.point.version, "run": now.run}
+        _log.info("listening on %s, %s", server.address, where, extra=version)
         # torch alone has some 100,000 objects that stay, and each full collection would visit them
         gc.collect()
         gc.freeze()
@@ -244,8 +246,10 @@ def serve(
         if on_view is not None:
             for option, url in server.views.items():
                 on_view(option, url)
+        run_log = RunLog(server.coordinator)
         while not stop.wait(1.0) and not server.coordinator.failed:
-            pass
+            run_log.look()
+        _log.info("ending at version %d", server.coordinator.status().point.version)
         server.stop()
         if server.coordinator.failed:
             raise RuntimeError("it cannot go on: the log says why")

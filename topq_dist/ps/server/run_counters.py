@@ -32,6 +32,7 @@ class WorkerReport:
     loss: float | None = None
     residual_ratio: float | None = None
     oldest_unsent_steps: float | None = None
+    residual_growing_steps: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -72,6 +72,7 @@ def _of_worker(worker: WorkerView, counts: WorkerCounts) -> Iterator[Reading]:
     said = (
         (catalog.WORKER_LOSS, counts.report.loss),
         (catalog.WORKER_RESIDUAL, counts.report.residual_ratio),
+        (catalog.WORKER_GROWING, counts.report.residual_growing_steps),
         (catalog.WORKER_UNSENT, counts.report.oldest_unsent_steps),
     )
     for metric, value in said:

@@ -160,6 +160,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             for request in request_iterator:
                 self._coordinator.hear(caller.worker)
                 receiver.take(_chunk(request, "a step has two headers"))
+            self._take_report(first)
             pending = self._submit(header, receiver, permit, context)
             while context.is_active():
                 answer = self._decided(pending, context)
@@ -182,6 +183,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             receiver = receiver_of(header, permit.spec, self._pool)
             if request.frames:
                 receiver.take(request.frames)
+            self._take_report(request)
             answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
                 return short_answer_to_wire(answer)
@@ -235,6 +237,12 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             round_workers=status.round_workers,
         )
 
+    def _take_report(self, request: pb.StepRequest | pb.ShortStepRequest) -> None:
+        if request.HasField("report"):
+            said = {field.name: value for field, value in request.report.ListFields()}
+            worker = request.header.id.worker
+            self._coordinator.counters.take_report(worker, WorkerReport(**said))
+
     def _submit(
         self,
         header: pb.StepHeader,
@@ -249,8 +257,6 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         with labelled("decode a push"):
             push = push_from_wire(header, frames, permit.spec)
         totals.decoded(time.perf_counter() - began_s)
-        if header.HasField("report"):
-            self._coordinator.counters.take_report(worker, report_from_wire(header.report))
         pending = self._coordinator.submit(permit, push)
         context.add_callback(lambda: self._coordinator.wake(pending))
         return pending
@@ -283,11 +289,6 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             check_worker_name(worker)
         if self._authenticator is not None:
             self._authenticator.check(context.invocation_metadata(), worker)
-
-
-def report_from_wire(message: pb.WorkerReport) -> WorkerReport:
-    """Return what a worker says of itself; None for what it leaves out."""
-    return WorkerReport(**{field.name: value for field, value in message.ListFields()})
 
 
 def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: str) -> memoryview:

@@ -49,10 +49,8 @@ def point_from_wire(message: pb.Point) -> ModelVersion:
     return ModelVersion(version=message.version, chain=message.chain)
 
 
-def step_header(
-    worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
-) -> pb.StepHeader:
-    """Return what a push says before its frames; report: of its worker, for who looks on."""
+def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
+    """Return what a push says before its frames."""
     header = pb.StepHeader(
         id=worker,
         sequence=push.sequence,
@@ -66,7 +64,6 @@ def step_header(
         coherence=push.coherence,
         weight_decay=push.weight_decay,
         no_gradient=push.no_gradient,
-        report=report,
     )
     header.header_digest = header_digest(header)
     return header
@@ -103,8 +100,8 @@ def check_header(header: pb.StepHeader) -> None:
 def step_requests(
     worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
 ) -> Iterator[pb.StepRequest | memoryview]:
-    """Yield the header of a push and its chunks."""
-    yield pb.StepRequest(header=step_header(worker, push, report))
+    """Yield the header of a push and its chunks; report: of its worker, for who looks on."""
+    yield pb.StepRequest(header=step_header(worker, push), report=report)
     yield from chunks(push.frames)
 
 
@@ -307,9 +304,9 @@ def _update(message: pb.Update, payloads: tuple[memoryview, ...]) -> Update:
 def short_step_request(
     worker: pb.WorkerId, push: PushRecord, report: pb.WorkerReport | None = None
 ) -> pb.ShortStepRequest:
-    """Return a push as one message."""
-    header = step_header(worker, push, report)
-    return pb.ShortStepRequest(header=header, frames=b"".join(push.frames))
+    """Return a push as one message; report: of its worker, for who looks on."""
+    header = step_header(worker, push)
+    return pb.ShortStepRequest(header=header, frames=b"".join(push.frames), report=report)
 
 
 def short_answer_to_wire(answer: Answer) -> pb.ShortStepResponse:

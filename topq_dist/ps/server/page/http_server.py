@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -111,6 +112,7 @@ class _Server(ThreadingHTTPServer):
         self.status = status
         self.only_loopback = where.is_loopback
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._open: set[socket.socket] = set()
         super().__init__(bound, _Handler)  # type: ignore[arg-type] # IPv6 has four parts
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -124,10 +126,19 @@ class _Server(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._open.discard(request)
             self._free.release()
+
+    def server_close(self) -> None:
+        """Listen no more, and hang up on browsers that keep a connection."""
+        super().server_close()
+        for one in list(self._open):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("a browser at %s", client_address, exc_info=True)

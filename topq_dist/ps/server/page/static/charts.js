@@ -100,6 +100,11 @@ const Chart = (() => {
       if (shown !== this.state.at) this.setState({ at: shown });
     }
 
+    leave() {
+      this.plot.setCursor({ left: -10, top: -10 }, false);
+      this.point(null);
+    }
+
     move(event) {
       const last = this.props.versions.length - 1;
       const step = { ArrowLeft: -1, ArrowRight: 1, PageUp: -50, PageDown: 50 }[event.key];
@@ -138,7 +143,7 @@ const Chart = (() => {
           role: "img",
           "aria-label": `${title} over versions: ${value} at ${where}. Arrow keys go through them.`,
           onKeyDown: (event) => this.move(event),
-          onBlur: () => this.point(null),
+          onBlur: () => this.leave(),
         }),
         createElement("p", { class: "note" }, has ? note : `${note} Nothing has been reported yet.`),
       );

@@ -10,17 +10,23 @@ const PATIENCE_MS = 5000;
 const MOST_POINTS = 4096;
 
 // One list of versions, of all the server's processes: after a restart it may go on from before.
-function joined(points, fresh) {
-  if (!fresh.length) return points;
-  const first = fresh[0][0];
-  const before = points.length && points[points.length - 1][0] >= first
-    ? points.filter((point) => point[0] < first)
-    : points;
+function joined(points, status) {
+  const fresh = status.points;
+  const first = fresh.length ? fresh[0][0] : status.version + 1;
+  const last = points.length ? points[points.length - 1][0] : -1;
+  if (!fresh.length && last < first) return points;
+  const before = last >= first ? points.filter((point) => point[0] < first) : points;
   return before.concat(fresh).slice(-MOST_POINTS);
 }
 
+// the newest version that this process of the server has told of
+function knownOf(before, status) {
+  if (status.points.length) return status.points[status.points.length - 1][0];
+  return before.status && before.status.instance === status.instance ? before.known : -1;
+}
+
 function useStatus() {
-  const [seen, setSeen] = useState({ status: null, points: [], awayMs: 0, why: "" });
+  const [seen, setSeen] = useState({ status: null, points: [], known: -1, awayMs: 0, why: "" });
   const latest = useRef(seen);
   useEffect(() => {
     let timer = 0;
@@ -28,19 +34,24 @@ function useStatus() {
     let awaySince = 0;
     async function ask() {
       const before = latest.current;
-      const last = before.points.length ? before.points[before.points.length - 1][0] : -1;
       const instance = before.status ? before.status.instance : "";
       const stop = new AbortController();
       const patience = setTimeout(() => stop.abort(), PATIENCE_MS);
       try {
-        const answer = await fetch(`api/status?after=${last}&instance=${instance}`, {
+        const answer = await fetch(`api/status?after=${before.known}&instance=${instance}`, {
           cache: "no-store",
           signal: stop.signal,
         });
         if (!answer.ok) throw new Error(`it answers ${answer.status}`);
         const status = await answer.json();
         awaySince = 0;
-        latest.current = { status, points: joined(before.points, status.points), awayMs: 0, why: "" };
+        latest.current = {
+          status,
+          points: joined(before.points, status),
+          known: knownOf(before, status),
+          awayMs: 0,
+          why: "",
+        };
       } catch (error) {
         awaySince = awaySince || Date.now();
         latest.current = { ...before, awayMs: Math.max(1, Date.now() - awaySince), why: String(error.message || error) };
@@ -183,6 +194,10 @@ function Charts({ points }) {
 function Page() {
   const { status, points, awayMs, why } = useStatus();
   const state = awayMs ? "away" : status ? "live" : "asking";
+  const isThere = status !== null;
+  useEffect(() => {
+    if (isThere) performance.measure("drawn");
+  }, [isThere]);
   useEffect(() => {
     if (status) document.title = awayMs ? "away: topq" : `${status.version}: topq`;
   }, [status, awayMs]);

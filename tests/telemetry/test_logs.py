@@ -1,0 +1,58 @@
+"""Log lines as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+
+import pytest
+
+from topq_dist.telemetry.logs import JsonFormatter, formatter, time_text
+
+
+def record(message: str, *arguments: object, **extra: object) -> logging.LogRecord:
+    made = logging.LogRecord("topq_dist.ps", logging.WARNING, "f.py", 1, message, arguments, None)
+    made.created = 1_790_000_000.25
+    vars(made).update(extra)
+    return made
+
+
+def test_text_has_a_time_who_speaks_and_how_loud() -> None:
+    line = formatter("text", "topq serve").format(record("version %d", 7, version=7))
+    assert line == "2026-09-21T14:13:20.250Z topq serve: WARNING: version 7"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time_text(0.0))
+
+
+def test_json_is_a_line_with_what_was_given_beside_the_message() -> None:
+    line = JsonFormatter().format(
+        record("two\nlines of %s", "é", version=7, missing=["a"], rate=float("nan"))
+    )
+    assert "\n" not in line
+    assert json.loads(line) == {
+        "time": "2026-09-21T14:13:20.250Z",
+        "level": "warning",
+        "logger": "topq_dist.ps",
+        "message": "two\nlines of é",
+        "version": 7,
+        "missing": ["a"],
+        "rate": None,
+    }
+
+
+def test_json_holds_an_exception_and_whatever_cannot_be_json_as_text() -> None:
+    try:
+        raise ValueError("out of place")
+    except ValueError:
+        made = record("failed", path=object())
+        made.exc_info = sys.exc_info()
+    line = json.loads(JsonFormatter().format(made))
+    assert line["error"] == "ValueError: out of place"
+    assert "Traceback" in line["traceback"]
+    assert line["path"].startswith("<object")
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="log_format='xml': expected one of text, json"):
+        formatter("xml", "topq serve")  # type: ignore[arg-type]
