@@ -37,6 +37,7 @@ from topq_dist.dtypes import (
     check_plain,
     key_of,
     tensor_of,
+    zeros,
 )
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
@@ -141,7 +142,8 @@ class TopKCompressor:
         added = residual
         if residual is not None and self.residual_decay != 1.0:
             # a copy: until the update is applied nothing has happened
-            added = residual * self.residual_decay
+            added = zeros(residual.numel(), residual.dtype, residual.device)
+            torch.mul(residual, self.residual_decay, out=added)
 
         # 2. select
         selected = self._select(vector, added, layout, segments)

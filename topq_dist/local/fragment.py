@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from topq_dist.compress.layout import Layout, gather_tensors
+from topq_dist.dtypes import zeros
 from topq_dist.local.outer import OuterSgd
 
 
@@ -49,6 +50,8 @@ class Fragment:
         self.numels = tuple(one.numel() for one in local)
         self._outer_optimizer = outer_optimizer
         self._dtype = dtype
+        # of the outer parameters' dtype, all of them
+        self._is_plain = all(one.dtype == dtype for one in local)
         self._blend = blend
         self.outer = self.gather()
         self.velocity: Tensor | None = None
@@ -61,7 +64,7 @@ class Fragment:
     def gather(self) -> Tensor:
         """Return a copy of the parameters as one vector."""
         parameters = self._parameters()
-        flat = torch.empty(self.layout.numel, dtype=self._dtype, device=parameters[0].device)
+        flat = zeros(self.layout.numel, self._dtype, parameters[0].device)
         if not gather_tensors(parameters, self.layout, flat):
             for place, parameter in zip(self.layout.tensors(flat), parameters, strict=True):
                 place.copy_(parameter)
@@ -72,9 +75,10 @@ class Fragment:
         for place, parameter in zip(self.layout.tensors(flat), self._parameters(), strict=True):
             parameter.copy_(place)
 
-    def change_of(self, parameters: Tensor) -> Tensor:
-        """Make a vector of parameters the change since the last round, in place, and return it."""
-        return parameters.sub_(self._rounded(self.outer) if self.base is None else self.base)
+    def change_of(self, parameters: Tensor, *, out: Tensor) -> Tensor:
+        """Write the change of a vector of parameters since the last round into `out`; return it."""
+        base = self._rounded(self.outer) if self.base is None else self.base
+        return torch.sub(parameters, base, out=out)
 
     def can_average_parameters(self) -> bool:
         """Return whether the mean of the ranks' parameters is what the outer parameters become.
@@ -100,6 +104,15 @@ class Fragment:
             self.base = None
             self.scatter(self.outer)
             return
+        if self._blend is None and self._is_plain:
+            for place, outer, parameter in zip(
+                self.layout.tensors(launched),
+                self.layout.tensors(self.outer),
+                self._parameters(),
+                strict=True,
+            ):
+                parameter.sub_(place).add_(outer)
+            return
         now = self.gather()
         if self._blend is None:
             self.scatter(now.sub_(launched).add_(self.outer))
@@ -109,7 +122,7 @@ class Fragment:
 
     def _rounded(self, flat: Tensor) -> Tensor:
         """Return what a vector is in the parameters' own dtypes, or it is taken for a change."""
-        if all(parameter.dtype == self._dtype for parameter in self._held):
+        if self._is_plain:
             return flat
         rounded = flat.clone()
         for place, parameter in zip(self.layout.tensors(rounded), self._parameters(), strict=True):

@@ -16,8 +16,8 @@ from topq_dist.compress.codec.values import WHOLE
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.sparsify.segments import UniformSegments
-from topq_dist.dtypes import accumulate_dtype
-from topq_dist.local.fragment import Fragment, split_in_fragments
+from topq_dist.dtypes import accumulate_dtype, zeros
+from topq_dist.local.fragment import Fragment, local_part, split_in_fragments
 from topq_dist.local.settings import LocalSettings
 from topq_dist.validation import check_fraction
 
@@ -56,7 +56,7 @@ class Replica:
         self._keeps_launched = settings.overlap > 0
         wide = any(accumulate_dtype(one.dtype) == torch.float64 for one in parameters.values())
         self._dtype = torch.float64 if wide else torch.float32
-        numels = {name: parameter.numel() for name, parameter in parameters.items()}
+        numels = {name: local_part(one).numel() for name, one in parameters.items()}
         self.fragments = [
             Fragment(
                 {name: parameters[name] for name in names},
@@ -79,9 +79,13 @@ class Replica:
         """
         mine = self.fragments[fragment]
         now = mine.gather() if parameters is None else parameters.clone()
-        launched = now.clone() if self._keeps_launched else None
+        launched = now if self._keeps_launched else None
+        vector = now if launched is None else zeros(now.numel(), now.dtype, now.device)
         of_parameters = self._is_lossless() and mine.can_average_parameters()
-        vector = now if of_parameters else mine.change_of(now)
+        if not of_parameters:
+            mine.change_of(now, out=vector)
+        elif launched is not None:
+            vector.copy_(launched)
         return Round(
             fragment=fragment, vector=vector, of_parameters=of_parameters, launched=launched
         )
