@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,7 @@ class Measurement:
     `tcp_bytes` the payload that left this rank's own sockets. The rest is topq_dist's own account
     of a step, None for the other hooks: `handed_bytes` to collectives, `wire_bytes` forwarded by
     them, and the exchange that "auto" chose. `received_bytes` came in by the interface.
+    `timeline`: of a benchmark that draws one.
     """
 
     step_s: list[float]
@@ -69,6 +71,7 @@ class Measurement:
     wire_bytes: float | None = None
     chosen_exchange: str | None = None
     received_bytes: float | None = None
+    timeline: dict[str, Any] | None = None
 
 
 def build_model() -> nn.Sequential:
@@ -105,6 +108,13 @@ class Training:
 
 def measure(job: Job) -> Measurement:
     """Measure one hook in a process group of its own; every rank must be given the same job."""
+    with in_group(job):
+        return _measure(job)
+
+
+@contextlib.contextmanager
+def in_group(job: Job) -> Iterator[None]:
+    """Have the process group of a job for the block."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{job.store}",
@@ -113,7 +123,7 @@ def measure(job: Job) -> Measurement:
         timeout=dt.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
     try:
-        return _measure(job)
+        yield
     finally:
         dist.destroy_process_group()
         gc.collect()
