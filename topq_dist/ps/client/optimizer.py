@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -27,6 +27,7 @@ from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
+from topq_dist.ps.client.local_steps import SavedLocal, make_local_steps
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
@@ -68,6 +69,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             parameter (of a dtype with scope "bucket"), and keep what is clipped; None does not.
             What is half sent or more is never clipped. Only with error_feedback.
         scope: keep the top-Q part of each "parameter", or ("bucket") of all of a dtype together.
+        every, local_optimizer: take steps of `local_optimizer`, a torch optimizer of the same
+            parameters, on this worker alone, and after `every` of them send what they have taken
+            off the parameters in place of a gradient (local steps): the servers' optimizer is then
+            the outer one, SGD at lr 1 the mean of the changes. None: every step is the servers'.
+        residual_decay: what a residual is multiplied by with each push, in [0, 1].
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
             says every 5 s that it waits.
@@ -105,6 +111,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         value_format: str | None = DEFAULT_VALUE_FORMAT,
         bound: float | None = DEFAULT_BOUND,
         scope: Scope = "parameter",
+        every: int = 1,
+        local_optimizer: torch.optim.Optimizer | None = None,
+        residual_decay: float = 1.0,
         timeout_s: float = 120.0,
         tls: ClientTls | None = None,
         token: str | None = None,
@@ -118,6 +127,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         named, frozen = by_gradient(named_parameters)
         self._frozen = FrozenParameters(frozen)
         self._names = list(named)
+        self._local = make_local_steps(local_optimizer, every, named.values())
         addresses = addresses_of(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
         security = ClientSecurity(tls=tls, token=token)
@@ -130,6 +140,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                     ),
                     error_feedback=error_feedback,
                     bound=usual_bound(bound, error_feedback=error_feedback),
+                    residual_decay=residual_decay,
                 ),
             )
             for names in shard_by_size(sizes_bytes, addresses).values()
@@ -151,6 +162,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._open = False
         self._closed = False
         self._resumed: list[SavedShard] = []
+        self._resumed_local: SavedLocal | None = None
         self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="ps")
         try:
             self._at_all(ServerClient.start)
@@ -211,9 +223,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients and take the parameters that come back; returns the closure's loss.
 
-        Waits for the other workers where the servers do. Raises NonFiniteError, naming the first
-        parameter, for a gradient with NaN or infinity, before anything is sent; ServerLostError
-        and RefusedError, after which step() finishes what it began, and RuntimeError once closed.
+        With `local_optimizer` it steps that, and pushes after `every` steps alone. Waits for the
+        other workers where the servers do. Raises NonFiniteError, naming the first parameter, for a
+        gradient with NaN or infinity, before anything is sent; ServerLostError and RefusedError,
+        after which step() finishes what it began, and RuntimeError once closed.
         """
         self._check_not_closed()
         loss = None
@@ -221,13 +234,23 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         if self._open:
             _log.warning("finishing the step that was broken off, with its own gradient")
             self._take_up()
+        elif self._local is not None:
+            if not self._local.due:
+                scale, overflow = self._loss_scale()
+                loss = self._local.step(closure, scale=scale, overflow=overflow)
+                self._report_loss(loss)
+            if not self._local.due:
+                self._meter.add(steps=1, dense_bytes=self._raw_bytes())
+                return loss
+            left_out = self._begin(1.0, overflow=False)
+            self._local.end_round()
         else:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-                if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
-                    self.report(loss=loss)
-            left_out = self._begin()
+                self._report_loss(loss)
+            scale, overflow = self._loss_scale()
+            left_out = self._begin(scale, overflow=overflow)
 
         watched = [update for _, update in left_out if update is not None]
 
@@ -248,10 +271,26 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 self._open = self._is_under_way()
         if self._watch is not None:
             self._watch.applied(watched)
-        self._meter.add(steps=1, dense_bytes=sum(shard.raw_bytes for shard in self._shards))
+        self._meter.add(steps=1, dense_bytes=self._raw_bytes())
         return loss
 
-    def _begin(self) -> list[tuple[Residuals, ResidualUpdate | None]]:
+    def _report_loss(self, loss: Any) -> None:
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
+            self.report(loss=loss)
+
+    def _raw_bytes(self) -> int:
+        return sum(shard.raw_bytes for shard in self._shards)
+
+    def _loss_scale(self) -> tuple[float, bool]:
+        """Return what a GradScaler has multiplied the loss by, and whether there was overflow."""
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        overflow = found_inf is not None and bool(found_inf.item())
+        return 1.0 if grad_scale is None else float(grad_scale), overflow
+
+    def _begin(
+        self, scale: float, *, overflow: bool
+    ) -> list[tuple[Residuals, ResidualUpdate | None]]:
         """Make the next push for each server; return the residuals and their updates."""
         rates = self._groups.rates(self.param_groups)
         momenta = self._groups.momenta(self.param_groups)
@@ -259,16 +298,12 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         elsewhere = self._take_up()
         self._frozen.warn_of_freed()
         absent = [
-            shard.absent() if client.takes_no_gradient else []
+            shard.absent() if client.takes_no_gradient and self._local is None else []
             for shard, client in zip(self._shards, self._clients, strict=True)
         ]
-        found_inf = getattr(self, "found_inf", None)
-        overflow = found_inf is not None and bool(found_inf.item())
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
         if any(client.takes_report for client in self._clients):
             self.observe()
-        with self._meter.timed("select_s"), labelled("select and encode"):
+        with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
             made = [
                 []
                 if overflow or shard in elsewhere
@@ -319,6 +354,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client in self._clients:
             client.tell(report)
 
+    def _changes(self) -> AbstractContextManager[None]:
+        if self._local is None:
+            return nullcontext()
+        return self._local.changes_as_gradients(self._shards)
+
     def _is_under_way(self) -> bool:
         return any(client.pushes.pending is not None for client in self._clients)
 
@@ -362,7 +402,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 shard.clear_residuals()
             for push in outcome.taken_back:
                 shard.restore_residual(push)
-            shard.write_back(outcome.changed)
+            # between rounds the parameters are this worker's own
+            if self._local is None or outcome.changed is None or outcome.changed:
+                shard.write_back(outcome.changed)
             self._meter.add(
                 sent_bytes=outcome.sent_bytes,
                 wire_bytes=outcome.sent_bytes,
@@ -388,6 +430,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     def central(self) -> Iterator[None]:
         """Have the servers' own parameters in the model within the block; see `fetch_central`."""
         values = self.fetch_central()
+        own = [
+            {name: one.detach().clone() for name, one in shard.parameters.items()}
+            for shard in self._shards
+            if self._local is not None
+        ]
         try:
             for shard in self._shards:
                 shard.write(values)
@@ -395,6 +442,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         finally:
             for shard in self._shards:
                 shard.write_back()
+            for shard, before in zip(self._shards, own, strict=False):
+                shard.write(before)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise RuntimeError: the servers' groups are made when they start."""
@@ -428,7 +477,15 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 )
             ],
         }
+        if self._local is not None:
+            state["topq"]["local"] = self._local.state_dict(self._held())
         return state
+
+    def _held(self) -> Mapping[str, Tensor]:
+        if self._resumed_local is not None:
+            return self._resumed_local.held
+        models = [shard.model.tensors() for shard in self._shards]
+        return {name: tensor for model in models for name, tensor in model.items()}
 
     def _held_sha256(self) -> list[str]:
         if self._resumed:
@@ -447,6 +504,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         worker's or model's; WrongRunError for another run's.
         """
         saved = read_state(state_dict, self._worker, self._shards)
+        if (saved.local is None) != (self._local is None):
+            has, expected = ("no", "one with") if saved.local is None else ("a", "one without")
+            raise ValueError(
+                f"state_dict has {has} local optimizer: expected {expected} it, as this one is"
+            )
         for client, one in zip(self._clients, saved.shards, strict=True):
             client.check_run(one.run)
         groups = self._groups.filled(state_dict["param_groups"])
@@ -463,14 +525,20 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         decays = saved.told_weight_decay or self._groups.decays(groups)
         self._groups.told_weight_decay = list(decays)
         self._meter.stats = saved.stats
-        self._resumed = list(saved.shards)
+        self._resumed, self._resumed_local = list(saved.shards), saved.local
+        if self._local is not None and saved.local is not None:
+            self._local.load(saved.local)
 
     def _take_up(self) -> list[Shard]:
         """Read the parameters after a load; return the shards where they are not the saved ones."""
         elsewhere = []
         resumed, self._resumed = self._resumed, []
+        local, self._resumed_local = self._resumed_local, None
         for shard, client, saved in zip(self._shards, self._clients, resumed, strict=False):
-            shard.read_parameters()
+            if local is None:
+                shard.read_parameters()
+            else:
+                shard.hold(local.held)
             if model_sha256(shard.model) != saved.model_sha256:
                 elsewhere.append(shard)
                 client.resync_from("the parameters are not those that were saved with this state")

@@ -96,6 +96,11 @@ class Shard:
         self.model.copy_from(self.parameters.items())
         self._marks = self._marked()
 
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Take the model's values from `values`, by name; the parameters have gone on since."""
+        self.model.copy_from((name, values[name]) for name in self.parameters)
+        self._marks = []
+
     def write_back(self, changed: Sequence[Sequence[Tensor]] | None = None) -> None:
         """Put the model's values into the parameters.
 

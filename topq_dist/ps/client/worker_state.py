@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.compress.residual import check_residual
+from topq_dist.ps.client.local_steps import SavedLocal, read_saved_local
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
@@ -34,7 +35,8 @@ class SavedShard:
 class SavedWorker:
     """All that was saved of a worker, beside its parameter groups.
 
-    told_momentum, told_weight_decay: None in a state of before workers could set it.
+    told_momentum, told_weight_decay: None in a state of before workers could set it. local: None of
+    a worker without local steps.
     """
 
     open: bool
@@ -46,6 +48,7 @@ class SavedWorker:
     told_weight_decay: tuple[float | None, ...] | None
     stats: Stats
     shards: tuple[SavedShard, ...]
+    local: SavedLocal | None
 
 
 def model_sha256(model: FlatModel) -> str:
@@ -107,6 +110,7 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
                 _read_shard(saved, shard)
                 for saved, shard in zip(state["servers"], shards, strict=True)
             ),
+            local=read_saved_local(state.get("local"), shards),
         )
     except (TypeError, ValueError):
         raise
