@@ -26,6 +26,7 @@ from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllG
 from topq_dist.exchange.slots import NO_FRAME
 from topq_dist.local.replica import Replica, Round
 from topq_dist.local.settings import LocalSettings
+from topq_dist.profiling import labelled
 
 _log = logging.getLogger(__name__)
 
@@ -107,8 +108,11 @@ class Rounds:
         )
 
     def _compress(self, begun: Round) -> Compressed:
-        with self._context.meter.timed("select_s"):
-            return self._replica.compress(begun, parts=self._exchange.frames_per_bucket)
+        meter = self._context.meter
+        with meter.timed("select_s"), labelled("select and encode"):
+            compressed = self._replica.compress(begun, parts=self._exchange.frames_per_bucket)
+        meter.encode_s += compressed.encode_s
+        return compressed
 
     def launched(self) -> Mapping[int, tuple[int, Tensor]]:
         """Return of each fragment under way the step that receives it and its parameters then."""
@@ -149,11 +153,13 @@ class Rounds:
         if not finite:
             self._void(flight.begun)
             return
-        flight.work.deliver()
-        self._replica.finish(flight.begun)
+        with labelled("average and update residuals"):
+            flight.work.deliver()
+            self._replica.finish(flight.begun)
 
     def _void(self, begun: Round) -> None:
         self.void += 1
+        self._context.meter.void_steps += 1
         # once: a rank whose parameters are lost says the same at every round
         level = logging.WARNING if self.void == 1 else logging.DEBUG
         _log.log(
