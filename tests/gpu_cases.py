@@ -12,16 +12,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 from interpreted import DEVICE  # before anything imports the kernels
 from torch import Tensor
 
+from topq_dist.compress.aggregate import write_sum
+from topq_dist.compress.codec.frame import (
+    Frame,
+    decode_frame,
+    encode_frame,
+    encode_non_finite_frame,
+)
+from topq_dist.compress.codec.values import quantize
+from topq_dist.compress.gpu.bounds import BoundTable
+from topq_dist.compress.gpu.frames import read_frames, slot_bytes, write_frame
 from topq_dist.compress.gpu.memory import Arena
-from topq_dist.compress.gpu.select import DeviceSelection, DeviceSelector
+from topq_dist.compress.gpu.select import DeviceSelector
+from topq_dist.compress.gpu.shape import FORMATS, FrameShape
+from topq_dist.compress.gpu.update import Compressed, finish
 from topq_dist.compress.layout import ChunkedVector
-from topq_dist.compress.sparsify.magnitude import Selection
+from topq_dist.compress.sparsify.bounding import bounded
 from topq_dist.compress.sparsify.segments import Segment, Segments, SegmentSelector
 from topq_dist.dtypes import FLOATS, accumulate_dtype, key_of
 
@@ -63,45 +76,155 @@ def drawn_vector(random: np.random.Generator, numel: int, dtype: torch.dtype, ki
     return torch.from_numpy(numbers).to(dtype)
 
 
-def check_selection(found: DeviceSelection, wanted: Selection) -> None:
-    """Raise AssertionError unless both hold the same bits, or say that a vector is not finite."""
-    finite = int(found.highest) < key_of(np.inf, found.values.dtype)
-    if finite != wanted.finite:
-        raise AssertionError(f"finite={finite}: expected {wanted.finite}")
-    if not finite:
-        return
-    if not torch.equal(found.indices.cpu(), wanted.indices):
-        raise AssertionError("other indices than on the CPU")
-    signed = FLOATS[wanted.values.dtype].signed
-    if not torch.equal(found.values.cpu().view(signed), wanted.values.view(signed)):
-        raise AssertionError("other values than on the CPU")
+def drawn_format(random: np.random.Generator, dtype: torch.dtype) -> tuple[str, float | None]:
+    """Return a value format, and a bound as often as not."""
+    bound = float(random.choice([0.5, 1.0, 3.0])) if random.random() < 0.5 else None
+    return str(random.choice([*FORMATS])), bound
+
+
+class Rank:
+    """One of the ranks of a case: the same vectors on the device and on the CPU.
+
+    residual: of both, alike; None without error feedback.
+    """
+
+    def __init__(self, arena: Arena, residual: Tensor | None) -> None:
+        self.on_device, self.on_cpu = DeviceSelector(arena), SegmentSelector()
+        self.residual = residual
+        self.left = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        self.device_residual = None if residual is None else residual.to(DEVICE, copy=True)
+
+    def add(self, gradient: Tensor, segments: Segments, bound: float | None, fmt: str) -> Frame:
+        """Return the frame that the CPU makes of a gradient, decoded, and make the residual's."""
+        selected = self.on_cpu.select(ChunkedVector([gradient]), self.residual, segments)
+        numel = gradient.numel()
+        if not selected.finite:
+            return decode_frame(encode_non_finite_frame(numel, fmt), numel=numel)
+        sent = selected.values if bound is None else bounded(selected.values, segments, bound)
+        quantized = quantize(sent, fmt, segment_ks=segments.table[:, 3])
+        self.frame = encode_frame(numel, selected.indices, quantized, in_tiles=True)
+        if self.residual is not None:
+            self.left = selected.indices, torch.from_numpy(quantized.error(selected.values))
+        return decode_frame(self.frame, numel=numel)
+
+    def update(self, gradient: Tensor) -> None:
+        """Take the gradient up, on the CPU."""
+        if self.residual is not None:
+            self.residual += gradient
+            self.residual[self.left[0]] = self.left[1]
+
+
+def check_step(
+    ranks: list[Rank],
+    gradients: list[Tensor],
+    segments: Segments,
+    fmt: str,
+    bound: float | None,
+    frame_bytes: int | None,
+    arena: Arena,
+) -> bool:
+    """Compare a step of some ranks, each stage of it; return whether it counts."""
+    numel, device = gradients[0].numel(), torch.device(DEVICE)
+    shape = FrameShape(numel=numel, ks=segments.table[:, 3], value_format=fmt, device=device)
+    table = None if bound is None else (BoundTable(segments, device), bound)
+    slots = torch.zeros(
+        len(ranks), slot_bytes(shape, frame_bytes), dtype=torch.uint8, device=device
+    )
+    report = torch.zeros(len(ranks), dtype=torch.int64, device=device)
+    frames, compressed = [], []
+    for rank, gradient, slot in zip(ranks, gradients, slots, strict=True):
+        mine = gradient.to(device, copy=True)
+        found = rank.on_device.select(mine, rank.device_residual, segments)
+        frame = rank.add(gradient, segments, bound, fmt)
+        with arena.borrow(device) as scratch:
+            written = write_frame(
+                found,
+                shape,
+                table,
+                slot,
+                scratch,
+                has_residual=rank.residual is not None,
+                settings_digest=0xFFFF0000,
+                coherence=torch.zeros(2, dtype=torch.float64, device=device),
+            )
+        if frame.finite:
+            same(found.indices, frame.indices, "indices")
+        elif int(found.highest) < key_of(np.inf, found.values.dtype):
+            raise AssertionError("taken for finite")
+        sent = slot[32 : 32 + int(written.plan[2])].cpu()
+        if int(written.plan[3]) == 2:
+            # no room: all of it stays
+            frame = replace(frame, indices=frame.indices[:0], values=frame.values[:0])
+            rank.left = rank.left[0][:0], rank.left[1][:0]
+        elif frame.finite and shape.k:
+            same(sent, rank.frame, "bytes")
+        read = decode_frame(sent, numel=numel)
+        same(read.indices, frame.indices, "indices read")
+        same(read.values, frame.values, "values read")
+        frames.append(frame)
+        compressed.append(Compressed(mine, rank.device_residual, found, written))
+    finite = all(frame.finite for frame in frames)
+    with arena.borrow(device) as scratch:
+        received = read_frames(slots, shape, report, scratch)
+        if bool((report != 0).any()) == finite:
+            raise AssertionError(f"report {report.tolist()} of frames that are finite={finite}")
+        for number, frame in enumerate(frames):
+            same(received.indices[number, : frame.indices.numel()], frame.indices, "indices")
+            same(received.values[number, : frame.indices.numel()], frame.values, "values")
+        for each in compressed:
+            finish(each, received, report, scratch, divisor=len(ranks))
+    average = torch.full_like(gradients[0], torch.nan)
+    if finite:
+        for rank, gradient in zip(ranks, gradients, strict=True):
+            rank.update(gradient)
+        write_sum(frames, divisor=len(ranks), out=average)
+    for rank, each in zip(ranks, compressed, strict=True):
+        same(each.gradient, average, "average")
+        if rank.residual is not None and rank.device_residual is not None:
+            same(rank.device_residual, rank.residual, "residual")
+    return finite
+
+
+def same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raise AssertionError unless two tensors hold the same bits."""
+    found = found.cpu()
+    if found.dtype.is_floating_point and found.dtype == wanted.dtype:
+        signed = FLOATS[found.dtype].signed
+        found, wanted = found.contiguous().view(signed), wanted.contiguous().view(signed)
+    if not torch.equal(found, wanted):
+        raise AssertionError(f"other {what} than on the CPU")
 
 
 def compare(vectors: int, seed: int, most: int = 20_000) -> int:
-    """Compare so many vectors; return how many were finite, or raise AssertionError."""
+    """Compare so many vectors, in steps of one to three ranks; return how many steps counted.
+
+    Raises AssertionError for the first difference.
+    """
     random = np.random.default_rng(seed)
-    arena, left, finite = Arena(), vectors, 0
-    while left:
+    arena, left, counted = Arena(), vectors, 0
+    while left > 0:
         segments = drawn_segments(random, most)
         numel = segments[-1].where.stop
         dtype = DTYPES[int(random.integers(4))]
-        on_device, on_cpu = DeviceSelector(arena), SegmentSelector()
         has_residual = random.random() < 0.8
-        for _ in range(min(left, int(random.integers(1, 5)))):
-            left -= 1
+        fmt, bound = drawn_format(random, dtype)
+        bound = bound if has_residual else None
+        wide = accumulate_dtype(dtype)
+        kept = [
+            drawn_vector(random, numel, wide, "normal") * float(random.choice([0.0, 1e-30, 1.0]))
+            for _ in range(int(random.integers(1, 4)))
+        ]
+        ranks = [Rank(arena, one if has_residual else None) for one in kept]
+        for _ in range(int(random.integers(1, 4))):
             scale = float(random.choice([1.0, 1.0, 1.1, 1e-2, 40.0]))
-            gradient = drawn_vector(random, numel, dtype, str(random.choice(KINDS))) * scale
-            residual = None
-            if has_residual:
-                residual = drawn_vector(random, numel, accumulate_dtype(dtype), "normal")
-                residual *= float(random.choice([0.0, 1e-30, 1.0]))
-            found = on_device.select(
-                gradient.to(DEVICE), None if residual is None else residual.to(DEVICE), segments
-            )
-            wanted = on_cpu.select(ChunkedVector([gradient]), residual, segments)
-            check_selection(found, wanted)
-            finite += wanted.finite
-    return finite
+            kinds = [
+                str(random.choice(KINDS)) if random.random() < 0.5 else "normal" for _ in ranks
+            ]
+            gradients = [drawn_vector(random, numel, dtype, kind) * scale for kind in kinds]
+            frame_bytes = int(random.integers(0, 400)) if random.random() < 0.1 else None
+            counted += check_step(ranks, gradients, segments, fmt, bound, frame_bytes, arena)
+            left -= len(ranks)
+    return counted
 
 
 def main() -> None:
@@ -110,10 +233,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started_s = time.perf_counter()
-    finite = compare(options.vectors, options.seed)
+    counted = compare(options.vectors, options.seed)
     taken_s = time.perf_counter() - started_s
     sys.stdout.write(
-        f"{options.vectors} vectors, {finite} of them finite, in {taken_s:.0f} s: all the same\n"
+        f"{options.vectors} vectors, {counted} steps that count, in {taken_s:.0f} s: all the same\n"
     )
 
 

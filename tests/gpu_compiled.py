@@ -1,8 +1,8 @@
 """Kernels compiled ahead of time, without a GPU: `python tests/gpu_compiled.py < launches.json`.
 
-Reads a list of launches (module, name, types, constants, warps), compiles each for every target and
-writes what the compilers report of it as JSON: registers, spilled bytes and bytes of shared memory.
-Triton must not be its interpreter in this process.
+Reads a list of launches (module, name, types, constants, warps, targets), compiles each for its
+targets and writes what the compilers report of it as JSON: registers, spilled bytes and bytes of
+shared memory. Triton must not be its interpreter in this process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compiled(launch: dict[str, Any], target: str) -> dict[str, Any]:
 
 def main() -> None:
     launches = json.load(sys.stdin)
-    reports = [compiled(launch, target) for launch in launches for target in TARGETS]
+    reports = [compiled(launch, target) for launch in launches for target in launch["targets"]]
     json.dump(reports, sys.stdout)
 
 

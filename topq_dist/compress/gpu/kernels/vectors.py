@@ -21,53 +21,62 @@ def sum_bits(gradient, residual, at, mask, KIND: tl.constexpr, HAS_RESIDUAL: tl.
         kept = tl.load(residual + at, mask=mask, other=0)
         if KIND == FP64:
             total = bits.to(tl.float64, bitcast=True) + kept.to(tl.float64, bitcast=True)
-            return total.to(tl.int64, bitcast=True)
-        total = widened(bits, KIND) + kept.to(tl.float32, bitcast=True)
-        return total.to(tl.int32, bitcast=True)
-    if KIND == FP64:
-        return bits
-    return bits.to(tl.int32)
+            result = total.to(tl.int64, bitcast=True)
+        else:
+            total = widened(bits, KIND) + kept.to(tl.float32, bitcast=True)
+            result = total.to(tl.int32, bitcast=True)
+    elif KIND == FP64:
+        result = bits
+    else:
+        result = bits.to(tl.int32)
+    return result
 
 
 @triton.jit
 def widened(bits, KIND: tl.constexpr):
     """The fp32 numbers of patterns of fp16, bf16 or fp32."""
     if KIND == FP16:
-        return bits.to(tl.float16, bitcast=True).to(tl.float32)
-    if KIND == BF16:
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return bits.to(tl.float32, bitcast=True)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif KIND == BF16:
+        number = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        number = bits.to(tl.float32, bitcast=True)
+    return number
 
 
 @triton.jit
 def key_of(bits, KEY_BITS: tl.constexpr):
     """The magnitudes of bit patterns, as integers that order as the magnitudes do."""
     if KEY_BITS == 63:
-        return bits & 0x7FFFFFFFFFFFFFFF
-    if KEY_BITS == 31:
-        return bits & 0x7FFFFFFF
-    return bits & 0x7FFF
+        key = bits & 0x7FFFFFFFFFFFFFFF
+    elif KEY_BITS == 31:
+        key = bits & 0x7FFFFFFF
+    else:
+        key = bits & 0x7FFF
+    return key
 
 
 @triton.jit
 def number_of(key, KEY_BITS: tl.constexpr, KIND: tl.constexpr):
     """The magnitude of a key in fp32, about."""
     if KEY_BITS == 63:
-        return key.to(tl.float64, bitcast=True).to(tl.float32)
-    if KEY_BITS == 31:
-        return key.to(tl.int32).to(tl.float32, bitcast=True)
-    if KIND == FP16:
-        return key.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return (key.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        number = key.to(tl.float64, bitcast=True).to(tl.float32)
+    elif KEY_BITS == 31:
+        number = key.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        number = widened(key.to(tl.int16), KIND)
+    return number
 
 
 @triton.jit
 def key_of_number(number, KEY_BITS: tl.constexpr, KIND: tl.constexpr):
     """The key of a magnitude in fp32, about."""
     if KEY_BITS == 63:
-        return number.to(tl.float64).to(tl.int64, bitcast=True)
-    if KEY_BITS == 31:
-        return number.to(tl.int32, bitcast=True).to(tl.int64)
-    if KIND == FP16:
-        return number.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64)
-    return number.to(tl.int32, bitcast=True).to(tl.int64) >> 16
+        key = number.to(tl.float64).to(tl.int64, bitcast=True)
+    elif KEY_BITS == 31:
+        key = number.to(tl.int32, bitcast=True).to(tl.int64)
+    elif KIND == FP16:
+        key = number.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64)
+    else:
+        key = number.to(tl.int32, bitcast=True).to(tl.int64) >> 16
+    return key
