@@ -56,6 +56,15 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what of a DTensor lies in this process, sharing its memory; others as they are."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor
+    part: Tensor = to_local()
+    return part
+
+
 def check_plain(name: str, tensor: Tensor) -> None:
     """Raise TypeError, naming it and saying what to do, unless `is_plain`."""
     if is_plain(tensor):

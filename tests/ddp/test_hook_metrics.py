@@ -31,7 +31,7 @@ def _served(rank: int, exchange: str) -> dict[str, float]:
     torch.manual_seed(1)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    state = register_topq_hook(model, optimizer, exchange=exchange)  # type: ignore[arg-type]
+    state = register_topq_hook(model, optimizer, exchange=exchange)  # type: ignore[call-overload]
     names: set[str] = set()
     with serve_metrics(state) as server:
         assert "topq_residual_ratio" not in _numbers(server.address)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from topq_dist.compress.layout import Layout, OutOfRows, memory_order
-from topq_dist.hook.pipeline import Laid
 from topq_dist.hook.sparsity_policy import SparsityPolicy
+from topq_dist.hook.stages import Laid
 
 
 class BucketLayouts:

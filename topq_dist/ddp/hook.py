@@ -25,9 +25,10 @@ from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.ddp.hook_state import STATE_VERSION, SavedState, load_states, save_state
 from topq_dist.ddp.model_checks import check_takes_hook, trainable_names
 from topq_dist.ddp.parts import make_parts
-from topq_dist.exchange.collectives import CommContext, telling_of_failures
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import ExchangeName
+from topq_dist.exchange.shards import telling_of_failures
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.parts import (
     KnobOptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -59,11 +60,19 @@ def check_same_on_all_ranks(text: str, *, group: dist.ProcessGroup, device: torc
     for rank, other in enumerate(texts):
         if other.startswith(_FAILED):
             raise ExchangeError(f"rank {rank} {other}")
-    for rank, other in enumerate(texts):
+    check_alike(texts)
+
+
+def check_alike(texts: Sequence[str], *, kind: str = "rank") -> None:
+    """Raise ExchangeError, quoting the first difference, unless these texts of ranks are one.
+
+    kind: what the place of a text in the sequence is the number of.
+    """
+    for number, other in enumerate(texts):
         if other != texts[0]:
             first, second = _first_difference(texts[0], other)
             raise ExchangeError(
-                f"ranks disagree: rank 0 has {first!r}, rank {rank} has {second!r}; "
+                f"ranks disagree: {kind} 0 has {first!r}, {kind} {number} has {second!r}; "
                 "expected the same settings and the same model on every rank"
             )
 

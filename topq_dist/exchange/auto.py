@@ -17,10 +17,10 @@ from torch import Tensor
 
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
-from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.base import Exchange, ExchangeWork
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.rehearsal import Rehearsal
+from topq_dist.exchange.shards import check_same_on_all_shards
 
 _log = logging.getLogger(__name__)
 # DDP rebuilds its buckets, memory is touched for the first time, slots and thresholds adapt
@@ -142,9 +142,7 @@ class Auto(Exchange):
         ask; later, the settings of one more step in the old exchange tell.
         """
         if self._first:
-            check_same_on_all_ranks(
-                self.settings(), group=self._context.group, device=self._context.device
-            )
+            check_same_on_all_shards(self.settings(), self._context)
         told, self._told = self._first or self._told, self._resumed is not None
         self._first = False
         if told and self._resumed is not None:
@@ -262,6 +260,8 @@ class Auto(Exchange):
         # the slowest rank sets the pace, but in an all-reduce the last one to come has waited for
         # nobody; and every rank must decide on the same numbers
         dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._context.group)
+        if self._context.shards is not None:
+            dist.all_reduce(cost, dist.ReduceOp.MAX, group=self._context.shards)
         step_s, wire_bytes, reduce_s = cost.tolist()
         return _Cost(step_s, wire_bytes, -reduce_s)
 

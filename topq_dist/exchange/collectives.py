@@ -7,8 +7,7 @@ the same heads, go on to a second collective.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
-from topq_dist.exchange.agreement import tell_of_failure
 from topq_dist.exchange.slots import (
     Head,
     ReusableBuffer,
@@ -35,11 +33,16 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class CommContext:
-    """The ranks that frames travel among, and where what that costs is added up."""
+    """The ranks that frames travel among, and where what that costs is added up.
+
+    shards: where each rank of the group holds one shard of a model, the ranks with the others; they
+        exchange no frames, and decide alike.
+    """
 
     group: dist.ProcessGroup
     device: torch.device
     meter: Meter
+    shards: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
@@ -57,16 +60,6 @@ def member(work: dist.Work | None) -> dist.Work:
     if work is None:
         raise RuntimeError("this process is no member of the process group it trains in")
     return work
-
-
-@contextmanager
-def telling_of_failures(context: CommContext) -> Iterator[None]:
-    """Tell the other ranks, which wait for this one to agree, of an error in the block."""
-    try:
-        yield
-    except Exception as error:
-        tell_of_failure(error, group=context.group, device=context.device)
-        raise
 
 
 class _FrameCollective(ABC):

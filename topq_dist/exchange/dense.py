@@ -14,21 +14,29 @@ from topq_dist.exchange.collectives import CommContext, member
 
 # all at once, what many sparse steps have left would be one step many times as long
 _FLUSH_STEPS = 32
+# of these fully_shard has its collectives take the mean, of others it adds up and divides later
+AVERAGED = (torch.float32, torch.bfloat16)
 
 
 class Dense(Exchange):
     """Plain all-reduce, where nothing beats it.
 
-    The residual is flushed in equal shares with the gradients of 32 steps.
+    The residual is flushed in equal shares with the gradients of 32 steps. Among replicas of shards
+    the mean has the bits that fully_shard's own all-reduce gives it.
+
+    leaves_sums: of gradients alone, in a dtype that fully_shard itself adds up, leave the sum.
     """
 
     frames_per_bucket = 0
     carries_settings = False
     sparse = False
 
-    def __init__(self, context: CommContext, compressor: TopKCompressor) -> None:
+    def __init__(
+        self, context: CommContext, compressor: TopKCompressor, *, leaves_sums: bool = False
+    ) -> None:
         self._context = context
         self.compressor = compressor
+        self._leaves_sums = leaves_sums
 
     def begin_step(self) -> None:
         self.dense_steps += 1
@@ -45,7 +53,9 @@ class Dense(Exchange):
         settings_digest: int,
     ) -> ExchangeWork:
         share = 1.0 / max(1, _FLUSH_STEPS + 1 - self.dense_steps)
-        return AllReduceWork(bucket, layout, self._context, self.compressor, share)
+        return AllReduceWork(
+            bucket, layout, self._context, self.compressor, share, self._leaves_sums
+        )
 
 
 class AllReduceWork:
@@ -60,13 +70,21 @@ class AllReduceWork:
         context: CommContext,
         compressor: TopKCompressor,
         share: float,
+        leaves_sums: bool,
     ) -> None:
         self._bucket = bucket
         self._context = context
         self._residuals = compressor.residuals
         self._update = compressor.flush_residual(layout, bucket, share)
-        bucket.div_(context.size)
-        self._work = member(dist.all_reduce(bucket, group=context.group, async_op=True))
+        reduction = dist.ReduceOp.SUM
+        if context.shards is not None and bucket.dtype in AVERAGED:
+            reduction = dist.ReduceOp.AVG
+        elif not leaves_sums or self._update is not None:
+            # as DistributedDataParallel does
+            bucket.div_(context.size)
+        self._work = member(
+            dist.all_reduce(bucket, op=reduction, group=context.group, async_op=True)
+        )
         context.meter.add(
             sent_bytes=bucket.nbytes,
             wire_bytes=2 * bucket.nbytes * (context.size - 1) // context.size,

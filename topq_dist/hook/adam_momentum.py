@@ -19,6 +19,7 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.dtypes import local_part
 from topq_dist.hook.momentum import MomentumName, Unit, unit_of
 from topq_dist.hook.own_momentum import OwnMomentum, check_tensors
 from topq_dist.optim.direction_step import DirectionSwitch, check_adam
@@ -104,7 +105,7 @@ class AdamMomentum(OwnMomentum):
         if group["maximize"]:
             gradient.neg_()
         if group["weight_decay"] and not decays_decoupled(group, self._inner):
-            gradient.add_(parameter.detach(), alpha=group["weight_decay"])
+            gradient.add_(local_part(parameter.detach()), alpha=group["weight_decay"])
 
     def _change_unit(self, *, to_own: bool) -> None:
         if to_own:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from topq_dist.compress.layout import Layout
+from topq_dist.dtypes import local_part
 
 # a scaler is in use from the first step on, and its frame is looked for in so many; a look costs
 # as much as a small kernel, so that later ones are taken in one step of so many
@@ -99,7 +100,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+    tensor = local_part(tensor.detach())
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _is_power_of_two(factor: float) -> bool:

@@ -11,15 +11,18 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.base import Exchange
-from topq_dist.exchange.collectives import CommContext, telling_of_failures
+from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.dense import Dense
 from topq_dist.exchange.registry import ExchangeName, check_ranks, make_exchange
+from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
+from topq_dist.exchange.whole import AllReduceWhole
 from topq_dist.hook.loss_scale import LossScaleWatch, check_grad_scaler
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.momentum_choice import advise, check_momentum, make_momentum
-from topq_dist.hook.pipeline import Layouts, ModelFacts, Pipeline, Stages
+from topq_dist.hook.pipeline import Pipeline
 from topq_dist.hook.sparsity_policy import SparsityPolicy
+from topq_dist.hook.stages import Layouts, ModelFacts, Stages
 from topq_dist.validation import check_positive
 
 
@@ -70,7 +73,7 @@ class HookParts(NamedTuple):
 
 
 class WrappedModel(NamedTuple):
-    """What a wrapper of models says of the one that takes the hook.
+    """A model that takes the hook, as its wrapper knows it.
 
     names: of every parameter that it may exchange, those included that are frozen by now.
     """
@@ -149,9 +152,14 @@ def connect(
     asked = f"exchange={knobs.exchange} ranks_per_node={parts.per_node}"
     done = f"chosen={chosen} dense_steps={dense_steps}"
     settings = "\n".join([asked, done, parts.stages.settings(), *model])
-    check_same_on_all_ranks(settings, group=context.group, device=context.device)
+    check_same_on_all_shards(settings, context)
     # only now: ranks that disagree would make groups that the others do not know of
     exchange = make_exchange(knobs.exchange, context, parts.stages.compressor, parts.per_node)
+    if context.shards is not None:
+        dense = Dense(context, parts.stages.compressor, leaves_sums=True)
+        exchange = AllReduceWhole(
+            exchange, dense, lambda: knobs.exchange == "dense" or parts.stages.sends_all()
+        )
     if before is None:
         parts.stages.momentum.attach()
         told = parts.optimizer is None and knobs.momentum == "optimizer"
@@ -165,5 +173,4 @@ def connect(
 
 def agree_on_loaded(loaded: object, context: CommContext) -> None:
     """Raise ExchangeError on every rank unless all have loaded a state, or none; a collective."""
-    text = f"a state was loaded: {loaded is not None}"
-    check_same_on_all_ranks(text, group=context.group, device=context.device)
+    check_same_on_all_shards(f"a state was loaded: {loaded is not None}", context)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
 from topq_dist.compress.coherence import total
-from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.layout import Layout, OutOfRows
 from topq_dist.compress.residual import ResidualUpdate
 from topq_dist.compress.sparsify.segments import Segment
@@ -32,10 +31,14 @@ from topq_dist.exchange.agreement import (
 )
 from topq_dist.exchange.base import Exchange, ExchangeWork
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
+from topq_dist.exchange.shards import (
+    Outcome,
+    agree_on_outcome,
+    norm_over_shards,
+    tell_of_failed_step,
+)
 from topq_dist.exchange.slots import NO_FRAME
-from topq_dist.hook.loss_scale import LossScaleWatch
-from topq_dist.hook.momentum import Momentum
-from topq_dist.hook.sparsity_policy import SparsityPolicy
+from topq_dist.hook.stages import Layouts, Stages
 from topq_dist.profiling import labelled
 
 
@@ -50,60 +53,6 @@ class Bucket(NamedTuple):
     out_of_rows: Sequence[OutOfRows]
     parameters: Sequence[Tensor]
     future: Future[Tensor]
-
-
-# a bucket's layout, and what is out of rows for it
-Laid: TypeAlias = tuple[Layout, Sequence[OutOfRows]]
-
-
-class Layouts(Protocol):
-    """How buckets are laid out; `seen` are the parameters that have been in one."""
-
-    seen: set[Tensor]
-
-    def of(self, parameters: Sequence[Tensor]) -> Laid:
-        """Return the layout of a bucket of these parameters, and what is out of rows for it."""
-
-
-class ModelFacts(Protocol):
-    """What a wrapper of models does as it is in the step that has begun.
-
-    may_be_unused: nothing may be sent for a parameter whose own gradient is all zero.
-    """
-
-    may_be_unused: bool
-
-    def group(self) -> dist.ProcessGroup | None:
-        """Return the process group that the model trains in; None where that is not known."""
-
-    def begin_step(self) -> None:
-        """Read what may have changed since the last step; raises where that cannot be."""
-
-    def settings(self) -> str:
-        """Return what must be the same on every rank in the step that has begun."""
-
-    def end_step(self, exchanged: Collection[Tensor]) -> None:
-        """Take note of the parameters that have been in buckets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """What a bucket goes through before it is exchanged."""
-
-    model: ModelFacts
-    sparsity: SparsityPolicy
-    compressor: TopKCompressor
-    momentum: Momentum
-    clip_norm: float | None
-    grad_scaler: GradScaler | None
-    scale_watch: LossScaleWatch | None
-
-    def settings(self) -> str:
-        """Return this step's settings, the same text on ranks that work alike."""
-        clip = f"clip_norm={self.clip_norm} grad_scaler={self.grad_scaler is not None}"
-        clip += f" {self.model.settings()}"
-        compressed = f"{self.compressor.settings()} {clip} {self.momentum.settings()}"
-        return f"{self.sparsity.settings()}\n{compressed}"
 
 
 class Pipeline:
@@ -151,7 +100,7 @@ class Pipeline:
             # the norm is that of the whole gradient, known when the last bucket is
             self._held.append(bucket)
             if last:
-                _clip(self._held, self._stages.clip_norm)
+                _clip(self._held, self._stages.clip_norm, self._context)
                 for held in self._held:
                     self._launch(held)
         if last:
@@ -181,6 +130,9 @@ class Pipeline:
         except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
             self._failure = failure
         self._announcement = None if self._exchange.carries_settings else self._announce()
+        if self._context.shards is not None:
+            # vectors may be of different lengths where ranks disagree
+            self._check_announced()
 
     def _settings(self) -> str:
         return f"{self._stages.settings()}\n{self._exchange.settings()}"
@@ -240,25 +192,14 @@ class Pipeline:
         self._held = []
         meter = self._context.meter
         began_s, before = time.perf_counter(), meter.stats
-        try:
-            with labelled("wait and decode"):
-                if self._announcement is not None:
-                    self._announcement.frames()
-                in_flight[-1][1].advance()
-                finite = [work.receive() for _, work in in_flight]
-        except SettingsDifferError:
-            # every rank is here, having read the same digests, and may ask for the particulars
-            check_same_on_all_ranks(
-                self._settings(), group=self._context.group, device=self._context.device
-            )
-            raise
-        except ExchangeError as error:
-            raise self._failure or error from None
-        if all(finite):
-            self._stages.momentum.end_step(total([work.coherence for _, work in in_flight]))
+        with labelled("wait and decode"):
+            mine = self._receive([work for _, work in in_flight])
+            outcome = agree_on_outcome(mine, self._settings, self._context)
+        if outcome.finite:
+            self._stages.momentum.end_step(outcome.coherence)
         with labelled("average and update residuals"):
             for bucket, work in in_flight:
-                if not all(finite):
+                if not outcome.finite:
                     bucket.flat.fill_(torch.nan)
                 else:
                     work.deliver()
@@ -268,14 +209,14 @@ class Pipeline:
                         out_of_rows.to_memory(bucket.flat)
                 bucket.future.set_result(bucket.flat)
         self._stages.model.end_step(self._layouts.seen)
-        if self._stages.scale_watch is not None:
+        if self._stages.scale_watch is not None and bucket.parameters:
             self._stages.scale_watch.saw(bucket.flat, bucket.layout, bucket.parameters)
         meter.add(steps=1)
         after = meter.stats
         # in between it has waited, and with "split" selected once more
         aside_s = after.wait_s - before.wait_s + after.select_s - before.select_s
         meter.decode_s += time.perf_counter() - began_s - aside_s
-        self._look_on(counts=all(finite))
+        self._look_on(counts=outcome.finite)
 
     def _look_on(self, *, counts: bool) -> None:
         """Have who looks on see the step that is over."""
@@ -289,10 +230,48 @@ class Pipeline:
             self.watch.void()
         self._watched = []
 
+    def _receive(self, works: Sequence[ExchangeWork]) -> Outcome:
+        """Wait for the other ranks of the exchange, and return what has come of the step there."""
+        self._check_announced()
+        with self._telling_of_errors():
+            works[-1].advance()
+            finite = [work.receive() for work in works]
+        return Outcome(all(finite), total(work.coherence for work in works))
 
-def _clip(buckets: Sequence[Bucket], clip_norm: float) -> None:
+    def _check_announced(self) -> None:
+        """Wait for what the other ranks have announced, if that is still to come."""
+        announcement, self._announcement = self._announcement, None
+        if announcement is not None:
+            with self._telling_of_errors():
+                announcement.frames()
+
+    @contextmanager
+    def _telling_of_errors(self) -> Iterator[None]:
+        """Say more of an error of the exchange, which every rank has, and tell other shards."""
+        try:
+            with self._explaining():
+                yield
+        except Exception as error:
+            tell_of_failed_step(error, self._context)
+            raise
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except SettingsDifferError:
+            # every rank is here, having read the same digests, and may ask for the particulars
+            check_same_on_all_ranks(
+                self._settings(), group=self._context.group, device=self._context.device
+            )
+            raise
+        except ExchangeError as error:
+            raise self._failure or error from None
+
+
+def _clip(buckets: Sequence[Bucket], clip_norm: float, context: CommContext) -> None:
     norms = [torch.linalg.vector_norm(b.flat, dtype=torch.float64) for b in buckets]
-    norm = math.hypot(*(float(norm) for norm in norms))
+    norm = norm_over_shards(math.hypot(*(float(norm) for norm in norms)), context)
     # an overflowed gradient is sent as such, not made NaN all over
     if clip_norm < norm < math.inf:
         for bucket in buckets:

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_VALUE_FORMAT, usual_value_format
 from topq_dist.exchange.agreement import check_same_on_all_ranks
-from topq_dist.exchange.collectives import CommContext, telling_of_failures
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
+from topq_dist.exchange.shards import telling_of_failures
 from topq_dist.local.first_rank import FirstRanks
 from topq_dist.local.fragment import local_part
 from topq_dist.local.model import check_group, device_of, local_model

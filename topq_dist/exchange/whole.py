@@ -1,0 +1,86 @@
+"""Another exchange, but an all-reduce in the steps that leave nothing out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from topq_dist.compress.compressor import Compressed, TopKCompressor
+from topq_dist.compress.layout import Layout
+from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.dense import Dense
+
+
+class AllReduceWhole(Exchange):
+    """Frames that hold everything are more bytes than everything, and add up in another order.
+
+    So steps of which `sends_all` says that nothing is left out or rounded are `dense`'s, which
+    shares the compressor. A step goes by what was so in the one before it: ranks that disagree have
+    then compared their settings in the same exchange.
+
+    all_reduces_next: whether the next step is the all-reduce's.
+    """
+
+    def __init__(self, exchange: Exchange, dense: Dense, sends_all: Callable[[], bool]) -> None:
+        self._exchange = exchange
+        self._dense = dense
+        self._sends_all = sends_all
+        self._current: Exchange = exchange
+        self.all_reduces_next = sends_all()
+
+    @property
+    def compressor(self) -> TopKCompressor:  # type: ignore[override]
+        return self._current.compressor
+
+    @property
+    def frames_per_bucket(self) -> int:  # type: ignore[override]
+        return self._current.frames_per_bucket
+
+    @property
+    def carries_settings(self) -> bool:  # type: ignore[override]
+        return self._current.carries_settings
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        return self._current.sparse
+
+    @property
+    def chosen(self) -> str | None:  # type: ignore[override]
+        return self._exchange.chosen
+
+    @property
+    def dense_steps(self) -> int:  # type: ignore[override]
+        return self._current.dense_steps
+
+    def begin_step(self) -> None:
+        self._current = self._dense if self.all_reduces_next else self._exchange
+        self.all_reduces_next = self._sends_all()
+        self._current.begin_step()
+
+    def settings(self) -> str:
+        return f"all_reduces_next={self.all_reduces_next}\n{self._exchange.settings()}"
+
+    def prepare(self, bucket: Tensor) -> None:
+        self._current.prepare(bucket)
+
+    def launch(
+        self,
+        bucket: Tensor,
+        layout: Layout,
+        compressed: Compressed | None,
+        *,
+        settings_digest: int,
+    ) -> ExchangeWork:
+        return self._current.launch(bucket, layout, compressed, settings_digest=settings_digest)
+
+    def can_choose(self, chosen: str | None) -> bool:
+        return self._exchange.can_choose(chosen)
+
+    def check_chosen(self, chosen: str | None) -> None:
+        self._exchange.check_chosen(chosen)
+
+    def resume(self, chosen: str | None, dense_steps: int) -> None:
+        self._exchange.resume(chosen, dense_steps)
+        self._dense.resume(None, dense_steps)
+        self.all_reduces_next = self._sends_all()
