@@ -12,6 +12,8 @@ FORKED.set_forkserver_preload(
     [
         "pytest",
         "topq_dist.ddp",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
         "topq_dist.optim",
         "topq_dist.ps.state.run_state",
         "topq_dist.ps.state.snapshotter",

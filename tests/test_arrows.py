@@ -31,6 +31,8 @@ TURNED = [
     ("exchange", "topq_dist.optim"),
     ("exchange", "topq_dist.hook"),
     ("hook", "topq_dist.ddp"),
+    ("hook", "topq_dist.fsdp"),
+    ("fsdp", "topq_dist.ddp"),
     ("optim", "topq_dist.compress"),
     ("compress", "topq_dist.ps"),
     ("ddp", "topq_dist.ps"),
@@ -100,7 +102,7 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    transports = {"__init__.py", "ddp", "exchange", "hook", "local"}
+    transports = {"__init__.py", "register.py", "ddp", "exchange", "fsdp", "hook", "local"}
     sources = [
         source
         for source in PACKAGE.rglob("*.py")

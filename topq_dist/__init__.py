@@ -8,7 +8,7 @@ from topq_dist._version import __version__
 if TYPE_CHECKING:
     from topq_dist.compress.codec.frame import FrameError
     from topq_dist.compress.compressor import Compressor
-    from topq_dist.ddp.hook import TopQState, register_topq_hook, topq_hook
+    from topq_dist.ddp.hook import TopQState, topq_hook
     from topq_dist.exchange.agreement import ExchangeError
     from topq_dist.local.local_topq import LocalTopQ
     from topq_dist.optim import (
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TopQGradientOptimizer,
         register_momentum_rule,
     )
+    from topq_dist.register import register_topq_hook
     from topq_dist.telemetry import Stats
 
 __all__ = [
@@ -51,7 +52,7 @@ _HOMES = {
     "TopQGradientOptimizer": "optim",
     "TopQState": "ddp.hook",
     "register_momentum_rule": "optim",
-    "register_topq_hook": "ddp.hook",
+    "register_topq_hook": "register",
     "topq_hook": "ddp.hook",
 }
 

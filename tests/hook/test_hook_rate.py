@@ -78,10 +78,7 @@ def switched_off(rank: int) -> bool:
         loss_of(model, 0, rank).backward()  # type: ignore[no-untyped-call]
     assert state.state_dict()["momentum"]["coherence"] == [0.0, 0.0]
     with pytest.raises(TypeError, match="adapt_rate=1: expected True or False"):
-        register_topq_hook(
-            DistributedDataParallel(small_model()),
-            adapt_rate=1,  # type: ignore[arg-type]
-        )
+        register_topq_hook(DistributedDataParallel(small_model()), adapt_rate=1)  # type: ignore[call-overload]
     plain = DistributedDataParallel(small_model())
     adam = torch.optim.Adam(plain.parameters())
     with pytest.raises(ExchangeError, match="adapt_rate=False"):

@@ -1,0 +1,134 @@
+"""Checks of a model and its ranks before it takes the hook: each refusal with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from topq_dist.dtypes import FLOATS
+from topq_dist.fsdp.shards import shard_group
+from topq_dist.fsdp.torch_side import check_known, groups_of, sharded_modules
+from topq_dist.hook.parts import Knobs
+from topq_dist.optim import TopQGradientOptimizer
+
+_MESHES = (
+    "make a 2-D mesh, give fully_shard its mesh['shard'], and the hook "
+    "replicate_group=mesh.get_group('replicate')"
+)
+
+
+def check_model(model: nn.Module) -> FSDPModule:
+    """Return `model`, or raise TypeError unless fully_shard was applied to it."""
+    if not isinstance(model, FSDPModule):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected one that fully_shard was applied to, "
+            "and not to modules within it alone"
+        )
+    check_known(model)
+    return model
+
+
+def check_parameters(root: FSDPModule, names: Mapping[Tensor, str]) -> None:
+    """Raise ValueError or TypeError, naming it, for a parameter that the hook cannot take."""
+    if not any(parameter.requires_grad for parameter in names):
+        raise ValueError("model has no trainable parameter that is sharded: expected one at least")
+    for module in sharded_modules(root):
+        groups_here = groups_of(module)
+        if len(groups_here) > 1:
+            raise ValueError(
+                f"a {type(module).__name__} has parameters on several meshes, by its "
+                "shard_placement_fn: expected one mesh for every fully_shard"
+            )
+        if any(getattr(group, "_all_reduce_hook", None) is not None for group in groups_here):
+            raise ValueError(
+                f"a {type(module).__name__} has an all-reduce hook already: expected a model "
+                "without one"
+            )
+    for parameter, name in names.items():
+        assert isinstance(parameter, DTensor)  # noqa: S101 - for mypy: the names hold no others
+        _check_mesh(parameter, name)
+        if parameter.to_local().is_meta:
+            raise TypeError(f"{name} is on the meta device: give it memory with to_empty()")
+        if parameter.dtype not in FLOATS:
+            known = ", ".join(str(dtype) for dtype in FLOATS)
+            raise TypeError(
+                f"{name} has dtype {parameter.dtype}: expected a real floating-point parameter, "
+                f"one of {known}"
+            )
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a post-accumulate-grad hook, which would be called before its "
+                "gradient is averaged between the replicas: step optimizers after backward()"
+            )
+    groups = {tuple(dist.get_process_group_ranks(shard_group(one))) for one in names}
+    if len(groups) > 1:
+        raise ValueError(
+            f"the model's parameters are sharded over different ranks, {sorted(groups)}: expected "
+            "one mesh for every fully_shard"
+        )
+
+
+def _check_mesh(parameter: DTensor, name: str) -> None:
+    if any(placement.is_replicate() for placement in parameter.placements):
+        raise ValueError(
+            f"{name} is replicated by fully_shard or replicate() itself, which all-reduce whole "
+            f"gradients between the replicas before any hook: {_MESHES}"
+        )
+    if parameter.device_mesh.ndim > 1:
+        raise ValueError(
+            f"{name} is sharded over a mesh of {parameter.device_mesh.ndim} dimensions: expected "
+            "fully_shard on a 1-D mesh alone, without tensor or expert parallelism"
+        )
+
+
+def check_replicate_group(
+    replicate_group: dist.ProcessGroup | None, shards: dist.ProcessGroup
+) -> dist.ProcessGroup:
+    """Return the group of the replicas, or raise TypeError or ValueError, saying what to give."""
+    if replicate_group is None:
+        raise ValueError(
+            "replicate_group=None for a model under fully_shard: expected the ranks that hold the "
+            "same shard in other replicas, among whom frames go. A model that is sharded over all "
+            f"ranks has no replicas, and nothing that could be sent sparsely: {_MESHES}"
+        )
+    if isinstance(replicate_group, DeviceMesh):
+        raise TypeError("replicate_group is a DeviceMesh: expected its get_group()")
+    if not isinstance(replicate_group, dist.ProcessGroup):
+        # what new_group returns to ranks that are not in it is no group either
+        raise TypeError(
+            f"replicate_group is {replicate_group!r}: expected a process group that this rank is in"
+        )
+    replicas = dist.get_process_group_ranks(replicate_group)
+    sharded = dist.get_process_group_ranks(shards)
+    both = sorted(set(replicas) & set(sharded))
+    if both != [dist.get_rank()]:
+        raise ValueError(
+            f"replicate_group has the ranks {replicas}, and this rank's shards are on {sharded}: "
+            f"expected no rank but this one in both, so {_MESHES}"
+        )
+    return replicate_group
+
+
+def check_knobs(knobs: Knobs, optimizer: Optimizer | None) -> None:
+    """Raise ValueError for a knob that has no meaning for shards."""
+    if isinstance(optimizer, TopQGradientOptimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}, which takes no DTensor: give the hook the "
+            "optimizer without it, and q"
+        )
+    if knobs.scope != "parameter":
+        raise ValueError(
+            f"scope={knobs.scope!r} for a model under fully_shard: expected 'parameter', since "
+            "parameters that no rank uses in a step cannot be told apart in a bucket"
+        )
+    if knobs.exchange == "hierarchical":
+        raise ValueError(
+            "exchange='hierarchical' for a model under fully_shard: expected another, since "
+            "fully_shard adds up gradients inside of a replica already"
+        )
