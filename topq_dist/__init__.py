@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TopQGradientOptimizer,
         register_momentum_rule,
     )
+    from topq_dist.q_policies import QByLoss, QByTensor, QSchedule
     from topq_dist.register import register_topq_hook
     from topq_dist.telemetry import Stats
 
@@ -29,6 +30,9 @@ __all__ = [
     "GradientTransformerOptimizer",
     "LocalTopQ",
     "ParamTransformingOptimizer",
+    "QByLoss",
+    "QByTensor",
+    "QSchedule",
     "Stats",
     "TopQGradientOptimizer",
     "TopQState",
@@ -48,6 +52,9 @@ _HOMES = {
     "GradientTransformerOptimizer": "optim",
     "LocalTopQ": "local.local_topq",
     "ParamTransformingOptimizer": "optim",
+    "QByLoss": "q_policies",
+    "QByTensor": "q_policies",
+    "QSchedule": "q_policies",
     "Stats": "telemetry",
     "TopQGradientOptimizer": "optim",
     "TopQState": "ddp.hook",

@@ -20,7 +20,7 @@ def usual_bound(bound: float | None, *, error_feedback: bool) -> float | None:
 
 
 def usual_value_format(
-    value_format: str | None, *, error_feedback: bool, q: float | None = None
+    value_format: str | None, *, error_feedback: bool, q: object = None
 ) -> str | None:
     """Return `value_format`, or None for the default where what rounding loses would be lost.
 

@@ -37,12 +37,12 @@ from topq_dist.hook.parts import (
     agree_on_loaded,
     connect,
 )
-from topq_dist.hook.sparsity_policy import FixedSparsity
+from topq_dist.hook.sparsity_policy import PlannedSparsity
 from topq_dist.module_names import unwrapped
 from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.q_policies import QPolicy
 from topq_dist.telemetry.readings import Reading, rank_readings
 from topq_dist.telemetry.stats import Meter, Stats
-from topq_dist.validation import check_fraction
 
 
 class TopQState:
@@ -53,8 +53,10 @@ class TopQState:
             `momentum`). Of a TopQGradientOptimizer the groups' q, dq and param_ndim are read live,
             and it leaves the hook's parameters unsparsified. None: set the momentum by hand, for
             SGD momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
-        q: fraction of each gradient that is not sent, in [0, 1]; DEFAULT_Q where None. Not with a
-            TopQGradientOptimizer. `state.q = ...` changes it between steps, on every rank alike.
+        q: fraction of each gradient that is not sent, in [0, 1]; DEFAULT_Q where None. Or a policy:
+            QSchedule changes it with the steps, QByTensor from parameter to parameter, and QByLoss
+            by what a step would lose. Not with a TopQGradientOptimizer. `state.q = ...` changes it
+            between steps, on every rank alike.
         momentum: error feedback acts as a momentum, and one behind it breaks training. "feedback"
             takes the optimizer's out of its steps while the exchange is sparse (momentum 0 and
             SGD's rate divided by 1 - momentum, beta1 = 0; `register_momentum_rule` says how for
@@ -113,7 +115,7 @@ class TopQState:
         ddp_model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
-        q: float | None = None,
+        q: float | QPolicy | None = None,
         momentum: MomentumName | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
@@ -203,17 +205,17 @@ class TopQState:
         self._optimizer = optimizer
 
     @property
-    def q(self) -> float:
-        """The q of every parameter; AttributeError where an optimizer's groups hold it."""
-        return self._fixed_sparsity().q
+    def q(self) -> float | QPolicy:
+        """q as given, or set since; AttributeError where an optimizer's groups hold it."""
+        return self._planned_sparsity().q
 
     @q.setter
-    def q(self, value: float) -> None:
-        self._fixed_sparsity().q = check_fraction("q", value)
+    def q(self, value: float | QPolicy) -> None:
+        self._planned_sparsity().q = value
 
-    def _fixed_sparsity(self) -> FixedSparsity:
+    def _planned_sparsity(self) -> PlannedSparsity:
         sparsity = self._parts.stages.sparsity
-        if not isinstance(sparsity, FixedSparsity):
+        if not isinstance(sparsity, PlannedSparsity):
             raise AttributeError("q lives in the optimizer's groups: use group['q']")
         return sparsity
 
@@ -282,8 +284,8 @@ class TopQState:
         return future
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
-        """Return what this rank needs to resume: residuals by parameter name, q or generator,
-        what "auto" has chosen, totals.
+        """Return what this rank needs to resume: residuals by parameter name, q (of a
+        policy the step that it is at) or generator, what "auto" has chosen, totals.
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
         Each rank's is its own: save one a rank, or, with all_ranks=True, what this returns on rank

@@ -21,7 +21,9 @@ def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> H
     trainable = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
     check_parameters(model if ddp_model is None else ddp_model.module, trainable)
     per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
-    sparsity = make_sparsity_policy(names, optimizer, q=knobs.q, scope=knobs.scope)
+    sparsity = make_sparsity_policy(
+        names, optimizer, q=knobs.q, scope=knobs.scope, value_format=knobs.value_format
+    )
     wrapped = WrappedModel(
         names,
         ModelFacts(ddp_model, names, knobs.scope),

@@ -16,6 +16,7 @@ from topq_dist.fsdp.shards import shard_group
 from topq_dist.fsdp.torch_side import check_known, groups_of, sharded_modules
 from topq_dist.hook.parts import Knobs
 from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.q_policies import QPolicy
 
 _MESHES = (
     "make a 2-D mesh, give fully_shard its mesh['shard'], and the hook "
@@ -121,6 +122,11 @@ def check_knobs(knobs: Knobs, optimizer: Optimizer | None) -> None:
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__}, which takes no DTensor: give the hook the "
             "optimizer without it, and q"
+        )
+    if isinstance(knobs.q, QPolicy):
+        raise ValueError(
+            f"q={knobs.q!r} for a model under fully_shard: expected a number, which "
+            "`state.q = ...` changes between steps"
         )
     if knobs.scope != "parameter":
         raise ValueError(

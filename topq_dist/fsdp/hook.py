@@ -99,7 +99,8 @@ class ShardedTopQState:
 
     def _make_parts(self, knobs: Knobs, optimizer: Optimizer | None) -> HookParts:
         per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
-        sparsity = ShardSparsity(DEFAULT_Q if knobs.q is None else knobs.q, knobs.scope)
+        q = DEFAULT_Q if knobs.q is None else knobs.q
+        sparsity = ShardSparsity(q, knobs.scope, self._names, knobs.value_format)
         wrapped = WrappedModel(self._names, self._facts, sparsity, self._layouts)
         return assemble(knobs, wrapped, optimizer, per_node)
 
@@ -111,7 +112,7 @@ class ShardedTopQState:
     @property
     def q(self) -> float:
         """The q of every parameter; may be set between steps, on every rank alike."""
-        return self._sparsity.q
+        return check_fraction("q", self._sparsity.q)
 
     @q.setter
     def q(self, value: float) -> None:

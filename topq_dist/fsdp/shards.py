@@ -18,7 +18,7 @@ from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.dtypes import local_part
 from topq_dist.fsdp.capture import Reduction
 from topq_dist.fsdp.torch_side import own_parameters, sharded_modules
-from topq_dist.hook.sparsity_policy import FixedSparsity
+from topq_dist.hook.sparsity_policy import PlannedSparsity
 from topq_dist.hook.stages import Laid
 
 
@@ -128,12 +128,11 @@ class ShardLayouts:
         return self._known[key]
 
 
-class ShardSparsity(FixedSparsity):
+class ShardSparsity(PlannedSparsity):
     """One q for the shard of every parameter; at least one element of each is sent."""
 
-    def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
-        numels = tuple(local_part(one).numel() for one in parameters)
-        return self._segments.of(numels, q=self.q, scope=self.scope)
+    def _shape_of(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(local_part(parameter).shape)
 
 
 def shard_device(parameter: Tensor) -> torch.device:

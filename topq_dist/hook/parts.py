@@ -23,6 +23,7 @@ from topq_dist.hook.momentum_choice import advise, check_momentum, make_momentum
 from topq_dist.hook.pipeline import Pipeline
 from topq_dist.hook.sparsity_policy import SparsityPolicy
 from topq_dist.hook.stages import Layouts, ModelFacts, Stages
+from topq_dist.q_policies import QPolicy
 from topq_dist.validation import check_positive
 
 
@@ -30,7 +31,7 @@ from topq_dist.validation import check_positive
 class Knobs:
     """What a user says of the hook; see TopQState."""
 
-    q: float | None
+    q: float | QPolicy | None
     momentum: MomentumName | None
     error_feedback: bool
     value_format: str | None
@@ -47,7 +48,7 @@ class Knobs:
 class KnobOptions(TypedDict, total=False):
     """The knobs as keywords; see TopQState."""
 
-    q: float | None
+    q: float | QPolicy | None
     momentum: MomentumName | None
     error_feedback: bool
     value_format: str | None

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.layout import Layout, OutOfRows
 from topq_dist.compress.residual import ResidualUpdate
-from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.compress.sparsify.segments import Segments
 from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.exchange.agreement import (
     ExchangeError,
@@ -169,7 +168,7 @@ class Pipeline:
             with meter.timed("select_s"), labelled("select and encode"):
                 segments = self._stages.sparsity.segments(bucket.parameters)
                 if self._stages.model.may_be_unused:
-                    segments = [_unless_unused(segment, bucket.flat) for segment in segments]
+                    segments = _of_used(Segments.of(segments), bucket.flat)
                 compressed = self._stages.momentum.compress(
                     self._exchange.compressor,
                     bucket.flat,
@@ -197,6 +196,7 @@ class Pipeline:
             outcome = agree_on_outcome(mine, self._settings, self._context)
         if outcome.finite:
             self._stages.momentum.end_step(outcome.coherence)
+            self._stages.sparsity.end_step()
         with labelled("average and update residuals"):
             for bucket, work in in_flight:
                 if not outcome.finite:
@@ -278,5 +278,5 @@ def _clip(buckets: Sequence[Bucket], clip_norm: float, context: CommContext) -> 
             bucket.flat.mul_(clip_norm / norm)
 
 
-def _unless_unused(segment: Segment, flat: Tensor) -> Segment:
-    return segment if bool(flat[segment.where].any()) else replace(segment, k=0)
+def _of_used(segments: Segments, flat: Tensor) -> Segments:
+    return segments.without([not bool(flat[segment.where].any()) for segment in segments])

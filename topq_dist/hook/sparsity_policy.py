@@ -1,4 +1,4 @@
-"""How much of each parameter's gradient a step sends: one q for all, or the optimizer's own."""
+"""How much of each parameter's gradient a step sends: q or its policy, or the optimizer's own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.defaults import DEFAULT_Q
-from topq_dist.compress.sparsify.segments import Scope, Segment, UniformSegments, check_scope
+from topq_dist.compress.planned_segments import PlannedSegments, widest_format
+from topq_dist.compress.sparsify.segments import Scope, Segment
 from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.q_policies import QPolicy
 from topq_dist.sparsity import draw_q, k_from_q, row_shape, rows_lie_apart
-from topq_dist.validation import check_fraction, warn_caller
+from topq_dist.validation import warn_caller
 
 
 class SparsityPolicy(Protocol):
@@ -20,6 +22,9 @@ class SparsityPolicy(Protocol):
 
     def begin_step(self) -> None:
         """Read the settings of the step that starts; raises where they are not valid."""
+
+    def end_step(self) -> None:
+        """Take note of a step whose gradients were finite on every rank."""
 
     def settings(self) -> str:
         """Return this step's settings, which must be the same text on every rank."""
@@ -47,12 +52,13 @@ def make_sparsity_policy(
     names: Mapping[Tensor, str],
     optimizer: Optimizer | None,
     *,
-    q: float | None,
+    q: float | QPolicy | None,
     scope: Scope,
+    value_format: str | None = None,
 ) -> SparsityPolicy:
     """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
     if not isinstance(optimizer, TopQGradientOptimizer):
-        return FixedSparsity(DEFAULT_Q if q is None else q, scope)
+        return PlannedSparsity(DEFAULT_Q if q is None else q, scope, names, value_format)
     kind = type(optimizer).__name__
     if q is not None:
         raise ValueError(f"q={q!r} with a {kind}: expected None, since its groups hold q")
@@ -61,41 +67,63 @@ def make_sparsity_policy(
     return OptimizerSparsity(optimizer, names)
 
 
-class FixedSparsity:
-    """One q for every parameter; `q` may be set anew between steps.
+class PlannedSparsity:
+    """q as the user gave it, a number or a policy; `q` may be set anew between steps.
 
     At least one element of each parameter (scope "parameter") or bucket (scope "bucket") is sent
     unless q is 1, so that no bias is left behind for good.
+
+    names: of each parameter that may be in a bucket.
     """
 
-    def __init__(self, q: float, scope: Scope) -> None:
-        self.scope = check_scope(scope)
-        self.q = check_fraction("q", q)
-        self._segments = UniformSegments()
+    def __init__(
+        self,
+        q: float | QPolicy,
+        scope: Scope,
+        names: Mapping[Tensor, str],
+        value_format: str | None,
+    ) -> None:
+        self._names = names
+        shapes = {name: self._shape_of(parameter) for parameter, name in names.items()}
+        own = widest_format(parameter.dtype for parameter in names)
+        self._planned = PlannedSegments(q, scope, shapes, value_format or own)
+
+    def _shape_of(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape of what a bucket has of a parameter."""
+        return tuple(parameter.shape)
+
+    @property
+    def q(self) -> float | QPolicy:
+        """What was given, or set since."""
+        return self._planned.q
+
+    @q.setter
+    def q(self, q: float | QPolicy) -> None:
+        self._planned.q = q
 
     def begin_step(self) -> None:
         pass
 
+    def end_step(self) -> None:
+        self._planned.step += 1
+
     def settings(self) -> str:
-        return f"q={self.q} scope={self.scope}"
+        return self._planned.settings()
 
     def sent_fraction(self) -> float:
-        return 1.0 - self.q
+        return self._planned.sent_fraction()
 
     def segments(self, parameters: Sequence[Tensor]) -> Sequence[Segment]:
-        numels = tuple(parameter.numel() for parameter in parameters)
-        return self._segments.of(numels, q=self.q, scope=self.scope)
+        return self._planned.of(tuple([self._names[parameter] for parameter in parameters]))
 
     def selects_apart(self, parameter: Tensor, strides: Sequence[int]) -> bool:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"q": self.q}
+        return self._planned.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "q" not in state:
-            raise ValueError("state has no q: expected that of a hook without an optimizer")
-        self.q = check_fraction("q", state["q"])
+        self._planned.load_state_dict(state)
 
 
 class OptimizerSparsity:
@@ -136,6 +164,9 @@ class OptimizerSparsity:
                     step_q[parameter] = draw_q(group["q"], group["dq"], self._optimizer.generator)
                     param_ndim[parameter] = group["param_ndim"]
         self._step_q, self._param_ndim = step_q, param_ndim
+
+    def end_step(self) -> None:
+        pass
 
     def settings(self) -> str:
         return "\n".join(
@@ -184,7 +215,7 @@ class OptimizerSparsity:
         return {"generator": self._optimizer.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "q" in state:
+        if "q" in state or "policy" in state:
             raise ValueError("state has a q: expected that of a hook paired with an optimizer")
         if "generator" in state:
             saved = state["generator"]

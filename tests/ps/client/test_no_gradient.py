@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ps.client.test_optimizer import connect
+from ps.client.test_shard import planned
 from ps.servers import Options, serving
 from ps.training.test_central import push_of, random_gradients, random_model
 from ps.workers import side_by_side
@@ -165,7 +166,7 @@ def test_its_residual_stays(scope: Scope, value_format: str | None) -> None:
                     parameter.shape, generator=generator, dtype=parameter.dtype
                 )
         assert shard.absent() == absent
-        made = shard.compress(q=0.9, scope=scope, absent=absent)
+        made = shard.compress(planned(shard, 0.9, scope), absent=absent)
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 given[name] += float(parameter.grad.double().sum())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ps.client.test_shard import planned
 from ps.servers import Options, serving
 from ps.workers import backward, batch, make_model, side_by_side, values
 from server_process import ServerProcess
@@ -59,7 +60,7 @@ def client_of(
 
 def push(client: ServerClient, shard: Shard, *gradient: float, q: float = 0.0) -> None:
     shard.parameters["weight"].grad = torch.tensor(gradient, dtype=torch.float32)
-    made = shard.compress(q=q, scope="parameter")
+    made = shard.compress(planned(shard, q))
     for part in made:
         shard.compressor.residuals.apply(part.update)
     client.begin(frames_of(made), ())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.native import library
+from topq_dist.compress.planned_segments import PlannedSegments
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.ps.client import shard as shard_module
 from topq_dist.ps.client.shard import Shard
@@ -23,6 +24,12 @@ def make_shard() -> Shard:
         "b": nn.Parameter(torch.randn(30)),
     }
     return Shard(parameters, TopKCompressor(value_format=None, error_feedback=True))
+
+
+def planned(shard: Shard, q: float, scope: Scope = "parameter") -> PlannedSegments:
+    """Return the segments of all its vectors."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in shard.parameters.items()}
+    return PlannedSegments(q, scope, shapes)
 
 
 def change(shard: Shard, generator: torch.Generator) -> list[Tensor]:
@@ -104,7 +111,7 @@ def test_gradients_are_read_where_they_lie_as_if_they_had_been_gathered(
         for shard in shards:
             # those of a model of large tensors are read in place
             monkeypatch.setattr(shard_module, "_SMALL_NUMEL", 0 if shard is read else 4_096)
-            made = shard.compress(q=0.6, scope="parameter")
+            made = shard.compress(planned(shard, 0.6))
             for part in made:
                 shard.compressor.residuals.apply(part.update)
             frames.append([frame.tolist() for part in made for frame in part.frames])
@@ -137,7 +144,7 @@ def test_an_index_past_the_parameters_is_refused() -> None:
 def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:
     shard = make_shard()
     shard.parameters["b"].grad = torch.ones(30)
-    (singles, halves) = shard.compress(q=0.0, scope="parameter")
+    (singles, halves) = shard.compress(planned(shard, 0.0))
     assert singles.own is not None
     assert halves.own is not None
     assert singles.own.values.sum() == 30
@@ -166,7 +173,7 @@ def test_a_parameter_in_another_order_of_memory_is_the_same_to_the_server(scope:
             for step in gradients:
                 for name, parameter in shard.parameters.items():
                     parameter.grad = lie_gradient(step[name])
-                (made,) = shard.compress(q=0.9, scope=scope)
+                (made,) = shard.compress(planned(shard, 0.9, scope))
                 shard.compressor.residuals.apply(made.update)
                 frames.append(made.frames[0].clone())
             shard.model.flats[0].copy_(torch.arange(float(shard.model.flats[0].numel())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
@@ -55,6 +55,11 @@ class Segments(tuple[Segment, ...]):
     def of(segments: Sequence[Segment]) -> Segments:
         """Return segments as Segments: those that are such already, themselves."""
         return segments if isinstance(segments, Segments) else Segments(segments)
+
+    def without(self, places: Sequence[bool]) -> Segments:
+        """Return these segments, of some of which nothing is selected."""
+        pairs = zip(self, places, strict=True)
+        return Segments(replace(one, k=0) if out else one for one, out in pairs)
 
     @cached_property
     def table(self) -> Indices:

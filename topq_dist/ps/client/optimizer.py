@@ -21,8 +21,9 @@ from topq_dist.compress.defaults import (
     usual_bound,
     usual_value_format,
 )
+from topq_dist.compress.planned_segments import PlannedSegments, widest_format
 from topq_dist.compress.residual import Residuals, ResidualUpdate
-from topq_dist.compress.sparsify.segments import Scope, check_scope
+from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
@@ -36,10 +37,11 @@ from topq_dist.ps.client.worker_state import SavedShard, model_sha256, read_stat
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
+from topq_dist.q_policies import QPolicy
 from topq_dist.telemetry.readings import Reading, rank_readings
 from topq_dist.telemetry.stats import Meter, Stats
 from topq_dist.v1 import parameter_server_pb2 as pb
-from topq_dist.validation import check_fraction, check_number
+from topq_dist.validation import check_number
 
 _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed
@@ -56,7 +58,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         shard_by_size): every worker names the same ones in the same words.
 
     Knobs, in the order in which one tunes them:
-        q: fraction of each gradient that is not sent, in [0, 1]. `optimizer.q = ...` changes it.
+        q: fraction of each gradient that is not sent, in [0, 1], or a policy (QSchedule, QByTensor,
+            QByLoss), whose steps are this worker's own. `optimizer.q = ...` changes it.
         worker: this worker's name in the run, unique and the same whenever it is started again.
             None: "rank-" and RANK where torchrun set that, else the host's name and process id.
         error_feedback: keep what was not sent and add it to the next gradient. Without it, a
@@ -105,7 +108,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, Tensor]],
         servers: str | Sequence[str],
         *,
-        q: float = DEFAULT_Q,
+        q: float | QPolicy = DEFAULT_Q,
         worker: str | None = None,
         error_feedback: bool = True,
         value_format: str | None = DEFAULT_VALUE_FORMAT,
@@ -118,8 +121,6 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         tls: ClientTls | None = None,
         token: str | None = None,
     ) -> None:
-        self._q = check_fraction("q", q)
-        self._scope = check_scope(scope)
         self._worker = checked_worker(worker)
         if check_number("timeout_s", timeout_s) <= 0:
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
@@ -128,6 +129,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._frozen = FrozenParameters(frozen)
         self._names = list(named)
         self._local = make_local_steps(local_optimizer, every, named.values())
+        value_format = usual_value_format(value_format, q=q, error_feedback=error_feedback)
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        dtypes = [parameter.dtype for parameter in named.values()]
+        self._planned = PlannedSegments(q, scope, shapes, value_format or widest_format(dtypes))
         addresses = addresses_of(servers)
         sizes_bytes = {name: parameter.nbytes for name, parameter in named.items()}
         security = ClientSecurity(tls=tls, token=token)
@@ -135,9 +140,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             Shard(
                 {name: named[name] for name in names},
                 TopKCompressor(
-                    value_format=usual_value_format(
-                        value_format, q=q, error_feedback=error_feedback
-                    ),
+                    value_format=value_format,
                     error_feedback=error_feedback,
                     bound=usual_bound(bound, error_feedback=error_feedback),
                     residual_decay=residual_decay,
@@ -178,13 +181,13 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         warn_of_buffers(module)
 
     @property
-    def q(self) -> float:
-        """The fraction of each gradient that is not sent."""
-        return self._q
+    def q(self) -> float | QPolicy:
+        """q as given, or set since."""
+        return self._planned.q
 
     @q.setter
-    def q(self, value: float) -> None:
-        self._q = check_fraction("q", value)
+    def q(self, value: float | QPolicy) -> None:
+        self._planned.q = value
 
     @property
     def worker(self) -> str:
@@ -308,8 +311,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 []
                 if overflow or shard in elsewhere
                 else shard.compress(
-                    q=self._q,
-                    scope=self._scope,
+                    self._planned,
                     scale=scale,
                     measures_coherence=wanted,
                     absent=missing,
@@ -332,6 +334,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 self._shards[place].spec.no_gradient(absent[place]) if compressed else b"",
             )
         self._open = True
+        if any(made):
+            self._planned.step += 1
         return [
             (shard.compressor.residuals, part.update)
             for shard, compressed in zip(self._shards, made, strict=True)
@@ -470,6 +474,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             "sends_weight_decay": self._groups.sends_weight_decay,
             "told_weight_decay": list(self._groups.told_weight_decay),
             "stats": vars(self._meter.stats).copy(),
+            "density": self._planned.state_dict(),
             "servers": [
                 shard_state(shard, client, held)
                 for shard, client, held in zip(
@@ -509,6 +514,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict has {has} local optimizer: expected {expected} it, as this one is"
             )
+        step = self._planned.step_in(saved.density) if saved.density else 0
         for client, one in zip(self._clients, saved.shards, strict=True):
             client.check_run(one.run)
         groups = self._groups.filled(state_dict["param_groups"])
@@ -528,6 +534,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._resumed, self._resumed_local = list(saved.shards), saved.local
         if self._local is not None and saved.local is not None:
             self._local.load(saved.local)
+        self._planned.step = step
 
     def _take_up(self) -> list[Shard]:
         """Read the parameters after a load; return the shards where they are not the saved ones."""

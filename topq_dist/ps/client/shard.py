@@ -15,7 +15,7 @@ from topq_dist.compress.coherence import NO_COHERENCE, measure_coherence, total
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import ChunkedVector, Layout, gather_tensors
 from topq_dist.compress.native import binding, library
-from topq_dist.compress.sparsify.segments import Scope, UniformSegments
+from topq_dist.compress.planned_segments import PlannedSegments
 from topq_dist.dtypes import accumulate_dtype, bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
@@ -75,7 +75,6 @@ class Shard:
         self.read_parameters()
         # gathered gradients, by place of their vector, where they cannot be read where they lie
         self._gathered: dict[int, Tensor] = {}
-        self._segments = UniformSegments()
 
     @property
     def names(self) -> list[str]:
@@ -158,15 +157,15 @@ class Shard:
 
     def compress(
         self,
+        planned: PlannedSegments,
         *,
-        q: float,
-        scope: Scope,
         scale: float = 1.0,
         measures_coherence: bool = False,
         absent: Sequence[bool] = (),
     ) -> list[Compressed]:
         """Return the top-Q part of the parameters' gradients / `scale`, plus residuals.
 
+        planned: says what of them that is, all parameters of the model among its tensors.
         absent: the parameters, as `absent` has them, of which nothing is sent, so that their
             residuals stay; any other without a gradient counts as zeros.
         The residuals take what the frames leave out only once they are committed. Raises
@@ -175,10 +174,10 @@ class Shard:
         compressed = []
         for place, vector in enumerate(self.spec.vectors):
             left_out = tuple(absent[at] for at in self.spec.places[place]) if any(absent) else ()
-            segments = self._segments.of(vector.numels, q=q, scope=scope, left_out=left_out)
+            segments = planned.of(vector.layout.names, left_out)
             # many small ones are sooner copied than looked at one by one
             small = vector.numel < _SMALL_NUMEL * len(vector.layout.names)
-            in_place = scope == "parameter" and scale == 1.0 and not small
+            in_place = planned.scope == "parameter" and scale == 1.0 and not small
             pieces = self._in_place(vector) if in_place else None
             gradient = pieces or self._gather(place, vector, scale)
             made = self.compressor.compress(gradient, vector.layout, segments)

@@ -35,8 +35,9 @@ class SavedShard:
 class SavedWorker:
     """All that was saved of a worker, beside its parameter groups.
 
-    told_momentum, told_weight_decay: None in a state of before workers could set it. local: None of
-    a worker without local steps.
+    told_momentum, told_weight_decay: None in a state of before workers could set it. density: what
+    its q or policy has saved; empty in a state of before there were policies. local: None of a
+    worker without local steps.
     """
 
     open: bool
@@ -47,6 +48,7 @@ class SavedWorker:
     sends_weight_decay: bool
     told_weight_decay: tuple[float | None, ...] | None
     stats: Stats
+    density: Mapping[str, Any]
     shards: tuple[SavedShard, ...]
     local: SavedLocal | None
 
@@ -97,6 +99,9 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             raise ValueError(f"state_dict has stats of {list(state['stats'])}")
         for key, total in state["stats"].items():
             check_number(f"stats[{key!r}]", total)
+        density = state.get("density", {})
+        if not isinstance(density, Mapping):
+            raise TypeError(f"state_dict has density={density!r}: expected a dict")
         return SavedWorker(
             open=bool(state["open"]),
             sends_lr=bool(state["sends_lr"]),
@@ -106,6 +111,7 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             sends_weight_decay=bool(state.get("sends_weight_decay", False)),
             told_weight_decay=_told("told_weight_decay", state),
             stats=Stats(**state["stats"]),
+            density=density,
             shards=tuple(
                 _read_shard(saved, shard)
                 for saved, shard in zip(state["servers"], shards, strict=True)
