@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import ExchangeError, TopQGradientOptimizer, register_topq_hook
+from topq_dist import ExchangeError, QByTensor, TopQGradientOptimizer, register_topq_hook
 
 
 def alone_mesh() -> Any:
@@ -133,6 +133,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "not the root": (modules_within_alone, "and not to modules within it alone"),
     "tensor parallelism": (several_dimensions, "without tensor or expert parallelism"),
     "scope": (with_knobs(scope="bucket"), "scope='bucket' for a model under fully_shard"),
+    "policy": (with_knobs(q=QByTensor(q=0.9)), "under fully_shard: expected a number"),
     "hierarchical": (with_knobs(exchange="hierarchical"), "adds up gradients inside of a replica"),
     "ranks_per_node": (with_knobs(ranks_per_node=2), "ranks_per_node=2"),
     "q": (with_knobs(q=1.5), "q=1.5"),

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.dtypes import local_part
 from topq_dist.fsdp.capture import Reduction
 from topq_dist.fsdp.torch_side import own_parameters, sharded_modules
