@@ -40,6 +40,16 @@ class Served:
             raise AssertionError((said, *self.kill()))
         self.address = match[1]
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    def line(self) -> str:
+        """Return the next line on stdout, which must be under way."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         if self._process.poll() is None:
             self._process.send_signal(number)

@@ -17,13 +17,14 @@ const Chart = (() => {
     };
   }
 
-  // three times what most are, and the chart would show one point and a line on the floor
-  function range(_, low, high) {
+  // from zero where that leaves half of the chart to the line; calm: where a tenth is no news
+  const rangeOf = (calm) => (_, low, high) => {
     if (low === null || low === undefined) return [0, 1];
     const least = low >= 0 && low < high / 2 ? 0 : low;
-    const room = (high - least || Math.abs(high) || 1) * 0.08;
+    const spread = high - least || Math.abs(high) || 1;
+    const room = calm && spread < high / 10 ? high / 10 : spread * 0.08;
     return [least === 0 ? 0 : least - room, high + room];
-  }
+  };
 
   return class extends Component {
     constructor(props) {
@@ -75,7 +76,7 @@ const Chart = (() => {
           ...this.size(),
           legend: { show: false },
           cursor: { y: false, points: { size: 7 } },
-          scales: { x: { time: false }, y: { range } },
+          scales: { x: { time: false }, y: { range: rangeOf(this.props.calm) } },
           axes: [x, y],
           series: [
             {},

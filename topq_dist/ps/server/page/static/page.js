@@ -183,7 +183,7 @@ function Charts({ points }) {
     <${Chart} title="Loss" note="The mean of what the workers report." versions=${versions}
       values=${columns.loss} show=${format.number} stroke="--first" />
     <${Chart} title="Bytes a step" note="Of a worker's push, on average." versions=${versions}
-      values=${columns.up} show=${format.bytes} stroke="--second" />
+      values=${columns.up} show=${format.bytes} stroke="--second" calm />
     <${Chart} title="Residual norm" note="Over the gradient's: what is still to be sent." versions=${versions}
       values=${columns.residual} show=${format.number} stroke="--third" />
     <${Chart} title="Round time" note="From a version's first push until it is made." versions=${versions}
