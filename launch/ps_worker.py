@@ -42,6 +42,7 @@ def main(options: Worker) -> None:
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.report(loss=loss)
         optimizer.step()
         run.record(step, loss.detach())
     run.finish()
