@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from deploy.prometheus_server import MONITORING, Prometheus, prometheus, tool
 from ps.workers import backward, batch, make_model, side_by_side
 from served import Served
 
-from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps import ParameterServerOptimizer, ServerLostError
 from topq_dist.telemetry import METRICS
 
 RULES = (MONITORING / "alerts.yml").read_text()
 ALERTS = sorted(re.findall(r"alert: (\w+)", RULES))
-ROUND_S = 2.0
+# longer than a busy machine takes for one by itself
+ROUND_S = 4.0
 
 
 def test_the_rules_are_right_and_stop_at_their_limits() -> None:
@@ -79,6 +80,7 @@ def watched_rank(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.returncode == 0
     finally:
         process.kill()
+        process.communicate()
 
 
 def goes_through(rank: subprocess.Popen[str], what: str) -> None:
@@ -118,7 +120,13 @@ class Job:
         self.step += steps
 
     def close(self) -> None:
-        side_by_side(2, lambda number: self.optimizers[number].close())
+        """Leave, whether the server is still there or not."""
+
+        def leave(number: int) -> None:
+            with suppress(ServerLostError):
+                self.optimizers[number].close(timeout_s=5.0)
+
+        side_by_side(2, leave)
 
 
 def test_every_alert_tells_once_of_what_it_is_about(tmp_path: Path) -> None:
@@ -136,7 +144,10 @@ def test_every_alert_tells_once_of_what_it_is_about(tmp_path: Path) -> None:
             targets["topq-rank"] = [of_rank]
             with prometheus(tmp_path, rules, targets) as server:
                 job = Job(served.address)
-                faults(server, job, rank, served.pid)
+                try:
+                    faults(server, job, rank, served.pid)
+                finally:
+                    job.close()
     finally:
         served.kill()
 
@@ -144,7 +155,7 @@ def test_every_alert_tells_once_of_what_it_is_about(tmp_path: Path) -> None:
 def faults(server: Prometheus, job: Job, rank: subprocess.Popen[str], server_pid: int) -> None:
     job.train(12)
     goes_through(rank, "well 120")
-    version = "topq_server_version == 12 and on () (sum(topq_steps_total) == 120)"
+    version = "topq_server_version >= 12 and on () (sum(topq_steps_total) == 120)"
     server.wait_until(lambda: bool(server.query(version)), "both are asked")
     server.wait_until(lambda: bool(server.query("topq_server_worker_loss")), "workers report")
     slow = "TopqSlowRound"  # which a busy machine has by itself
@@ -157,13 +168,13 @@ def faults(server: Prometheus, job: Job, rank: subprocess.Popen[str], server_pid
     for expression in expressions():
         server.query(expression)  # raises where it is none
 
-    goes_through(rank, "badly 100")
+    goes_through(rank, "badly 300")
     server.wait_until(lambda: told() == ["TopqVoidSteps"], "void steps")
-    goes_through(rank, "badly 600")
+    goes_through(rank, "badly 400")
     rank_alerts = ["TopqResidualGrowing", "TopqVoidSteps"]
     server.wait_until(lambda: told() == rank_alerts, "growing residuals")
 
-    job.train(3, late_s=2 * ROUND_S)
+    job.train(3, late_s=1.5 * ROUND_S)
     # the first of these rounds has waited for the worker as long as one may
     late = sorted([*rank_alerts, slow, "TopqWorkerLateTwice"])
     server.wait_until(lambda: server.firing() == late, "a worker that is late")
@@ -179,4 +190,3 @@ def faults(server: Prometheus, job: Job, rank: subprocess.Popen[str], server_pid
     spans = server.spans('ALERTS{alertstate="firing"}', time.time() - 300, time.time())
     assert sorted(labels["alertname"] for labels, _ in spans) == ALERTS
     assert [times for _, times in spans] == [1] * len(ALERTS)
-    job.close()
