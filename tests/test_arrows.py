@@ -102,7 +102,8 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    transports = {"__init__.py", "register.py", "ddp", "exchange", "fsdp", "hook", "local"}
+    rooms = {"ddp", "elastic", "exchange", "fsdp", "hook", "local"}
+    transports = {"__init__.py", "register.py", *rooms}
     sources = [
         source
         for source in PACKAGE.rglob("*.py")

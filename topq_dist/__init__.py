@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from topq_dist.compress.codec.frame import FrameError
     from topq_dist.compress.compressor import Compressor
     from topq_dist.ddp.hook import TopQState, topq_hook
+    from topq_dist.elastic.errors import RefusedError
+    from topq_dist.elastic.settings import Elastic
     from topq_dist.exchange.agreement import ExchangeError
     from topq_dist.local.local_topq import LocalTopQ
     from topq_dist.optim import (
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ChainedParamTransformingOptimizer",
     "Compressor",
+    "Elastic",
     "ExchangeError",
     "FrameError",
     "GradientTransformerOptimizer",
@@ -33,6 +36,7 @@ __all__ = [
     "QByLoss",
     "QByTensor",
     "QSchedule",
+    "RefusedError",
     "Stats",
     "TopQGradientOptimizer",
     "TopQState",
@@ -47,6 +51,7 @@ __all__ = [
 _HOMES = {
     "ChainedParamTransformingOptimizer": "optim",
     "Compressor": "compress.compressor",
+    "Elastic": "elastic.settings",
     "ExchangeError": "exchange.agreement",
     "FrameError": "compress.codec.frame",
     "GradientTransformerOptimizer": "optim",
@@ -55,6 +60,7 @@ _HOMES = {
     "QByLoss": "q_policies",
     "QByTensor": "q_policies",
     "QSchedule": "q_policies",
+    "RefusedError": "elastic.errors",
     "Stats": "telemetry",
     "TopQGradientOptimizer": "optim",
     "TopQState": "ddp.hook",

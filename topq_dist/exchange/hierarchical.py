@@ -13,6 +13,7 @@ from topq_dist.compress.codec.frame import Frame, FrameError, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
+from topq_dist.elastic.group import WatchedGroup
 from topq_dist.exchange.agreement import ExchangeError
 from topq_dist.exchange.allgather import AllGather, AllGatherWork
 from topq_dist.exchange.base import Exchange, ExchangeWork
@@ -135,13 +136,17 @@ class HierarchicalWork:
 
 
 def _context_among(ranks: list[int], context: CommContext) -> CommContext:
-    # called by its members alone, or a model that trains in a subgroup would wait for the others
-    group: dist.ProcessGroup = dist.new_group(
-        ranks,
-        timeout=_timeout_of(context),
-        backend=dist.get_backend(context.group),
-        use_local_synchronization=True,
-    )
+    group: dist.ProcessGroup
+    if isinstance(context.group, WatchedGroup):
+        group = context.group.among(ranks)
+    else:
+        # called by its members alone, or a model trained in a subgroup would wait for the others
+        group = dist.new_group(
+            ranks,
+            timeout=_timeout_of(context),
+            backend=dist.get_backend(context.group),
+            use_local_synchronization=True,
+        )
     return CommContext(group=group, device=context.device, meter=context.meter)
 
 

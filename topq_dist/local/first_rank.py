@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,12 @@ class FirstRanks:
         sent_bytes = self._payload.numel() * (context.rank == 0)
         context.meter.add(sent_bytes=sent_bytes, wire_bytes=sent_bytes)
 
-    def receive(self) -> None:
-        """Wait, and write what has come into the tensors."""
+    def receive(self, commit: Callable[[], None] | None = None) -> None:
+        """Wait, and write what has come into the tensors, once `commit` returns."""
         with self._context.meter.timed("wait_s"):
             self._work.wait()
+        if commit is not None:
+            commit()
         if self._context.rank == 0:
             return
         sizes = [one.numel() * one.element_size() for one in self._tensors]

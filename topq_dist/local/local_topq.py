@@ -6,8 +6,9 @@ Sources: Douillard et al., "DiLoCo" (2023) and "Streaming DiLoCo" (arXiv 2501.18
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,22 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_VALUE_FORMAT, usual_value_format
+from topq_dist.elastic.group import WatchedGroup
+from topq_dist.elastic.membership import Membership
+from topq_dist.elastic.settings import Elastic, check_elastic
 from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
 from topq_dist.exchange.shards import telling_of_failures
+from topq_dist.local.elastic_steps import ElasticSteps, LostResidual
 from topq_dist.local.first_rank import FirstRanks
 from topq_dist.local.fragment import local_part
 from topq_dist.local.model import check_group, device_of, local_model
+from topq_dist.local.peer_state import check_can_be_elastic, handed_from, take_handed
 from topq_dist.local.replica import Replica
 from topq_dist.local.rounds import Rounds
-from topq_dist.local.saved_state import STATE_VERSION, SavedState, load, save
+from topq_dist.local.saved_state import STATE_VERSION, SavedState, load, load_from_peer, save
 from topq_dist.local.settings import (
     BufferRule,
     LocalExchangeName,
@@ -74,10 +80,16 @@ class LocalTopQ:
         space on one rank, for many; "hierarchical" sums inside a node, of `ranks_per_node` ranks,
         and sends one frame a node.
     process_group: the ranks that average; None is the default group.
+    elastic: go on where ranks are lost, and take in those that come back: an Elastic, or True for
+        what MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say. The group is then one of its own, so
+        there is no process_group; the model is bare, whole on each rank. A process that comes in
+        goes on at `inner_steps` with parameters, buffers and optimizers' state of a rank that is in
+        the run; `close` leaves it.
 
     Making one is a collective of the group, after which every rank has the first one's parameters
     and buffers. Raises TypeError or ValueError on bad input, and ExchangeError on every rank where
-    ranks disagree on settings or model; nothing is touched before that.
+    ranks disagree on settings or model; nothing is touched before that. An elastic one raises
+    RefusedError in a process that the run does not take in.
     """
 
     def __init__(
@@ -101,8 +113,10 @@ class LocalTopQ:
         exchange: LocalExchangeName = "allgather",
         ranks_per_node: int | None = None,
         process_group: dist.ProcessGroup | None = None,
+        elastic: bool | Elastic = False,
     ) -> None:
-        group = _checked_group(process_group)
+        place = check_elastic(elastic)
+        group = _checked_group(process_group) if place is None else _alone(process_group)
         self._context = CommContext(group=group, device=device_of(model), meter=Meter())
         with telling_of_failures(self._context):
             self._settings = make_settings(
@@ -126,24 +140,39 @@ class LocalTopQ:
             self._per_node = check_exchange(exchange, ranks_per_node)
             self._model = local_model(model, optimizer)
             check_group(group, self._model.node)
-            check_ranks(self._per_node, group.size())
+            check_ranks(self._per_node, group.size() if place is None else place.ranks)
+            if place is not None:
+                check_can_be_elastic(model, self._model, optimizer)
             self._replica = Replica(self._model.parameters, self._settings, compressor, q=q)
         asked = f"q={q} exchange={exchange} ranks_per_node={self._per_node}"
         texts = [asked, self._settings.text(), compressor.settings(), self._model.text()]
-        check_same_on_all_ranks("\n".join(texts), group=group, device=self._context.device)
+        settings = "\n".join(texts)
         self.optimizer = optimizer
+        self._exchange_among = partial(
+            make_exchange, exchange, compressor=compressor, per_node=self._per_node
+        )
+        self._elastic: ElasticSteps | None = None
+        if place is not None:
+            membership = Membership(place, settings=settings, per_node=self._per_node)
+            self._elastic = ElasticSteps(membership, self, self._context, settings)
+        self._commit = None if self._elastic is None else self._elastic.commit
+        self._rounds = Rounds(self._replica, self._settings, self._commit)
+        self._step = 0
+        self._buffers: tuple[int, FirstRanks] | None = None
+        self._resumed: dict[int, tuple[int, Tensor]] = {}
+        self._dense_bytes = sum(one.outer.nbytes for one in self._replica.fragments)
+        self._skip_until = 0
+        if self._elastic is not None:
+            self._elastic.begin()
+            return
+        check_same_on_all_ranks(settings, group=group, device=self._context.device)
         tensors = [*self._model.parameters.values(), *self._model.buffers.values()]
         # as DDP's own at its start, this is in no account
         unmetered = replace(self._context, meter=Meter())
         FirstRanks([local_part(one) for one in tensors], unmetered).receive()
         for fragment in self._replica.fragments:
             fragment.outer = fragment.gather()
-        carrier = make_exchange(exchange, self._context, compressor, self._per_node)
-        self._rounds = Rounds(self._context, carrier, self._replica, self._settings)
-        self._step = 0
-        self._buffers: tuple[int, FirstRanks] | None = None
-        self._resumed: dict[int, tuple[int, Tensor]] = {}
-        self._dense_bytes = sum(one.outer.nbytes for one in self._replica.fragments)
+        self.enter(self._context)
 
     @property
     def q(self) -> float:
@@ -158,6 +187,26 @@ class LocalTopQ:
     def void_rounds(self) -> int:
         """How many rounds were void, a change not being finite on some rank."""
         return self._rounds.void
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps that have been taken; in a process that has come in, by its peers."""
+        return self._step
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of those in an elastic run now, by rank."""
+        return () if self._elastic is None else self._elastic.names
+
+    @property
+    def rank(self) -> int:
+        """This process's place among those that exchange now."""
+        return self._context.rank
+
+    @property
+    def lost_residuals(self) -> tuple[LostResidual, ...]:
+        """Ranks that an elastic run has lost so far, with what they had not sent."""
+        return () if self._elastic is None else tuple(self._elastic.lost)
 
     def stats(self) -> Stats:
         """Return this rank's totals so far; a step is an inner one, dense bytes are DDP's."""
@@ -178,10 +227,11 @@ class LocalTopQ:
 
         GradScaler does, and trainers do. On every rank, once for each inner step.
         """
-        self._begin_resumed()
         self._step += 1
-        self._rounds.end_step(self._step)
-        self._exchange_buffers()
+        if self._elastic is None:
+            self._exchange()
+        else:
+            self._elastic.run(self._exchange)
         self._context.meter.add(steps=1, dense_bytes=self._dense_bytes)
 
     @torch.no_grad()
@@ -192,7 +242,21 @@ class LocalTopQ:
         that is not over, no rank's model has all. Afterwards parameters are the outer ones, and
         buffers the first rank's unless each keeps its own.
         """
-        self._begin_resumed()
+        if self._elastic is None:
+            self._synchronize()
+            return
+        while not self._elastic.run(self._synchronize):
+            pass
+
+    def _exchange(self) -> None:
+        if self._step <= self._skip_until:
+            return
+        self._begin_resumed(self._step - 1)
+        self._rounds.end_step(self._step)
+        self._exchange_buffers()
+
+    def _synchronize(self) -> None:
+        self._begin_resumed(self._step)
         self._rounds.receive_all()
         for fragment in range(len(self._replica.fragments)):
             self._rounds.begin(self._replica.begin(fragment), self._step, self._step)
@@ -204,11 +268,11 @@ class LocalTopQ:
             self._launch_buffers()
             self._receive_buffers()
 
-    def _begin_resumed(self) -> None:
+    def _begin_resumed(self, step: int) -> None:
         """Send once more what a saved run had under way, at the first step after it."""
         resumed, self._resumed = self._resumed, {}
         for fragment, (received_at, launched) in resumed.items():
-            self._rounds.begin(self._replica.begin(fragment, launched), self._step, received_at)
+            self._rounds.begin(self._replica.begin(fragment, launched), step, received_at)
 
     def _exchange_buffers(self) -> None:
         if self._settings.buffers == "own":
@@ -227,7 +291,7 @@ class LocalTopQ:
 
     def _receive_buffers(self) -> None:
         if self._buffers is not None:
-            self._buffers[1].receive()
+            self._buffers[1].receive(self._commit)
             self._buffers = None
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
@@ -247,6 +311,13 @@ class LocalTopQ:
             stats=self._context.meter.stats,
             under_way={**self._resumed, **self._rounds.launched()},
         )
+        if self._elastic is not None:
+            if all_ranks:
+                raise ValueError(
+                    "all_ranks=True of an elastic run, in which ranks may be lost meanwhile: "
+                    "expected each rank to save its own"
+                )
+            state["lost_residuals"] = [one._asdict() for one in self._elastic.lost]
         if not all_ranks:
             return state
         return gather_states(state, self._context, version=STATE_VERSION)
@@ -263,6 +334,11 @@ class LocalTopQ:
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank or world size.
         """
+        if self._elastic is not None and self._elastic.came_in:
+            raise RuntimeError(
+                "load_state_dict after this process has come into an elastic run and taken the "
+                "state of its peers: expected it only where inner_steps is 0"
+            )
         loaded = load(state, self._replica, self._identity())
         self._rounds.drop()
         self._buffers = None
@@ -270,12 +346,53 @@ class LocalTopQ:
         self._context.meter.stats = loaded.stats
         self._resumed = loaded.under_way
 
+    def close(self) -> None:
+        """Leave an elastic run, for good: the others go on without this rank at once."""
+        if self._elastic is not None:
+            self._elastic.close()
+
+    def enter(self, context: CommContext) -> None:
+        """Exchange in this context from now on, and forget what is under way; a collective."""
+        self._rounds.enter(context, self._exchange_among(context))
+        self._context = context
+        self._buffers = None
+        self._resumed = {}
+
+    def skip_exchanges_until(self, step: int) -> None:
+        """Begin no exchange up to this inner step, at which a peer is that has none under way."""
+        self._skip_until = step
+
+    def state_for_peer(self) -> dict[str, Any]:
+        """Return what a rank takes that comes into an elastic run; tensors are not copied."""
+        return {"rounds": self.state_dict(), **handed_from(self._model, self.optimizer)}
+
+    @torch.no_grad()
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_for_peer` has returned on a rank that is in the run."""
+        loaded = load_from_peer(state["rounds"], self._replica)
+        take_handed(state, self._model, self.optimizer)
+        self._step, self._rounds.void = loaded.step, loaded.void_rounds
+
     def _identity(self) -> dict[str, int]:
         return {
             "world_size": self._context.size,
             "rank": self._context.rank,
             "ranks_per_node": self._per_node,
         }
+
+
+def _alone(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return a group of this process, until it is in the run."""
+    if process_group is not None:
+        raise ValueError(
+            f"process_group={process_group!r} with elastic: expected None, since an elastic run "
+            "makes its group itself, and anew"
+        )
+    return WatchedGroup(dist.HashStore(), 0, 1, "topq/alone", _fine)
+
+
+def _fine() -> None:
+    """Find the only member in the run."""
 
 
 def _checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -9,7 +9,7 @@ both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,18 +47,33 @@ class _InFlight:
 
 
 class Rounds:
-    """The rounds of one rank among those of `context`."""
+    """The rounds of one rank among those of the context that it has entered.
+
+    commit: called once a round is received whole, before anything of it is applied; returns where
+    every rank has it, and raises where one has not.
+    """
 
     def __init__(
-        self, context: CommContext, exchange: Exchange, replica: Replica, settings: LocalSettings
+        self,
+        replica: Replica,
+        settings: LocalSettings,
+        commit: Callable[[], None] | None = None,
     ) -> None:
-        self._context = context
-        self._exchange = exchange
+        self._context: CommContext
+        self._exchange: Exchange
         self._replica = replica
         self._settings = settings
+        self._commit = commit
         self._in_flight: dict[int, _InFlight] = {}
         self._announcing = AllGatherLane()
         self.void = 0
+
+    def enter(self, context: CommContext, exchange: Exchange) -> None:
+        """Exchange among these ranks from now on; what is under way is as if it had never been."""
+        self._context = context
+        self._exchange = exchange
+        self._announcing = AllGatherLane()
+        self.drop()
 
     def end_step(self, step: int) -> None:
         """Receive and begin what is due at the end of an inner step, counted from 1.
@@ -150,6 +165,8 @@ class Rounds:
             raise
         except ExchangeError as error:
             raise flight.failure or error from None
+        if self._commit is not None:
+            self._commit()
         if not finite:
             self._void(flight.begun)
             return

@@ -88,6 +88,17 @@ def load(state: SavedState, replica: Replica, identity: Mapping[str, int]) -> Lo
     return _load_from_others(states, replica, identity)
 
 
+def load_from_peer(state: Mapping[str, Any], replica: Replica) -> Loaded:
+    """Take up the state of a rank that is in the run: everything but what is that rank's own.
+
+    The parameters are the outer ones, with which all begin after a round. Raises TypeError or
+    ValueError, having changed nothing, for what does not fit.
+    """
+    _check(state, replica, {})
+    _take_up({**state, "base": {}}, replica, residuals={}, parameters=state["outer"])
+    return Loaded(state["step"], state["void_rounds"], Stats(**state["stats"]), {})
+
+
 def _load_own(state: Mapping[str, Any], replica: Replica) -> Loaded:
     _take_up(state, replica, residuals=state["residuals"], parameters=state["parameters"])
     under_way = {}

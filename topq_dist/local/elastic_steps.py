@@ -1,0 +1,141 @@
+"""Local steps of a rank whose peers may be lost, and come back.
+
+Where an exchange fails, the ranks that are left make a group among themselves and go on; the round
+is as one that never was, and the next one has the changes of both. A rank that comes in takes
+everything but residuals, which are each rank's own, from one that has been in the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from topq_dist.elastic.errors import MemberLostError
+from topq_dist.elastic.group import WatchedGroup
+from topq_dist.elastic.membership import Epoch, Membership
+from topq_dist.exchange.agreement import check_same_on_all_ranks, gather_texts
+from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.handed_state import hand_state
+
+_log = logging.getLogger(__name__)
+
+
+class LostResidual(NamedTuple):
+    """A rank that was lost with what it had not sent, and the inner step when that was known."""
+
+    member: str
+    step: int
+
+
+class ElasticRank(Protocol):
+    """What an epoch asks of a rank."""
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps that it has taken."""
+
+    def enter(self, context: CommContext) -> None:
+        """Exchange in this context from now on, and forget what is under way; a collective."""
+
+    def state_for_peer(self) -> dict[str, Any]:
+        """Return what a newcomer takes."""
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Take what a peer's `state_for_peer` has returned."""
+
+    def skip_exchanges_until(self, step: int) -> None:
+        """Begin no exchange up to this inner step, as peers that are at it have none any more."""
+
+
+class ElasticSteps:
+    """Exchanges among those that are in the run, each of which counts for all or for none.
+
+    steps: whose rank this is; asked for the state that a newcomer takes, and told of the group.
+    context: device and meter; its group is never used.
+    """
+
+    def __init__(
+        self, membership: Membership, steps: ElasticRank, context: CommContext, settings: str
+    ) -> None:
+        self.membership = membership
+        self.lost: list[LostResidual] = []
+        self.names: tuple[str, ...] = ()
+        self.came_in = False
+        self._steps = steps
+        self._context = context
+        self._settings = settings
+        self._group: WatchedGroup | None = None
+        self._ends = False
+
+    def commit(self) -> None:
+        """Return once every member has received what this one has; MemberLostError if one never."""
+        self._ends |= self.membership.decide()
+
+    def run(self, exchange: Callable[[], None]) -> bool:
+        """Exchange, and return whether it went through; go over to the next epoch where one ends.
+
+        What has not gone through by then is void on every rank, or not on any.
+        """
+        try:
+            exchange()
+        except MemberLostError as error:
+            _log.warning("an exchange is void on every rank: %s", error)
+            self.begin()
+            return False
+        if self._ends:
+            self.begin()
+        return True
+
+    def begin(self) -> None:
+        """Begin an epoch that all its members have begun, with the same state.
+
+        Raises ExchangeError on every rank where they disagree, RefusedError where this one cannot
+        come in.
+        """
+        while True:
+            self._leave()
+            epoch = self.membership.next_epoch()
+            self.lost += [LostResidual(name, self._steps.inner_steps) for name in epoch.lost]
+            try:
+                self._begin(epoch)
+            except MemberLostError as error:
+                _log.info("epoch %d did not begin: %s", epoch.number, error)
+            else:
+                return
+
+    def _begin(self, epoch: Epoch) -> None:
+        self._ends = False
+        store, check = self.membership.store, self.membership.check
+        size = len(epoch.members)
+        self._group = WatchedGroup(store, epoch.rank, size, f"topq/{epoch.number}", check)
+        context = replace(self._context, group=self._group)
+        check_same_on_all_ranks(self._settings, group=self._group, device=context.device)
+        texts = gather_texts(str(self._steps.inner_steps), group=self._group, device=context.device)
+        handed = None
+        if not all(member.has_state for member in epoch.members):
+            mine = self._state_for_peer() if epoch.rank == epoch.source else None
+            handed = hand_state(mine, context, source=epoch.source)
+        self._steps.enter(context)
+        takes = not self.membership.has_state and epoch.rank != epoch.source
+        self.membership.decide()
+        if takes and handed is not None:
+            self.lost = [LostResidual(*one) for one in handed["lost"]]
+            self._steps.take_state(handed["rank"])
+            self.came_in |= epoch.members[epoch.source].has_state
+        self.names = tuple(member.name for member in epoch.members)
+        self._steps.skip_exchanges_until(max(int(text) for text in texts))
+
+    def _state_for_peer(self) -> dict[str, Any]:
+        return {"lost": self.lost, "rank": self._steps.state_for_peer()}
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.leave()
+            self._group = None
+
+    def close(self) -> None:
+        """Leave the run."""
+        self._leave()
+        self.membership.close()
