@@ -25,7 +25,7 @@ _POLL_S = 0.02
 
 
 class Line(NamedTuple):
-    """What a rank had after an inner step: digests of what must be alike on all ranks, or not."""
+    """A line of a rank after an inner step: a digest of what must be alike, and who was in."""
 
     at_s: float
     step: int
