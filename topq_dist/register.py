@@ -78,7 +78,9 @@ def _is_sharded(model: nn.Module) -> bool:
     """Return whether fully_shard was applied to a model, or to a module within."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None or isinstance(model, DistributedDataParallel):
+    if kind is None or not isinstance(model, nn.Module):
+        return False
+    if isinstance(model, DistributedDataParallel):
         return False
     if isinstance(model, getattr(fsdp, "FullyShardedDataParallel", ())):
         raise TypeError(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from compatibility_page import cases_of, outcome_of
 from fsdp_cases import adamw, hooked, locals_of, mesh_of, nested, plain, train
 from hook_cases import batch, small_model
 from ranks import run_ranks
@@ -22,6 +23,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import ExchangeError, QByTensor, TopQGradientOptimizer, register_topq_hook
+
+HERE = "tests/fsdp/test_fsdp_errors.py"
 
 
 def alone_mesh() -> Any:
@@ -124,27 +127,68 @@ def frozen() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "native HSDP": (native_hsdp, "give fully_shard its mesh['shard'], and the hook"),
-    "replicated by torch": (replicated_by_torch, "is replicated by fully_shard or replicate()"),
-    "no replicate_group": (no_replicate_group, "has no replicas, and nothing that could be sent"),
-    "a mesh": (a_mesh_for_a_group, "replicate_group is a DeviceMesh: expected its get_group()"),
-    "DDP": (ddp_with_a_group, "expected a model under fully_shard"),
-    "FSDP1": (older_fsdp, "expected fully_shard (FSDP2) in its place"),
-    "not the root": (modules_within_alone, "and not to modules within it alone"),
-    "tensor parallelism": (several_dimensions, "without tensor or expert parallelism"),
-    "scope": (with_knobs(scope="bucket"), "scope='bucket' for a model under fully_shard"),
-    "policy": (with_knobs(q=QByTensor(q=0.9)), "under fully_shard: expected a number"),
-    "hierarchical": (with_knobs(exchange="hierarchical"), "adds up gradients inside of a replica"),
+    "fully_shard on a 2-D mesh, native HSDP": (
+        native_hsdp,
+        "give fully_shard its mesh['shard'], and the hook",
+    ),
+    "parameters that torch replicates": (
+        replicated_by_torch,
+        "is replicated by fully_shard or replicate()",
+    ),
+    "fully_shard over all ranks, without replicate_group": (
+        no_replicate_group,
+        "has no replicas, and nothing that could be sent",
+    ),
+    "replicate_group= a DeviceMesh": (
+        a_mesh_for_a_group,
+        "replicate_group is a DeviceMesh: expected its get_group()",
+    ),
+    "replicate_group= with DistributedDataParallel": (
+        ddp_with_a_group,
+        "expected a model under fully_shard",
+    ),
+    "FullyShardedDataParallel, FSDP1": (older_fsdp, "expected fully_shard (FSDP2) in its place"),
+    "fully_shard of modules within alone": (
+        modules_within_alone,
+        "and not to modules within it alone",
+    ),
+    "tensor parallelism beside it": (several_dimensions, "without tensor or expert parallelism"),
+    'scope="bucket"': (
+        with_knobs(scope="bucket"),
+        "a model under fully_shard: expected 'parameter'",
+    ),
+    "q by a policy": (with_knobs(q=QByTensor(q=0.9)), "under fully_shard: expected a number"),
+    'exchange="hierarchical"': (
+        with_knobs(exchange="hierarchical"),
+        "fully_shard adds up gradients inside of a replica already",
+    ),
     "ranks_per_node": (with_knobs(ranks_per_node=2), "ranks_per_node=2"),
     "q": (with_knobs(q=1.5), "q=1.5"),
     "clip_norm": (with_knobs(clip_norm=0.0), "clip_norm=0.0"),
     "TopQGradientOptimizer": (paired, "which takes no DTensor"),
     "another's optimizer": (anothers_optimizer, "holds none of the 6 trainable parameters"),
-    "post-accumulate hooks": (with_a_hook_of_its_own, "step optimizers after backward()"),
-    "a second hook": (a_second_hook, "all-reduce hook already: expected a model without one"),
-    "meta": (on_meta, "give it memory with to_empty()"),
+    "optimizers in post-accumulate-grad hooks": (
+        with_a_hook_of_its_own,
+        "step optimizers after backward()",
+    ),
+    "a second all-reduce hook": (
+        a_second_hook,
+        "all-reduce hook already: expected a model without one",
+    ),
+    "parameters on the meta device": (on_meta, "give it memory with to_empty()"),
     "nothing to train": (frozen, "no trainable parameter that is sharded"),
 }
+
+
+# of one knob each, which other tests have for every wrapper
+UNLISTED = {"ranks_per_node", "q", "clip_norm", "another's optimizer", "nothing to train"}
+
+
+def test_every_refusal_has_its_row_with_its_words() -> None:
+    others = {"replicas that use different parameters in a step"}
+    assert cases_of(HERE) - others == REFUSED.keys() - UNLISTED
+    for what in REFUSED.keys() - UNLISTED:
+        assert outcome_of(what, HERE) == ("refused", REFUSED[what][1])
 
 
 @pytest.mark.usefixtures("alone")
@@ -163,6 +207,16 @@ def test_parameters_that_were_replaced_are_named() -> None:
     model.load_state_dict(whole, assign=True)
     with pytest.raises(RuntimeError, match="register it after whatever replaces them"):
         train(model, adamw(model), range(2))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_part_of_a_larger_model_is_named_in_its_first_step() -> None:
+    model = nested(alone_mesh()["shard"])
+    hooked(model.block, alone_mesh(), adamw(model.block))
+    with pytest.raises(RuntimeError, match="part of a larger model under fully_shard"):
+        train(model, adamw(model), [0])
+    with pytest.raises(TypeError, match="ddp_model is a int"):
+        register_topq_hook(5)  # type: ignore[call-overload]
 
 
 def said(action: Callable[[], object]) -> str:

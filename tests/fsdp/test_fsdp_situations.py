@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility_page import cases_of, outcome_of
 from fsdp_cases import (
     Before,
     Nested,
@@ -31,8 +32,10 @@ from torch.distributed.tensor import Shard
 from topq_dist.exchange.registry import ExchangeName
 
 pytestmark = pytest.mark.gloo
-STEPS = range(5)
+STEPS = range(4)
+HERE = "tests/fsdp/test_fsdp_situations.py"
 Make = Callable[[DeviceMesh], Any]
+Other = Callable[[DeviceMesh], bool]
 
 
 def toggled(model: Nested, step: int) -> None:
@@ -97,7 +100,7 @@ def situations(_: int) -> dict[str, bool]:
         state = hooked(sparse, mesh, optimizer, q=0.9, exchange="allgather")
         train(sparse, optimizer, STEPS, before=before)
         found[name] = equal(native, model) and replicas_are_equal(sparse, mesh)
-        assert state.stats().steps == (5 if before is not kept_apart else 1), name
+        assert state.stats().steps == (len(STEPS) if before is not kept_apart else 1), name
     return found
 
 
@@ -107,34 +110,9 @@ def test_what_fully_shard_does_is_followed(tmp_path: Path) -> None:
         assert all(found.values()), found
 
 
-def others(rank: int) -> dict[str, bool]:
-    """Return of each exchange, shape of the mesh and option whether the replicas stay equal."""
-    found = {}
-    square = mesh_of(2, 2)
-    exchanges: tuple[ExchangeName, ...] = ("auto", "split", "dense")
-    for exchange in exchanges:
-        model = nested(square["shard"])
-        optimizer = adamw(model)
-        state = hooked(model, square, optimizer, q=0.9, exchange=exchange)
-        train(model, optimizer, range(28 if exchange == "auto" else 5), before=toggled)
-        found[f"exchange={exchange}"] = replicas_are_equal(model, square)
-        assert (state.chosen_exchange is not None) == (exchange == "auto")
-    for shape in ((4, 1), (1, 4)):
-        mesh = mesh_of(*shape)
-        native = plain(mesh)
-        train(native, adamw(native), STEPS)
-        model = plain(mesh["shard"])
-        optimizer = adamw(model)
-        state = hooked(model, mesh, optimizer, q=0)
-        train(model, optimizer, STEPS)
-        found[f"q=0 on {shape}"] = equal(native, model)
-        state.q = 0.9
-        train(model, optimizer, STEPS)
-        found[f"{shape}"] = replicas_are_equal(model, mesh)
-    found["shards without an element"] = tiny(square)
-    found["clip_norm"] = clipped(square)
-    found["GradScaler"] = scaled(square)
-    return found
+def test_every_case_of_this_file_has_its_row() -> None:
+    assert cases_of(HERE) == CASES.keys() | OTHERS.keys()
+    assert {outcome_of(what, HERE) for what in (*CASES, *OTHERS)} == {("works", "")}
 
 
 def tiny(mesh: DeviceMesh) -> bool:
@@ -181,6 +159,65 @@ def scaled(mesh: DeviceMesh) -> bool:
             optimizer.zero_grad()
         ends.append(model)
     return equal(*ends)
+
+
+def of_size_one(shape: tuple[int, int]) -> Other:
+    def action(_: DeviceMesh) -> bool:
+        mesh = mesh_of(*shape)
+        native = plain(mesh)
+        train(native, adamw(native), STEPS)
+        model = plain(mesh["shard"])
+        optimizer = adamw(model)
+        state = hooked(model, mesh, optimizer, q=0)
+        train(model, optimizer, STEPS)
+        same = equal(native, model)
+        state.q = 0.9
+        train(model, optimizer, STEPS)
+        return same and replicas_are_equal(model, mesh)
+
+    return action
+
+
+def exchanged_by(exchange: ExchangeName) -> Other:
+    def action(mesh: DeviceMesh) -> bool:
+        model = nested(mesh["shard"])
+        optimizer = adamw(model)
+        state = hooked(model, mesh, optimizer, q=0.9, exchange=exchange)
+        train(model, optimizer, range(28 if exchange == "auto" else 4), before=toggled)
+        assert (state.chosen_exchange is not None) == (exchange == "auto")
+        return replicas_are_equal(model, mesh)
+
+    return action
+
+
+def used_differently(mesh: DeviceMesh) -> bool:
+    """A module that one replica leaves out of a step counts with zeros there."""
+    model = nested(mesh["shard"])
+    model.set_reduce_scatter_unused_params(True)
+    optimizer = adamw(model)
+    hooked(model, mesh, optimizer, q=0.9, exchange="allgather")
+    for step in STEPS:
+        model.uses_further = step < 2 or mesh.get_local_rank("replicate") == step % 2
+        train(model, optimizer, [step])
+    return replicas_are_equal(model, mesh)
+
+
+OTHERS: dict[str, Other] = {
+    'exchange="auto"': exchanged_by("auto"),
+    'exchange="split"': exchanged_by("split"),
+    'exchange="dense"': exchanged_by("dense"),
+    "shards of one rank": of_size_one((4, 1)),
+    "one replica": of_size_one((1, 4)),
+    "ranks on which every shard is empty": tiny,
+    "clip_norm=": clipped,
+    "GradScaler, given as grad_scaler=": scaled,
+    "set_reduce_scatter_unused_params, replicas that use different parameters": used_differently,
+}
+
+
+def others(_: int) -> dict[str, bool]:
+    mesh = mesh_of(2, 2)
+    return {name: action(mesh) for name, action in OTHERS.items()}
 
 
 def test_other_exchanges_meshes_and_options(tmp_path: Path) -> None:

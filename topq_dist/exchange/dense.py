@@ -24,7 +24,8 @@ class Dense(Exchange):
     The residual is flushed in equal shares with the gradients of 32 steps. Among replicas of shards
     the mean has the bits that fully_shard's own all-reduce gives it.
 
-    leaves_sums: of gradients alone, in a dtype that fully_shard itself adds up, leave the sum.
+    leaves_sums: of a vector in which nothing has a name, and of a dtype that fully_shard itself
+        adds up, leave the sum.
     """
 
     frames_per_bucket = 0
@@ -79,7 +80,7 @@ class AllReduceWork:
         reduction = dist.ReduceOp.SUM
         if context.shards is not None and bucket.dtype in AVERAGED:
             reduction = dist.ReduceOp.AVG
-        elif not leaves_sums or self._update is not None:
+        elif layout.names or not leaves_sums:
             # as DistributedDataParallel does
             bucket.div_(context.size)
         self._work = member(

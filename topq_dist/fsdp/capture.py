@@ -8,7 +8,7 @@ Meanwhile it adds zeros to their gradients, since the average is not there until
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from topq_dist.dtypes import local_part
+from topq_dist.fsdp.sharded import ShardedModules
 from topq_dist.fsdp.torch_side import (
     all_reduces,
     call_after_backward,
+    check_is_root,
     divide_as_hsdp,
     divisors_after,
-    own_parameters,
-    sharded_modules,
 )
 
 
@@ -67,10 +67,12 @@ class Capture:
     def __init__(
         self,
         root: FSDPModule,
+        modules: ShardedModules,
         names: Mapping[Tensor, str],
         replicas: int,
         at_end: Callable[[], None],
     ) -> None:
+        self._root = root
         self._names = names
         self._replicas = replicas
         self._at_end = at_end
@@ -80,9 +82,9 @@ class Capture:
         self._accumulated: dict[Tensor, Tensor] = {}
         self._stream: Any = None
         self._listening: set[Tensor] = set()
-        for module in sharded_modules(root):
+        for module, own in modules.all():
             divide_as_hsdp(module, replicas)
-            module.set_all_reduce_hook(partial(self._on_reduced, module))
+            module.set_all_reduce_hook(partial(self._on_reduced, module, own))
         for parameter in names:
             self._listen(parameter)
         call_after_backward(root, self._on_end)
@@ -107,9 +109,9 @@ class Capture:
             self._listening.add(parameter)
             parameter.register_post_accumulate_grad_hook(self._on_parameter)  # type: ignore[no-untyped-call]
 
-    def _on_reduced(self, module: FSDPModule, reduced: Tensor) -> None:
+    def _on_reduced(self, module: FSDPModule, own: Sequence[Tensor], reduced: Tensor) -> None:
         self._check_all_found()
-        own = [one for one in own_parameters(module) if one in self._names]
+        check_is_root(self._root)
         for parameter in own:
             # one that was frozen at first
             self._listen(parameter)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from topq_dist.dtypes import FLOATS
-from topq_dist.fsdp.shards import shard_group
+from topq_dist.fsdp.sharded import shard_group
 from topq_dist.fsdp.torch_side import check_known, groups_of, sharded_modules
 from topq_dist.hook.parts import Knobs
 from topq_dist.optim import TopQGradientOptimizer

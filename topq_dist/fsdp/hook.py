@@ -31,15 +31,8 @@ from topq_dist.exchange.whole import AllReduceWhole
 from topq_dist.fsdp import checkpoint
 from topq_dist.fsdp.capture import Capture, Reduction
 from topq_dist.fsdp.checks import check_knobs, check_model, check_parameters, check_replicate_group
-from topq_dist.fsdp.shards import (
-    ShardedModules,
-    ShardFacts,
-    ShardLayouts,
-    ShardSparsity,
-    shard_device,
-    shard_group,
-    sharded_names,
-)
+from topq_dist.fsdp.sharded import ShardedModules, shard_device, shard_group, sharded_names
+from topq_dist.fsdp.shards import ShardFacts, ShardLayouts, ShardSparsity
 from topq_dist.fsdp.torch_side import reduced_dtype
 from topq_dist.hook.parts import (
     HookParts,
@@ -64,7 +57,8 @@ class ShardedTopQState:
     are the exchange is an all-reduce, to the bits of fully_shard on a 2-D mesh (HSDP).
 
     A step in which a gradient of any rank is not finite is void: all gradients of all ranks are
-    NaN, and no residual has changed.
+    NaN, and no residual has changed. After an error in backward() the model and its hook are to be
+    made anew.
     """
 
     def __init__(
@@ -93,9 +87,10 @@ class ShardedTopQState:
         )
         with telling_of_failures(context):
             self._parts = self._make_parts(knobs, optimizer)
+            _check_order(context)
         self._ranks = connect(self._parts, knobs, context)
         _warn_of_different_replicas(self._names, context)
-        self._capture = Capture(model, self._names, replicas.size(), self._exchange)
+        self._capture = Capture(model, self._modules, self._names, replicas.size(), self._exchange)
 
     def _make_parts(self, knobs: Knobs, optimizer: Optimizer | None) -> HookParts:
         per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
@@ -233,12 +228,13 @@ class ShardedTopQState:
         self._capture.wait()
 
     def _reduces_whole(self) -> bool:
-        """Return whether the pass all-reduces gradients alone."""
-        exchange = self._ranks.exchange
-        held = self._parts.stages.compressor.residuals
+        """Return whether the pass all-reduces gradients, and nothing else is done to them."""
+        exchange, stages = self._ranks.exchange, self._parts.stages
+        held = stages.compressor.residuals
         return (
             isinstance(exchange, AllReduceWhole)
             and exchange.all_reduces_next
+            and stages.clip_norm is None
             and not any(held.holds(layout) for layout in self._layouts.known())
         )
 
@@ -330,6 +326,18 @@ def _add_to_gradient(parameter: Tensor, average: Tensor) -> None:
     if parameter.grad is not None:
         gradient = local_part(parameter.grad)
         gradient += average.to(gradient).view_as(gradient)
+
+
+def _check_order(context: CommContext) -> None:
+    """Raise ValueError unless the shards of a replica have the same place in their groups."""
+    assert context.shards is not None  # noqa: S101 - for mypy: made with them
+    place = f"{context.rank} of {context.size}"
+    places = gather_texts(place, group=context.shards, device=context.device)
+    if len(set(places)) > 1:
+        raise ValueError(
+            f"replicate_group numbers this replica differently on its shards, {places}: expected "
+            "the groups of one 2-D mesh"
+        )
 
 
 def _warn_of_different_replicas(names: Mapping[Tensor, str], context: CommContext) -> None:

@@ -19,14 +19,20 @@ _END = "_root_post_backward_final_callback"
 
 
 def sharded_modules(root: FSDPModule) -> list[FSDPModule]:
-    """Return the modules that fully_shard was applied to, `root` among them."""
-    return [one for one in cast("nn.Module", root).modules() if isinstance(one, FSDPModule)]
+    """Return the modules that fully_shard was applied to, `root` first: one for each call."""
+    found: list[FSDPModule] = [
+        one for one in cast("nn.Module", root).modules() if isinstance(one, FSDPModule)
+    ]
+    return list({id(_state(one)): one for one in reversed(found)}.values())[::-1]
 
 
 def own_parameters(module: FSDPModule) -> Iterator[Tensor]:
-    """Yield the parameters of a module that are in no fully_shard of their own."""
+    """Yield the parameters of a module that are in no fully_shard of their own.
+
+    Those of other modules that were given to the same call are among them.
+    """
     seen: set[Tensor] = set()
-    waiting: list[Any] = [module]
+    waiting: list[Any] = list(getattr(_state(module), "_modules", (module,)))
     while waiting:
         one: nn.Module = waiting.pop(0)
         for parameter in one.parameters(recurse=False):
@@ -46,6 +52,15 @@ def check_known(root: FSDPModule) -> None:
                     f"fully_shard of torch {torch.__version__} has no {name}: expected that of "
                     "torch 2.13, which the hook was made for"
                 )
+
+
+def check_is_root(root: FSDPModule) -> None:
+    """Raise RuntimeError where a model that is in use turns out to be a part of another one."""
+    if getattr(_state(root), "_is_root", None) is False:
+        raise RuntimeError(
+            f"the hook was given a {type(root).__name__}, which is part of a larger model under "
+            "fully_shard: expected the outermost one"
+        )
 
 
 def groups_of(module: FSDPModule) -> list[Any]:
@@ -127,9 +142,7 @@ def call_after_backward(root: FSDPModule, callback: Callable[[], None]) -> None:
     """
     for module in sharded_modules(root):
         state = _state(module)
-        # the modules of one call to fully_shard share a state
-        if not isinstance(getattr(state, _END), _AfterBackward):
-            setattr(state, _END, _AfterBackward(getattr(state, _END), callback))
+        setattr(state, _END, _AfterBackward(getattr(state, _END), callback))
 
 
 class _AfterBackward:
