@@ -7,12 +7,12 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from compatibility_page import ROOT, cases_of, outcome_of, rows
 from hook_cases import loss_of, small_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,26 +21,7 @@ from torch.optim import SGD, Adam, Optimizer, lr_scheduler, swa_utils
 
 from topq_dist import register_topq_hook
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "compatibility.md"
 HERE = "tests/ddp/test_compatibility.py"
-
-
-class Row(NamedTuple):
-    """A row of the page: what was tried, what came of it, and by which test."""
-
-    what: str
-    outcome: str
-    test: str
-
-
-def rows() -> list[Row]:
-    found = []
-    for line in PAGE.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if line.startswith("| ") and len(cells) == 3 and "---" not in line and cells[0] != "what":
-            found.append(Row(*cells))
-    return found
 
 
 def test_the_page_has_rows_and_each_has_its_test() -> None:
@@ -68,19 +49,11 @@ def texts_of_the_package() -> list[str]:
 
 
 def test_every_case_of_this_file_has_its_row_with_its_outcome() -> None:
-    mine = {row.what.strip("`"): row for row in rows() if HERE in row.test}
-    assert mine.keys() == OPTIMIZERS.keys() | SCHEDULERS.keys() | MODES.keys()
-
-
-def outcome_of(what: str) -> tuple[str, str]:
-    """Return whether the page says of a row of this file that it works, and the words it quotes."""
-    (row,) = [row for row in rows() if row.what.strip("`") == what and HERE in row.test]
-    kind, _, words = row.outcome.partition(": ")
-    return kind, words.strip("`")
+    assert cases_of(HERE) == OPTIMIZERS.keys() | SCHEDULERS.keys() | MODES.keys()
 
 
 def check(what: str, action: Callable[[], object]) -> None:
-    kind, words = outcome_of(what)
+    kind, words = outcome_of(what, HERE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if kind == "refused":
