@@ -344,3 +344,19 @@ def test_a_rank_alone_and_what_is_said_of_voids(
         train(model, steps, 0, 4, 8)
     assert steps.void_rounds == 2
     assert len([r for r in caplog.records if "void on every rank" in r.message]) == 1
+
+
+def watched(rank: int) -> dict[str, float]:
+    model, steps = local(rank, **STREAMED)
+    steps.observe()
+    train(model, steps, rank, 0, 24)
+    return {one.metric.name: one.value for one in steps.readings()}
+
+
+def test_who_looks_on_sees_what_waits(tmp_path: Path) -> None:
+    for seen in run_ranks(2, watched, tmp_path):
+        assert seen["topq_steps"] == 24
+        assert seen["topq_void_steps"] == 0
+        assert 0 < seen["topq_residual_ratio"] < 10
+        assert 1 <= seen["topq_oldest_unsent_steps"] <= 6  # rounds of each fragment
+        assert seen["topq_encode_seconds"] > 0

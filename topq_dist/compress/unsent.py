@@ -49,10 +49,12 @@ class _Ages:
 class UnsentWatch:
     """Follows the residuals of one rank, step by step; see the metrics residual_ratio and the like.
 
-    Not for several threads at once; `reading` may be read from any.
+    every: the norms are measured at one step in so many. Not for several threads at once; `reading`
+    may be read from any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, every: int = _EVERY_STEPS) -> None:
+        self._every = every
         self.reading = UnsentReading()
         self._steps = 0
         self._ages: dict[Layout, _Ages] = {}
@@ -63,7 +65,7 @@ class UnsentWatch:
 
     def compressed(self, update: ResidualUpdate | None) -> None:
         """Look at a vector that was compressed; its update is not yet applied."""
-        if update is None or update.gradient is None or self._steps % _EVERY_STEPS:
+        if update is None or update.gradient is None or self._steps % self._every:
             return
         of_residual, of_gradient = measure_energies(update.gradient, update.residual, update.layout)
         self._of_residual += of_residual
@@ -109,7 +111,7 @@ class UnsentWatch:
             return
         mean = sum(self._ratios) / _MEASURED_IN_A_MEAN
         grows = self._mean is not None and mean > self._mean
-        steps = _MEASURED_IN_A_MEAN * _EVERY_STEPS
+        steps = _MEASURED_IN_A_MEAN * self._every
         self._growing_steps = self._growing_steps + steps if grows else 0
         self._mean = mean
 

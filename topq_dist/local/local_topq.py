@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_VALUE_FORMAT, usual_value_format
+from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.elastic.group import WatchedGroup
 from topq_dist.elastic.membership import Membership
 from topq_dist.elastic.settings import Elastic, check_elastic
@@ -40,7 +41,8 @@ from topq_dist.local.settings import (
     check_local_exchange,
     make_settings,
 )
-from topq_dist.telemetry import Meter, Stats
+from topq_dist.telemetry.readings import Reading, joined, rank_readings
+from topq_dist.telemetry.stats import Meter, Stats
 from topq_dist.validation import check_fraction
 
 
@@ -137,6 +139,7 @@ class LocalTopQ:
                 residual_decay=residual_decay,
             )
             check_local_exchange(exchange)
+            self._asked_exchange = exchange
             self._per_node = check_exchange(exchange, ranks_per_node)
             self._model = local_model(model, optimizer)
             check_group(group, self._model.node)
@@ -211,6 +214,20 @@ class LocalTopQ:
     def stats(self) -> Stats:
         """Return this rank's totals so far; a step is an inner one, dense bytes are DDP's."""
         return self._context.meter.stats
+
+    def observe(self) -> None:
+        """Measure from the next round on what waits in the residuals; a second call does nothing.
+
+        Ages are in rounds of a parameter, and void rounds count as void steps.
+        """
+        watches = tuple(UnsentWatch(every=1) for _ in self._replica.fragments)
+        self._rounds.watches = self._rounds.watches or watches
+
+    def readings(self) -> list[Reading]:
+        """Return what this rank's metrics stand at now; from any thread."""
+        watches = self._rounds.watches
+        unsent = joined(watch.reading for watch in watches) if watches else None
+        return rank_readings(self._context.meter, unsent, self._asked_exchange)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the optimizer, and begin and receive the rounds that are due; return its loss.

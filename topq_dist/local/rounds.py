@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from topq_dist.compress.compressor import Compressed
+from topq_dist.compress.residual import ResidualUpdate
+from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.exchange.agreement import (
     ExchangeError,
     SettingsDifferError,
@@ -35,7 +37,8 @@ _log = logging.getLogger(__name__)
 class _InFlight:
     """A round under way. received_at: the step at whose end it is received.
 
-    settings, failure: this rank's, for when others have other settings or none.
+    settings, failure: this rank's, for when others have other settings or none. update: of the
+    residual, where somebody looks on.
     """
 
     begun: Round
@@ -44,6 +47,7 @@ class _InFlight:
     settings: str
     failure: Exception | None
     announcement: FrameAllGather | None
+    update: ResidualUpdate | None
 
 
 class Rounds:
@@ -67,6 +71,8 @@ class Rounds:
         self._in_flight: dict[int, _InFlight] = {}
         self._announcing = AllGatherLane()
         self.void = 0
+        # one for each fragment, once somebody looks on
+        self.watches: tuple[UnsentWatch, ...] = ()
 
     def enter(self, context: CommContext, exchange: Exchange) -> None:
         """Exchange among these ranks from now on; what is under way is as if it had never been."""
@@ -120,7 +126,14 @@ class Rounds:
             settings=settings,
             failure=failure,
             announcement=announcement,
+            update=None if compressed is None else self._watched(begun.fragment, compressed),
         )
+
+    def _watched(self, fragment: int, compressed: Compressed) -> ResidualUpdate | None:
+        if not self.watches:
+            return None
+        self.watches[fragment].compressed(compressed.update)
+        return compressed.update
 
     def _compress(self, begun: Round) -> Compressed:
         meter = self._context.meter
@@ -173,10 +186,14 @@ class Rounds:
         with labelled("average and update residuals"):
             flight.work.deliver()
             self._replica.finish(flight.begun)
+        if self.watches and flight.update is not None:
+            self.watches[flight.begun.fragment].applied([flight.update])
 
     def _void(self, begun: Round) -> None:
         self.void += 1
         self._context.meter.void_steps += 1
+        if self.watches:
+            self.watches[begun.fragment].void()
         # once: a rank whose parameters are lost says the same at every round
         level = logging.WARNING if self.void == 1 else logging.DEBUG
         _log.log(

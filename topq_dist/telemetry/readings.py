@@ -84,6 +84,18 @@ class UnsentReading:
     oldest_steps: int | None = None
 
 
+def joined(readings: Iterable[UnsentReading]) -> UnsentReading:
+    """Return what parts of a model come to that are measured apart: the most of each."""
+    parts = list(readings)
+    ratios = [one.residual_ratio for one in parts if one.residual_ratio is not None]
+    ages = [one.oldest_steps for one in parts if one.oldest_steps is not None]
+    return UnsentReading(
+        residual_ratio=max(ratios, default=None),
+        growing_steps=max((one.growing_steps for one in parts), default=0),
+        oldest_steps=max(ages, default=None),
+    )
+
+
 def rank_readings(meter: Meter, unsent: UnsentReading | None, exchange: str) -> list[Reading]:
     """Return a rank's readings; unsent: None where nobody has asked for it before."""
     stats = meter.stats
