@@ -59,6 +59,15 @@ def test_reports_are_averaged_over_a_version_and_nan_is_not_known() -> None:
     assert counters.worker("a").report.loss is None
 
 
+def test_a_mean_that_overflows_is_not_known() -> None:
+    counters = RunCounters()
+    for worker in ("a", "b"):
+        counters.take_report(worker, WorkerReport(loss=1.7e308, residual_ratio=1.0))
+    counted(counters, {"a": 0.1, "b": 0.2})
+    assert counters.points[-1].loss is None
+    assert counters.points[-1].residual_ratio == 1.0
+
+
 def test_points_are_bounded() -> None:
     counters = RunCounters()
     for _ in range(5_000):

@@ -165,4 +165,5 @@ class RunCounters:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    mean = sum(known) / len(known) if known else math.nan
+    return mean if math.isfinite(mean) else None  # of numbers near the largest, it is not
