@@ -49,7 +49,7 @@ def test_workers_report_where_somebody_looks_on(tmp_path: Path) -> None:
                 optimizer.zero_grad()
                 loss = backward(model, [batch(number, step)])
                 if number == 0:
-                    optimizer.report(loss=loss)
+                    optimizer.report(loss=loss.clone().requires_grad_())
                     optimizer.step()
                 else:
                     optimizer.step(lambda: 2.5)

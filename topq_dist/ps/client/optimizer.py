@@ -220,7 +220,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss has {loss.numel()} elements: expected one")
         if any(client.takes_report for client in self._clients):
-            self._loss = float(loss)
+            self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
