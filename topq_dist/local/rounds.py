@@ -153,6 +153,8 @@ class Rounds:
     def drop(self) -> None:
         """Forget what is under way, on every rank alike."""
         self._in_flight = {}
+        for watch in self.watches:
+            watch.void()
 
     def receive_all(self) -> None:
         """Receive every round that is under way."""
