@@ -23,9 +23,10 @@ from topq_dist.compress.coherence import total
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_Q, DEFAULT_VALUE_FORMAT
 from topq_dist.compress.layout import Layout
-from topq_dist.compress.sparsify.segments import uniform_segments
+from topq_dist.compress.planned_segments import PlannedSegments
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.momentum_choice import make_momentum
+from topq_dist.q_policies import QPolicy
 
 _MOMENTUM = 0.9
 # samples of a point of a curve
@@ -37,7 +38,7 @@ Kind = Literal["dense", "topq", "powersgd", "fp16", "local"]
 class Method:
     """A way to exchange gradients.
 
-    q, value_format, momentum, bound, adapt_rate: of the hook. rank: of PowerSGD.
+    q (a policy too), value_format, momentum, bound, adapt_rate: of the hook. rank: of PowerSGD.
     lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate goes with it,
     so that rate / (1 - momentum) stays what it is at 0.9.
     warm: (part of the steps, q in them).
@@ -47,7 +48,7 @@ class Method:
 
     name: str
     kind: Kind = "topq"
-    q: float = DEFAULT_Q
+    q: float | QPolicy = DEFAULT_Q
     value_format: str | None = DEFAULT_VALUE_FORMAT
     momentum: MomentumName = "feedback"
     bound: float | None = DEFAULT_BOUND
@@ -65,8 +66,8 @@ class Method:
     overlap: int = 0
     blend: float | None = None
 
-    def q_at(self, step: int, steps: int) -> float:
-        """Return the q of a step."""
+    def q_at(self, step: int, steps: int) -> float | QPolicy:
+        """Return the q of a step, or its policy."""
         if self.warm is not None and step < self.warm[0] * steps:
             return self.warm[1]
         return self.q
@@ -171,6 +172,8 @@ class Ranks:
         self._powersgd = None
         if method.kind == "powersgd":
             self._powersgd = PowerSgd(self._layout, method.rank, workers)
+        shapes = dict(zip(self._layout.names, self._layout.shapes, strict=True))
+        self._planned = PlannedSegments(method.q, "parameter", shapes, method.value_format)
         self._compressors: list[TopKCompressor] = []
         if method.kind == "topq":
             self._compressors = [
@@ -234,9 +237,11 @@ class Ranks:
         self._average.copy_(sum(shares[1:], shares[0]))
 
     def _exchange_frames(self, step: int) -> None:
-        q = self._method.q_at(step, self._steps)
-        numels = [parameter.numel() for parameter in self._parameters]
-        segments = uniform_segments(numels, q=q, scope="parameter")
+        planned = self._planned
+        if planned.q != (q := self._method.q_at(step, self._steps)):
+            planned.q = q
+        planned.step = step
+        segments = planned.of(self._layout.names)
         sent = sum(segment.k for segment in segments) / self._layout.numel
         compressed = []
         for flat, compressor, momentum in zip(

@@ -18,6 +18,7 @@ from topq_dist.compress.aggregate import average
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.local.replica import Replica, Round
 from topq_dist.local.settings import make_settings
+from topq_dist.validation import check_fraction
 
 
 class LocalRanks:
@@ -58,7 +59,7 @@ class LocalRanks:
                     bound=method.bound,
                     residual_decay=method.residual_decay,
                 ),
-                q=method.q,
+                q=check_fraction("q", method.q),
             )
             for mine in self._models
         ]

@@ -152,7 +152,7 @@ class TopKCompressor:
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
-        selected, segments = cut_to_need(selected, segments, vector, residual)
+        selected, segments = cut_to_need(selected, segments, vector, added)
         indices, values = selected.indices, selected.values
 
         # 3. quantize
