@@ -60,6 +60,16 @@ def _promises() -> Iterator[Promise]:
         yield Promise(
             task=f"tied-{data}", steps=200, method=_ONE_PER_CENT, fewer=None, within=200.0
         )
+    for method, steps, fewer, within in (
+        ("local, H=5", 1000, 500.0, 6.0),
+        ("local, H=5", 3000, 500.0, 2.5),
+        ("local, H=2", 1000, 150.0, 3.0),
+        ("local, H=2", 3000, 150.0, 1.0),
+    ):
+        yield Promise(task="gpt-moby", steps=steps, method=method, fewer=fewer, within=within)
+    yield Promise(
+        task="cifar10-sgd", steps=4500, method="local with momentum, H=5", fewer=500.0, within=2.0
+    )
     # not tuned on: reported as they come
     yield Promise(task="lstm-moby", steps=1000, within=None)
     yield Promise(task="recommender", steps=1000, within=None)

@@ -14,6 +14,24 @@ def _studied(q: float, beta: float) -> str:
     return f"top-Q, q={q:g}, optimizer's momentum {beta:g}"
 
 
+# of LocalTopQ: inner steps without momentum, for which feedback stands in, and a residual that
+# stays; the outer rate makes up for what Adam's division takes off each rank's own noisy steps
+_LOCAL: dict[str, Any] = {
+    "kind": "local",
+    "residual_decay": 1.0,
+    "beta": 0.0,
+    "outer_lr": 3.0,
+}
+_DILOCO: dict[str, Any] = {
+    "kind": "local",
+    "q": 0.0,
+    "value_format": "fp32",
+    "bound": None,
+    "outer_lr": 0.7,
+    "outer_momentum": 0.9,
+    "nesterov": True,
+}
+_STREAMED: dict[str, Any] = {"fragments": 2, "overlap": 1}
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
 METHODS = {
     method.name: method
@@ -51,6 +69,17 @@ METHODS = {
         ),
         Method(name="top-Q, adam", momentum="adam"),
         Method(name="top-Q, q=0.99, adam", q=0.99, momentum="adam"),
+        Method(name="local, H=5", every=5, **_LOCAL),
+        Method(name="local, H=2", every=2, **_LOCAL),
+        Method(name="local, H=5, streamed", every=5, **_LOCAL, **_STREAMED),
+        Method(
+            name="local with momentum, H=5",
+            every=5,
+            **{**_LOCAL, "beta": 0.9, "outer_lr": 1.0},
+        ),
+        *(Method(name=f"DiLoCo, H={every}", every=every, **_DILOCO) for every in (5, 30)),
+        # its authors' density, bits, decay and rates
+        Method(name="SparseLoCo, H=30", kind="local", every=30, q=1 - 1 / 64, bound=None),
     )
 }
 _MAIN = ["dense", "top-Q"]
@@ -59,6 +88,7 @@ _PEERS = ["dense, no momentum", "fp16 hook", "PowerSGD 1", "PowerSGD 4"]
 _OURS = ["top-Q, optimizer's momentum", "top-Q, corrected", "top-Q, no bound"]
 _FORMATS = [f"top-Q, q=0.99, {name}" for name in FORMATS if name != "int2"]
 _AS_IT_IS = ["top-Q, rate as it is", "top-Q, q=0.99, rate as it is"]
+_LOCAL_PEERS = ["DiLoCo, H=5", "DiLoCo, H=30", "SparseLoCo, H=30"]
 _OLD = ["top-Q, q=0.99, fp16, optimizer's momentum"]
 
 
@@ -117,6 +147,9 @@ PLAN: list[dict[str, Any]] = [
     _rows("lstm-moby", 1000, _MAIN, seeds=(1, 2)),
     _rows("recommender", 1000, _MAIN, seeds=(1, 2)),
     _rows("fashion-sgd", 1500, _MAIN),
+    _rows("gpt-moby", 1000, ["local, H=5", "local, H=2", "local, H=5, streamed", *_LOCAL_PEERS]),
+    _rows("gpt-moby", 3000, ["local, H=5", "local, H=2", *_LOCAL_PEERS]),
+    _rows("cifar10-sgd", 4500, ["local with momentum, H=5", *_LOCAL_PEERS]),
     *_long(1),
     *_long(2),
 ]

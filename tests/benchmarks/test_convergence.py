@@ -366,7 +366,9 @@ def test_tables_have_means_seeds_and_differences(page: str) -> None:
     assert _rows(_section(page, "### 1,000 steps, 4 ranks"), "top-Q")[0][3:] == [
         "1.6064", "1.6064, 1.6064, 1.6064", "+0.40 %"
     ]  # fmt: skip
-    assert "Not run: dense; top-Q; top-Q, q=0.9982." in _section(page, "### 4,500 steps, 4 ranks")
+    assert "Not run: dense; top-Q; top-Q, q=0.9982; local with momentum, H=5;" in _section(
+        page, "### 4,500 steps, 4 ranks"
+    )
     # of no plan, and older than the count of bytes
     assert _rows(_section(page, "### 7 steps, 4 ranks"), "dense")[0][1] == "not kept"
 
@@ -381,6 +383,7 @@ def test_promises_are_met_missed_or_not_run(page: str) -> None:
          "**missed** (1 seed)"],
         ["4, 4,500", "top-Q", "", "", "", "100 x, -0.5", "not run"],
         ["4, 4,500", "top-Q, q=0.9982", "", "", "", "900 x, -1", "not run"],
+        ["4, 4,500", "local with momentum, H=5", "", "", "", "500 x, -2", "not run"],
     ]  # fmt: skip
     moby = {(row[1], row[2]): row[3:] for row in _rows(shown, "gpt-moby")}
     assert moby["4, 1,000", "top-Q"][-1] == "**missed**: too many bytes"
