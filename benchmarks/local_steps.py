@@ -3,8 +3,8 @@
     sudo python benchmarks/local_steps.py
 
 Makes hosts out of network namespaces, starts one process on each of two, and trains a
-10.5 M-parameter MLP with LocalTopQ: whole periods of 15 inner steps with their rounds, and as many
-steps without any, in turn. Prints a table and writes runs/local_steps.json and a picture of the
+10.5 M-parameter MLP with LocalTopQ: periods of 15 inner steps with their rounds, and as many steps
+without any, in turn. Prints a table and writes runs/local_steps.json and a picture of the
 timelines, with --docs docs/local_timeline.png. Needs root and iproute2.
 """
 
@@ -25,7 +25,7 @@ from harness.console import integer_from, option_parser, say, write_report
 from harness.counters import busy_cores_before
 from harness.ddp_worker import PARAMETERS
 from harness.local_report import Row, draw, summarize, table
-from harness.local_worker import BATCH, EVERY, METHODS, PERIODS
+from harness.local_worker import BATCH, EVERY, METHODS
 from harness.netns import (
     DEFAULT_BURST,
     INTERFACE,
@@ -107,7 +107,6 @@ def main(argv: list[str] | None = None) -> int:
             "parameters": PARAMETERS,
             "batch": BATCH,
             "every": EVERY,
-            "periods_a_block": PERIODS,
             "hosts": WORLD_SIZE,
             "threads_a_rank": 1,
             "tbf_burst": DEFAULT_BURST,

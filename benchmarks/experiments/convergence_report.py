@@ -49,11 +49,11 @@ python benchmarks/convergence.py --report    # this page from the runs there are
   start, with SGD's rate ten times as high.
 - "local" is `LocalTopQ` after H inner steps, by its own stages
   (`benchmarks/experiments/local_ranks.py`, held to its bits on real ranks): the hook's q, format
-  and bound, a residual that does not decay; AdamW's beta1 0 and outer rate {outer_lr:g}, or SGD with
-  its momentum and outer rate {sgd_outer_lr:g}. These were chosen on the validation parts of gpt-moby
-  and cifar10-sgd, one seed. "DiLoCo" sends everything and has an outer Nesterov momentum of 0.9 at
-  rate 0.7; "SparseLoCo" sends one in 64 in two bits, keeps a residual that decays by 0.95 and has
-  outer rate 1. Their frames are ours.
+  and bound, a residual that does not decay; AdamW's beta1 0 and outer rate {outer_lr:g}, or SGD
+  with its momentum and outer rate {sgd_outer_lr:g}. These were chosen on the validation parts of
+  gpt-moby and cifar10-sgd, one seed. "DiLoCo" sends everything and has an outer Nesterov momentum
+  of 0.9 at rate 0.7; "SparseLoCo" sends one in 64 in two bits, keeps a residual that decays by
+  0.95 and has outer rate 1. Their frames are ours.
 - Quality is that of the test part, at the last step; nothing was chosen on it. The mean of three
   seeds is followed by the seeds themselves. Differences are to dense and of the seeds that both
   have: points of accuracy, per cent of loss in nats.

@@ -75,7 +75,7 @@ METHODS = {
         Method(
             name="local with momentum, H=5",
             every=5,
-            **{**_LOCAL, "beta": 0.9, "outer_lr": 1.0},
+            **{**_LOCAL, "beta": 0.9, "outer_lr": 2.0},
         ),
         *(Method(name=f"DiLoCo, H={every}", every=every, **_DILOCO) for every in (5, 30)),
         # its authors' density, bits, decay and rates

@@ -98,7 +98,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     names = ["inner steps", "the step waits for a round, or works on one", "load of the link"]
     figure.legend(handles, names, loc="lower center", ncols=3, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.045, 1, 1))
+    figure.tight_layout(rect=(0, 0.4 / (0.6 + 1.35 * len(drawn)), 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

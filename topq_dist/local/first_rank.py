@@ -10,6 +10,8 @@ from torch import Tensor
 
 from topq_dist.exchange.collectives import CommContext, member
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 class FirstRanks:
     """Tensors of any dtypes and shapes on their way from the group's first rank to all others.
@@ -20,16 +22,22 @@ class FirstRanks:
     def __init__(self, tensors: Sequence[Tensor], context: CommContext) -> None:
         self._tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
         self._context = context
-        self._payload = torch.cat([_bytes_of(one) for one in self._tensors]).to(context.device)
+        # of shards all may be empty, on all ranks that hold the same ones
+        parts = [_bytes_of(one).to(context.device) for one in self._tensors]
+        self._payload = torch.cat(parts) if parts else _NOTHING
         sender = dist.get_global_rank(context.group, 0)
-        self._work = member(
-            dist.broadcast(self._payload, sender, group=context.group, async_op=True)
-        )
+        self._work: dist.Work | None = None
+        if parts:
+            self._work = member(
+                dist.broadcast(self._payload, sender, group=context.group, async_op=True)
+            )
         sent_bytes = self._payload.numel() * (context.rank == 0)
         context.meter.add(sent_bytes=sent_bytes, wire_bytes=sent_bytes)
 
     def receive(self, commit: Callable[[], None] | None = None) -> None:
         """Wait, and write what has come into the tensors, once `commit` returns."""
+        if self._work is None:
+            return
         with self._context.meter.timed("wait_s"):
             self._work.wait()
         if commit is not None:

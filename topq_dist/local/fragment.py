@@ -61,10 +61,10 @@ class Fragment:
         # asked for anew: trainers exchange the memory behind a parameter
         return [local_part(parameter) for parameter in self._held]
 
-    def gather(self) -> Tensor:
-        """Return a copy of the parameters as one vector."""
+    def gather(self, out: Tensor | None = None) -> Tensor:
+        """Return a copy of the parameters as one vector, in `out` where that is given."""
         parameters = self._parameters()
-        flat = zeros(self.layout.numel, self._dtype, parameters[0].device)
+        flat = zeros(self.layout.numel, self._dtype, parameters[0].device) if out is None else out
         if not gather_tensors(parameters, self.layout, flat):
             for place, parameter in zip(self.layout.tensors(flat), parameters, strict=True):
                 place.copy_(parameter)
@@ -118,7 +118,7 @@ class Fragment:
             self.scatter(now.sub_(launched).add_(self.outer))
             return
         self.scatter(now.lerp_(self.outer, 1.0 - self._blend))
-        self.base = launched.lerp_(self.outer, 1.0 - self._blend)
+        self.base = torch.lerp(launched, self.outer, 1.0 - self._blend, out=self.base)
 
     def _rounded(self, flat: Tensor) -> Tensor:
         """Return what a vector is in the parameters' own dtypes, or it is taken for a change."""

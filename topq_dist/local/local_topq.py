@@ -169,7 +169,7 @@ class LocalTopQ:
             self._elastic.begin()
             return
         check_same_on_all_ranks(settings, group=group, device=self._context.device)
-        tensors = [*self._model.parameters.values(), *self._model.buffers.values()]
+        tensors = [*self._model.parameters.values(), *self._model.buffers().values()]
         # as DDP's own at its start, this is in no account
         unmetered = replace(self._context, meter=Meter())
         FirstRanks([local_part(one) for one in tensors], unmetered).receive()
@@ -258,6 +258,9 @@ class LocalTopQ:
         For the end of training, or an evaluation in between: of what is under way, and of a period
         that is not over, no rank's model has all. Afterwards parameters are the outer ones, and
         buffers the first rank's unless each keeps its own.
+
+        Raises RuntimeError, on every rank, where a change is not finite on some rank, and what
+        `step` raises.
         """
         if self._elastic is None:
             self._synchronize()
@@ -275,9 +278,15 @@ class LocalTopQ:
     def _synchronize(self) -> None:
         self._begin_resumed(self._step)
         self._rounds.receive_all()
+        void = self._rounds.void
         for fragment in range(len(self._replica.fragments)):
             self._rounds.begin(self._replica.begin(fragment), self._step, self._step)
         self._rounds.receive_all()
+        if self._rounds.void > void:
+            raise RuntimeError(
+                "ranks cannot be made equal while a change of parameters is not finite on some "
+                "rank: every rank keeps its own, and nothing is lost"
+            )
         for one in self._replica.fragments:
             one.take_up(None)
         if self._settings.buffers == "first":
@@ -302,8 +311,9 @@ class LocalTopQ:
                 self._receive_buffers()
 
     def _launch_buffers(self) -> None:
-        if self._model.buffers:
-            on_their_way = FirstRanks(list(self._model.buffers.values()), self._context)
+        buffers = self._model.buffers()
+        if buffers:
+            on_their_way = FirstRanks(list(buffers.values()), self._context)
             self._buffers = self._step + self._settings.overlap, on_their_way
 
     def _receive_buffers(self) -> None:

@@ -17,17 +17,21 @@ from topq_dist.module_names import plain_name, unwrapped
 
 
 class LocalModel(NamedTuple):
-    """Trainable parameters and buffers by name; `node` is the group that DDP trains it in."""
+    """The trainable parameters of `module` by name; `node` is the group that DDP trains it in."""
 
+    module: nn.Module
     parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
     node: ProcessGroup | None
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers by name, asked for anew: modules put others in their place."""
+        return {plain_name(name): buffer for name, buffer in self.module.named_buffers()}
 
     def text(self) -> str:
         """Return what must be the same on every rank, a line for each tensor."""
         return "\n".join(
             f"{name} {tuple(local_part(tensor).shape)} {tensor.dtype}"
-            for name, tensor in (*self.parameters.items(), *self.buffers.items())
+            for name, tensor in (*self.parameters.items(), *self.buffers().items())
         )
 
 
@@ -63,8 +67,7 @@ def local_model(model: nn.Module, optimizer: Optimizer) -> LocalModel:
             "so make a LocalTopQ for each part, with an optimizer of its own"
         )
     _check_optimizer(optimizer, module)
-    buffers = {plain_name(name): buffer for name, buffer in module.named_buffers()}
-    return LocalModel(parameters, buffers, node)
+    return LocalModel(module, parameters, node)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -46,7 +46,7 @@ def handed_from(model: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     """Return buffers by name, not copied, and the optimizer's state with text keys alone."""
     state = optimizer.state_dict()
     return {
-        "buffers": {name: buffer.detach() for name, buffer in model.buffers.items()},
+        "buffers": {name: buffer.detach() for name, buffer in model.buffers().items()},
         "optimizer": [[key, value] for key, value in state["state"].items()],
         "groups": state["param_groups"],
     }
@@ -55,7 +55,7 @@ def handed_from(model: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
 def take_handed(state: Mapping[str, Any], model: LocalModel, optimizer: Optimizer) -> None:
     """Take up what `handed_from` has returned on a peer."""
     with torch.no_grad():
-        for name, buffer in model.buffers.items():
+        for name, buffer in model.buffers().items():
             buffer.copy_(state["buffers"][name])
     groups = [
         # texts have no tuples

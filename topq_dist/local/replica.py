@@ -27,13 +27,15 @@ class Round:
     """One fragment's round on one rank.
 
     vector: (n,), the change of its parameters, or these themselves where `of_parameters`; an
-        exchange puts the ranks' mean in its place. launched: (n,), what the parameters were.
+        exchange puts the ranks' mean in its place. launched: (n,), what the parameters were. lent:
+        what these are the beginnings of, for the next round.
     """
 
     fragment: int
     vector: Tensor
     of_parameters: bool
     launched: Tensor | None = None
+    lent: tuple[Tensor, ...] = ()
 
 
 class Replica:
@@ -67,6 +69,8 @@ class Replica:
             for names in split_in_fragments(numels, settings.fragments)
         ]
         self._segments = UniformSegments()
+        # vectors that no round uses, each large enough for any fragment
+        self._spare: list[Tensor] = []
 
     def layout(self, fragment: int) -> Layout:
         """Return what a fragment's vectors are made up of."""
@@ -78,17 +82,35 @@ class Replica:
         parameters: what they were when it first began, for one that a saved run had under way.
         """
         mine = self.fragments[fragment]
-        now = mine.gather() if parameters is None else parameters.clone()
-        launched = now if self._keeps_launched else None
-        vector = now if launched is None else zeros(now.numel(), now.dtype, now.device)
+        lent = tuple(self._take() for _ in range(1 + self._keeps_launched))
+        vector, *rest = (flat[: mine.layout.numel] for flat in lent)
+        launched = rest[0] if rest else None
+        now = mine.gather(vector if launched is None else launched)
+        if parameters is not None:
+            now.copy_(parameters)
         of_parameters = self._is_lossless() and mine.can_average_parameters()
         if not of_parameters:
             mine.change_of(now, out=vector)
         elif launched is not None:
             vector.copy_(launched)
         return Round(
-            fragment=fragment, vector=vector, of_parameters=of_parameters, launched=launched
+            fragment=fragment,
+            vector=vector,
+            of_parameters=of_parameters,
+            launched=launched,
+            lent=lent,
         )
+
+    def _take(self) -> Tensor:
+        """Return a vector of any content for a round of any fragment, until it is over."""
+        if self._spare:
+            return self._spare.pop()
+        largest = max(one.layout.numel for one in self.fragments)
+        return zeros(largest, self._dtype, self.fragments[0].outer.device)
+
+    def release(self, begun: Round) -> None:
+        """Take back the vectors of a round that is over: finished, or void."""
+        self._spare += begun.lent
 
     def compress(self, begun: Round, *, parts: int = 1) -> Compressed:
         """Return the frames of the largest of decay * residual + change; change neither.
@@ -107,6 +129,7 @@ class Replica:
         mine = self.fragments[begun.fragment]
         mine.step_outer(begun.vector, of_parameters=begun.of_parameters)
         mine.take_up(begun.launched)
+        self.release(begun)
 
     def _is_lossless(self) -> bool:
         value_format = self.compressor.value_format

@@ -184,6 +184,7 @@ class Rounds:
             self._commit()
         if not finite:
             self._void(flight.begun)
+            self._replica.release(flight.begun)
             return
         with labelled("average and update residuals"):
             flight.work.deliver()

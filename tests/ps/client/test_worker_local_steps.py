@@ -239,6 +239,33 @@ def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
             assert server.coordinator.status().point.version == 2
 
 
+def test_a_loss_scale_is_taken_off_and_overflow_steps_nothing(tmp_path: Path) -> None:
+    results = []
+    for scale in (1.0, 256.0):
+        with serving(tmp_path / f"{scale:g}", AVERAGE) as server:
+            model = make_model()
+            with connect(model, str(server.address), 0) as optimizer:
+                scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+                for step in range(2 * EVERY):
+                    optimizer.zero_grad()
+                    inputs, targets = batch(0, step)
+                    loss = nn.functional.mse_loss(model(inputs), targets)
+                    torch.autograd.backward(scaler.scale(loss))
+                    scaler.step(optimizer)
+                    scaler.update()
+                results.append(values(model))
+                before = values(model)
+                if scale > 1:
+                    gradient = torch.full_like(next(model.parameters()), torch.inf)
+                    for parameter in model.parameters():
+                        parameter.grad = torch.zeros_like(parameter)
+                    next(model.parameters()).grad = gradient
+                    scaler.step(optimizer)
+                    assert torch.equal(values(model), before)
+            assert server.coordinator.status().point.version == 2
+    assert torch.equal(*results)
+
+
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     model = make_model()
     cases: list[tuple[dict[str, Any], str]] = [
