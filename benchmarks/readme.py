@@ -1,9 +1,10 @@
-"""Writes the README's tables from the figures in benchmarks/results.
+"""Writes the tables of README.md and docs/local_steps.md from the figures in benchmarks/results.
 
     python benchmarks/readme.py
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what `TABLES[NAME]` makes of the JSON files that
-the other scripts here write; `--check` only says whether the README is up to date.
+Between `<!-- NAME -->` and `<!-- end -->` stands what `TABLES[NAME]`, on the page of local steps
+`LOCAL_TABLES[NAME]`, makes of the JSON files that the other scripts here write; `--check` only says
+whether both pages are up to date.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness.netns import LINK_TITLES
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+LOCAL_STEPS = ROOT / "docs" / "local_steps.md"
 ALLGATHER, SPLIT = "topq_allgather", "topq_split"
 
 
@@ -29,20 +31,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the README's tables from the results.")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
     options = parser.parse_args()
-    before = README.read_text()
-    after = filled(before)
-    if options.check:
-        sys.exit(0 if before == after else "README.md is out of date: run benchmarks/readme.py")
-    README.write_text(after)
+    for page, tables in ((README, TABLES), (LOCAL_STEPS, LOCAL_TABLES)):
+        before = page.read_text()
+        after = filled(before, tables)
+        if options.check and before != after:
+            sys.exit(f"{page.name} is out of date: run benchmarks/readme.py")
+        if not options.check:
+            page.write_text(after)
 
 
-def filled(text: str) -> str:
-    """Return `text` with every table made anew."""
-    for name, make in TABLES.items():
+def filled(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """Return `text` with every one of these tables made anew."""
+    for name, make in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         found = re.search(pattern, text, flags=re.DOTALL)
         if found is None:
-            sys.exit(f"README.md has no <!-- {name} --> with an <!-- end --> after it")
+            sys.exit(f"no page has <!-- {name} --> with an <!-- end --> after it")
         text = text[: found.end(1)] + make() + text[found.start(2) :]
     return text
 
@@ -308,6 +312,29 @@ def ps_load() -> str:
     return markdown(heads, lines)
 
 
+def local_steps() -> str:
+    """Return what rounds add to an inner step, by method and link."""
+    rows = results("local_steps")["rows"]
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        here = {row["link"]: row for row in rows if row["method"] == method}
+        lines.append(
+            [
+                method,
+                frame_text(here[links[0]]["sent_bytes"]),
+                *(
+                    f"{here[link]['step_ms']:.0f}, {100 * here[link]['ratio'] - 100:+.1f} % "
+                    f"({100 * here[link]['lowest_ratio'] - 100:+.0f} to "
+                    f"{100 * here[link]['highest_ratio'] - 100:+.0f})"
+                    for link in links
+                ),
+            ]
+        )
+    heads = ["ms an inner step, to steps without rounds", "sent a step"]
+    return markdown(heads + [LINK_TITLES[link] for link in links], lines)
+
+
 def frame_text(count_bytes: int) -> str:
     """Return so many bytes as text."""
     return f"{count_bytes / 1e6:.0f} MB" if count_bytes >= 1e6 else f"{count_bytes / 1e3:.1f} kB"
@@ -340,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ps_load": ps_load,
     "ps_step": ps_step,
 }
+LOCAL_TABLES: dict[str, Callable[[], str]] = {"local_steps": local_steps}
 
 
 if __name__ == "__main__":

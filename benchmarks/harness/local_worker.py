@@ -20,7 +20,7 @@ from harness.counters import interface_sent_bytes
 from harness.ddp_worker import WIDTH, Job, Measurement, answer_jobs, build_model, in_group
 from topq_dist import LocalTopQ
 
-BATCH = 64
+BATCH = 128
 EVERY = 15
 _SAMPLE_S = 0.004
 _STREAMED: dict[str, Any] = {"fragments": 3, "overlap": 2}

@@ -74,6 +74,13 @@ def voids(rank: int) -> dict[str, Any]:
             steps.optimizer.state.clear()
         train(model, steps, rank, 4, 6)
         results[f"{exchange}, after"] = numbers(model)
+    with torch.no_grad():
+        wrong = next(model.parameters())
+        wrong.fill_(torch.nan if rank == 1 else 1.0)
+    before, own = kept(steps), numbers(model)
+    results["end"] = error_of(steps.synchronize)
+    results["end, nothing lost"] = same(before, kept(steps))
+    results["end, own"] = bool(torch.equal(wrong, own["0.weight"])) or rank == 1
     return results
 
 
@@ -86,6 +93,10 @@ def test_a_change_that_is_not_finite_voids_the_round_on_every_rank(tmp_path: Pat
             assert rank[f"{exchange}, void"] == 1
             assert equal(rank[f"{exchange}, after"], ranks[0][f"{exchange}, after"])
         assert all(bool(one.isfinite().all()) for one in ranks[0][f"{exchange}, after"].values())
+    for rank in ranks:
+        assert rank["end"].startswith("RuntimeError: ranks cannot be made equal")
+        assert rank["end, nothing lost"]
+        assert rank["end, own"]
 
 
 def disagree(rank: int) -> dict[str, Any]:
@@ -163,8 +174,25 @@ def normed(seed: int) -> nn.Module:
     return model
 
 
+class Counting(nn.Linear):
+    """A module that puts another tensor in its buffer's place at every step."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 5)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen = self.seen + inputs.mean().detach()
+        return super().forward(inputs)
+
+
 def buffers(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
+    counting = Counting()
+    steps = LocalTopQ(counting, inner_optimizer(counting), every=2, q=0.5)
+    train(counting, steps, rank, 0, 2)
+    results["replaced"] = counting.seen
     for rule in ("first", "own"):
         for overlap in (0, 1):
             model = normed(rank)
@@ -187,6 +215,8 @@ def buffers(rank: int) -> dict[str, Any]:
 def test_buffers_have_a_rule(tmp_path: Path) -> None:
     first, second = run_ranks(2, buffers, tmp_path)
     names = ("1.running_mean", "1.running_var", "1.num_batches_tracked", "mask")
+    assert bool(first["replaced"].any())
+    assert torch.equal(first["replaced"], second["replaced"])
     for rule in ("first", "own"):
         assert equal(first[f"{rule}, start"], second[f"{rule}, start"])
     for overlap in (0, 1):
@@ -334,6 +364,12 @@ def test_a_rank_alone_and_what_is_said_of_voids(
 ) -> None:
     model, steps = local(0, every=2, q=0.9, process_group=alone)
     train(model, steps, 0, 0, 4)
+    empty = nn.ParameterList([nn.Parameter(torch.zeros(0, 3))])
+    nothing = LocalTopQ(
+        empty, inner_optimizer(empty), every=1, q=0.9, overlap=0, process_group=alone
+    )
+    nothing.step()
+    nothing.synchronize()
     stats = steps.stats()
     assert stats.steps == 4
     assert stats.dense_bytes == 4 * 4 * sum(p.numel() for p in model.parameters())
