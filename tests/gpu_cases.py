@@ -28,11 +28,11 @@ from topq_dist.compress.codec.frame import (
 )
 from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.gpu.bounds import BoundTable
-from topq_dist.compress.gpu.frames import read_frames, slot_bytes, write_frame
+from topq_dist.compress.gpu.frames import check_frames, read_frames, slot_bytes, write_frame
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.gpu.select import DeviceSelector
 from topq_dist.compress.gpu.shape import FORMATS, FrameShape
-from topq_dist.compress.gpu.update import Compressed, finish
+from topq_dist.compress.gpu.update import DeviceSelected, finish
 from topq_dist.compress.layout import ChunkedVector
 from topq_dist.compress.sparsify.bounding import bounded
 from topq_dist.compress.sparsify.segments import Segment, Segments, SegmentSelector
@@ -131,7 +131,7 @@ def check_step(
         len(ranks), slot_bytes(shape, frame_bytes), dtype=torch.uint8, device=device
     )
     report = torch.zeros(len(ranks), dtype=torch.int64, device=device)
-    frames, compressed = [], []
+    frames, selected, kept = [], [], []
     for rank, gradient, slot in zip(ranks, gradients, slots, strict=True):
         mine = gradient.to(device, copy=True)
         found = rank.on_device.select(mine, rank.device_residual, segments)
@@ -162,23 +162,25 @@ def check_step(
         same(read.indices, frame.indices, "indices read")
         same(read.values, frame.values, "values read")
         frames.append(frame)
-        compressed.append(Compressed(mine, rank.device_residual, found, written))
+        selected.append(DeviceSelected(mine, rank.device_residual, found, shape, table))
+        kept.append(written)
     finite = all(frame.finite for frame in frames)
     with arena.borrow(device) as scratch:
-        received = read_frames(slots, shape, report, scratch)
+        heads = check_frames(slots, shape, report)
+        received = read_frames(slots, shape, heads, report, scratch)
         if bool((report != 0).any()) == finite:
             raise AssertionError(f"report {report.tolist()} of frames that are finite={finite}")
         for number, frame in enumerate(frames):
             same(received.indices[number, : frame.indices.numel()], frame.indices, "indices")
             same(received.values[number, : frame.indices.numel()], frame.values, "values")
-        for each in compressed:
-            finish(each, received, report, scratch, divisor=len(ranks))
+        for each, one in zip(selected, kept, strict=True):
+            finish(each, one, received, report, scratch, divisor=len(ranks))
     average = torch.full_like(gradients[0], torch.nan)
     if finite:
         for rank, gradient in zip(ranks, gradients, strict=True):
             rank.update(gradient)
         write_sum(frames, divisor=len(ranks), out=average)
-    for rank, each in zip(ranks, compressed, strict=True):
+    for rank, each in zip(ranks, selected, strict=True):
         same(each.gradient, average, "average")
         if rank.residual is not None and rank.device_residual is not None:
             same(rank.device_residual, rank.residual, "residual")

@@ -8,11 +8,17 @@ from gpu_cases import DTYPES, Rank, check_step, compare
 from interpreted import DEVICE
 from torch import Tensor
 
-from topq_dist.compress.gpu.frames import Written, read_frames, slot_bytes, write_frame
+from topq_dist.compress.gpu.frames import (
+    Written,
+    check_frames,
+    read_frames,
+    slot_bytes,
+    write_frame,
+)
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.gpu.select import DeviceSelection, DeviceSelector
 from topq_dist.compress.gpu.shape import FORMATS, FrameShape
-from topq_dist.compress.gpu.update import Compressed, finish
+from topq_dist.compress.gpu.update import DeviceSelected, finish
 from topq_dist.compress.sparsify.segments import Segment, Segments, uniform_segments
 from topq_dist.dtypes import accumulate_dtype
 
@@ -81,8 +87,11 @@ def test_damaged_frames_are_reported_and_change_nothing() -> None:
         report = torch.zeros(2, dtype=torch.int64, device=ON)
         bucket, kept = gradient.clone(), residual.clone()
         with arena.borrow(ON) as scratch:
-            received = read_frames(slots, SHAPE, report, scratch)
-            finish(Compressed(bucket, kept, found, mine), received, report, scratch, divisor=2)
+            received = read_frames(
+                slots, SHAPE, check_frames(slots, SHAPE, report), report, scratch
+            )
+            selected = DeviceSelected(bucket, kept, found, SHAPE, None)
+            finish(selected, mine, received, report, scratch, divisor=2)
         assert report.tolist()[0] == 0
         assert report.tolist()[1] & 8
         assert torch.equal(kept, residual)
@@ -99,8 +108,7 @@ def test_what_a_slot_says_of_its_rank_is_reported() -> None:
     slots[2] = 0
     slots[2, 12] = 1
     report = torch.zeros(3, dtype=torch.int64, device=ON)
-    with arena.borrow(ON) as scratch:
-        read_frames(slots, SHAPE, report, scratch)
+    check_frames(slots, SHAPE, report)
     assert report.tolist() == [0, 4, 2]
 
 

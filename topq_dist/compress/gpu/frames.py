@@ -125,49 +125,61 @@ def write_frame(
     return Written(rest, plan)
 
 
-def read_frames(slots: Tensor, shape: FrameShape, report: Tensor, scratch: Scratch) -> Received:
-    """Read each rank's slot, uint8 (ranks, bytes); what is wrong with one is added to `report`.
+def check_frames(slots: Tensor, shape: FrameShape, report: Tensor) -> Tensor:
+    """Read the heads of each rank's slot, uint8 (ranks, bytes), and check the frames' checksums.
 
-    report: int64 (ranks,). Nothing that a frame holds makes this read or write beside its arrays.
+    Returns what they say, int64 (ranks, 8). What is wrong with a slot, or not finite, is added to
+    `report`, int64 (ranks,): see kernels/frames.py.
     """
-    ranks, k = slots.shape[0], shape.k
-    form, stride = FORMATS[shape.value_format], slots.shape[1]
+    ranks, stride = slots.shape
+    known = torch.zeros(ranks * (_HEAD_NUMBERS + 1), dtype=torch.int64, device=slots.device)
+    heads, sums = known[: ranks * _HEAD_NUMBERS], known[ranks * _HEAD_NUMBERS :].view(torch.int32)
+    frames.read_heads[(ranks,)](
+        slots.view(torch.int32), stride // 4, heads, report, shape.numel, shape.k,
+        shape.directory_bytes, shape.low_bytes, shape.most_unary_bytes, shape.listed.numel(),
+        shape.value_bytes, shape.blocks, stride - HEAD_BYTES, FORMAT=FORMATS[shape.value_format],
+        RICE=shape.rice_bits, HEADER=shape.header_bytes, enable_fp_fusion=False,
+    )  # fmt: skip
+    _sum_up(slots.view(-1)[HEAD_BYTES:], ranks, heads[3:], stride, sums, 2)
+    frames.check_frames[(ranks,)](heads, sums, 2, report, enable_fp_fusion=False)
+    return heads.view(ranks, -1)
+
+
+def read_frames(
+    slots: Tensor, shape: FrameShape, heads: Tensor, report: Tensor, scratch: Scratch
+) -> Received:
+    """Read the frames of slots whose heads have been read; damage is added to `report`.
+
+    Nothing that a frame holds makes this read or write beside its arrays.
+    """
+    ranks, stride = slots.shape
+    k, form = shape.k, FORMATS[shape.value_format]
     numbers = scratch.take(ranks * k, decoded_dtype(shape.value_format))
     places = scratch.take(ranks * k, torch.int64)
     found = scratch.take(ranks * k, torch.int32)
-    heads = scratch.zeros(ranks * _HEAD_NUMBERS)
-    sums = scratch.zeros(ranks).view(torch.int32)
-    listed, exact = shape.listed.numel(), {"enable_fp_fusion": False}
-    frames.read_heads[(ranks,)](
-        slots.view(torch.int32), stride // 4, heads, report, shape.numel, k,
-        shape.directory_bytes, shape.low_bytes, shape.most_unary_bytes, listed, shape.value_bytes,
-        shape.blocks, stride - HEAD_BYTES, FORMAT=form, RICE=shape.rice_bits,
-        HEADER=shape.header_bytes, **exact,
-    )  # fmt: skip
+    exact = {"enable_fp_fusion": False}
     payload = slots.view(-1)[HEAD_BYTES:]
-    _sum_up(payload, ranks, heads[3:], stride, sums, 2)
     tiled = {"RICE": shape.rice_bits, "WIDE": shape.entry_words, "HEADER": shape.header_bytes}
     if shape.tiles:
         grid = (shape.tiles, ranks)
         indices.find_ones[grid](
-            payload, stride, heads, shape.numel, found, k, shape.tiles, HEAD=_HEAD_NUMBERS,
-            CHUNK=512, **tiled, **exact,
+            payload, stride, heads, report, shape.numel, found, k, shape.tiles,
+            HEAD=_HEAD_NUMBERS, CHUNK=512, **tiled, **exact,
         )  # fmt: skip
         indices.read_indices[grid](
-            payload, stride, heads, shape.numel, found, k, shape.tiles, places,
+            payload, stride, heads, report, shape.numel, found, k, shape.tiles, places,
             HEAD=_HEAD_NUMBERS, **tiled, **exact,
         )  # fmt: skip
     elif k:
         torch.arange(k, out=places[:k])
         places.view(ranks, k)[1:] = places[:k]
-    frames.check_frames[(ranks,)](heads, sums, 2, report, **exact)
     if k:
         frames.read_values[(-(-shape.blocks // _BLOCKS), ranks)](
             payload, stride, heads, report, shape.value_blocks, shape.blocks, k,
-            shape.directory_bytes, shape.low_bytes, listed, numbers, FORMAT=form,
+            shape.directory_bytes, shape.low_bytes, shape.listed.numel(), numbers, FORMAT=form,
             HEADER=shape.header_bytes, BLOCKS=_BLOCKS, **exact,
         )  # fmt: skip
-    return Received(places.view(ranks, k), numbers.view(ranks, k), heads.view(ranks, -1))
+    return Received(places.view(ranks, k), numbers.view(ranks, k), heads)
 
 
 def _find_limits(bits: Tensor, bound: tuple[BoundTable, float], kind: int) -> None:

@@ -7,37 +7,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topq_dist.compress.gpu.bounds import BoundTable
 from topq_dist.compress.gpu.frames import Received, Written
 from topq_dist.compress.gpu.kernels import update as kernels
 from topq_dist.compress.gpu.memory import Scratch
 from topq_dist.compress.gpu.select import KINDS, DeviceSelection
+from topq_dist.compress.gpu.shape import FrameShape
 from topq_dist.dtypes import FLOATS, accumulate_dtype
 
 _BLOCK = 1024
 
 
-class Compressed(NamedTuple):
-    """What a step knows of a vector between its selection and its end.
+class DeviceSelected(NamedTuple):
+    """A vector of which the largest have been selected, and what its frame will be like.
 
     gradient, residual: what was selected from, unchanged; no residual without error feedback.
+    bound: the table of the segments, and what they are clipped to; see write_frame.
     """
 
     gradient: Tensor
     residual: Tensor | None
     selection: DeviceSelection
-    written: Written
+    shape: FrameShape
+    bound: tuple[BoundTable, float] | None
 
 
 def finish(
-    compressed: Compressed, received: Received, report: Tensor, scratch: Scratch, *, divisor: int
+    selected: DeviceSelected,
+    written: Written,
+    received: Received,
+    report: Tensor,
+    scratch: Scratch,
+    *,
+    divisor: int,
 ) -> None:
     """Update the residual, and make the gradient the mean of the frames, added in rank order.
 
     What the residual takes up and the mean are those of Residuals.apply and write_sum, to the bit.
-    Where any rank has reported anything the residual stays as it is, and the gradient becomes NaN;
-    it must not be read elsewhere until this has run.
+    Where any rank has reported anything the residual stays as it is, and the gradient becomes NaN.
     """
-    gradient, residual = compressed.gradient, compressed.residual
+    gradient, residual = selected.gradient, selected.residual
     dtype, numel = gradient.dtype, gradient.numel()
     kind, signed = KINDS[dtype], FLOATS[dtype].signed
     bits = gradient.detach().view(signed)
@@ -57,9 +66,9 @@ def finish(
     )  # fmt: skip
     k = received.indices.shape[1]
     some = (-(-k // _BLOCK),)
-    if k and residual is not None and compressed.written.rest is not None:
+    if k and residual is not None and written.rest is not None:
         kernels.keep_rest[some](
-            kept, compressed.selection.indices, compressed.written.rest, compressed.written.plan,
+            kept, selected.selection.indices, written.rest, written.plan,
             k, report, ranks, **everywhere,
         )  # fmt: skip
     if k:

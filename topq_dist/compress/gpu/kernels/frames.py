@@ -11,7 +11,7 @@ report  int64 (ranks,), zero when a step begins: its bits, of all frames of the 
 import triton
 import triton.language as tl
 
-from topq_dist.compress.gpu.kernels.indices import low_byte
+from topq_dist.compress.gpu.kernels.indices import DAMAGED, low_byte
 from topq_dist.compress.gpu.kernels.values import (
     V_BF16,
     V_FP16,
@@ -37,7 +37,6 @@ SEGMENTED = tl.constexpr(2)
 NOT_FINITE = tl.constexpr(1)
 FAILED = tl.constexpr(2)
 DIFFERS = tl.constexpr(4)
-DAMAGED = tl.constexpr(8)
 
 
 @triton.jit

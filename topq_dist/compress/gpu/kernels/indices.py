@@ -9,6 +9,8 @@ import triton.language as tl
 
 # indices of a tile
 TILE = tl.constexpr(256)
+# of a report
+DAMAGED = tl.constexpr(8)
 
 
 @triton.jit
@@ -87,12 +89,12 @@ def low_byte(indices, k, at, mask, RICE: tl.constexpr):
 
 @triton.jit
 def find_ones(
-    frames, stride, heads, numel, found, k, tiles, RICE: tl.constexpr, WIDE: tl.constexpr,
+    frames, stride, heads, report, numel, found, k, tiles, RICE: tl.constexpr, WIDE: tl.constexpr,
     HEADER: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write where in its tile's codes the one of each index is, to `found`, int32 (frames, k).
 
-    A tile that does not hold as many as it has indices marks its frame in `heads` as damaged.
+    A frame with a tile that does not hold as many as it has indices is reported as damaged.
     """
     tile = tl.program_id(0)
     frame = tl.program_id(1).to(tl.int64)
@@ -119,7 +121,7 @@ def find_ones(
             known = (bit == 1) & (number <= expected)
             tl.store(found + frame * k + first + number - 1, (at - begin).to(tl.int32), mask=known)
             count += tl.sum(bit, 0)
-        tl.atomic_or(head + 2, 1, mask=count != expected)
+        tl.atomic_or(report + frame, DAMAGED, mask=count != expected)
 
 
 @triton.jit
@@ -134,8 +136,8 @@ def entry_at(directory, number, WIDE: tl.constexpr):
 
 @triton.jit
 def read_indices(
-    frames, stride, heads, numel, found, k, tiles, indices, RICE: tl.constexpr, WIDE: tl.constexpr,
-    HEADER: tl.constexpr, HEAD: tl.constexpr,
+    frames, stride, heads, report, numel, found, k, tiles, indices, RICE: tl.constexpr,
+    WIDE: tl.constexpr, HEADER: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """Write the indices of each frame, int64 (frames, k)."""
     tile = tl.program_id(0)
@@ -172,5 +174,5 @@ def read_indices(
         if first + TILE < held:
             following = entry_at(row + HEADER, tile * 2 + 3, WIDE)
         wrong = (last >= numel) | (following != last + 1) | ((tile == 0) & (base != 0))
-        tl.atomic_or(head + 2, 1, mask=wrong)
+        tl.atomic_or(report + frame, DAMAGED, mask=wrong)
         tl.store(indices + frame * k + at, index, mask=mask)
