@@ -15,6 +15,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from triton import language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
@@ -35,18 +36,20 @@ class Launch(NamedTuple):
 
 
 LAUNCHES: list[Launch] = []
+# where it is set, launches are noted and nothing is run
+DRY = [False]
 _patch_lang = interpreter._patch_lang
 
 
 def _patched_once(function: Any) -> Any:
-    """Prepare the language for a function, unless a kernel that calls it has done so already.
+    """Prepare the language for a function, once and for good: nothing is compiled in this process.
 
-    The interpreter does it for every call of a function within a kernel, which takes most of its
-    time.
+    The interpreter does and undoes it for every launch, and for every call of a function within a
+    kernel, which takes most of its time.
     """
     languages = [one for one in (tl, tl.core) if one in function.__globals__.values()]
     if any(tl.core.is_builtin(language.load) for language in languages):
-        return _patch_lang(function)
+        _patch_lang(function)
     return interpreter._LangPatchScope()
 
 
@@ -55,7 +58,10 @@ def _noted_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any
     types = {name: mangle_type(one) for name, one in zip(self.arg_names, args, strict=False)}
     warps = options.get("num_warps", 4)
     LAUNCHES.append(Launch(self.fn.__module__, self.__name__, grid, types, constants, warps))
-    return _run(self, *args, grid=grid, warmup=warmup, **options)
+    if DRY[0]:
+        return None
+    with _disable_current_modes():
+        return _run(self, *args, grid=grid, warmup=warmup, **options)
 
 
 _execute = interpreter.GridExecutor.__call__

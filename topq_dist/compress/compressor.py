@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ from topq_dist.dtypes import (
 from topq_dist.sparsity import at_least_one
 from topq_dist.validation import check_fraction
 
+if TYPE_CHECKING:
+    from topq_dist.compress.gpu.update import DeviceSelected
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
@@ -55,6 +59,7 @@ class Compressed:
     vector: what was compressed, where it is finite and one chunk.
     coherence: of the vector with its residual, where it has been measured.
     encode_s: seconds in quantizing and encoding.
+    on_device: what has been selected, where the frame is made on the device; see DeviceCompressor.
     """
 
     frames: list[Tensor]
@@ -63,6 +68,7 @@ class Compressed:
     vector: Tensor | None = None
     coherence: Coherence = NO_COHERENCE
     encode_s: float = 0.0
+    on_device: DeviceSelected | None = None
 
 
 class TopKCompressor:

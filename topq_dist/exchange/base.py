@@ -59,6 +59,9 @@ class Exchange(ABC):
     def prepare(self, bucket: Tensor) -> None:  # noqa: B027 - most leave it as it is
         """Get a bucket ready to be compressed; on every rank alike."""
 
+    def check_takes_unused(self) -> None:  # noqa: B027 - most do
+        """Raise ValueError where what is selected may not differ from rank to rank."""
+
     @abstractmethod
     def launch(
         self,

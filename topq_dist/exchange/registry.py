@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal, assert_never, get_args
+from typing import Literal, NamedTuple, assert_never, get_args
 
 from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.exchange.allgather import AllGather
@@ -14,6 +14,13 @@ from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.dense import Dense
 from topq_dist.exchange.hierarchical import Hierarchical
 from topq_dist.exchange.split_reduce import SplitReduce
+
+
+class DeviceOptions(NamedTuple):
+    """How frames are exchanged on the device; see DeviceAllGather."""
+
+    late: bool
+
 
 ExchangeName = Literal["auto", "allgather", "split", "hierarchical", "dense"]
 
@@ -45,9 +52,25 @@ def check_ranks(per_node: int, size: int) -> None:
 
 
 def make_exchange(
-    name: ExchangeName, context: CommContext, compressor: TopKCompressor, per_node: int
+    name: ExchangeName,
+    context: CommContext,
+    compressor: TopKCompressor,
+    per_node: int,
+    *,
+    on_device: DeviceOptions | None = None,
 ) -> Exchange:
-    """Return the exchange of this name; "hierarchical" makes process groups, a collective."""
+    """Return the exchange of this name; "hierarchical" makes process groups, a collective.
+
+    on_device: have the frames of "allgather" stay on the device of `context`.
+    """
+    if name == "allgather" and on_device is not None:
+        # imports triton, which not every machine has
+        from topq_dist.compress.device_compressor import DeviceCompressor
+        from topq_dist.exchange.device_gather import DeviceAllGather
+
+        return DeviceAllGather(
+            context, DeviceCompressor(compressor, context.device), late=on_device.late
+        )
     if name == "allgather":
         return AllGather(context, compressor)
     if name == "split":

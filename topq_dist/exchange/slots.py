@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import peek_header
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.exchange.agreement import ExchangeError, SettingsDifferError
 
@@ -95,11 +96,21 @@ def pack(
     tailed: whether a frame of this rank, this one or another, does not fit its slot.
     """
     length = 0 if frame is None else frame.numel()
-    fields = _HEAD.pack(length, settings_digest, frame is None, tailed, *coherence)
-    row[: _HEAD.size] = torch.frombuffer(bytearray(fields), dtype=torch.uint8)
+    write_head(row, Head(length, settings_digest, frame is None, tailed, coherence))
     if frame is not None:
         held = frame[: row.numel() - _HEAD.size]
         row[_HEAD.size : _HEAD.size + held.numel()] = held
+
+
+def write_head(row: Tensor, head: Head) -> None:
+    """Write a slot's head."""
+    fields = _HEAD.pack(*head[:4], *head.coherence)
+    row[: _HEAD.size] = torch.frombuffer(bytearray(fields), dtype=torch.uint8)
+
+
+def is_finite(row: Tensor) -> bool:
+    """Return whether the frame in a slot, of which the header must be there, says so."""
+    return peek_header(row[_HEAD.size :]).finite
 
 
 def unpack(row: Tensor) -> Head:

@@ -41,6 +41,10 @@ class FeedbackMomentum(SwitchedMomentum):
         self._sent_fraction = 1.0
         self._measures = False
 
+    @property
+    def needs_coherence(self) -> bool:  # type: ignore[override]
+        return self._adapts_rate
+
     def settings(self) -> str:
         # the rate follows from the mean, so that ranks must have the same
         mean = f" coherence={self._mean.state()}" if self._adapts_rate else ""

@@ -48,7 +48,8 @@ class LossScaleWatch:
     def saw(self, flat: Tensor, layout: Layout, parameters: Sequence[Tensor]) -> None:
         """Take note of a bucket's average, after which an optimizer may step."""
         self._passes += 1
-        if self._passes > _FIRST_STEPS and self._passes % _LOOKED_AT_STEPS:
+        if self._passes > _FIRST_STEPS and (flat.is_cuda or self._passes % _LOOKED_AT_STEPS):
+            # on a device every look is a wait
             self._parameter = None
             return
         if layout is not self._layout:

@@ -33,6 +33,8 @@ class Momentum:
     """
 
     name: ClassVar[MomentumName] = "optimizer"
+    # whether `end_step` goes by the sum of what all ranks have measured
+    needs_coherence = False
 
     def __init__(self, names: Mapping[Tensor, str], residuals: Residuals) -> None:
         self._names = names

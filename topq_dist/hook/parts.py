@@ -5,25 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.gpu import engine
+from topq_dist.compress.gpu.shape import FORMATS
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.exchange.base import Exchange
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.dense import Dense
-from topq_dist.exchange.registry import ExchangeName, check_ranks, make_exchange
+from topq_dist.exchange.registry import DeviceOptions, ExchangeName, check_ranks, make_exchange
 from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
 from topq_dist.exchange.whole import AllReduceWhole
 from topq_dist.hook.loss_scale import LossScaleWatch, check_grad_scaler
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.momentum_choice import advise, check_momentum, make_momentum
 from topq_dist.hook.pipeline import Pipeline
-from topq_dist.hook.sparsity_policy import SparsityPolicy
+from topq_dist.hook.sparsity_policy import PlannedSparsity, SparsityPolicy
 from topq_dist.hook.stages import Layouts, ModelFacts, Stages
-from topq_dist.q_policies import QPolicy
+from topq_dist.q_policies import QByLoss, QPolicy
 from topq_dist.validation import check_positive
 
 
@@ -152,10 +155,19 @@ def connect(
     dense_steps = 0 if before is None else before.exchange.dense_steps
     asked = f"exchange={knobs.exchange} ranks_per_node={parts.per_node}"
     done = f"chosen={chosen} dense_steps={dense_steps}"
+    on_device = _on_device(parts, knobs, context)
+    if on_device is not None:
+        done += f" {on_device}"
     settings = "\n".join([asked, done, parts.stages.settings(), *model])
     check_same_on_all_shards(settings, context)
     # only now: ranks that disagree would make groups that the others do not know of
-    exchange = make_exchange(knobs.exchange, context, parts.stages.compressor, parts.per_node)
+    exchange = make_exchange(
+        knobs.exchange,
+        context,
+        parts.stages.compressor,
+        parts.per_node,
+        on_device=on_device,
+    )
     if context.shards is not None:
         dense = Dense(context, parts.stages.compressor, leaves_sums=True)
         exchange = AllReduceWhole(
@@ -170,6 +182,31 @@ def connect(
     elif exchange.can_choose(chosen):
         exchange.resume(chosen, dense_steps)
     return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
+
+
+def _on_device(parts: HookParts, knobs: Knobs, context: CommContext) -> DeviceOptions | None:
+    """Return how frames are exchanged on the device, None where they go through the host.
+
+    They do where something of a step is the host's: parameters that may be unused, momentum before
+    the selection, rows of parameters, a q by the loss, values in a format that no kernel writes.
+    """
+    stages = parts.stages
+    value_format = stages.compressor.value_format
+    if (
+        knobs.exchange != "allgather"
+        or context.shards is not None
+        or not isinstance(stages.sparsity, PlannedSparsity)
+        or isinstance(stages.sparsity.q, QByLoss)
+        or parts.method not in ("feedback", "optimizer")
+        or stages.model.may_be_unused
+        or stages.compressor.residual_decay != 1.0
+        or not (value_format is None or value_format in FORMATS)
+        or not engine.runs_on(context.device)
+    ):
+        return None
+    # a coherence is the host's, which looks at every rank's before the step is over
+    waits = dist.get_backend(context.group) == "gloo" or stages.momentum.needs_coherence
+    return DeviceOptions(late=not waits)
 
 
 def agree_on_loaded(loaded: object, context: CommContext) -> None:

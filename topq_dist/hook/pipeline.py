@@ -88,7 +88,7 @@ class Pipeline:
         """
         if first:
             self._begin()
-        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, Future())
+        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, _future(flat))
         for out_of_rows in bucket.out_of_rows:
             out_of_rows.to_rows(flat)
         if self._stages.grad_scaler is not None:
@@ -114,7 +114,9 @@ class Pipeline:
         if self.watch is not None:
             self.watch.void()
         self._failure = None
-        self._exchange.begin_step()
+        with self._telling_of_errors():
+            # of the last step, of which every rank may hear only now
+            self._exchange.begin_step()
         if self._stages.grad_scaler is not None:
             self._scale = self._stages.grad_scaler.get_scale()
         try:
@@ -168,6 +170,7 @@ class Pipeline:
             with meter.timed("select_s"), labelled("select and encode"):
                 segments = self._stages.sparsity.segments(bucket.parameters)
                 if self._stages.model.may_be_unused:
+                    self._exchange.check_takes_unused()
                     segments = _of_used(Segments.of(segments), bucket.flat)
                 compressed = self._stages.momentum.compress(
                     self._exchange.compressor,
@@ -267,6 +270,11 @@ class Pipeline:
             raise
         except ExchangeError as error:
             raise self._failure or error from None
+
+
+def _future(flat: Tensor) -> Future[Tensor]:
+    # which lets whoever waits for it go on in the device's own order
+    return Future(devices=[flat.device]) if flat.is_cuda else Future()
 
 
 def _clip(buckets: Sequence[Bucket], clip_norm: float, context: CommContext) -> None:

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from topq_dist.compress.codec.frame import encode_frame
+from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.layout import ChunkedVector
-from topq_dist.compress.sparsify.segments import Segment, Segments, SegmentSelector
+from topq_dist.compress.sparsify.bounding import bounded
+from topq_dist.compress.sparsify.segments import SegmentSelector, uniform_segments
 
 if TYPE_CHECKING:
     from topq_dist.compress.gpu.select import DeviceSelector
@@ -74,20 +77,51 @@ def _works_on(device: torch.device) -> bool:
 
 
 def _try_out(device: torch.device) -> None:
-    """Raise unless the kernels compile for a device, and select there what the CPU does."""
+    """Raise unless the kernels compile for a device, and steps there give the CPU's bits."""
+    from topq_dist.compress.gpu.bounds import BoundTable
+    from topq_dist.compress.gpu.frames import check_frames, read_frames, slot_bytes, write_frame
+    from topq_dist.compress.gpu.shape import FrameShape
+    from topq_dist.compress.gpu.update import DeviceSelected, finish
+
+    segments = uniform_segments([20_000, 3, 9_000], q=0.98, scope="parameter")
+    numel, ks = 29_003, segments.table[:, 3]
     generator = torch.Generator().manual_seed(0)
-    numels, ks = (20_000, 3, 9_000), (200, 1, 500)
-    starts = (0, 20_000, 20_003)
-    segments = Segments(
-        Segment(start=start, rows=1, row_numel=numel, k=k)
-        for start, numel, k in zip(starts, numels, ks, strict=True)
-    )
-    on_cpu, on_device = SegmentSelector(), make_selector(Arena())
-    residual = torch.randn(sum(numels), generator=generator)
+    residual = torch.randn(numel, generator=generator)
+    arena, on_cpu, kept = Arena(), SegmentSelector(), residual.to(device, copy=True)
+    on_device = make_selector(arena)
+    shape = FrameShape(numel=numel, ks=ks, value_format="int2", device=device)
+    bound = BoundTable(segments, device), 1.0
+    slots = torch.zeros(1, slot_bytes(shape), dtype=torch.uint8, device=device)
+    nothing = torch.zeros(2, dtype=torch.float64, device=device)
     for _ in range(3):
-        gradient = torch.randn(sum(numels), generator=generator)
+        gradient = torch.randn(numel, generator=generator)
         wanted = on_cpu.select(ChunkedVector([gradient]), residual, segments)
-        found = on_device.select(gradient.to(device), residual.to(device), segments)
-        same = torch.equal(found.indices.cpu(), wanted.indices)
-        if not same or not torch.equal(found.values.cpu(), wanted.values):
-            raise RuntimeError("what it selects is not what the CPU does")
+        quantized = quantize(bounded(wanted.values, segments, 1.0), "int2", segment_ks=ks)
+        residual += gradient
+        residual[wanted.indices] = torch.from_numpy(quantized.error(wanted.values))
+        frame = encode_frame(numel, wanted.indices, quantized, in_tiles=True)
+        mean = torch.zeros(numel)
+        mean[wanted.indices] = quantized.decoded
+
+        bucket = gradient.to(device, copy=True)
+        report = torch.zeros(1, dtype=torch.int64, device=device)
+        found = on_device.select(bucket, kept, segments)
+        selected = DeviceSelected(bucket, kept, found, shape, bound)
+        with arena.borrow(device) as scratch:
+            written = write_frame(
+                found, shape, bound, slots[0], scratch, has_residual=True, settings_digest=0,
+                coherence=nothing,
+            )  # fmt: skip
+        with arena.borrow(device) as scratch:
+            received = read_frames(
+                slots, shape, check_frames(slots, shape, report), report, scratch
+            )
+            finish(selected, written, received, report, scratch, divisor=1)
+        same = {
+            "frames": torch.equal(slots[0, 32 : 32 + frame.numel()].cpu(), frame),
+            "residuals": torch.equal(kept.cpu(), residual),
+            "averages": torch.equal(bucket.cpu(), mean),
+        }
+        if not all(same.values()):
+            wrong = ", ".join(name for name, is_same in same.items() if not is_same)
+            raise RuntimeError(f"its {wrong} are not those of the CPU")

@@ -24,7 +24,7 @@ from topq_dist.dtypes import FLOATS, key_of
 BLOCK = 2048
 CHUNK = 512
 # a threshold is worth having that lets through no more than this
-_MOST_OF_K, _MOST_BESIDE = 3, 1024
+_MOST_OF_K, _MOST_BESIDE = 3, 256
 _FIRST_SLACK = 0.03
 # above every key
 _NO_THRESHOLD = (1 << 63) - 1

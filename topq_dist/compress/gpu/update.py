@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,7 @@ def finish(
         kernels.round_total[whole](bits, total, report, ranks, numel, KIND=kind, **everywhere)
 
 
+@cache
 def _not_a_number(dtype: torch.dtype) -> int:
     nan = torch.full((1,), torch.nan, dtype=dtype)
     return int(nan.view(FLOATS[dtype].signed))
