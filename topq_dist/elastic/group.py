@@ -105,6 +105,10 @@ class WatchedGroup(dist.ProcessGroup):
     def alltoall_base(self, *arguments: Any, **named: Any) -> Any:
         return self._launch(self._gloo.alltoall_base, arguments, named)
 
+    def all_to_all_single(self, *arguments: Any, **named: Any) -> Any:
+        # what newer versions of torch call it
+        return self.alltoall_base(*arguments, **named)
+
     def _launch(
         self, collective: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> WatchedWork:

@@ -94,6 +94,11 @@ class Membership:
         """Whether this process has been in the run, and what it holds is the run's."""
         return self._has_state
 
+    @property
+    def has_left(self) -> bool:
+        """Whether `close` has been called."""
+        return self._left
+
     def check(self) -> None:
         """Raise MemberLostError once the epoch is over, ConnectionError where the store is lost."""
         if (

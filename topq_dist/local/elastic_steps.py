@@ -76,8 +76,11 @@ class ElasticSteps:
     def run(self, exchange: Callable[[], None]) -> bool:
         """Exchange, and return whether it went through; go over to the next epoch where one ends.
 
-        What has not gone through by then is void on every rank, or not on any.
+        What has not gone through by then is void on every rank, or not on any. Raises RuntimeError
+        after `close`.
         """
+        if self.membership.has_left:
+            raise RuntimeError("this process has left the run: expected no exchange after close")
         try:
             exchange()
         except MemberLostError as error:
