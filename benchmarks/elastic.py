@@ -1,11 +1,12 @@
-"""Ranks that are killed, one after the other, at random moments of a run of local steps.
+"""Ranks that are killed, one after the other, at random moments of a run.
 
     python benchmarks/elastic.py --kills 30
 
-Three local ranks train with LocalTopQ(elastic=...). Again and again one that is drawn is killed by
-SIGKILL at a moment that is drawn; the others must have a round that counts without it within 30 s,
-and it is started anew. Compared are digests of the outer parameters after every inner step of every
-process, the killed ones' included, and all of the model at the end. Prints a table and writes
+Three ranks, or two nodes of two, train with LocalTopQ(elastic=...) or with the hook of
+DistributedDataParallel. Again and again one that is drawn is killed by SIGKILL at a moment that is
+drawn; the others must have an exchange that counts without it within 30 s, and it is started anew.
+Compared are digests of the parameters (the outer ones of LocalTopQ) after every step of every
+process, the killed ones' included, and of the model at the end. Prints a table and writes
 runs/elastic.json; ends with 1 where a rank had other parameters than its peers, or took too long.
 """
 
@@ -24,8 +25,15 @@ from harness.elastic_run import ElasticRun, Kill, random_kills
 LEASE_S = 10.0
 WITHIN_S = 30.0
 CASES: dict[str, dict[str, Any]] = {
-    "all-gather": {},
-    "streamed": {"every": 4, "fragments": 2, "overlap": 2},
+    "local": {},
+    "local, streamed": {"every": 4, "fragments": 2, "overlap": 2},
+    "hook": {"kind": "hook"},
+    "hook, nodes": {
+        "kind": "hook",
+        "ranks": 4,
+        "exchange": "hierarchical",
+        "ranks_per_node": 2,
+    },
 }
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from topq_dist.ddp import hook as ddp_hook
 from topq_dist.ddp.hook import TopQState
+from topq_dist.elastic.settings import Elastic
 from topq_dist.hook.parts import KnobOptions
 from topq_dist.module_names import unwrapped
 
@@ -25,6 +26,7 @@ def register_topq_hook(
     optimizer: Optimizer | None = None,
     *,
     replicate_group: None = None,
+    elastic: bool | Elastic = False,
     **knobs: Unpack[KnobOptions],
 ) -> TopQState: ...
 
@@ -44,6 +46,7 @@ def register_topq_hook(
     optimizer: Optimizer | None = None,
     *,
     replicate_group: dist.ProcessGroup | None = None,
+    elastic: bool | Elastic = False,
     **knobs: Unpack[KnobOptions],
 ) -> TopQState | ShardedTopQState:
     """Make a model exchange only the top-Q part of its gradients, and return the hook's state.
@@ -63,6 +66,11 @@ def register_topq_hook(
     """
     model = unwrapped(ddp_model) if isinstance(ddp_model, nn.Module) else ddp_model
     if _is_sharded(model):
+        if elastic is not False:
+            raise ValueError(
+                f"elastic={elastic!r} with a model under fully_shard: expected False, since with a "
+                "rank its shards are lost"
+            )
         # it brings along what only its users have imported
         from topq_dist.fsdp.hook import register
 
@@ -71,7 +79,7 @@ def register_topq_hook(
         raise ValueError(
             f"replicate_group with a {type(model).__name__}: expected a model under fully_shard"
         )
-    return ddp_hook.register_topq_hook(ddp_model, optimizer, **knobs)
+    return ddp_hook.register_topq_hook(ddp_model, optimizer, elastic=elastic, **knobs)
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import Elastic, LocalTopQ
+from topq_dist import Elastic, LocalTopQ, register_topq_hook
 from topq_dist.elastic.store import serve
 
 WIDTH = 48
@@ -29,7 +30,7 @@ class Line(NamedTuple):
 
     at_s: float
     step: int
-    outer: str
+    exchanged: str
     members: str
 
 
@@ -48,39 +49,84 @@ def model_of(seed: int) -> nn.Module:
     )
 
 
-def train(folder: Path, elastic: Elastic, pause_s: float, options: dict[str, Any]) -> None:
+class LocalRank:
+    """A rank with LocalTopQ."""
+
+    def __init__(self, elastic: Elastic, options: dict[str, Any]) -> None:
+        self.model = model_of(int(elastic.name))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.state = LocalTopQ(self.model, self.optimizer, elastic=elastic, **options)
+        self.step = self.state.step
+        self.end = self.state.synchronize
+
+    def exchanged(self) -> dict[str, torch.Tensor]:
+        """Return what is alike on all ranks after every step: the outer parameters."""
+        outer: dict[str, torch.Tensor] = self.state.state_dict()["outer"]
+        return outer
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return what is alike on all ranks at the end."""
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+class HookRank:
+    """A rank with the hook of DistributedDataParallel; buffers are each rank's own."""
+
+    def __init__(self, elastic: Elastic, options: dict[str, Any]) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        module = model_of(int(elastic.name))
+        self.model = DistributedDataParallel(module)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+        self.state = register_topq_hook(self.model, self.optimizer, elastic=elastic, **options)
+        self.step = self.optimizer.step
+
+    def exchanged(self) -> dict[str, torch.Tensor]:
+        """Return what is alike on all ranks after every step: the parameters."""
+        return {name: one.detach().clone() for name, one in self.model.module.named_parameters()}
+
+    whole = exchanged
+
+    def end(self) -> None:
+        """Do nothing: ranks are alike."""
+
+
+KINDS: dict[str, type[LocalRank | HookRank]] = {"local": LocalRank, "hook": HookRank}
+_USUAL: dict[str, dict[str, Any]] = {
+    "local": {"every": 2, "q": 0.9},
+    "hook": {"exchange": "allgather", "q": 0.9},
+}
+
+
+def train(folder: Path, kind: str, elastic: Elastic, pause_s: float, options: Any) -> None:
     """Train until the folder says at which step to stop, with a line after each step."""
     torch.set_num_threads(1)
-    number = int(elastic.name)
-    model = model_of(number)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    steps = LocalTopQ(model, optimizer, elastic=elastic, **options)
-    stop = folder / "stop"
+    rank = KINDS[kind](elastic, _USUAL[kind] | options)
+    state, stop = rank.state, folder / "stop"
     with (folder / f"{elastic.name}.{os.getpid()}.lines").open("w") as lines:
-        _write(lines, steps)
-        while not (stop.exists() and steps.inner_steps >= int(stop.read_text())):
-            torch.manual_seed(1000 * steps.inner_steps + number)
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(model(torch.randn(8, WIDTH)), torch.randn(8, 4))
+        _write(lines, rank)
+        while not (stop.exists() and state.steps_taken >= int(stop.read_text())):
+            torch.manual_seed(1000 * state.steps_taken + int(elastic.name))
+            rank.optimizer.zero_grad()
+            loss = nn.functional.mse_loss(rank.model(torch.randn(8, WIDTH)), torch.randn(8, 4))
             loss.backward()  # type: ignore[no-untyped-call]
             time.sleep(pause_s)
-            steps.step()
-            _write(lines, steps)
-    steps.synchronize()
-    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lost = [one.member for one in steps.lost_residuals]
-    torch.save({"model": whole, "lost": lost}, folder / f"{elastic.name}.end")
-    steps.close()
+            rank.step()
+            _write(lines, rank)
+    rank.end()
+    lost = [one.member for one in state.lost_residuals]
+    torch.save({"model": rank.whole(), "lost": lost}, folder / f"{elastic.name}.end")
+    state.close()
     # in Python's shutdown torch's gloo threads abort one process in a hundred
     os._exit(0)
 
 
-def _write(lines: Any, steps: LocalTopQ) -> None:
-    outer = hashlib.sha256()
-    for tensor in steps.state_dict()["outer"].values():
-        outer.update(tensor.numpy().tobytes())
-    members = "-".join(steps.members)
-    lines.write(f"{time.time()} {steps.inner_steps} {outer.hexdigest()[:16]} {members}\n")
+def _write(lines: Any, rank: LocalRank | HookRank) -> None:
+    digest = hashlib.sha256()
+    for tensor in rank.exchanged().values():
+        digest.update(tensor.numpy().tobytes())
+    state = rank.state
+    members = "-".join(state.members)
+    lines.write(f"{time.time()} {state.steps_taken} {digest.hexdigest()[:16]} {members}\n")
     lines.flush()
 
 
@@ -91,6 +137,7 @@ class ElasticRun:
         self,
         folder: Path,
         *,
+        kind: str = "local",
         ranks: int = 3,
         lease_s: float = 5.0,
         pause_s: float = 0.01,
@@ -104,7 +151,8 @@ class ElasticRun:
         self._ranks = ranks
         self._pause_s = pause_s
         self._per_node = int(options.get("ranks_per_node", 1))
-        self._options: dict[str, Any] = {"every": 2, "q": 0.9} | options
+        self._kind = kind
+        self._options = options
         self.names = [str(rank) for rank in range(ranks)]
         self._processes: dict[str, BaseProcess] = {name: self._started(name) for name in self.names}
 
@@ -115,7 +163,7 @@ class ElasticRun:
             ranks=self._ranks,
             lease_s=self._lease_s,
         )
-        arguments = (self.folder, elastic, self._pause_s, self._options)
+        arguments = (self.folder, self._kind, elastic, self._pause_s, self._options)
         process: BaseProcess = self._context.Process(target=train, args=arguments)
         process.start()
         return process
@@ -153,7 +201,7 @@ class ElasticRun:
         lines = self._last(name)
         for before, line in itertools.pairwise(lines):
             without = lost not in line.members.split("-")
-            if line.at_s > since_s and without and line.outer != before.outer:
+            if line.at_s > since_s and without and line.exchanged != before.exchanged:
                 return line.at_s
         return 0.0
 
@@ -169,11 +217,11 @@ class ElasticRun:
         }
 
     def disagreements(self) -> list[str]:
-        """Return steps after which two ranks had other outer parameters."""
+        """Return steps after which two ranks had other parameters, with digests of them."""
         found: dict[int, set[str]] = {}
         for line in self.lines():
-            found.setdefault(line.step, set()).add(line.outer)
-        return [f"step {step}: {outer}" for step, outer in sorted(found.items()) if len(outer) > 1]
+            found.setdefault(line.step, set()).add(line.exchanged)
+        return [f"step {step}: {ends}" for step, ends in sorted(found.items()) if len(ends) > 1]
 
     def lines(self) -> Iterator[Line]:
         """Yield every line of every process."""
@@ -214,7 +262,7 @@ def read_lines(path: Path) -> list[Line]:
     # the last line may be under way, or cut off where its writer was killed
     whole = path.read_text().split("\n")[:-1]
     fields = [line.split(" ") for line in whole]
-    return [Line(float(at_s), int(step), outer, members) for at_s, step, outer, members in fields]
+    return [Line(float(at_s), int(step), digest, who) for at_s, step, digest, who in fields]
 
 
 def random_kills(run: ElasticRun, count: int, seed: int) -> Iterator[Kill]:

@@ -1,4 +1,4 @@
-"""Ranks of LocalTopQ that are killed at any moment: the others go on, and they come back."""
+"""Ranks that are killed at any moment: the others go on, and they come back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "streamed": {"every": 4, "fragments": 2, "overlap": 2, "outer_momentum": 0.5},
     "nodes": {"ranks": 4, "exchange": "hierarchical", "ranks_per_node": 2},
+    "hook": {"kind": "hook"},
 }
 
 

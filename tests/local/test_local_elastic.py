@@ -38,7 +38,7 @@ def both_ways(rank: int, port: int) -> dict[str, Any]:
         elastic.synchronize()
         results[f"{case}"] = equal(numbers(model), numbers(other))
         results[f"{case}, state"] = sorted(set(elastic.state_dict()) - set(steps.state_dict()))
-        results[f"{case}, rank"] = [elastic.rank, list(elastic.members), elastic.inner_steps]
+        results[f"{case}, rank"] = [elastic.rank, list(elastic.members), elastic.steps_taken]
         elastic.close()
         elastic.close()
     # torch's own group is still there
@@ -79,7 +79,7 @@ def test_a_rank_alone_is_a_run_and_what_cannot_be_elastic_is_refused(
     again, resumed = local(0, every=2, q=0.5, elastic=Elastic(**{**vars(place), "run": "2"}))
     resumed.optimizer.load_state_dict(steps.optimizer.state_dict())
     resumed.load_state_dict(saved)
-    assert resumed.inner_steps == 4
+    assert resumed.steps_taken == 4
     assert equal(resumed.state_dict()["outer"], saved["outer"])
     assert not equal(saved["outer"], ended)
     backward(again, 4, 0)
@@ -97,12 +97,9 @@ def test_a_rank_alone_is_a_run_and_what_cannot_be_elastic_is_refused(
         (ConnectionError, "python -m topq_dist.elastic.store", bare, None, {"elastic": NOBODY}),
     )
     for kind, words, one, optimizer, options in wrong:
+        usual: dict[str, Any] = {"every": 2, "q": 0.5, "elastic": place}
         with pytest.raises(kind, match=words):
-            LocalTopQ(
-                one,
-                optimizer or inner_optimizer(one),
-                **({"every": 2, "q": 0.5, "elastic": place} | options),
-            )
+            LocalTopQ(one, optimizer or inner_optimizer(one), **(usual | options))
 
 
 # no host has this name, and none is asked for longer than that takes to find out

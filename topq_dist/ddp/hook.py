@@ -22,10 +22,13 @@ from topq_dist.compress.defaults import (
 )
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.compress.unsent import UnsentWatch
+from topq_dist.ddp.elastic_hook import ElasticHook
 from topq_dist.ddp.hook_state import STATE_VERSION, SavedState, load_states, save_state
 from topq_dist.ddp.model_checks import check_takes_hook, trainable_names
 from topq_dist.ddp.parts import make_parts
+from topq_dist.elastic.settings import Elastic, check_elastic
 from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.epochs import LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import ExchangeName
 from topq_dist.exchange.shards import telling_of_failures
@@ -98,6 +101,10 @@ class TopQState:
             gradients that are mostly noise, at most sqrt(1 / (1 - q)) where they agree for long.
         process_group: the ranks that train the model; None is the default group. Only where
             `ddp_model` is not wrapped yet, since DistributedDataParallel knows its own.
+        elastic: go on where ranks are lost, and take in those that come back: an Elastic, or True
+            for what the environment says (docs/elastic.md). With exchange "allgather" or
+            "hierarchical", and a DistributedDataParallel among this process alone. A rank that
+            comes in goes on at `steps_taken`; `close` leaves the run.
 
     ddp_model: the model, wrapped in DistributedDataParallel. Making the state is then a collective,
     which every rank of its process group enters at the same point; the group, what may go unused
@@ -128,7 +135,9 @@ class TopQState:
         mask_velocity: bool = True,
         adapt_rate: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        elastic: bool | Elastic = False,
     ) -> None:
+        place = check_elastic(elastic)
         if not isinstance(ddp_model, nn.Module):
             raise TypeError(
                 f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel "
@@ -158,7 +167,12 @@ class TopQState:
         self._model: nn.Module | None = None
         self._ranks: Ranks | None = None
         model = unwrapped(ddp_model)
+        self._elastic: ElasticHook | None = None
         if not isinstance(model, DistributedDataParallel):
+            if place is not None:
+                raise ValueError(
+                    "elastic with a model that is wrapped later: expected DistributedDataParallel"
+                )
             self._model = model
             self._parts = make_parts(self._knobs, model, optimizer)
             return
@@ -169,6 +183,10 @@ class TopQState:
         context = CommContext(group=model.process_group, device=device, meter=self._meter)
         with telling_of_failures(context):
             self._parts = make_parts(self._knobs, model, optimizer)
+        if place is not None:
+            self._elastic = ElasticHook(model, optimizer, self._parts, self._knobs, place, context)
+            self._ranks = self._elastic.ranks
+            return
         self._ranks = connect(self._parts, self._knobs, context)
 
     def _bind(self, device: torch.device) -> Ranks:
@@ -250,6 +268,34 @@ class TopQState:
         """
         self._parts.stages.momentum.detach()
 
+    @property
+    def steps_taken(self) -> int:
+        """Backward passes that an elastic run has exchanged, those of before this rank came in too.
+
+        ValueError in a run that is not elastic.
+        """
+        return self._elastic_hook().steps_taken
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of those in an elastic run now, by rank; none in another run."""
+        return () if self._elastic is None else self._elastic.epochs.names
+
+    @property
+    def lost_residuals(self) -> tuple[LostResidual, ...]:
+        """Ranks that an elastic run has lost so far, with what they had not sent."""
+        return () if self._elastic is None else tuple(self._elastic.epochs.lost)
+
+    def close(self) -> None:
+        """Leave an elastic run, for good: the others go on without this rank at once."""
+        if self._elastic is not None:
+            self._elastic.close()
+
+    def _elastic_hook(self) -> ElasticHook:
+        if self._elastic is None:
+            raise ValueError("steps_taken of a run that is not elastic: expected elastic=...")
+        return self._elastic
+
     def stats(self) -> Stats:
         """Return this rank's totals so far."""
         return self._meter.stats
@@ -270,6 +316,11 @@ class TopQState:
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
     ) -> Future[Tensor]:
         """Take the next bucket of a backward pass: what `topq_hook` does."""
+        if self._elastic is not None:
+            self._elastic.watch = self._watch
+            future = self._elastic.push(flat, parameters, first=first, last=last)
+            self._ranks = self._elastic.ranks
+            return future
         ranks = self._ranks or self._bind(flat.device)
         group = self._parts.stages.model.group() if first else None
         if group is not None and group is not ranks.context.group:
@@ -297,6 +348,9 @@ class TopQState:
         if self._ranks is None:
             raise RuntimeError("this state has no ranks yet: expected a backward pass before it")
         state = save_state(self._parts, self._ranks)
+        if self._elastic is not None:
+            check_saves_own(all_ranks=all_ranks)
+            state["lost_residuals"] = [one._asdict() for one in self.lost_residuals]
         if not all_ranks:
             return state
         return gather_states(state, self._ranks.context, version=STATE_VERSION)
@@ -312,6 +366,8 @@ class TopQState:
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank, world size or number of ranks a node.
         """
+        if self._elastic is not None:
+            self._elastic.epochs.check_may_load(self._elastic.steps_taken)
         if self._ranks is None:
             self._loaded = state
         else:
@@ -338,7 +394,11 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
 
 
 def register_topq_hook(
-    ddp_model: nn.Module, optimizer: Optimizer | None = None, **knobs: Unpack[KnobOptions]
+    ddp_model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    elastic: bool | Elastic = False,
+    **knobs: Unpack[KnobOptions],
 ) -> TopQState:
     """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
 
@@ -356,6 +416,6 @@ def register_topq_hook(
             "where another wraps it (a trainer, replicate()), give TopQState(model, ...) and "
             "topq_hook to what calls register_comm_hook"
         )
-    state = TopQState(model, optimizer, **knobs)
+    state = TopQState(model, optimizer, elastic=elastic, **knobs)
     model.register_comm_hook(state, topq_hook)
     return state

@@ -81,7 +81,7 @@ class Membership:
         self._round = 0
         self._closed = False
         self._left = False
-        self._somebody_waits = False
+        self.somebody_waits = False
         self.epoch: Epoch | None = None
 
     @property
@@ -120,7 +120,7 @@ class Membership:
         prefix = f"epoch/{self._seen}/round"
         key = f"{prefix}/{self._round}"
         if self._store.add(f"{key}/received", 1) == len(self._members):
-            counts = _COUNTS_AND_ENDS if self._somebody_waits else _COUNTS
+            counts = _COUNTS_AND_ENDS if self.somebody_waits else _COUNTS
             decision = self._decided(key, counts)
             # all have read the decision before
             for old in (f"{prefix}/{self._round - 1}", f"{prefix}/{self._round - 1}/received"):
@@ -196,7 +196,7 @@ class Membership:
         tokens = {member.token for member in self._members}
         lost = tuple(member.name for member in before if member.token not in tokens)
         self._pulse.forget(member.token for member in before if member.token not in tokens)
-        self._round, self._closed, self._somebody_waits = 0, False, False
+        self._round, self._closed, self.somebody_waits = 0, False, False
         number = self._seen
 
         def ask(store: dist.Store) -> None:
@@ -204,7 +204,7 @@ class Membership:
                 return
             self._closed = self._closed or store.check([f"epoch/{number}/closed"])
             waiting = self._announcements(store, number + 1)
-            self._somebody_waits = bool(self._of_whole_nodes(waiting))
+            self.somebody_waits = bool(self._of_whole_nodes(waiting))
 
         self._pulse.watch(tokens, ask)
         self.epoch = Epoch(number=number, members=self._members, rank=rank, lost=lost)

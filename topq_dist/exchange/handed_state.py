@@ -36,3 +36,29 @@ def hand_state(state: Mapping[str, Any] | None, context: CommContext, *, source:
         return payload
 
     return filled(json.loads(outlines[source]), receive)
+
+
+def check_travels(optimizer_state: Mapping[str, Any]) -> None:
+    """Raise TypeError unless an optimizer's state_dict is numbers, texts and tensors."""
+    try:
+        json.dumps(outline_of(to_texts(optimizer_state), []))
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer has a state that cannot be handed to another rank ({error}): expected "
+            "numbers, texts and tensors"
+        ) from error
+
+
+def to_texts(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state_dict with text keys alone; tensors are not copied."""
+    state, groups = optimizer_state["state"], optimizer_state["param_groups"]
+    return {"state": [[key, value] for key, value in state.items()], "groups": groups}
+
+
+def from_texts(texts: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state_dict of which `to_texts` has made this; `like`: one of that optimizer."""
+    groups = [dict(group) for group in texts["groups"]]
+    for mine, group in zip(like["param_groups"], groups, strict=True):
+        # texts have no tuples
+        group |= {key: tuple(group[key]) for key in group if isinstance(mine.get(key), tuple)}
+    return {"state": dict(texts["state"]), "param_groups": groups}

@@ -174,11 +174,7 @@ def connect(
             exchange, dense, lambda: knobs.exchange == "dense" or parts.stages.sends_all()
         )
     if before is None:
-        parts.stages.momentum.attach()
-        told = parts.optimizer is None and knobs.momentum == "optimizer"
-        feeds_back = knobs.error_feedback and knobs.exchange != "dense"
-        if parts.method == "optimizer" and feeds_back and not told:
-            advise(parts.optimizer, parts.names, rank=context.rank)
+        attach(parts, knobs, rank=context.rank)
     elif exchange.can_choose(chosen):
         exchange.resume(chosen, dense_steps)
     return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
@@ -207,6 +203,15 @@ def _on_device(parts: HookParts, knobs: Knobs, context: CommContext) -> DeviceOp
     # a coherence is the host's, which looks at every rank's before the step is over
     waits = dist.get_backend(context.group) == "gloo" or stages.momentum.needs_coherence
     return DeviceOptions(late=not waits)
+
+
+def attach(parts: HookParts, knobs: Knobs, *, rank: int) -> None:
+    """Get a hook ready for its first backward pass, and say so where a momentum is in its way."""
+    parts.stages.momentum.attach()
+    told = parts.optimizer is None and knobs.momentum == "optimizer"
+    feeds_back = knobs.error_feedback and knobs.exchange != "dense"
+    if parts.method == "optimizer" and feeds_back and not told:
+        advise(parts.optimizer, parts.names, rank=rank)
 
 
 def agree_on_loaded(loaded: object, context: CommContext) -> None:

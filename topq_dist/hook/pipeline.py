@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -55,7 +55,11 @@ class Bucket(NamedTuple):
 
 
 class Pipeline:
-    """Carries the buckets of each backward pass from gradient to average."""
+    """Carries the buckets of each backward pass from gradient to average.
+
+    commit: called once all of a pass is received, before anything of it is applied; returns where
+    every rank has it, and raises where one has not.
+    """
 
     def __init__(
         self,
@@ -63,7 +67,9 @@ class Pipeline:
         stages: Stages,
         exchange: Exchange,
         layouts: Layouts,
+        commit: Callable[[], None] | None = None,
     ) -> None:
+        self._commit = commit
         self._context = context
         self._stages = stages
         self._exchange = exchange
@@ -88,7 +94,7 @@ class Pipeline:
         """
         if first:
             self._begin()
-        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, _future(flat))
+        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, future_of(flat))
         for out_of_rows in bucket.out_of_rows:
             out_of_rows.to_rows(flat)
         if self._stages.grad_scaler is not None:
@@ -197,6 +203,8 @@ class Pipeline:
         with labelled("wait and decode"):
             mine = self._receive([work for _, work in in_flight])
             outcome = agree_on_outcome(mine, self._settings, self._context)
+            if self._commit is not None:
+                self._commit()
         if outcome.finite:
             self._stages.momentum.end_step(outcome.coherence)
             self._stages.sparsity.end_step()
@@ -272,7 +280,8 @@ class Pipeline:
             raise self._failure or error from None
 
 
-def _future(flat: Tensor) -> Future[Tensor]:
+def future_of(flat: Tensor) -> Future[Tensor]:
+    """Return what is done once a bucket holds the average."""
     # which lets whoever waits for it go on in the device's own order
     return Future(devices=[flat.device]) if flat.is_cuda else Future()
 

@@ -24,10 +24,10 @@ from topq_dist.elastic.membership import Membership
 from topq_dist.elastic.settings import Elastic, check_elastic
 from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.epochs import Epochs, LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
 from topq_dist.exchange.shards import telling_of_failures
-from topq_dist.local.elastic_steps import ElasticSteps, LostResidual
 from topq_dist.local.first_rank import FirstRanks
 from topq_dist.local.fragment import local_part
 from topq_dist.local.model import check_group, device_of, local_model
@@ -85,7 +85,7 @@ class LocalTopQ:
     elastic: go on where ranks are lost, and take in those that come back: an Elastic, or True for
         what MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say. The group is then one of its own, so
         there is no process_group; the model is bare, whole on each rank. A process that comes in
-        goes on at `inner_steps` with parameters, buffers and optimizers' state of a rank that is in
+        goes on at `steps_taken` with parameters, buffers and optimizers' state of a rank that is in
         the run; `close` leaves it.
 
     Making one is a collective of the group, after which every rank has the first one's parameters
@@ -154,10 +154,10 @@ class LocalTopQ:
         self._exchange_among = partial(
             make_exchange, exchange, compressor=compressor, per_node=self._per_node
         )
-        self._elastic: ElasticSteps | None = None
+        self._elastic: Epochs | None = None
         if place is not None:
             membership = Membership(place, settings=settings, per_node=self._per_node)
-            self._elastic = ElasticSteps(membership, self, self._context, settings)
+            self._elastic = Epochs(membership, self, self._context, settings)
         self._commit = None if self._elastic is None else self._elastic.commit
         self._rounds = Rounds(self._replica, self._settings, self._commit)
         self._step = 0
@@ -192,7 +192,7 @@ class LocalTopQ:
         return self._rounds.void
 
     @property
-    def inner_steps(self) -> int:
+    def steps_taken(self) -> int:
         """Inner steps that have been taken; in a process that has come in, by its peers."""
         return self._step
 
@@ -339,11 +339,7 @@ class LocalTopQ:
             under_way={**self._resumed, **self._rounds.launched()},
         )
         if self._elastic is not None:
-            if all_ranks:
-                raise ValueError(
-                    "all_ranks=True of an elastic run, in which ranks may be lost meanwhile: "
-                    "expected each rank to save its own"
-                )
+            check_saves_own(all_ranks=all_ranks)
             state["lost_residuals"] = [one._asdict() for one in self._elastic.lost]
         if not all_ranks:
             return state
@@ -361,11 +357,8 @@ class LocalTopQ:
         Raises ValueError or TypeError, and changes nothing, for what is no such state, is another
         model's, or for a single one of another rank or world size.
         """
-        if self._elastic is not None and self._elastic.came_in:
-            raise RuntimeError(
-                "load_state_dict after this process has come into an elastic run and taken the "
-                "state of its peers: expected it only where inner_steps is 0"
-            )
+        if self._elastic is not None:
+            self._elastic.check_may_load(self._step)
         loaded = load(state, self._replica, self._identity())
         self._rounds.drop()
         self._buffers = None

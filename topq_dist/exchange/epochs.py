@@ -1,8 +1,8 @@
-"""Local steps of a rank whose peers may be lost, and come back.
+"""Exchanges of a rank whose peers may be lost, and come back.
 
-Where an exchange fails, the ranks that are left make a group among themselves and go on; the round
-is as one that never was, and the next one has the changes of both. A rank that comes in takes
-everything but residuals, which are each rank's own, from one that has been in the run.
+Where an exchange fails, the ranks that are left make a group among themselves and go on; it is as
+one that never was. A rank that comes in takes everything but residuals, which are each rank's own,
+from one that has been in the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class LostResidual(NamedTuple):
-    """A rank that was lost with what it had not sent, and the inner step when that was known."""
+    """A rank that was lost with what it had not sent, and the step when that was known."""
 
     member: str
     step: int
@@ -33,8 +33,8 @@ class ElasticRank(Protocol):
     """What an epoch asks of a rank."""
 
     @property
-    def inner_steps(self) -> int:
-        """Inner steps that it has taken."""
+    def steps_taken(self) -> int:
+        """Steps that it has taken."""
 
     def enter(self, context: CommContext) -> None:
         """Exchange in this context from now on, and forget what is under way; a collective."""
@@ -46,24 +46,24 @@ class ElasticRank(Protocol):
         """Take what a peer's `state_for_peer` has returned."""
 
     def skip_exchanges_until(self, step: int) -> None:
-        """Begin no exchange up to this inner step, as peers that are at it have none any more."""
+        """Begin no exchange up to this step, as peers that are at it have none any more."""
 
 
-class ElasticSteps:
+class Epochs:
     """Exchanges among those that are in the run, each of which counts for all or for none.
 
-    steps: whose rank this is; asked for the state that a newcomer takes, and told of the group.
+    rank: whose exchanges these are; asked for what a newcomer takes, and told of the group.
     context: device and meter; its group is never used.
     """
 
     def __init__(
-        self, membership: Membership, steps: ElasticRank, context: CommContext, settings: str
+        self, membership: Membership, rank: ElasticRank, context: CommContext, settings: str
     ) -> None:
         self.membership = membership
         self.lost: list[LostResidual] = []
         self.names: tuple[str, ...] = ()
         self.came_in = False
-        self._steps = steps
+        self._rank = rank
         self._context = context
         self._settings = settings
         self._group: WatchedGroup | None = None
@@ -73,11 +73,12 @@ class ElasticSteps:
         """Return once every member has received what this one has; MemberLostError if one never."""
         self._ends |= self.membership.decide()
 
-    def run(self, exchange: Callable[[], None]) -> bool:
+    def run(self, exchange: Callable[[], None], *, begins: bool = True) -> bool:
         """Exchange, and return whether it went through; go over to the next epoch where one ends.
 
-        What has not gone through by then is void on every rank, or not on any. Raises RuntimeError
-        after `close`.
+        begins: whether that is done at once where an exchange has gone through, and not left to
+        `begin_if_over`. What has not gone through by then is void on every rank, or not on any.
+        Raises RuntimeError after `close`.
         """
         if self.membership.has_left:
             raise RuntimeError("this process has left the run: expected no exchange after close")
@@ -87,9 +88,14 @@ class ElasticSteps:
             _log.warning("an exchange is void on every rank: %s", error)
             self.begin()
             return False
+        if begins:
+            self.begin_if_over()
+        return True
+
+    def begin_if_over(self) -> None:
+        """Begin the next epoch, if the last exchange that counted has ended this one."""
         if self._ends:
             self.begin()
-        return True
 
     def begin(self) -> None:
         """Begin an epoch that all its members have begun, with the same state.
@@ -100,7 +106,7 @@ class ElasticSteps:
         while True:
             self._leave()
             epoch = self.membership.next_epoch()
-            self.lost += [LostResidual(name, self._steps.inner_steps) for name in epoch.lost]
+            self.lost += [LostResidual(name, self._rank.steps_taken) for name in epoch.lost]
             try:
                 self._begin(epoch)
             except MemberLostError as error:
@@ -115,23 +121,31 @@ class ElasticSteps:
         self._group = WatchedGroup(store, epoch.rank, size, f"topq/{epoch.number}", check)
         context = replace(self._context, group=self._group)
         check_same_on_all_ranks(self._settings, group=self._group, device=context.device)
-        texts = gather_texts(str(self._steps.inner_steps), group=self._group, device=context.device)
+        texts = gather_texts(str(self._rank.steps_taken), group=self._group, device=context.device)
         handed = None
         if not all(member.has_state for member in epoch.members):
             mine = self._state_for_peer() if epoch.rank == epoch.source else None
             handed = hand_state(mine, context, source=epoch.source)
-        self._steps.enter(context)
+        self._rank.enter(context)
         takes = not self.membership.has_state and epoch.rank != epoch.source
         self.membership.decide()
         if takes and handed is not None:
             self.lost = [LostResidual(*one) for one in handed["lost"]]
-            self._steps.take_state(handed["rank"])
+            self._rank.take_state(handed["rank"])
             self.came_in |= epoch.members[epoch.source].has_state
         self.names = tuple(member.name for member in epoch.members)
-        self._steps.skip_exchanges_until(max(int(text) for text in texts))
+        self._rank.skip_exchanges_until(max(int(text) for text in texts))
 
     def _state_for_peer(self) -> dict[str, Any]:
-        return {"lost": self.lost, "rank": self._steps.state_for_peer()}
+        return {"lost": self.lost, "rank": self._rank.state_for_peer()}
+
+    def check_may_load(self, steps_taken: int) -> None:
+        """Raise RuntimeError where a state that is loaded would set this rank apart from others."""
+        if self.came_in:
+            raise RuntimeError(
+                "load_state_dict after this process has come into an elastic run and taken the "
+                f"state of its peers: expected it only at the start, and not at step {steps_taken}"
+            )
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -142,3 +156,12 @@ class ElasticSteps:
         """Leave the run."""
         self._leave()
         self.membership.close()
+
+
+def check_saves_own(*, all_ranks: bool) -> None:
+    """Raise ValueError for the states of all ranks of an elastic run."""
+    if all_ranks:
+        raise ValueError(
+            "all_ranks=True of an elastic run, in which ranks may be lost meanwhile: expected "
+            "each rank to save its own"
+        )
