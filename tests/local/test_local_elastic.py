@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class WithFunction(torch.optim.SGD):
 
 
 def test_a_rank_alone_is_a_run_and_what_cannot_be_elastic_is_refused(
-    alone: dist.ProcessGroup,
+    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("topq_dist.elastic.settings._STORE_TIMEOUT", dt.timedelta(seconds=1))
     store = serve("127.0.0.1:0")
     place = Elastic(store=f"127.0.0.1:{store.port}", name="only", ranks=1)
     model, steps = local(0, every=2, q=0.5, elastic=place)
@@ -102,5 +104,5 @@ def test_a_rank_alone_is_a_run_and_what_cannot_be_elastic_is_refused(
             LocalTopQ(one, optimizer or inner_optimizer(one), **(usual | options))
 
 
-# no host has this name, and none is asked for longer than that takes to find out
+# no host has this name
 NOBODY = Elastic(store="nobody.invalid:29500", name="0", ranks=1)
