@@ -13,6 +13,8 @@ _LOOK_EVERY_S = 1.0
 # a server says for whom a push waits after 5 s at the latest, so that silence is longer
 _WAITS_S = 4.0
 _FAILING_S = 3.0
+# a call that fails is tried again sooner: what failed longer ago does not any more
+_RETRIED_S = 2.0
 _SILENT_S = 10.0
 # where waiting is as usual, there is nothing to tell
 _UNUSUAL = 3.0
@@ -38,7 +40,9 @@ class WaitNotice(threading.Thread):
         self._began_s: float | None = None
         self._heard_s = 0.0
         self._workers: tuple[str, ...] | None = None
+        # since when calls fail, and when the last one did
         self._failed_s: float | None = None
+        self._last_failed_s = 0.0
         self._error: Exception | None = None
         self._told: set[str] = set()
 
@@ -67,7 +71,8 @@ class WaitNotice(threading.Thread):
     def failed(self, error: Exception) -> None:
         """Note that a call has failed and is tried again."""
         self._workers, self._error = None, error
-        self._failed_s = self._failed_s or self._clock()
+        self._last_failed_s = self._clock()
+        self._failed_s = self._failed_s or self._last_failed_s
 
     def run(self) -> None:
         """Look every second."""
@@ -90,7 +95,7 @@ class WaitNotice(threading.Thread):
         if began_s is None:
             return
         waited_s = now_s - began_s
-        if failed_s is not None:
+        if failed_s is not None and now_s - self._last_failed_s <= _RETRIED_S:
             if now_s - failed_s >= _FAILING_S:
                 self._tell("server", f"{self._server} does not take it: {self._error}", waited_s)
         elif waited_s < _UNUSUAL * self._usual_s:
