@@ -212,13 +212,23 @@ def speed() -> dict[str, str]:
 
 
 def size() -> dict[str, str]:
-    """Return how large a frame is."""
-    return {
+    """Return how large a frame is, and what entropy-coded values are beside two bits."""
+    rows = results("frame_size")["rows"]
+    at = {row["value_format"]: row for row in rows if row["density"] == 0.015625}
+    coded = {
+        f"frame of 1.5625 % of 25.56 M elements, {name}": (
+            f"{row['frame_bytes'] / 1e6:.3f} MB, {row['times_smaller_than_fp32']:.0f} x smaller; "
+            f"{row['value_bits']:.2f} bits a value, {100 * row['error']:.2f} % rounding error"
+        )
+        for name, row in at.items()
+        if name in ("int2", "ec2", "ec1")
+    }
+    return coded | {
         f"frame of {100 * row['density']:g} % of 25.56 M elements, fp16": (
             f"{row['frame_bytes'] / 1e6:.3f} MB, {row['times_smaller_than_fp32']:.0f} x smaller; "
             f"{100 * row['over']:.2f} % over the entropy bound"
         )
-        for row in results("frame_size")["rows"]
+        for row in rows
         if row["value_format"] == "fp16" and row["density"] in (0.01, 0.001)
     }
 
