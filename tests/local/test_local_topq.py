@@ -311,6 +311,52 @@ def test_a_run_is_resumed_whole_and_on_other_ranks_with_all_residuals(tmp_path: 
             assert outer.shape == mean.shape
 
 
+def odd_models() -> dict[str, nn.Module]:
+    mixed = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    mixed.register_parameter("wide", nn.Parameter(torch.randn(3, dtype=torch.float64)))
+    mixed.register_parameter("narrow", nn.Parameter(torch.randn(3, dtype=torch.float16)))
+    tied = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+    tied[1].weight = tied[0].weight
+    rows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    rows.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    half = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).bfloat16()
+    return {"mixed": mixed, "tied": tied, "channels last": rows, "bf16": half}
+
+
+def odd(rank: int) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    results: dict[str, Any] = {}
+    for options in ({}, {"overlap": 1}, {"overlap": 1, "blend": 0.5}):
+        for name, model in odd_models().items():
+            first = next(model.parameters())
+            dtype = torch.bfloat16 if name == "bf16" else torch.float32
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            steps = LocalTopQ(model, optimizer, every=2, q=0.5, **options)
+            started = first.detach().clone()
+            for step in range(6):
+                generator = torch.Generator().manual_seed(10 * step + rank)
+                inputs = torch.randn(2, 3, 9, 9, generator=generator).to(dtype)
+                loss = model(inputs).float().square().mean()
+                for other in model.parameters():
+                    if other.dtype != dtype:
+                        loss = loss + other.float().square().sum()
+                optimizer.zero_grad()
+                loss.backward()
+                steps.step()
+            steps.synchronize()
+            assert not torch.equal(started, first)
+            results[f"{name} {options}"] = numbers(model)
+    return results
+
+
+def test_tensors_of_any_dtype_and_order_end_alike(tmp_path: Path) -> None:
+    first, second = run_ranks(2, odd, tmp_path)
+    assert len(first) == 12
+    for case, found in first.items():
+        assert equal(found, second[case]), case
+        assert all(bool(one.isfinite().all()) for one in found.values())
+
+
 def wrapped(rank: int) -> dict[str, Any]:
     """Two nodes of two ranks: DDP inside, local steps across; and the same with one rank a node."""
     nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
