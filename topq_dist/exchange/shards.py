@@ -76,10 +76,7 @@ def agree_on_outcome(mine: Outcome, settings: Callable[[], str], context: CommCo
     if context.shards is None:
         return mine
     row = [0.0, float(mine.finite), float(digest(settings())), *mine.coherence]
-    rows = _gather_numbers(row, context)
-    if any(failed for failed, *_ in rows):
-        texts = gather_texts(_FINE, group=context.shards, device=context.device)
-        _raise_what_failed(texts)
+    rows = _gather_rows(row, context)
     if any(theirs[2] != row[2] for theirs in rows):
         texts = gather_texts(settings(), group=context.shards, device=context.device)
         check_alike(texts, kind="shard")
@@ -90,18 +87,21 @@ def agree_on_outcome(mine: Outcome, settings: Callable[[], str], context: CommCo
 
 
 def tell_of_failed_step(error: Exception, context: CommContext) -> None:
-    """Take the place of `agree_on_outcome` on the replicas of a shard that has failed."""
+    """Take the place of `norm_over_shards` or `agree_on_outcome` on a failed shard's replicas."""
     if context.shards is not None:
         _gather_numbers([1.0, 0.0, 0.0, 0.0, 0.0], context)
         _tell_shards(error, context)
 
 
 def norm_over_shards(norm: float, context: CommContext) -> float:
-    """Return the norm of a vector of which each shard has this norm of its part; a collective."""
+    """Return the norm of a vector of which each shard has this norm of its part; a collective.
+
+    Raises ExchangeError on every rank where a shard has failed before it knew its norm.
+    """
     if context.shards is None:
         return norm
-    norms = torch.tensor([norms[0] for norms in _gather_numbers([norm], context)])
-    return float(torch.linalg.vector_norm(norms.double()))
+    rows = _gather_rows([0.0, norm, 0.0, 0.0, 0.0], context)
+    return float(torch.linalg.vector_norm(torch.tensor([row[1] for row in rows]).double()))
 
 
 def _tell_shards(error: Exception, context: CommContext) -> None:
@@ -113,6 +113,18 @@ def _raise_what_failed(texts: list[str]) -> None:
     for shard, text in enumerate(texts):
         if text.startswith(_FAILED):
             raise ExchangeError(f"on the ranks of shard {shard}: {text.removeprefix(_FAILED)}")
+
+
+def _gather_rows(row: list[float], context: CommContext) -> list[list[float]]:
+    """Return each shard's row of a step; raises ExchangeError where the first number of one is 1.
+
+    Rows of all that is agreed on in a step are of one length: a shard that has failed cannot know
+    in which of them the others are.
+    """
+    rows = _gather_numbers(row, context)
+    if context.shards is not None and any(failed for failed, *_ in rows):
+        _raise_what_failed(gather_texts(_FINE, group=context.shards, device=context.device))
+    return rows
 
 
 def _gather_numbers(numbers: list[float], context: CommContext) -> list[list[float]]:
