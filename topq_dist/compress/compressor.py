@@ -79,11 +79,12 @@ class TopKCompressor:
     bound: clip what is sent to so many times the mean magnitude of what is selected of the same
         row of a segment; what is clipped is kept. None: send it as it is. A row of which half or
         more is selected is never clipped.
-    residual_decay: what a residual is multiplied by before it is added, in [0, 1].
+    residual_decay: what a residual is multiplied by before it is added, in [0, 1]; 1 without error
+        feedback.
 
-    Raises ValueError for an unknown value format, a residual_decay out of range, or a bound that is
-    not above zero or comes without error feedback; TypeError for an error_feedback that is no bool
-    or a bound that is no number.
+    Raises ValueError for an unknown value format, a residual_decay out of range or below 1 without
+    error feedback, or a bound that is not above zero or comes without it; TypeError for an
+    error_feedback that is no bool or a bound that is no number.
     """
 
     def __init__(
@@ -100,6 +101,11 @@ class TopKCompressor:
         self.error_feedback = error_feedback
         self.bound = check_bound(bound, error_feedback=error_feedback)
         self.residual_decay = check_fraction("residual_decay", residual_decay)
+        if residual_decay != 1.0 and not error_feedback:
+            raise ValueError(
+                f"residual_decay={residual_decay!r} with error_feedback=False: expected 1.0, since "
+                "there is no residual"
+            )
         self.residuals = Residuals()
         self._segment_selectors = LayoutCache(SegmentSelector)
         self._whole_selectors = LayoutCache(Selector)

@@ -141,6 +141,23 @@ def test_an_index_past_the_parameters_is_refused() -> None:
         shard.write_back([[torch.tensor([0, numel]), torch.zeros(0, dtype=torch.int64)]])
 
 
+def test_coherence_is_measured_with_the_residual_as_it_is_added() -> None:
+    found = []
+    for decay in (1.0, 0.25):
+        compressor = TopKCompressor(
+            value_format=None, error_feedback=True, residual_decay=decay, bound=None
+        )
+        shard = Shard({"a": nn.Parameter(torch.zeros(30))}, compressor)
+        shard.parameters["a"].grad = torch.linspace(0.1, 1.0, 30)
+        (first,) = shard.compress(planned(shard, 0.5))
+        shard.compressor.residuals.apply(first.update)
+        (second,) = shard.compress(planned(shard, 0.5), measures_coherence=True)
+        found.append(second.coherence)
+    assert found[0].aligned > 0
+    assert found[1].aligned == pytest.approx(0.25 * found[0].aligned)
+    assert found[1].energy == found[0].energy
+
+
 def test_a_parameter_without_a_gradient_counts_as_zeros() -> None:
     shard = make_shard()
     shard.parameters["b"].grad = torch.ones(30)

@@ -183,8 +183,10 @@ class Shard:
             made = self.compressor.compress(gradient, vector.layout, segments)
             if measures_coherence and self.compressor.error_feedback:
                 residual = self.compressor.residuals.home(vector.layout)
-                coherence = measure_coherence(gradient, residual, vector.layout)
-                made = replace(made, coherence=coherence)
+                found = measure_coherence(gradient, residual, vector.layout)
+                # of what the residual adds
+                aligned = found.aligned * self.compressor.residual_decay
+                made = replace(made, coherence=found._replace(aligned=aligned))
             compressed.append(made)
         for made in compressed:
             if not peek_header(made.frames[0]).finite:
