@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,21 +224,76 @@ def test_between_rounds_the_servers_parameters_are_looked_at_and_nothing_is_lost
             assert torch.equal(values(model), before)
 
 
-def test_what_is_not_finite_is_not_sent(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_not_sent_and_the_next_round_is_as_ever(tmp_path: Path) -> None:
     with serving(tmp_path, AVERAGE) as server:
         model = make_model()
         with connect(model, str(server.address), 0) as optimizer:
-            train(model, optimizer, 0, 0, 5)
-            before = values(model)
+            train(model, optimizer, 0, 0, EVERY)
+            held = values(model)
+            train(model, optimizer, 0, EVERY, 2 * EVERY - 1)
             with torch.no_grad():
                 next(model.parameters())[0, 0] = torch.nan
             optimizer.zero_grad()
-            with pytest.raises(NonFiniteError, match=r"0\.weight"):
+            with pytest.raises(NonFiniteError, match=r"0\.weight.*those of the last round again"):
                 optimizer.step()
-            # mended, the same round goes on
-            torch.nn.utils.vector_to_parameters(before, model.parameters())
-            optimizer.step()
+            assert torch.equal(values(model), held)
+            train(model, optimizer, 0, 6, 6 + EVERY - 1)
+            assert server.coordinator.status().point.version == 1
+            train(model, optimizer, 0, 8, 9)
             assert server.coordinator.status().point.version == 2
+            assert bool(values(model).isfinite().all())
+
+
+class DataSGD(torch.optim.Optimizer):
+    """Steps as many optimizers do: autograd counts no writes to .data."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
+
+
+def test_steps_that_autograd_does_not_count_are_sent_once(tmp_path: Path) -> None:
+    found: list[Tensor] = []
+    for kind in (DataSGD, partial(torch.optim.SGD, lr=0.01)):
+        with serving(tmp_path / f"{len(found)}", AVERAGE) as server:
+            model = make_model()
+            inner = kind(model.parameters())
+            with connect(model, str(server.address), 0, local_optimizer=inner) as optimizer:
+                train(model, optimizer, 0, 0, 4 * EVERY)
+            found.append(values(model))
+    assert torch.equal(*found)
+
+
+def test_a_state_that_the_local_optimizer_refuses_changes_nothing(tmp_path: Path) -> None:
+    def flat(state: Any) -> Any:
+        if isinstance(state, Tensor):
+            return state.tolist()
+        if isinstance(state, Mapping):
+            return {key: flat(one) for key, one in state.items()}
+        return list(map(flat, state)) if isinstance(state, list | tuple) else state
+
+    with serving(tmp_path, AVERAGE) as server:
+        model = make_model()
+        with connect(model, str(server.address), 0) as optimizer:
+            train(model, optimizer, 0, 0, 4)
+            state = copy.deepcopy(optimizer.state_dict())
+            train(model, optimizer, 0, 4, 8)
+            before = flat(optimizer.state_dict())
+            broken: list[Any] = [
+                torch.optim.SGD(model[0].parameters(), lr=0.1).state_dict(),
+                {**state["topq"]["local"]["optimizer"], "state": {0: "nothing of the kind"}},
+                {},
+            ]
+            for inner in broken:
+                other = copy.deepcopy(state)
+                other["topq"]["local"]["optimizer"] = inner
+                with pytest.raises(ValueError, match="does not fit the local optimizer"):
+                    optimizer.load_state_dict(other)
+                assert flat(optimizer.state_dict()) == before
+            train(model, optimizer, 0, 8, 10)
 
 
 def test_a_loss_scale_is_taken_off_and_overflow_steps_nothing(tmp_path: Path) -> None:
@@ -275,6 +332,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         ({"local_optimizer": "adamw"}, "local_optimizer is a str"),
         ({"local_optimizer": own(make_model())}, "local_optimizer has parameters of shapes"),
         ({"residual_decay": 2.0}, "residual_decay=2.0"),
+        ({"error_feedback": False, "bound": None}, "residual_decay=0.95 with error_feedback=False"),
     ]
     for options, words in cases:
         with pytest.raises((TypeError, ValueError), match=words):

@@ -104,8 +104,19 @@ class LocalSteps:
         }
 
     def load(self, saved: SavedLocal) -> None:
-        """Take up what `state_dict` returned, checked."""
-        self.optimizer.load_state_dict(dict(saved.optimizer))
+        """Take up what `state_dict` returned, checked.
+
+        Raises ValueError, and changes nothing, where the optimizer refuses it.
+        """
+        before = self.optimizer.state_dict()
+        try:
+            self.optimizer.load_state_dict(dict(saved.optimizer))
+        except Exception as error:  # there may be anything in it
+            self.optimizer.load_state_dict(before)
+            raise ValueError(
+                f"state_dict does not fit the local optimizer: {error!r}; expected that of another "
+                f"{type(self.optimizer).__name__} with these parameters in these groups"
+            ) from error
         self._since_round = saved.since_round
 
 

@@ -28,13 +28,13 @@ from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
-from topq_dist.ps.client.local_steps import SavedLocal, make_local_steps
+from topq_dist.ps.client.local_steps import LocalSteps, SavedLocal, make_local_steps
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
 from topq_dist.ps.client.state_elsewhere import StateElsewhere
 from topq_dist.ps.client.worker_state import SavedShard, model_sha256, read_state, shard_state
-from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
+from topq_dist.ps.protocol.errors import NonFiniteError, RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
 from topq_dist.q_policies import QPolicy
@@ -76,7 +76,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             parameters, on this worker alone, and after `every` of them send what they have taken
             off the parameters in place of a gradient (local steps): the servers' optimizer is then
             the outer one, SGD at lr 1 the mean of the changes. None: every step is the servers'.
-        residual_decay: what a residual is multiplied by with each push, in [0, 1].
+        residual_decay: what a residual is multiplied by with each push, in [0, 1]. Below 1 only
+            with error_feedback.
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
             says every 5 s that it waits.
@@ -94,7 +95,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
     A step that raised is not over. The next step() finishes it, with the gradient that it began
     with; it calls no closure and looks at no newer gradient. Only where a server refuses what was
     sent (InvalidError, TooLargeError) it is over there: its gradient goes with the next one, or
-    after NonFiniteError is forgotten, with the residual.
+    after NonFiniteError is forgotten, with the residual. Local steps that end in NaN or infinity
+    are dropped before anything is sent: the parameters are those of the last round again, step()
+    raises NonFiniteError, and the next one begins a round.
 
     Raises TypeError or ValueError on bad input, ServerLostError for a server that does not answer,
     and RefusedError (ModelDiffersError and others) for one that does not take this worker.
@@ -245,7 +248,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             if not self._local.due:
                 self._meter.add(steps=1, dense_bytes=self._raw_bytes())
                 return loss
-            left_out = self._begin(1.0, overflow=False)
+            with self._dropping_what_is_not_finite(self._local):
+                left_out = self._begin(1.0, overflow=False)
             self._local.end_round()
         else:
             if closure is not None:
@@ -363,6 +367,21 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             return nullcontext()
         return self._local.changes_as_gradients(self._shards)
 
+    @contextmanager
+    def _dropping_what_is_not_finite(self, local: LocalSteps) -> Iterator[None]:
+        """Go back to the last round where changes are not finite: no later step would mend them."""
+        try:
+            yield
+        except NonFiniteError as error:
+            local.end_round()
+            for shard in self._shards:
+                shard.write_back()
+            raise NonFiniteError(
+                f"{error} of what local steps have changed, and the parameters are those of the "
+                "last round again; local_optimizer's own state is as it is: load one where it "
+                "holds NaN too"
+            ) from error
+
     def _is_under_way(self) -> bool:
         return any(client.pushes.pending is not None for client in self._clients)
 
@@ -407,8 +426,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for push in outcome.taken_back:
                 shard.restore_residual(push)
             # between rounds the parameters are this worker's own
-            if self._local is None or outcome.changed is None or outcome.changed:
+            if self._local is None:
                 shard.write_back(outcome.changed)
+            elif outcome.changed is None or outcome.changed:
+                # everywhere: their steps may write where autograd counts no writes
+                shard.write_back()
             self._meter.add(
                 sent_bytes=outcome.sent_bytes,
                 wire_bytes=outcome.sent_bytes,
@@ -518,6 +540,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, one in zip(self._clients, saved.shards, strict=True):
             client.check_run(one.run)
         groups = self._groups.filled(state_dict["param_groups"])
+        if self._local is not None and saved.local is not None:
+            # first of all that is changed: what of it fits, its optimizer alone knows
+            self._local.load(saved.local)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state = StateElsewhere()
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
@@ -532,8 +557,6 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._groups.told_weight_decay = list(decays)
         self._meter.stats = saved.stats
         self._resumed, self._resumed_local = list(saved.shards), saved.local
-        if self._local is not None and saved.local is not None:
-            self._local.load(saved.local)
         self._planned.step = step
 
     def _take_up(self) -> list[Shard]:
