@@ -5,8 +5,10 @@
 bf16 autocast, AdamW, 8 sequences of 1,024 random tokens; with one rank nothing crosses a link, so
 what is measured is the work beside the backward pass. Dense, fp16_compress_hook, PowerSGD rank 1
 and top-Q in turn, each on a model made anew; prints medians and what each adds to dense, writes
-runs/device_ddp.json. Without a GPU it says so and exits with 2; with `--device cpu --layers 1
---width 64` it runs all the same, on gloo.
+runs/device_ddp.json. `--ranks 2` has as many processes share the GPU, with gloo between them, and
+writes runs/device_ddp_2.json; PowerSGD is not run there. `--trace` writes one more step of each as
+runs/device_ddp_*_trace.json, which Perfetto shows. Without a GPU it says so and exits with 2; with
+`--device cpu --layers 1 --width 64` it runs all the same, on gloo.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ import torch.distributed as dist
 from harness.console import integer_from, option_parser, say, text_table, write_report
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +83,7 @@ def methods() -> dict[str, Callable[[DistributedDataParallel], Any]]:
 
 
 def measure(
-    register: Callable[[DistributedDataParallel], Any], options: argparse.Namespace
+    name: str, register: Callable[[DistributedDataParallel], Any], options: argparse.Namespace
 ) -> tuple[list[float], int]:
     """Return the seconds of each measured step and the peak of device memory in bytes."""
     device: torch.device = options.device
@@ -91,20 +96,35 @@ def measure(
     shape = (options.batch, options.context)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times_s = []
-    for step in range(options.warm_up + options.steps):
+
+    def take_step() -> None:
         ids = torch.randint(VOCABULARY, shape, generator=generator, device=device)
-        synchronize(device)
-        start_s = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             logits = ddp(ids)
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
+
+    times_s = []
+    for step in range(options.warm_up + options.steps):
+        synchronize(device)
+        start_s = time.perf_counter()
+        take_step()
         synchronize(device)
         if step >= options.warm_up:
             times_s.append(time.perf_counter() - start_s)
+    if options.trace and dist.get_rank() == 0:
+        # the others take the step as well
+        options.out.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as profile:
+            take_step()
+            synchronize(device)
+        what = "".join(letter if letter.isalnum() else "_" for letter in name)
+        path = options.out / f"device_ddp_{options.ranks}_{what}_trace.json"
+        profile.export_chrome_trace(str(path))
+    elif options.trace:
+        take_step()
     return times_s, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
@@ -121,6 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=integer_from(64), default=768)
     parser.add_argument("--context", type=integer_from(8), default=1024)
     parser.add_argument("--batch", type=integer_from(1), default=8)
+    parser.add_argument(
+        "--ranks", type=integer_from(1), default=1, help="with more than one, gloo on one device"
+    )
+    parser.add_argument("--trace", action="store_true", help="write a step of each method's trace")
     parser.add_argument("--warm-up", type=integer_from(1), default=6, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=10, help="steps measured")
     options = parser.parse_args(argv)
@@ -128,17 +152,37 @@ def main(argv: list[str] | None = None) -> None:
     if on_gpu and not torch.cuda.is_available():
         sys.stderr.write("device_ddp.py: no CUDA device here: expected one, or --device cpu\n")
         sys.exit(2)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )
+    if options.ranks == 1:
+        run(0, options, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = options, str(Path(folder) / "store")
+        start_processes(run, arguments, options.ranks)  # type: ignore[no-untyped-call]
+
+
+def run(rank: int, options: argparse.Namespace, store: str | None) -> None:
+    """Measure every method as one of the ranks; the first one reports."""
+    on_gpu = options.device.type == "cuda"
+    if store is None:
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        shared = dist.FileStore(store, options.ranks)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=options.ranks)
     rows: dict[str, tuple[list[float], int]] = {}
     for name, register in methods().items():
-        times_s, peak_bytes = measure(register, options)
+        if store is not None and name.startswith("PowerSGD"):
+            continue
+        times_s, peak_bytes = measure(name, register, options)
         rows[name] = times_s, peak_bytes
-        say(f"{name}: {statistics.median(times_s) * 1e3:.1f} ms")
+        if rank == 0:
+            say(f"{name}: {statistics.median(times_s) * 1e3:.1f} ms")
     dist.destroy_process_group()
+    if rank:
+        return
+    name = "device_ddp" if options.ranks == 1 else f"device_ddp_{options.ranks}"
     report = {
-        "benchmark": "device_ddp",
+        "benchmark": name,
         "machine": {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "torch": torch.__version__,
@@ -146,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {k: str(v) for k, v in vars(options).items() if k != "out"},
         "rows": {n: {"times_s": t, "peak_bytes": p} for n, (t, p) in rows.items()},
     }
-    write_report(options.out, "device_ddp", report)
+    write_report(options.out, name, report)
     median_ms = {name: 1e3 * statistics.median(times_s) for name, (times_s, _) in rows.items()}
     cells = {
         name: [
@@ -156,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for name, (_, peak_bytes) in rows.items()
     }
-    title = f"GPT, {options.layers} layers of {options.width}, one rank"
+    title = f"GPT, {options.layers} layers of {options.width}, {options.ranks} rank(s)"
     print(text_table(title, ["step", "over dense", "peak memory"], cells))
 
 

@@ -70,6 +70,11 @@ def test_the_device_benchmark_runs_on_any_device(
     few = ("--numel", "5000", "--q", "0.99", "--warm-up", "2", "--steps", "3")
     device.main(["--device", "cpu", *few, "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "device.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [device.COPY, device.OURS, device.TOPK]
+    assert [row["method"] for row in rows] == [
+        device.COPY,
+        device.OURS,
+        device.TOPK,
+        device.SAMPLED,
+    ]
     assert all(len(row["times_s"]) == 3 and row["gradient_gb_per_s"] > 0 for row in rows)
     assert "GB/s of gradient" in capsys.readouterr().out
