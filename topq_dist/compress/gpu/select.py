@@ -17,14 +17,15 @@ from topq_dist.compress.gpu.kernels import select as kernels
 from topq_dist.compress.gpu.memory import Arena, Scratch, to_device
 from topq_dist.compress.sparsify.magnitude import check_vectors
 from topq_dist.compress.sparsify.segments import Segments
-from topq_dist.dtypes import FLOATS, key_of
+from topq_dist.dtypes import FLOATS, Indices, key_of
 
 # elements of a segment for one program, and how many of these it looks at a time once most of
 # them are known not to be selected
 BLOCK = 2048
 CHUNK = 512
-# a threshold is worth having that lets through no more than this
-_MOST_OF_K, _MOST_BESIDE = 3, 256
+# a threshold is worth having that lets through no more than this; residuals that still grow let
+# more pass it from step to step
+_MOST_OF_K, _MOST_BESIDE, _OF_NUMEL = 4, 256, 64
 _FIRST_SLACK = 0.03
 # above every key
 _NO_THRESHOLD = (1 << 63) - 1
@@ -50,6 +51,12 @@ class DeviceSelection(NamedTuple):
     highest: Tensor
 
 
+def _most_candidates(numels: Indices, ks: Indices) -> Indices:
+    """Return for how many candidates of segments there is room."""
+    some = _MOST_OF_K * ks + _MOST_BESIDE + numels // _OF_NUMEL
+    return np.where(ks > 0, np.minimum(numels, some), 0)
+
+
 class SegmentTable:
     """What the kernels ask of segments, made once and kept on a device.
 
@@ -61,7 +68,7 @@ class SegmentTable:
         if not segments.in_single_rows:
             raise ValueError("segments of several rows: expected one row each")
         starts, _, numels, ks = segments.table.T
-        rooms = np.minimum(numels, _MOST_OF_K * ks + _MOST_BESIDE) * (ks > 0)
+        rooms = _most_candidates(numels, ks)
         selected, found = np.cumsum(ks) - ks, np.cumsum(rooms) - rooms
         counts = -(-numels // BLOCK)
         first_blocks = np.concatenate([[0], np.cumsum(counts)])
