@@ -55,7 +55,11 @@ def _patched_once(function: Any) -> Any:
 
 def _noted_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
     constants = {name: options[name] for name in self.arg_names if name in options}
-    types = {name: mangle_type(one) for name, one in zip(self.arg_names, args, strict=False)}
+    given = dict(zip(self.arg_names, args, strict=False))
+    # a one is compiled in
+    ones = {name: 1 for name, one in given.items() if type(one) is int and one == 1}
+    types = {name: mangle_type(one) for name, one in given.items() if name not in ones}
+    constants |= ones
     warps = options.get("num_warps", 4)
     LAUNCHES.append(Launch(self.fn.__module__, self.__name__, grid, types, constants, warps))
     if DRY[0]:

@@ -303,7 +303,8 @@ class TopQState:
     def observe(self) -> None:
         """Measure from the next step on what waits in the residuals; a second call does nothing.
 
-        What `telemetry.serve_metrics` and the like call; docs/metrics.md says what it costs.
+        What `telemetry.serve_metrics` and the like call; docs/metrics.md says what it costs. Of
+        frames that stay on a GPU nothing is measured.
         """
         self._watch = self._watch or UnsentWatch()
 
