@@ -104,8 +104,10 @@ def plan_frame(
     tl.store(header + 1, 1 | (flags << 8) | (FORMAT << 16) | (coding << 24))
     tl.store(header + 2, rice | ((exponent & 255) << 8))
     tl.store(header + 3, tl.where(some, index_bytes, 0).to(tl.int32))
-    tl.store(header + 4, numel.to(tl.int32))
-    tl.store(header + 5, (numel.to(tl.int64) >> 32).to(tl.int32))
+    # an argument of one is compiled in, and has no dtype
+    length = tl.full([], 0, tl.int64) + numel
+    tl.store(header + 4, length.to(tl.int32))
+    tl.store(header + 5, (length >> 32).to(tl.int32))
     tl.store(header + 6, held.to(tl.int32))
     tl.store(header + 7, 0)
     if HEADER == 40:

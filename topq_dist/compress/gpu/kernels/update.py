@@ -67,10 +67,11 @@ def add_frame(
     # whatever a report has missed, nothing is written beside the vector
     mask = mask & (index >= 0) & (index < numel)
     value = tl.load(values + at, mask=mask, other=0.0)
+    # an argument of one is compiled in, and has no dtype
     if value.dtype == tl.float64:
-        share = value / divisor.to(tl.float64)
+        share = value / (tl.zeros([BLOCK], tl.float64) + divisor)
     else:
-        share = tl.div_rn(value, tl.zeros([BLOCK], tl.float32) + divisor.to(tl.float32))
+        share = tl.div_rn(value, tl.zeros([BLOCK], tl.float32) + divisor)
     if KIND == FP64:
         share = share.to(tl.float64)
     else:
