@@ -18,6 +18,8 @@ from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.sparsify.segments import Segment, Segments
 from topq_dist.dtypes import accumulate_dtype
 
+# a minute where there is one core for it
+pytestmark = pytest.mark.timeout(600)
 COMPILER = Path(__file__).parents[3] / "gpu_compiled.py"
 
 
