@@ -2,6 +2,7 @@
 
     python benchmarks/fsdp.py
     python benchmarks/fsdp.py --tasks digits-sgd --steps 300 --seeds 0 1 2
+    python benchmarks/fsdp.py --show benchmarks/results/fsdp.json
 
 Trains a task on gloo ranks with the same batches whatever the way: all-reduced whole under
 fully_shard (to the bits of native HSDP), with the hook under fully_shard on a mesh of replicas x
@@ -85,7 +86,11 @@ def main() -> None:
     parser.add_argument("--q", type=float, default=0.99)
     parser.add_argument("--replicas", type=integer_from(1), default=2)
     parser.add_argument("--shards", type=integer_from(1), default=2)
+    parser.add_argument("--show", type=Path, help="print the table of a report, and train nothing")
     options = parser.parse_args()
+    if options.show is not None:
+        print(table(json.loads(options.show.read_text())["rows"]))
+        return
     rows = []
     for task in options.tasks:
         for seed in options.seeds:
@@ -179,23 +184,21 @@ def gathered(task: Task, data: Any, model: nn.Module) -> nn.Module:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the means over the seeds as plain text: quality, bytes that a rank puts on its link
-    to other replicas a step, and how many times fewer than those of the first way."""
+    """Return quality and the bytes that a rank puts on its link to other replicas in a step, means
+    over the seeds, as plain text."""
     lines: dict[str, list[str]] = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        first = statistics.fmean(row["wire_bytes"] for row in mine if row["way"] == mine[0]["way"])
+    for task, steps in dict.fromkeys((row["task"], row["steps"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["steps"]) == (task, steps)]
         for way in dict.fromkeys(row["way"] for row in mine):
             runs = [row for row in mine if row["way"] == way]
             qualities = [row["quality"] for row in runs]
-            wire_bytes = statistics.fmean(row["wire_bytes"] for row in runs)
-            lines[f"{task}, {way}"] = [
+            a_step = [row["wire_bytes"] / steps for row in runs]
+            lines[f"{task}, {steps} steps, {way}"] = [
                 f"{statistics.fmean(qualities):.3f}",
                 " ".join(f"{one:.3f}" for one in qualities),
-                f"{wire_bytes / runs[0]['steps'] / 1e3:.1f} kB",
-                f"{first / wire_bytes:.0f} x",
+                f"{statistics.fmean(a_step) / 1e3:.1f} kB",
             ]
-    heads = ("quality, mean", "seed by seed", "between replicas a step", "fewer")
+    heads = ("quality, mean", "seed by seed", "between replicas a step")
     return text_table("per cent or nats on test data", heads, lines)
 
 
