@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
+from forked import FORKED
 
 from topq_dist import Elastic, RefusedError
 from topq_dist.elastic.errors import MemberLostError
@@ -30,11 +31,12 @@ class Run:
         self.pool = ThreadPoolExecutor(8)
 
     def member(self, name: str, *, settings: str = "q=0.9", **options: Any) -> Membership:
-        elastic = Elastic(
-            store=f"127.0.0.1:{self.store.port}",
-            name=name,
-            **({"ranks": 2, "lease_s": 8.0} | options),
-        )
+        usual: dict[str, Any] = {
+            "store": f"127.0.0.1:{self.store.port}",
+            "ranks": 2,
+            "lease_s": 8.0,
+        }
+        elastic = Elastic(name=name, **(usual | options))
         per_node = 2 if settings == "in nodes" else 1
         made = Membership(elastic, settings=settings, per_node=per_node)
         self.members.append(made)
@@ -193,6 +195,54 @@ def test_nobody_waits_for_a_member_that_is_gone(run: Run) -> None:
         group.leave()
     with pytest.raises(MemberLostError):
         gather(groups[0])
+
+
+def test_a_group_among_some_fails_as_a_whole_one_beside_a_default_group(
+    run: Run, alone: dist.ProcessGroup
+) -> None:
+    members = [run.member(str(rank), ranks=3) for rank in range(3)]
+    epochs = run.begun(*members)
+
+    def among(member: Membership, epoch: Epoch) -> WatchedGroup:
+        group = WatchedGroup(member.store, epoch.rank, 3, f"whole{epoch.rank}", member.check)
+        if epoch.rank > 0:
+            group.among([1, 2])
+        return group
+
+    groups = run.together(*map(partial(partial, among), members, epochs))
+    inner = groups[1]._inner[0]
+    waiting = run.start(partial(dist.reduce, torch.zeros(1), 1, group=inner))
+    members[2].close()
+    # torch logs it by the rank in the default group, which is not in this one
+    with pytest.raises((MemberLostError, ValueError)):
+        waiting.result(30)
+    assert groups[1].has_failed
+    assert not groups[0].has_failed
+    for group in groups:
+        group.leave()
+    assert alone.size() == 1
+
+
+def test_a_lost_store_ends_every_member_with_a_sentence(run: Run) -> None:
+    # in a process of its own, to be killed
+    port: Any = FORKED.Queue()
+    host = FORKED.Process(target=keep_store, args=(port,), daemon=True)
+    host.start()
+    address = f"127.0.0.1:{port.get(timeout=60)}"
+    members = [run.member(name, store=address) for name in "ab"]
+    run.begun(*members)
+    waiting = run.start(members[0].decide)
+    host.kill()
+    host.join()
+    for one in (waiting, run.start(members[1].decide), run.start(members[1].next_epoch)):
+        with pytest.raises(ConnectionError, match="expected one that outlives every rank"):
+            one.result(30)
+
+
+def keep_store(port: Any) -> None:
+    store = serve("127.0.0.1:0")
+    port.put(store.port)
+    threading.Event().wait()
 
 
 def test_settings_that_are_out_of_place_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

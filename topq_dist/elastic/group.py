@@ -10,7 +10,8 @@ import atexit
 import datetime as dt
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -21,6 +22,7 @@ _CONNECT = dt.timedelta(seconds=10)
 # leases end waiting: this is for a member that gives signs of life and does not come
 _LONGEST_WAIT = dt.timedelta(minutes=30)
 _GLANCE = dt.timedelta(milliseconds=100)
+T = TypeVar("T")
 
 
 class WatchedGroup(dist.ProcessGroup):
@@ -48,6 +50,7 @@ class WatchedGroup(dist.ProcessGroup):
         super().__init__(rank, len(ranks))  # type: ignore[call-arg]
         self._check = check
         self._inner: list[WatchedGroup] = []
+        self._failed = False
         self._under_way: list[dist.Work] = []
         self._store = store
         self._name = name
@@ -61,6 +64,14 @@ class WatchedGroup(dist.ProcessGroup):
         world.pg_names[self] = name  # type: ignore[assignment]
         world.pg_group_ranks[self] = {one: place for place, one in enumerate(ranks)}
         atexit.register(self.leave)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a collective has, of this group or one among its ranks.
+
+        Torch's functions, as they log a MemberLostError, may raise another error in its place.
+        """
+        return self._failed or any(group.has_failed for group in self._inner)
 
     def among(self, ranks: Sequence[int]) -> WatchedGroup:
         """Return a group of these ranks of this one, left with it; called by its members alone."""
@@ -112,25 +123,39 @@ class WatchedGroup(dist.ProcessGroup):
     def _launch(
         self, collective: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> WatchedWork:
-        self._check()
+        self._failing(self._check)
         # torch's functions give their options last
         if arguments and hasattr(arguments[-1], "timeout"):
             arguments[-1].timeout = _LONGEST_WAIT
         self._under_way = [work for work in self._under_way if not work.is_completed()]
-        try:
-            work = collective(*arguments, **named)
-        except RuntimeError as error:
-            raise MemberLostError(f"a collective failed: {error}") from error
+        work = self._failing(partial(collective, *arguments, **named))
         self._under_way.append(work)
-        return WatchedWork(work, self._check)
+        return WatchedWork(work, self._check, self._failing)
+
+    def _failing(self, action: Callable[[], T]) -> T:
+        """Do what fails where a member is lost."""
+        try:
+            return action()
+        except MemberLostError:
+            self._failed = True
+            raise
+        except RuntimeError as error:
+            self._failed = True
+            raise MemberLostError(f"a collective failed: {error}") from error
 
 
 class WatchedWork:
     """A collective under way."""
 
-    def __init__(self, work: dist.Work, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        work: dist.Work,
+        check: Callable[[], None],
+        failing: Callable[[Callable[[], bool]], bool],
+    ) -> None:
         self._work = work
         self._check = check
+        self._failing = failing
 
     def is_completed(self) -> bool:
         """Return whether it is over, whatever has come of it."""
@@ -138,6 +163,9 @@ class WatchedWork:
 
     def wait(self, _: dt.timedelta | None = None) -> bool:
         """Wait; raise MemberLostError where it failed, or the epoch is over before it is."""
+        return self._failing(self._wait)
+
+    def _wait(self) -> bool:
         while not self._work.is_completed():
             try:
                 return self._work.wait(_GLANCE)
@@ -145,10 +173,7 @@ class WatchedWork:
                 # not yet, or with the error that waiting once more tells
                 if not self._work.is_completed():
                     self._check()
-        try:
-            return self._work.wait()
-        except RuntimeError as error:
-            raise MemberLostError(f"a collective failed: {error}") from error
+        return self._work.wait()
 
 
 class _Over:

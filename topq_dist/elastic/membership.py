@@ -17,12 +17,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from topq_dist.elastic.errors import MemberLostError, RefusedError
+from topq_dist.elastic.errors import MemberLostError, RefusedError, store_lost
 from topq_dist.elastic.pulse import Pulse
 from topq_dist.elastic.settings import Elastic
 
@@ -112,11 +113,19 @@ class Membership:
         """Return once every member has come here with all of a round; whether the epoch ends then.
 
         Raises MemberLostError where one has not, and none ever will have: the round is void for
-        all.
+        all. Raises ConnectionError where the store is lost.
         """
         if self.epoch is None:
             raise RuntimeError("decide comes within an epoch")
         self._round += 1
+        with _naming_a_lost_store():
+            decision = self._count_in()
+        if decision == _VOID:
+            raise MemberLostError("a member is lost that had not received the round")
+        self._has_state = True
+        return decision == _COUNTS_AND_ENDS
+
+    def _count_in(self) -> str:
         prefix = f"epoch/{self._seen}/round"
         key = f"{prefix}/{self._round}"
         if self._store.add(f"{key}/received", 1) == len(self._members):
@@ -125,12 +134,8 @@ class Membership:
             # all have read the decision before
             for old in (f"{prefix}/{self._round - 1}", f"{prefix}/{self._round - 1}/received"):
                 self._store.delete_key(old)
-        else:
-            decision = self._decision(key)
-        if decision == _VOID:
-            raise MemberLostError("a member is lost that had not received the round")
-        self._has_state = True
-        return decision == _COUNTS_AND_ENDS
+            return decision
+        return self._decision(key)
 
     def _decision(self, key: str) -> str:
         pause_s = _SHORTEST_PAUSE_S
@@ -151,8 +156,13 @@ class Membership:
         """Return the next epoch that this process is a member of, once there is one.
 
         Closes the one it is in. A process that the others have gone on without has lost what it
-        held. Raises RefusedError where the members do not take this process in.
+        held. Raises RefusedError where the members do not take this process in, ConnectionError
+        where the store is lost.
         """
+        with _naming_a_lost_store():
+            return self._next_epoch()
+
+    def _next_epoch(self) -> Epoch:
         if self.epoch is not None:
             self._store.set(f"epoch/{self._seen}/closed", "")
             self.epoch = None
@@ -289,6 +299,14 @@ class Membership:
         """Leave the run; the others see it with their next sign of life."""
         self._left = True
         self._pulse.end()
+
+
+@contextmanager
+def _naming_a_lost_store() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise store_lost() from error
 
 
 def _place(name: str) -> tuple[int, int, str]:

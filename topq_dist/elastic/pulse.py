@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 
+from topq_dist.elastic.errors import store_lost
+
 _LEFT = -(2**62)
-_STORE_LOST = (
-    "the store of the elastic run does not answer any more: expected one that outlives every rank"
-)
 
 
 def beats_key(token: str) -> str:
@@ -61,7 +60,7 @@ class Pulse:
     def lost(self) -> frozenset[str]:
         """Return who among the watched is lost; raises ConnectionError where the store is."""
         if self._error is not None:
-            raise ConnectionError(_STORE_LOST) from self._error
+            raise store_lost() from self._error
         return self._lost
 
     def end(self) -> None:

@@ -84,8 +84,13 @@ class Epochs:
             raise RuntimeError("this process has left the run: expected no exchange after close")
         try:
             exchange()
-        except MemberLostError as error:
+        except Exception as error:  # noqa: BLE001 - torch may have put one in a loss's place
+            self._raise_unless_lost(error)
             _log.warning("an exchange is void on every rank: %s", error)
+            is_void = True
+        else:
+            is_void = False
+        if is_void:
             self.begin()
             return False
         if begins:
@@ -109,7 +114,8 @@ class Epochs:
             self.lost += [LostResidual(name, self._rank.steps_taken) for name in epoch.lost]
             try:
                 self._begin(epoch)
-            except MemberLostError as error:
+            except Exception as error:  # noqa: BLE001 - as above
+                self._raise_unless_lost(error)
                 _log.info("epoch %d did not begin: %s", epoch.number, error)
             else:
                 return
@@ -135,6 +141,11 @@ class Epochs:
             self.came_in |= epoch.members[epoch.source].has_state
         self.names = tuple(member.name for member in epoch.members)
         self._rank.skip_exchanges_until(max(int(text) for text in texts))
+
+    def _raise_unless_lost(self, error: Exception) -> None:
+        group_failed = self._group is not None and self._group.has_failed
+        if not isinstance(error, MemberLostError) and not group_failed:
+            raise error
 
     def _state_for_peer(self) -> dict[str, Any]:
         return {"lost": self.lost, "rank": self._rank.state_for_peer()}

@@ -167,6 +167,9 @@ class LocalTopQ:
         self._skip_until = 0
         if self._elastic is not None:
             self._elastic.begin()
+            if isinstance(group, WatchedGroup):
+                # it was this process's alone
+                group.leave()
             return
         check_same_on_all_ranks(settings, group=group, device=self._context.device)
         tensors = [*self._model.parameters.values(), *self._model.buffers().values()]
@@ -401,7 +404,7 @@ class LocalTopQ:
         }
 
 
-def _alone(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def _alone(process_group: dist.ProcessGroup | None) -> WatchedGroup:
     """Return a group of this process, until it is in the run."""
     if process_group is not None:
         raise ValueError(
