@@ -239,6 +239,10 @@ def disagreements(rank: int) -> dict[str, str]:
     found["registered with another q"] = said(
         lambda: hooked(model, mesh, adamw(model), q=0.9 if odd else 0.8)
     )
+    try:
+        hooked(model, mesh, adamw(model), clip_norm=0.0 if odd else 1.0)
+    except (ExchangeError, ValueError) as error:
+        found["one is refused"] = str(error)
     # nothing is touched, and it may be tried again
     optimizer = adamw(model)
     state = hooked(model, mesh, optimizer, q=0.8, exchange="allgather")
@@ -293,6 +297,7 @@ def test_where_ranks_disagree_or_one_fails_all_of_them_say_so(tmp_path: Path) ->
         for what in [what for what in found if "another q" in what]:
             assert "disagree" in found[what], found
             assert re.search(r"q=0\.[5789]", found[what]), found
+        assert "clip_norm=0.0" in found["one is refused"]
         for q in (0.8, 0.0):
             words = found[f"unused in one replica, q={q}"]
             assert "parameters without a gradient: never.weight" in words

@@ -85,9 +85,11 @@ class ShardedTopQState:
             meter=Meter(),
             shards=shards,
         )
+        # before anything that may fail on one rank alone
+        places = _places(context)
         with telling_of_failures(context):
+            _check_places(places)
             self._parts = self._make_parts(knobs, optimizer)
-            _check_order(context)
         self._ranks = connect(self._parts, knobs, context)
         _warn_of_different_replicas(self._names, context)
         self._capture = Capture(model, self._modules, self._names, replicas.size(), self._exchange)
@@ -328,11 +330,14 @@ def _add_to_gradient(parameter: Tensor, average: Tensor) -> None:
         gradient += average.to(gradient).view_as(gradient)
 
 
-def _check_order(context: CommContext) -> None:
-    """Raise ValueError unless the shards of a replica have the same place in their groups."""
+def _places(context: CommContext) -> list[str]:
+    """Return the place that each shard of this replica has among its replicas; a collective."""
     assert context.shards is not None  # noqa: S101 - for mypy: made with them
     place = f"{context.rank} of {context.size}"
-    places = gather_texts(place, group=context.shards, device=context.device)
+    return gather_texts(place, group=context.shards, device=context.device)
+
+
+def _check_places(places: Sequence[str]) -> None:
     if len(set(places)) > 1:
         raise ValueError(
             f"replicate_group numbers this replica differently on its shards, {places}: expected "
