@@ -14,7 +14,7 @@ from topq_dist.ddp import hook as ddp_hook
 from topq_dist.ddp.hook import TopQState
 from topq_dist.elastic.settings import Elastic
 from topq_dist.hook.parts import KnobOptions
-from topq_dist.module_names import unwrapped
+from topq_dist.module_names import check_not_fsdp1, unwrapped
 
 if TYPE_CHECKING:
     from topq_dist.fsdp.hook import ShardedTopQState
@@ -90,8 +90,5 @@ def _is_sharded(model: nn.Module) -> bool:
         return False
     if isinstance(model, DistributedDataParallel):
         return False
-    if isinstance(model, getattr(fsdp, "FullyShardedDataParallel", ())):
-        raise TypeError(
-            "model is a FullyShardedDataParallel: expected fully_shard (FSDP2) in its place"
-        )
+    check_not_fsdp1(model)
     return any(isinstance(module, kind) for module in model.modules())

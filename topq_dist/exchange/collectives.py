@@ -35,8 +35,8 @@ _CPU = torch.device("cpu")
 class CommContext:
     """The ranks that frames travel among, and where what that costs is added up.
 
-    shards: where each rank of the group holds one shard of a model, the ranks with the others; they
-        exchange no frames, and decide alike.
+    shards: where each rank of the group holds one shard of a model, or trains one copy of it with
+        others, these; they exchange no frames, and decide alike.
     """
 
     group: dist.ProcessGroup
@@ -122,9 +122,9 @@ class FrameAllGather(_FrameCollective):
         super().__init__(context, settings_digest=settings_digest, coherence=coherence)
         self._frame = frame
         self._lane = lane
-        self._received, self._work = self._gather()
+        self._sent, self._received, self._work = self._gather()
 
-    def _gather(self) -> tuple[Tensor, dist.Work]:
+    def _gather(self) -> tuple[Tensor, Tensor, dist.Work]:
         lane, context = self._lane, self._context
         sent = lane.sent.take(lane.slot.bytes, _CPU)
         pack(sent, self._frame, self._settings_digest, coherence=self.coherence)
@@ -134,12 +134,12 @@ class FrameAllGather(_FrameCollective):
             list(received.unbind()), sent.to(context.device), group=context.group, async_op=True
         )
         context.meter.add(sent_bytes=sent.numel(), wire_bytes=sent.numel() * (context.size - 1))
-        return received, member(work)
+        return sent, received, member(work)
 
     def _heads(self) -> list[Head]:
         self._work.wait()
-        self._lane.sent.release()
-        self._lane.received.release()
+        self._lane.sent.release(self._sent)
+        self._lane.received.release(self._received)
         self._received = self._received.cpu()
         return [unpack(row) for row in self._received]
 
@@ -148,7 +148,7 @@ class FrameAllGather(_FrameCollective):
         fits = self._lane.slot.holds(longest)
         self._lane.slot.fit(longest)
         if not fits:
-            self._received, self._work = self._gather()
+            self._sent, self._received, self._work = self._gather()
             heads = self._heads()
         return [frame_in(row, head) for row, head in zip(self._received, heads, strict=True)]
 
@@ -201,12 +201,12 @@ class FrameAllToAll(_FrameCollective):
         self._sizes = {peer: lanes.incoming[peer].bytes for peer in self._others}
         self._rows: dict[int, Tensor] = {}
         sizes = {peer: lanes.outgoing[peer].bytes for peer in self._others}
-        sent = lanes.sent.take(sum(sizes.values()), _CPU)
-        for peer, row in _split(sent, sizes).items():
+        self._sent = lanes.sent.take(sum(sizes.values()), _CPU)
+        for peer, row in _split(self._sent, sizes).items():
             frame = None if frames is None else frames[peer]
             pack(row, frame, settings_digest, coherence=coherence, tailed=tailed)
         self._received = lanes.received.take(sum(self._sizes.values()), context.device)
-        self._work = self._exchange(sent, sizes, self._received, self._sizes)
+        self._work = self._exchange(self._sent, sizes, self._received, self._sizes)
 
     def _exchange(
         self,
@@ -246,8 +246,8 @@ class FrameAllToAll(_FrameCollective):
         for peer in self._others:
             lanes.outgoing[peer].fit(mine[peer].numel())
             lanes.incoming[peer].fit(heads[peer].frame_bytes)
-        lanes.sent.release()
-        lanes.received.release()
+        lanes.sent.release(self._sent)
+        lanes.received.release(self._received)
         return [frames.get(peer, mine[peer]) for peer in range(self._context.size)]
 
     def _tails(self, mine: Sequence[Tensor], heads: Sequence[Head]) -> dict[int, Tensor]:

@@ -29,14 +29,16 @@ _FAILED = "failed: "
 _FINE = "fine"
 
 
-def check_same_on_all_shards(text: str, context: CommContext) -> None:
+def check_same_on_all_shards(text: str, context: CommContext, *, of_shard: str = "") -> None:
     """Return when every replica of every shard has the same `text`; a collective of them all.
+
+    of_shard: what replicas of one shard must have alike, and the other shards need not.
 
     Raises ExchangeError on every rank, quoting the first line in which two differ. Without shards
     this is `check_same_on_all_ranks`.
     """
     try:
-        check_same_on_all_ranks(text, group=context.group, device=context.device)
+        check_same_on_all_ranks(text + of_shard, group=context.group, device=context.device)
     except ExchangeError as error:
         _tell_shards(error, context)
         raise

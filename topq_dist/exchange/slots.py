@@ -35,23 +35,26 @@ class Head(NamedTuple):
 
 
 class ReusableBuffer:
-    """A byte buffer that steps use one after the other, lent to one collective at a time."""
+    """A byte buffer that steps use one after the other; who takes it while it is lent has another.
+
+    What is never brought back, by an aborted pass, may still be written to, and is lent to no one.
+    """
 
     def __init__(self) -> None:
-        self._buffer = NO_FRAME
-        self._lent = False
+        self._spare = NO_FRAME
 
     def take(self, numel: int, device: torch.device) -> Tensor:
         """Return `numel` bytes of any content, this borrower's until `release`."""
-        # what an aborted pass never brought back may still be written to
-        if self._lent or self._buffer.numel() < numel or self._buffer.device != device:
-            self._buffer = torch.empty(numel + numel // 8, dtype=torch.uint8, device=device)
-        self._lent = True
-        return self._buffer[:numel]
+        spare, self._spare = self._spare, NO_FRAME
+        if spare.numel() < numel or spare.device != device:
+            spare = torch.empty(numel + numel // 8, dtype=torch.uint8, device=device)
+        return spare[:numel]
 
-    def release(self) -> None:
-        """Take the bytes back."""
-        self._lent = False
+    def release(self, lent: Tensor) -> None:
+        """Take back what `take` has returned, or a view of it."""
+        # more than was asked for, where the buffer was larger
+        whole = lent.untyped_storage()
+        self._spare = torch.empty(0, dtype=torch.uint8, device=lent.device).set_(whole)
 
 
 class Slot:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topq_dist.dtypes import local_part
 from topq_dist.exchange.collectives import CommContext, member
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+# of those that travel together, beside which there is a copy of them
+_RUN_BYTES = 1 << 28
 
 
 class FirstRanks:
@@ -20,7 +23,8 @@ class FirstRanks:
     """
 
     def __init__(self, tensors: Sequence[Tensor], context: CommContext) -> None:
-        self._tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
+        parts_here = [local_part(tensor).detach() for tensor in tensors]
+        self._tensors = [tensor for tensor in parts_here if tensor.numel()]
         self._context = context
         # of shards all may be empty, on all ranks that hold the same ones
         parts = [_bytes_of(one).to(context.device) for one in self._tensors]
@@ -50,5 +54,20 @@ class FirstRanks:
             tensor.copy_(part.to(tensor.device).clone().view(tensor.dtype).view(tensor.shape))
 
 
+def give_all(tensors: Iterable[Tensor], context: CommContext) -> None:
+    """Have every rank take the first one's tensors, of any dtypes and shapes; a collective."""
+    run: list[Tensor] = []
+    run_bytes = 0
+    for tensor in tensors:
+        run.append(tensor)
+        run_bytes += local_part(tensor).nbytes
+        if run_bytes >= _RUN_BYTES:
+            FirstRanks(run, context).receive()
+            run, run_bytes = [], 0
+    FirstRanks(run, context).receive()
+
+
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    # what is conjugated or negated on the way to a reader is not so in memory
+    resolved = tensor.resolve_conj().resolve_neg()
+    return resolved.contiguous().view(-1).view(torch.uint8)

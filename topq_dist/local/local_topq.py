@@ -22,15 +22,14 @@ from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.elastic.group import WatchedGroup
 from topq_dist.elastic.membership import Membership
 from topq_dist.elastic.settings import Elastic, check_elastic
-from topq_dist.exchange.agreement import check_same_on_all_ranks
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.epochs import Epochs, LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
-from topq_dist.exchange.shards import telling_of_failures
-from topq_dist.local.first_rank import FirstRanks
-from topq_dist.local.fragment import local_part
-from topq_dist.local.model import check_group, device_of, local_model
+from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
+from topq_dist.local.first_rank import FirstRanks, give_all
+from topq_dist.local.model import device_of, local_model
+from topq_dist.local.node import check_group, node_group
 from topq_dist.local.peer_state import check_can_be_elastic, handed_from, take_handed
 from topq_dist.local.replica import Replica
 from topq_dist.local.rounds import Rounds
@@ -88,9 +87,10 @@ class LocalTopQ:
         goes on at `steps_taken` with parameters, buffers and optimizers' state of a rank that is in
         the run; `close` leaves it.
 
-    Making one is a collective of the group, after which every rank has the first one's parameters
-    and buffers. Raises TypeError or ValueError on bad input, and ExchangeError on every rank where
-    ranks disagree on settings or model; nothing is touched before that. An elastic one raises
+    Making one is a collective of the group, and of the ranks that train one copy of the model
+    together, after which every rank has the first one's parameters, frozen ones too, and buffers.
+    Raises TypeError or ValueError on bad input, and ExchangeError on every rank where ranks
+    disagree on settings or model; nothing is touched before that. An elastic one raises
     RefusedError in a process that the run does not take in.
     """
 
@@ -119,7 +119,12 @@ class LocalTopQ:
     ) -> None:
         place = check_elastic(elastic)
         group = _checked_group(process_group) if place is None else _alone(process_group)
-        self._context = CommContext(group=group, device=device_of(model), meter=Meter())
+        self._context = CommContext(
+            group=group,
+            device=device_of(model),
+            meter=Meter(),
+            shards=None if place is not None else node_group(model, group),
+        )
         with telling_of_failures(self._context):
             self._settings = make_settings(
                 every=every,
@@ -142,7 +147,8 @@ class LocalTopQ:
             self._asked_exchange = exchange
             self._per_node = check_exchange(exchange, ranks_per_node)
             self._model = local_model(model, optimizer)
-            check_group(group, self._model.node)
+            if place is None:
+                check_group(model, group)
             check_ranks(self._per_node, group.size() if place is None else place.ranks)
             if place is not None:
                 check_can_be_elastic(model, self._model, optimizer)
@@ -171,11 +177,11 @@ class LocalTopQ:
                 # it was this process's alone
                 group.leave()
             return
-        check_same_on_all_ranks(settings, group=group, device=self._context.device)
-        tensors = [*self._model.parameters.values(), *self._model.buffers().values()]
+        check_same_on_all_shards(
+            settings, self._context, of_shard=f"\n{self._model.text_of_shard()}"
+        )
         # as DDP's own at its start, this is in no account
-        unmetered = replace(self._context, meter=Meter())
-        FirstRanks([local_part(one) for one in tensors], unmetered).receive()
+        give_all(self._model.tensors().values(), replace(self._context, meter=Meter()))
         for fragment in self._replica.fragments:
             fragment.outer = fragment.gather()
         self.enter(self._context)

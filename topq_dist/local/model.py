@@ -6,32 +6,46 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from topq_dist.dtypes import FLOATS, check_plain
+from topq_dist.dtypes import FLOATS, check_plain, is_plain
 from topq_dist.local.fragment import local_part
-from topq_dist.module_names import plain_name, unwrapped
+from topq_dist.module_names import check_not_fsdp1, plain_name, unwrapped
 
 
 class LocalModel(NamedTuple):
-    """The trainable parameters of `module` by name; `node` is the group that DDP trains it in."""
+    """The parameters of `module` by name, those that were trainable and those that were not."""
 
     module: nn.Module
     parameters: dict[str, Tensor]
-    node: ProcessGroup | None
+    frozen: dict[str, Tensor]
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers by name, asked for anew: modules put others in their place."""
-        return {plain_name(name): buffer for name, buffer in self.module.named_buffers()}
+        buffers = self.module.named_buffers()
+        return _with_numbers({plain_name(name): buffer for name, buffer in buffers})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that the first rank has and the others take, by name."""
+        return {**self.parameters, **self.frozen, **self.buffers()}
 
     def text(self) -> str:
         """Return what must be the same on every rank, a line for each tensor."""
         return "\n".join(
-            f"{name} {tuple(local_part(tensor).shape)} {tensor.dtype}"
-            for name, tensor in (*self.parameters.items(), *self.buffers().items())
+            f"{name} {tuple(tensor.shape)} {tensor.dtype} {getattr(tensor, 'placements', '')}"
+            for name, tensor in self.tensors().items()
+        )
+
+    def text_of_shard(self) -> str:
+        """Return what those must have alike that hold the same shards, a line for each tensor."""
+        return "\n".join(
+            f"{name} {tuple(tensor.to_local().shape)}, at {tensor.device_mesh.get_coordinate()} of "
+            "its mesh"
+            for name, tensor in self.tensors().items()
+            if isinstance(tensor, DTensor)
         )
 
 
@@ -48,14 +62,15 @@ def local_model(model: nn.Module, optimizer: Optimizer) -> LocalModel:
             f"optimizer is a {type(optimizer).__name__}: expected the torch.optim.Optimizer that "
             "takes the inner steps"
         )
-    node, module = None, unwrapped(model)
+    check_not_fsdp1(model)
+    module = unwrapped(model)
     if isinstance(module, DistributedDataParallel):
-        node, module = module.process_group, unwrapped(module.module)
-    parameters: dict[str, Tensor] = {
-        plain_name(name): parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+        module = unwrapped(module.module)
+    parameters: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    for name, one in module.named_parameters():
+        _check_lazy(name, one)
+        (parameters if one.requires_grad else frozen)[plain_name(name)] = one
     if not parameters:
         raise ValueError("model has no trainable parameter: expected one at least")
     for name, parameter in parameters.items():
@@ -67,7 +82,7 @@ def local_model(model: nn.Module, optimizer: Optimizer) -> LocalModel:
             "so make a LocalTopQ for each part, with an optimizer of its own"
         )
     _check_optimizer(optimizer, module)
-    return LocalModel(module, parameters, node)
+    return LocalModel(module, parameters, _with_numbers(frozen))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -76,21 +91,17 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else local_part(first).device
 
 
-def check_group(group: ProcessGroup, node: ProcessGroup | None) -> None:
-    """Raise ValueError where DistributedDataParallel has the ranks of `group` in step already."""
-    if node is None or group.size() == 1:
-        return
-    if get_process_group_ranks(node) == get_process_group_ranks(group):
-        raise ValueError(
-            "process_group has the ranks that DistributedDataParallel averages gradients among at "
-            "every step: expected the group across the nodes, and DistributedDataParallel with "
-            "process_group= those of one node"
-        )
+def _with_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those that can be sent: classes of their own, as of quantized weights, stay put."""
+    return {name: one for name, one in tensors.items() if is_plain(local_part(one))}
+
+
+def _check_lazy(name: str, parameter: Tensor) -> None:
+    if is_lazy(parameter):
+        raise TypeError(f"{name} has no shape yet: run the model once before it is given here")
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
-    if is_lazy(parameter):
-        raise TypeError(f"{name} has no shape yet: run the model once before it is given here")
     check_plain(name, local_part(parameter))
     if parameter.dtype not in FLOATS:
         known = ", ".join(str(dtype) for dtype in FLOATS)

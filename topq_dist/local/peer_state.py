@@ -35,13 +35,17 @@ def check_can_be_elastic(module: nn.Module, model: LocalModel, optimizer: Optimi
 
 
 def handed_from(model: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Return buffers by name and the optimizer's state, with text keys; no tensor is copied."""
-    buffers = {name: buffer.detach() for name, buffer in model.buffers().items()}
-    return {"buffers": buffers, "optimizer": to_texts(optimizer.state_dict())}
+    """Return what is not exchanged and the optimizer's state, as texts; no tensor is copied."""
+    return {
+        "frozen": {name: parameter.detach() for name, parameter in model.frozen.items()},
+        "buffers": {name: buffer.detach() for name, buffer in model.buffers().items()},
+        "optimizer": to_texts(optimizer.state_dict()),
+    }
 
 
 def take_handed(state: Mapping[str, Any], model: LocalModel, optimizer: Optimizer) -> None:
     """Take up what `handed_from` has returned on a peer."""
-    for name, buffer in model.buffers().items():
-        buffer.detach().copy_(state["buffers"][name])
+    for key, held in (("frozen", model.frozen), ("buffers", model.buffers())):
+        for name, tensor in held.items():
+            tensor.detach().copy_(state[key][name])
     optimizer.load_state_dict(from_texts(state["optimizer"], optimizer.state_dict()))

@@ -17,7 +17,7 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.sparsify.segments import UniformSegments
 from topq_dist.dtypes import accumulate_dtype, zeros
-from topq_dist.local.fragment import Fragment, local_part, split_in_fragments
+from topq_dist.local.fragment import Fragment, split_in_fragments
 from topq_dist.local.settings import LocalSettings
 from topq_dist.validation import check_fraction
 
@@ -58,7 +58,8 @@ class Replica:
         self._keeps_launched = settings.overlap > 0
         wide = any(accumulate_dtype(one.dtype) == torch.float64 for one in parameters.values())
         self._dtype = torch.float64 if wide else torch.float32
-        numels = {name: local_part(one).numel() for name, one in parameters.items()}
+        # of whole parameters, so that the ranks of all shards have the same fragments
+        numels = {name: one.numel() for name, one in parameters.items()}
         self.fragments = [
             Fragment(
                 {name: parameters[name] for name in names},

@@ -1,7 +1,8 @@
 """Rounds over a process group: begun at their steps, received `overlap` steps later.
 
 Every rank begins and receives the same rounds at the same steps, so that all issue their
-collectives in one order. A round in which one rank's change is not finite is void on all:
+collectives in one order. A round in which one rank's change is not finite is void on all, those
+with other shards of the model, or in the same node, included:
 parameters, outer parameters and residuals stay what they are, and the next round has the change of
 both.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from topq_dist.compress.coherence import NO_COHERENCE
 from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.residual import ResidualUpdate
 from topq_dist.compress.unsent import UnsentWatch
@@ -25,6 +27,7 @@ from topq_dist.exchange.agreement import (
 )
 from topq_dist.exchange.base import Exchange, ExchangeWork
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
+from topq_dist.exchange.shards import Outcome, agree_on_outcome, tell_of_failed_step
 from topq_dist.exchange.slots import NO_FRAME
 from topq_dist.local.replica import Replica, Round
 from topq_dist.local.settings import LocalSettings
@@ -69,7 +72,7 @@ class Rounds:
         self._settings = settings
         self._commit = commit
         self._in_flight: dict[int, _InFlight] = {}
-        self._announcing = AllGatherLane()
+        self._announcing: list[AllGatherLane] = []
         self.void = 0
         # one for each fragment, once somebody looks on
         self.watches: tuple[UnsentWatch, ...] = ()
@@ -78,7 +81,7 @@ class Rounds:
         """Exchange among these ranks from now on; what is under way is as if it had never been."""
         self._context = context
         self._exchange = exchange
-        self._announcing = AllGatherLane()
+        self._announcing = [AllGatherLane() for _ in self._replica.fragments]
         self.drop()
 
     def end_step(self, step: int) -> None:
@@ -109,7 +112,7 @@ class Rounds:
         if not self._exchange.carries_settings:
             announcement = FrameAllGather(
                 NO_FRAME if failure is None else None,
-                self._announcing,
+                self._announcing[begun.fragment],
                 self._context,
                 settings_digest=digest(settings),
             )
@@ -168,21 +171,14 @@ class Rounds:
 
     def _finish(self, flight: _InFlight) -> None:
         try:
-            if flight.announcement is not None:
-                flight.announcement.frames()
-            flight.work.advance()
-            finite = flight.work.receive()
-        except SettingsDifferError:
-            # every rank is here, having read the same digests, and may ask for the particulars
-            check_same_on_all_ranks(
-                flight.settings, group=self._context.group, device=self._context.device
-            )
+            mine = Outcome(self._received(flight), NO_COHERENCE)
+        except Exception as error:
+            tell_of_failed_step(error, self._context)
             raise
-        except ExchangeError as error:
-            raise flight.failure or error from None
+        outcome = agree_on_outcome(mine, lambda: flight.settings, self._context)
         if self._commit is not None:
             self._commit()
-        if not finite:
+        if not outcome.finite:
             self._void(flight.begun)
             self._replica.release(flight.begun)
             return
@@ -191,6 +187,22 @@ class Rounds:
             self._replica.finish(flight.begun)
         if self.watches and flight.update is not None:
             self.watches[flight.begun.fragment].applied([flight.update])
+
+    def _received(self, flight: _InFlight) -> bool:
+        """Wait for the ranks of the group, and return whether the mean of a round is finite."""
+        try:
+            if flight.announcement is not None:
+                flight.announcement.frames()
+            flight.work.advance()
+            return flight.work.receive()
+        except SettingsDifferError:
+            # every rank is here, having read the same digests, and may ask for the particulars
+            check_same_on_all_ranks(
+                flight.settings, group=self._context.group, device=self._context.device
+            )
+            raise
+        except ExchangeError as error:
+            raise flight.failure or error from None
 
     def _void(self, begun: Round) -> None:
         self.void += 1
