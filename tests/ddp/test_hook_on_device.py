@@ -112,7 +112,7 @@ def troubles(rank: int) -> list[str]:
     """Return what each rank hears of ranks that disagree, and of one that fails."""
     said = []
     for late in (False, True):
-        for trouble in ("q", "failure"):
+        for trouble in ("q", "failure", "slot"):
             with engine(ON_DEVICE):
                 model = wrapped()
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -128,6 +128,8 @@ def troubles(rank: int) -> list[str]:
                     state.q = 0.95
                 if rank == 1 and trouble == "failure":
                     exchange.compressor.compress = fails  # type: ignore[method-assign]
+                if rank == 1 and trouble == "slot":
+                    exchange.compressor.write = fails  # type: ignore[method-assign]
                 said.append(heard(model, rank))
     return said
 
@@ -151,8 +153,9 @@ def test_every_rank_hears_of_trouble_as_on_the_cpu(tmp_path: Path) -> None:
         assert "ranks disagree" in said[0]
         assert said[0].startswith("0")
         # one step later, and still on every rank
-        assert "ranks disagree" in said[2]
-        assert said[2].startswith("1")
-    assert first[1].startswith("0 rank 1 could not compress its gradient")
-    assert first[3].startswith("1 rank 1 could not compress its gradient")
-    assert second[1] == second[3] == "0 no memory left on the device"
+        assert "ranks disagree" in said[3]
+        assert said[3].startswith("1")
+    for at in (1, 2):
+        assert first[at].startswith("0 rank 1 could not compress its gradient")
+        assert first[at + 3].startswith("1 rank 1 could not compress its gradient")
+        assert second[at] == second[at + 3] == "0 no memory left on the device"

@@ -161,7 +161,8 @@ class DeviceAllGatherWork:
         self._work: dist.Work | None = None
         self._needed_bytes = 0 if self._selected is None else slot_bytes(self._selected.shape)
         self._grows = self._needed_bytes > self._lane.bytes
-        self._fill()
+        self._failure: Exception | None = None
+        self._fill_or_fail()
         if not exchange.staged:
             self._send()
 
@@ -170,6 +171,11 @@ class DeviceAllGatherWork:
             self._send()
 
     def receive(self) -> bool:
+        """Wait for the slots, and return whether the step is finite; if late, as far as is known.
+
+        Raises what has kept this rank from filling its slot, once the others know that something
+        has, and ExchangeError as every other exchange does.
+        """
         exchange, lane = self._exchange, self._lane
         self._wait()
         looks = self._grows or self._selected is None or not exchange.late
@@ -178,7 +184,7 @@ class DeviceAllGatherWork:
             self._grows = False
             lane.bytes = max(self._needed_bytes, *(head.frame_bytes for head in heads))
             lane.fit(exchange.context.size, exchange.context.device, staged=exchange.staged)
-            self._fill()
+            self._fill_or_fail()
             self._send()
             self._wait()
             heads = self._look()
@@ -199,6 +205,14 @@ class DeviceAllGatherWork:
         with exchange.compressor.beside(exchange.context.device):
             exchange.tell()
         exchange.compressor.rejoin(exchange.context.device)
+
+    def _fill_or_fail(self) -> None:
+        try:
+            self._fill()
+        except Exception as failure:  # noqa: BLE001 - raised once the other ranks have been told
+            self._failure = failure
+            self._selected, self._grows, self._needed_bytes = None, False, 0
+            self._fill()
 
     def _fill(self) -> None:
         """Write the slot: a frame, or the head of one that has no room or of a rank that failed."""
@@ -250,13 +264,19 @@ class DeviceAllGatherWork:
         """Return what the slots say, in rank order, on the host; raises what check_heads raises."""
         rows = self._rows()
         heads = [unpack(row) for row in rows]
-        check_heads(heads)
+        try:
+            check_heads(heads)
+        except ExchangeError as error:
+            raise self._failure or error from None
         return heads
 
     def _rows(self) -> Sequence[Tensor]:
         lane = self._lane
-        rows = lane.received if lane.inside is None else lane.inside
-        return [row[:_LOOKED_AT_BYTES].cpu() for row in rows]
+        if lane.inside is not None:
+            return [row[:_LOOKED_AT_BYTES] for row in lane.inside]
+        # in the order of the stream that has waited for them
+        with self._exchange.compressor.beside(lane.received.device):
+            return [row[:_LOOKED_AT_BYTES].cpu() for row in lane.received]
 
     def _is_finite(self) -> bool:
         return all(is_finite(row) for row in self._rows())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,6 +107,17 @@ def test_a_device_on_which_it_does_not_work_is_told_of_once(
     (record,) = caplog.records
     assert "cuda:7 are compressed by torch operations" in record.message
     assert str(error) in record.message
+
+
+def test_everything_else_does_without_triton() -> None:
+    imports = "import topq_dist.ddp.hook, topq_dist.hook.parts, topq_dist.compress.compressor"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['triton'] = None; {imports}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_tried_first_passes() -> None:
