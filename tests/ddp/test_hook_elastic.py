@@ -148,6 +148,10 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             register_topq_hook(ddp, optimizer, **(good | options))
+    modes: tuple[dict[str, Any], ...] = ({"find_unused_parameters": True}, {"static_graph": True})
+    for unfit in modes:
+        with pytest.raises(ValueError, match="ranks would step apart"):
+            register_topq_hook(DistributedDataParallel(model, **unfit), sgd, **good)
     with pytest.raises(ValueError, match="wrapped later"):
         TopQState(model, sgd, **good)
     state = register_topq_hook(ddp, sgd, **good)

@@ -157,6 +157,12 @@ def _checked(
             "one of them: expected one among this process alone, after init_process_group('gloo', "
             "store=HashStore(), rank=0, world_size=1)"
         )
+    if model.find_unused_parameters or model.static_graph:
+        raise ValueError(
+            "elastic with a DistributedDataParallel of find_unused_parameters or static_graph: "
+            "expected one without, since it asks no other rank whether one has used a parameter, "
+            "and ranks would step apart"
+        )
     if optimizer is None or isinstance(optimizer, TopQGradientOptimizer):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__} with elastic: expected the torch optimizer "
