@@ -15,7 +15,6 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "streamed": {"every": 4, "fragments": 2, "overlap": 2, "outer_momentum": 0.5},
     "nodes": {"ranks": 4, "exchange": "hierarchical", "ranks_per_node": 2},
-    "hook": {"kind": "hook"},
     "hook, nodes": {
         "kind": "hook",
         "ranks": 4,
