@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import urllib.error
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -93,6 +97,52 @@ def test_a_closed_server_leaves_its_port() -> None:
     server.close()
     with serve_metrics(Source(), *server.address):
         pass
+
+
+def test_silent_connections_are_few_and_end_with_the_server() -> None:
+    before = threading.active_count()
+    with ExitStack() as stack:
+        server = stack.enter_context(serve_metrics(Source()))
+        silent = [
+            stack.enter_context(socket.create_connection(server.address, 10)) for _ in range(100)
+        ]
+        hung_up_on = silent[64:]
+        assert [one.recv(1) for one in hung_up_on] == [b""] * len(hung_up_on)
+        assert threading.active_count() - before <= 65
+        server.close()
+        assert [one.recv(1) for one in silent[:64]] == [b""] * 64
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "code"),
+    [
+        ("/metrics", "evil.example", 421),
+        ("/metrics", "127.0.0.1.evil.example:80", 421),
+        ("/", "localhost", 404),
+        ("/metrics/x", "localhost", 404),
+        ("/metrics?x=1", "localhost:80", 200),
+    ],
+)
+def test_only_metrics_are_there_under_names_of_loopback(path: str, host: str, code: int) -> None:
+    # as a page of another name would have a browser ask, once the name leads here
+    with serve_metrics(Source()) as server:
+        url = "http://{}:{}{}".format(*server.address, path)
+        if code == 200:
+            assert "topq_steps_total 3.0" in got(url, Host=host)
+            return
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            got(url, Host=host)
+        with refused.value as answer:
+            assert answer.code == code
+            assert b"topq_" not in answer.read()
+
+
+def test_a_resolver_that_knows_nobody_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(name: str) -> Any:
+        raise AssertionError(f"asked who {name} is")
+
+    monkeypatch.setattr(socket, "gethostbyaddr", ask)
+    serve_metrics(Source()).close()
 
 
 @pytest.mark.parametrize("source", [None, {}, Meter()])

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from wsgiref.simple_server import WSGIServer
 
+from topq_dist.telemetry.http_server import Answer, HttpServer, Request, refusal
 from topq_dist.telemetry.readings import Observed, Reading
 
 if TYPE_CHECKING:  # of the extra, and wanted by those who serve
     from prometheus_client import Metric as Family
 
+_PATH = "/metrics"
+
 
 class MetricsServer:
     """What `serve_metrics` has started; `close` ends it. address: (host, port) as it is bound."""
 
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
+    def __init__(self, server: HttpServer) -> None:
         self._server = server
-        self._thread = thread
-        host, port = server.server_address[:2]
-        self.address: tuple[str, int] = (str(host), int(port))
+        self.address = server.address
 
     def close(self) -> None:
-        """Serve no more; to close again does nothing."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        """Serve no more, and hang up; to close again does nothing."""
+        self._server.close()
 
     def __enter__(self) -> Self:
         return self
@@ -46,9 +44,11 @@ def serve_metrics(source: Observed, host: str = "127.0.0.1", port: int = 0) -> M
 
     source: a TopQState, a ParameterServerOptimizer, or anything else that has `readings` and
         `observe`. port: 0 takes a free one, which the result's `address` says.
-    From then on the source also measures what costs time (docs/metrics.md says how much). Raises
-    ModuleNotFoundError without the package prometheus-client (the extra "metrics"), TypeError for
-    another source and OSError for an address that cannot be had.
+    On loopback only names of loopback are answered; 64 connections at most are open, and a request
+    has ten seconds to be there. From then on the source also measures what costs time
+    (docs/metrics.md says how much). Raises ModuleNotFoundError without the package
+    prometheus-client (the extra "metrics"), TypeError for another source and OSError for an address
+    that cannot be had.
     """
     if not (hasattr(source, "readings") and hasattr(source, "observe")):
         raise TypeError(
@@ -56,7 +56,8 @@ def serve_metrics(source: Observed, host: str = "127.0.0.1", port: int = 0) -> M
             "ParameterServerOptimizer, or another with readings() and observe()"
         )
     try:
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
         from prometheus_client.registry import Collector
     except ModuleNotFoundError as error:
         if error.name != "prometheus_client":
@@ -71,9 +72,16 @@ def serve_metrics(source: Observed, host: str = "127.0.0.1", port: int = 0) -> M
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Source())
-    server, thread = start_http_server(port, addr=host, registry=registry)
+
+    def respond(request: Request) -> Answer:
+        if request.path != _PATH:
+            return refusal(HTTPStatus.NOT_FOUND, f"expected {_PATH}")
+        encode, kind = choose_encoder(request.accept)
+        return Answer(encode(registry), kind)
+
+    server = HttpServer("metrics", host, port, respond)
     source.observe()
-    return MetricsServer(server, thread)
+    return MetricsServer(server)
 
 
 def families(readings: list[Reading]) -> Iterator[Family]:

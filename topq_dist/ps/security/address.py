@@ -9,6 +9,8 @@ import re
 import socket
 from dataclasses import dataclass
 
+from topq_dist.loopback import is_loopback
+
 _HOST_PORT = re.compile(
     r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})"
 )
@@ -63,12 +65,7 @@ class Address:
         """Whether nothing beyond this machine can listen in: other names than localhost count as
         not, wherever they lead today.
         """
-        if self.path or self.host.lower() == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return bool(self.path) or is_loopback(self.host)
 
     def with_port(self, port: int) -> Address:
         """Return the same host at `port`; a Unix socket stays as it is."""

@@ -115,6 +115,10 @@ def test_a_version_that_is_none_is_refused(server: ParameterServer, after: str) 
     assert code == (200 if not after else 400), text
 
 
+def test_too_many_fields_are_refused(server: ParameterServer) -> None:
+    assert answer_to(server, "GET", "/api/status?" + "&".join(["a=1"] * 20))[0] == 400
+
+
 def test_bytes_that_are_no_request_end_only_their_connection(server: ParameterServer) -> None:
     port = int(server.views["http"].rsplit(":", 1)[1].strip("/"))
     for junk in (b"\x16\x03\x01\x02\x00\n\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\n" * 9):
