@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from topq_dist import ExchangeError
 from topq_dist.fsdp.hook import ShardedTopQState
 from topq_dist.hook.momentum import MomentumName
 
@@ -100,6 +101,43 @@ def on_four(_: int, folder: Path) -> dict[str, Any]:
             found[f"{momentum}, {shape}"] = kept and replicas_are_equal(other[0], mesh)
     found["refusals"] = refusals(folder / "feedback", square)
     found["sums"] = residual_sums_of(folder / "feedback", square)
+    found |= flushed(folder / "feedback", square)
+    return found
+
+
+def flushed(path: Path, square: DeviceMesh) -> dict[str, Any]:
+    """Load residuals where the first step is an all-reduce, also where one replica has none."""
+    found = {}
+    _, _, sparse = made(square, "feedback")
+    dcp.load({"topq": sparse}, checkpoint_id=path)
+    replica = dist.get_rank(square.get_group("replicate"))
+    for emptied in (False, True):
+        saved = sparse.state_dict()
+        if emptied and replica == 0:
+            for residual in saved["replica0"]["residuals"].values():
+                residual.to_local().zero_()
+        model = plain(square["shard"], mp_policy=IN_FP64)
+        optimizer = adamw(model)
+        state = hooked(model, square, optimizer, q=0.9, exchange="dense", momentum="feedback")
+        state.load_state_dict(saved)
+        before = residual_sums(state, square)
+        train(model, optimizer, [0])
+        after = residual_sums(state, square)
+        found[f"flushed, one emptied: {emptied}"] = any(
+            bool(total.any()) for total in before.values()
+        ) and all(
+            torch.allclose(after[name], total * (31 / 32), rtol=1e-12)
+            for name, total in before.items()
+        )
+        inputs = torch.full((2, 13), torch.inf)
+        if replica == 0:
+            model(inputs).sum().backward()
+        else:
+            model(inputs.zero_()).sum().backward()
+        void = [bool(one.grad.to_local().isnan().all()) for one in model.parameters()]
+        found[f"void on both, one emptied: {emptied}"] = all(void) and all(
+            map(torch.equal, residual_sums(state, square).values(), after.values())
+        )
     return found
 
 
@@ -127,6 +165,8 @@ def refusals(path: Path, square: DeviceMesh) -> bool:
         state.load_state_dict(broken)
     with pytest.raises(ValueError, match="has no state under 'hook'"):
         state.load_checkpoint(path, key="hook")
+    with pytest.raises((CheckpointException, OSError, ExchangeError), match="No such file"):
+        state.load_checkpoint(path / "nowhere" if dist.get_rank() == 1 else path)
     _, _, lossy = made(square, "optimizer", error_feedback=False)
     with pytest.raises(ValueError, match="expected a hook with error_feedback=True"):
         lossy.load_checkpoint(path)

@@ -109,6 +109,11 @@ class Residuals:
         """Return what `flat` last returned for `layout`."""
         return self._flat[layout]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is none of any name."""
+        return not self._by_name
+
     def holds(self, layout: Layout) -> bool:
         """Return whether there is a residual of a name of `layout`."""
         return any(name in self._by_name for name in layout.names)

@@ -42,6 +42,11 @@ class Kept(NamedTuple):
     parameter: DTensor
     dtype: torch.dtype
 
+    def zeros(self) -> Tensor:
+        """Return a residual of its shard, in which nothing is kept."""
+        part = local_part(self.parameter.detach())
+        return torch.zeros(part.shape, dtype=self.dtype, device=part.device)
+
 
 def kept(parts: HookParts, dtypes: Mapping[Tensor, torch.dtype]) -> list[Kept]:
     """Return what may be kept of each parameter that trains; dtypes: of their reductions."""
@@ -103,10 +108,20 @@ def loaded_of_own(state: Mapping[str, Any], ranks: Ranks) -> Loaded:
     return Loaded(state, [mine], [mine], is_own=True)
 
 
-def read(
+class Empty(NamedTuple):
+    """A state to be read into: of `replicas` that were saved, what this rank takes, by number."""
+
+    template: dict[str, Any]
+    replicas: int
+    mine: Sequence[int]
+    every: Sequence[int]
+    is_own: bool
+
+
+def prepare(
     parts: HookParts, ranks: Ranks, of: Sequence[Kept], checkpoint_id: str, key: str
-) -> Loaded:
-    """Read a state out of a checkpoint in a folder, of any number of replicas; a collective.
+) -> Empty:
+    """Return what a checkpoint in a folder, of any number of replicas, is to be read into.
 
     Raises ValueError where there is no state under `key`.
     """
@@ -138,12 +153,21 @@ def read(
         if own:
             held["steps"] = {one.name: torch.tensor(0) for one in of}
         template[f"replica{replica}"] = held
+    return Empty(template, replicas, mine, every if own else mine, replicas == context.size)
+
+
+def read(empty: Empty, checkpoint_id: str, key: str) -> Loaded:
+    """Read a state out of a checkpoint in a folder; a collective.
+
+    Raises torch's CheckpointException on every rank where one cannot read it.
+    """
+    template = empty.template
     load({key: template}, checkpoint_id=checkpoint_id)
     return Loaded(
         template,
-        [template[f"replica{replica}"] for replica in mine],
-        [template[f"replica{replica}"] for replica in (every if own else mine)],
-        is_own=replicas == context.size,
+        [template[f"replica{replica}"] for replica in empty.mine],
+        [template[f"replica{replica}"] for replica in empty.every],
+        is_own=empty.is_own,
     )
 
 
@@ -179,11 +203,11 @@ def chosen_in(loaded: Loaded) -> str | None:
 def _sharded(held: Mapping[str, Tensor], of: Sequence[Kept]) -> dict[str, DTensor]:
     """Return tensors of this rank's shards as DTensors, zeros where there is none."""
     sharded = {}
-    for name, parameter, dtype in of:
+    for one in of:
+        name, parameter = one.name, one.parameter
         local = held.get(name)
         if local is None:
-            part = local_part(parameter.detach())
-            local = torch.zeros(part.shape, dtype=dtype, device=part.device)
+            local = one.zeros()
         sharded[name] = DTensor.from_local(
             local,
             parameter.device_mesh,

@@ -35,6 +35,21 @@ def check_model(model: nn.Module) -> FSDPModule:
     return model
 
 
+def check_meshes(names: Mapping[Tensor, str]) -> None:
+    """Raise ValueError unless all parameters are sharded over the ranks of one 1-D mesh."""
+    if not names:
+        raise ValueError("model has no parameter that is sharded: expected one at least")
+    for parameter, name in names.items():
+        assert isinstance(parameter, DTensor)  # noqa: S101 - for mypy: the names hold no others
+        _check_mesh(parameter, name)
+    groups = {tuple(dist.get_process_group_ranks(shard_group(one))) for one in names}
+    if len(groups) > 1:
+        raise ValueError(
+            f"the model's parameters are sharded over different ranks, {sorted(groups)}: expected "
+            "one mesh for every fully_shard"
+        )
+
+
 def check_parameters(root: FSDPModule, names: Mapping[Tensor, str]) -> None:
     """Raise ValueError or TypeError, naming it, for a parameter that the hook cannot take."""
     if not any(parameter.requires_grad for parameter in names):
@@ -53,7 +68,6 @@ def check_parameters(root: FSDPModule, names: Mapping[Tensor, str]) -> None:
             )
     for parameter, name in names.items():
         assert isinstance(parameter, DTensor)  # noqa: S101 - for mypy: the names hold no others
-        _check_mesh(parameter, name)
         if parameter.to_local().is_meta:
             raise TypeError(f"{name} is on the meta device: give it memory with to_empty()")
         if parameter.dtype not in FLOATS:
@@ -67,12 +81,6 @@ def check_parameters(root: FSDPModule, names: Mapping[Tensor, str]) -> None:
                 f"{name} has a post-accumulate-grad hook, which would be called before its "
                 "gradient is averaged between the replicas: step optimizers after backward()"
             )
-    groups = {tuple(dist.get_process_group_ranks(shard_group(one))) for one in names}
-    if len(groups) > 1:
-        raise ValueError(
-            f"the model's parameters are sharded over different ranks, {sorted(groups)}: expected "
-            "one mesh for every fully_shard"
-        )
 
 
 def _check_mesh(parameter: DTensor, name: str) -> None:

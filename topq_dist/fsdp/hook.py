@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
@@ -30,7 +31,13 @@ from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failu
 from topq_dist.exchange.whole import AllReduceWhole
 from topq_dist.fsdp import checkpoint
 from topq_dist.fsdp.capture import Capture, Reduction
-from topq_dist.fsdp.checks import check_knobs, check_model, check_parameters, check_replicate_group
+from topq_dist.fsdp.checks import (
+    check_knobs,
+    check_meshes,
+    check_model,
+    check_parameters,
+    check_replicate_group,
+)
 from topq_dist.fsdp.sharded import ShardedModules, shard_device, shard_group, sharded_names
 from topq_dist.fsdp.shards import ShardFacts, ShardLayouts, ShardSparsity
 from topq_dist.fsdp.torch_side import reduced_dtype
@@ -66,19 +73,13 @@ class ShardedTopQState:
         model: FSDPModule,
         optimizer: Optimizer | None,
         replicate_group: dist.ProcessGroup | None,
-        knobs: Knobs,
+        options: KnobOptions,
     ) -> None:
         self._names = sharded_names(model)
-        check_parameters(model, self._names)
+        check_meshes(self._names)
         some = next(iter(self._names))
         shards = shard_group(some)
         replicas = check_replicate_group(replicate_group, shards)
-        check_knobs(knobs, optimizer)
-        self._optimizer = optimizer
-        self._asked_exchange = knobs.exchange
-        self._modules = ShardedModules(model, self._names)
-        self._facts = ShardFacts(self._names)
-        self._layouts = ShardLayouts(self._names)
         context = CommContext(
             group=replicas,
             device=shard_device(some),
@@ -89,6 +90,14 @@ class ShardedTopQState:
         places = _places(context)
         with telling_of_failures(context):
             _check_places(places)
+            check_parameters(model, self._names)
+            knobs = _knobs(options)
+            check_knobs(knobs, optimizer)
+            self._optimizer = optimizer
+            self._asked_exchange = knobs.exchange
+            self._modules = ShardedModules(model, self._names)
+            self._facts = ShardFacts(self._names)
+            self._layouts = ShardLayouts(self._names)
             self._parts = self._make_parts(knobs, optimizer)
         self._ranks = connect(self._parts, knobs, context)
         _warn_of_different_replicas(self._names, context)
@@ -179,16 +188,21 @@ class ShardedTopQState:
         another number of replicas the residuals of those saved go to those there are now, so that
         their sum stays what it was. A collective of all ranks, those of other groups included.
         """
-        loaded = checkpoint.read(
-            self._parts, self._ranks, self._kept(), os.fspath(checkpoint_id), key
-        )
-        with telling_of_failures(self._ranks.context):
+        context, folder = self._ranks.context, os.fspath(checkpoint_id)
+        with telling_of_failures(context):
+            empty = checkpoint.prepare(self._parts, self._ranks, self._kept(), folder, key)
+        check_same_on_all_shards(f"{key!r} of {empty.replicas} replicas", context)
+        loaded = checkpoint.read(empty, folder, key)
+        with telling_of_failures(context):
             take_up = self._checked(loaded)
-        check_same_on_all_shards("a checkpoint to load", self._ranks.context)
+        check_same_on_all_shards("a checkpoint to load", context)
         take_up()
 
     def _checked(self, loaded: checkpoint.Loaded) -> Callable[[], None]:
-        """Return what takes up a state; raises where it does not fit, having changed nothing."""
+        """Return what takes up a state, a collective of the replicas.
+
+        Raises TypeError or ValueError where it does not fit, having changed nothing.
+        """
         stages, exchange, of = self._parts.stages, self._ranks.exchange, self._kept()
         shapes = {one.name: tuple(local_part(one.parameter).shape) for one in of}
         mine = [checkpoint.as_hook_state(held, loaded, of) for held in loaded.mine]
@@ -207,9 +221,25 @@ class ShardedTopQState:
             exchange.resume(chosen, dense_steps)
             # of fewer replicas than there are now some take over nothing but what all had alike
             stages.momentum.load_states(mine, every or [checkpoint.as_hook_state({}, loaded, of)])
-            stages.momentum.load_residuals(merged([one["residuals"] for one in mine]))
+            residuals = merged([one["residuals"] for one in mine])
+            stages.momentum.load_residuals(self._with_those_of_others(residuals))
 
         return take_up
+
+    def _with_those_of_others(self, residuals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return residuals, and zeros for those that other replicas alone have; a collective.
+
+        What is exchanged, and how, goes by which there are.
+        """
+        context = self._ranks.context
+        mine = json.dumps(sorted(residuals))
+        texts = gather_texts(mine, group=context.group, device=context.device)
+        held = {name for text in texts for name in json.loads(text)}
+        return {
+            one.name: residuals[one.name] if one.name in residuals else one.zeros()
+            for one in self._kept()
+            if one.name in held
+        }
 
     def _kept(self) -> list[checkpoint.Kept]:
         dtypes = {
@@ -232,12 +262,18 @@ class ShardedTopQState:
     def _reduces_whole(self) -> bool:
         """Return whether the pass all-reduces gradients, and nothing else is done to them."""
         exchange, stages = self._ranks.exchange, self._parts.stages
-        held = stages.compressor.residuals
         return (
             isinstance(exchange, AllReduceWhole)
             and exchange.all_reduces_next
             and stages.clip_norm is None
-            and not any(held.holds(layout) for layout in self._layouts.known())
+            and not self._holds_residuals()
+        )
+
+    def _holds_residuals(self) -> bool:
+        held = self._parts.stages.compressor.residuals
+        return not held.is_empty and any(
+            held.holds(self._layouts.of(parameters)[0])
+            for _, parameters in self._modules.trainable()
         )
 
     def _all_reduce(self, reductions: Sequence[Reduction]) -> None:
@@ -302,26 +338,29 @@ def register(
 
     A collective of all ranks that train the model. See `topq_dist.register_topq_hook`.
     """
-    root = check_model(model)
-    feedback = knobs.get("error_feedback", True)
-    q = knobs.get("q")
-    made = Knobs(
+    return ShardedTopQState(check_model(model), optimizer, replicate_group, knobs)
+
+
+def _knobs(options: KnobOptions) -> Knobs:
+    """Return all knobs; raises TypeError or ValueError."""
+    feedback = options.get("error_feedback", True)
+    q = options.get("q")
+    return Knobs(
         q=q,
-        momentum=knobs.get("momentum"),
+        momentum=options.get("momentum"),
         error_feedback=feedback,
         value_format=usual_value_format(
-            knobs.get("value_format", DEFAULT_VALUE_FORMAT), error_feedback=feedback, q=q
+            options.get("value_format", DEFAULT_VALUE_FORMAT), error_feedback=feedback, q=q
         ),
-        bound=usual_bound(knobs.get("bound", DEFAULT_BOUND), error_feedback=feedback),
-        exchange=knobs.get("exchange", "auto"),
-        scope=knobs.get("scope", "parameter"),
-        clip_norm=knobs.get("clip_norm"),
-        grad_scaler=knobs.get("grad_scaler"),
-        ranks_per_node=knobs.get("ranks_per_node"),
-        mask_velocity=knobs.get("mask_velocity", True),
-        adapt_rate=knobs.get("adapt_rate", True),
+        bound=usual_bound(options.get("bound", DEFAULT_BOUND), error_feedback=feedback),
+        exchange=options.get("exchange", "auto"),
+        scope=options.get("scope", "parameter"),
+        clip_norm=options.get("clip_norm"),
+        grad_scaler=options.get("grad_scaler"),
+        ranks_per_node=options.get("ranks_per_node"),
+        mask_velocity=options.get("mask_velocity", True),
+        adapt_rate=options.get("adapt_rate", True),
     )
-    return ShardedTopQState(root, optimizer, replicate_group, made)
 
 
 def _add_to_gradient(parameter: Tensor, average: Tensor) -> None:

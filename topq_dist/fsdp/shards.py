@@ -59,10 +59,6 @@ class ShardLayouts:
         self._known: dict[tuple[int, ...], Laid] = {}
         self.seen: set[Tensor] = set()
 
-    def known(self) -> list[Layout]:
-        """Return all that there have been."""
-        return [layout for layout, _ in self._known.values()]
-
     def of(self, parameters: Sequence[Tensor]) -> Laid:
         """Return the layout of these parameters' shards; nothing of it is out of rows."""
         key = tuple(map(id, parameters))
