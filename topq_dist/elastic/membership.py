@@ -80,9 +80,9 @@ class Membership:
         self._announced = 0
         self._has_state = False
         self._round = 0
-        self._closed = False
+        self._closed_epoch = 0
         self._left = False
-        self.somebody_waits = False
+        self._awaited_epoch = 0
         self.epoch: Epoch | None = None
 
     @property
@@ -96,6 +96,11 @@ class Membership:
         return self._has_state
 
     @property
+    def somebody_waits(self) -> bool:
+        """Whether somebody waits to come in that can."""
+        return self._awaited_epoch == self._seen + 1
+
+    @property
     def has_left(self) -> bool:
         """Whether `close` has been called."""
         return self._left
@@ -104,7 +109,7 @@ class Membership:
         """Raise MemberLostError once the epoch is over, ConnectionError where the store is lost."""
         if (
             self._left
-            or self._closed
+            or self._closed_epoch == self._seen
             or not self._pulse.lost().isdisjoint(m.token for m in self._members)
         ):
             raise MemberLostError("the epoch is over")
@@ -206,15 +211,17 @@ class Membership:
         tokens = {member.token for member in self._members}
         lost = tuple(member.name for member in before if member.token not in tokens)
         self._pulse.forget(member.token for member in before if member.token not in tokens)
-        self._round, self._closed, self.somebody_waits = 0, False, False
+        self._round = 0
         number = self._seen
 
         def ask(store: dist.Store) -> None:
             if self._seen != number:
                 return
-            self._closed = self._closed or store.check([f"epoch/{number}/closed"])
+            # by number: an answer may come when the next epoch has begun
+            if store.check([f"epoch/{number}/closed"]):
+                self._closed_epoch = number
             waiting = self._announcements(store, number + 1)
-            self.somebody_waits = bool(self._of_whole_nodes(waiting))
+            self._awaited_epoch = number + 1 if self._of_whole_nodes(waiting) else 0
 
         self._pulse.watch(tokens, ask)
         self.epoch = Epoch(number=number, members=self._members, rank=rank, lost=lost)
