@@ -19,6 +19,11 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def bare_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile and checkpoint_wrapper put into it."""
+    return plain_name(name).replace("_checkpoint_wrapped_module.", "")
+
+
 def check_not_fsdp1(model: nn.Module) -> None:
     """Raise TypeError where a model, or a module within it, is in FullyShardedDataParallel."""
     # nobody has one who has not imported it

@@ -117,6 +117,55 @@ def test_a_blend_is_streaming_dilocos_and_counts_no_step_twice() -> None:
     assert float(mine.begin(0).vector) == 0.5
 
 
+def test_a_blend_takes_no_rounding_for_a_change() -> None:
+    ulp = 2.0**-7
+    parameters = {"one": torch.ones(1, dtype=torch.bfloat16)}
+    mine = replica(parameters, "fp32", 0.5, 1.0, overlap=1, blend=0.5, outer_lr=0.3)
+    for _ in range(8):
+        parameters["one"] += ulp
+        begun = mine.begin(0)
+        mine.finish(begun)
+        # nothing has been changed since
+        again = mine.begin(0)
+        assert float(again.vector) == 0.0
+        mine.release(again)
+
+
+def test_a_round_that_a_run_with_overlap_had_under_way_keeps_the_steps_beside_it() -> None:
+    parameters = {"one": torch.full((1,), 6.0)}
+    mine = replica(parameters, "fp32", 0.5, 1.0)
+    mine.fragments[0].outer.zero_()
+    begun = mine.begin(0, torch.tensor([4.0]))
+    assert float(begun.vector) == 4.0
+    begun.vector.copy_(torch.tensor([3.0]))
+    mine.finish(begun)
+    assert float(parameters["one"]) == 3.0 + 2.0
+    assert float(mine.begin(0).vector) == 2.0
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_parameter_that_is_frozen_rests(nesterov: bool) -> None:
+    parameters: dict[str, Tensor] = {
+        name: nn.Parameter(torch.zeros(3)) for name in ("frozen", "other")
+    }
+    mine = replica(parameters, "fp32", 0.5, 1.0, outer_momentum=0.9, nesterov=nesterov)
+    seen = []
+    with torch.no_grad():
+        for step in range(6):
+            parameters["frozen"].requires_grad_(step not in (2, 3))
+            begun = mine.begin(0)
+            # all that was changed before it was frozen has come at step 2
+            begun.vector[:3] = 1.0 if step < 3 else 0.0
+            begun.vector[3:] = 1.0 if step < 2 else 0.0
+            mine.finish(begun)
+            seen.append(mine.fragments[0].outer.clone())
+    assert torch.equal(seen[2][:3], seen[1][:3] + 1.0)
+    assert torch.equal(seen[3][:3], seen[2][:3])
+    assert bool((seen[3][3:] > seen[2][3:]).all())
+    # and its momentum with it
+    assert torch.equal(seen[4][:3] - seen[3][:3], seen[2][3:] - seen[1][3:])
+
+
 def test_without_a_blend_all_of_the_steps_beside_an_exchange_stays() -> None:
     parameters = {"one": torch.zeros(1)}
     mine = replica(parameters, "fp32", 0.5, 1.0, overlap=2)

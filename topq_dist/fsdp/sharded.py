@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from topq_dist.dtypes import local_part
 from topq_dist.fsdp.torch_side import own_parameters, sharded_modules
+from topq_dist.module_names import bare_name
 
 
 def sharded_names(root: FSDPModule) -> dict[Tensor, str]:
@@ -22,13 +23,10 @@ def sharded_names(root: FSDPModule) -> dict[Tensor, str]:
     What torch.compile and checkpoint_wrapper add to names is left out, so that a state fits the
     model with them or without.
     """
-    added = ("_orig_mod.", "_checkpoint_wrapped_module.")
     names: dict[Tensor, str] = {}
     for name, parameter in root.named_parameters():  # type: ignore[attr-defined]
         if isinstance(parameter, DTensor):
-            for prefix in added:
-                name = name.replace(prefix, "")
-            names[parameter] = name
+            names[parameter] = bare_name(name)
     return names
 
 

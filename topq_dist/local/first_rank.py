@@ -20,15 +20,20 @@ class FirstRanks:
     """Tensors of any dtypes and shapes on their way from the group's first rank to all others.
 
     A collective that all ranks launch by making one, with tensors alike, and end with `receive`.
+
+    payload: on the first rank, what `payload` was of one that is to be launched once more.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], context: CommContext) -> None:
-        parts_here = [local_part(tensor).detach() for tensor in tensors]
-        self._tensors = [tensor for tensor in parts_here if tensor.numel()]
+    def __init__(
+        self, tensors: Sequence[Tensor], context: CommContext, *, payload: Tensor | None = None
+    ) -> None:
+        self._tensors = _filled(tensors)
         self._context = context
         # of shards all may be empty, on all ranks that hold the same ones
         parts = [_bytes_of(one).to(context.device) for one in self._tensors]
         self._payload = torch.cat(parts) if parts else _NOTHING
+        if payload is not None and context.rank == 0:
+            self._payload.copy_(payload)
         sender = dist.get_global_rank(context.group, 0)
         self._work: dist.Work | None = None
         if parts:
@@ -38,8 +43,18 @@ class FirstRanks:
         sent_bytes = self._payload.numel() * (context.rank == 0)
         context.meter.add(sent_bytes=sent_bytes, wire_bytes=sent_bytes)
 
-    def receive(self, commit: Callable[[], None] | None = None) -> None:
-        """Wait, and write what has come into the tensors, once `commit` returns."""
+    @property
+    def payload(self) -> Tensor:
+        """A copy of what is on its way, 1-D uint8; on other ranks than the first nothing."""
+        return self._payload.clone() if self._context.rank == 0 else _NOTHING
+
+    def receive(
+        self, commit: Callable[[], None] | None = None, *, into: Sequence[Tensor] | None = None
+    ) -> None:
+        """Wait, and write what has come into the tensors, once `commit` returns.
+
+        into: what is in the place of these by now, where that may be others.
+        """
         if self._work is None:
             return
         with self._context.meter.timed("wait_s"):
@@ -48,8 +63,9 @@ class FirstRanks:
             commit()
         if self._context.rank == 0:
             return
-        sizes = [one.numel() * one.element_size() for one in self._tensors]
-        for tensor, part in zip(self._tensors, torch.split(self._payload, sizes), strict=True):
+        sizes = [one.nbytes for one in self._tensors]
+        tensors = self._tensors if into is None else _filled(into)
+        for tensor, part in zip(tensors, torch.split(self._payload, sizes), strict=True):
             # cloned, since a view needs what is aligned
             tensor.copy_(part.to(tensor.device).clone().view(tensor.dtype).view(tensor.shape))
 
@@ -65,6 +81,17 @@ def give_all(tensors: Iterable[Tensor], context: CommContext) -> None:
             FirstRanks(run, context).receive()
             run, run_bytes = [], 0
     FirstRanks(run, context).receive()
+
+
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return how many bytes of tensors are in this process."""
+    return sum(local_part(tensor).nbytes for tensor in tensors)
+
+
+def _filled(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what of tensors is in this process, but for those of which nothing is."""
+    here = [local_part(tensor).detach() for tensor in tensors]
+    return [tensor for tensor in here if tensor.numel()]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

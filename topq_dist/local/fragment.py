@@ -14,7 +14,8 @@ Streaming DiLoCo's blending is not the outer parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,12 +88,31 @@ class Fragment:
         """
         return self._outer_optimizer.averages and self._blend is None
 
-    def step_outer(self, mean: Tensor, *, of_parameters: bool) -> None:
-        """Step the outer parameters by the mean of the ranks' changes, or of their parameters."""
+    def frozen(self) -> tuple[int, ...]:
+        """Return the places of parameters that need no gradient by now, and have a momentum."""
+        if not self._outer_optimizer.momentum:
+            return ()
+        return tuple(place for place, one in enumerate(self._held) if not one.requires_grad)
+
+    def step_outer(self, mean: Tensor, *, of_parameters: bool, frozen: Sequence[int] = ()) -> None:
+        """Step the outer parameters by the mean of the ranks' changes, or of their parameters.
+
+        frozen: places of parameters that momentum does not move: they take up what others have
+        changed before, and rest.
+        """
         if of_parameters:
             self.outer.copy_(mean)
-        else:
+            return
+        if not frozen:
             self.velocity = self._outer_optimizer.step(self.outer, mean, self.velocity)
+            return
+        if self.velocity is None:
+            self.velocity = torch.zeros_like(mean)
+        vectors = [self.layout.tensors(one) for one in (self.outer, mean, self.velocity)]
+        plain = replace(self._outer_optimizer, momentum=0.0, nesterov=False)
+        for place, (outer, change, velocity) in enumerate(zip(*vectors, strict=True)):
+            optimizer = plain if place in frozen else self._outer_optimizer
+            optimizer.step(outer, change, velocity)
 
     def take_up(self, launched: Tensor | None) -> None:
         """Have the parameters take up the outer ones.
@@ -118,7 +138,8 @@ class Fragment:
             self.scatter(now.sub_(launched).add_(self.outer))
             return
         self.scatter(now.lerp_(self.outer, 1.0 - self._blend))
-        self.base = torch.lerp(launched, self.outer, 1.0 - self._blend, out=self.base)
+        base = torch.lerp(launched, self.outer, 1.0 - self._blend, out=self.base)
+        self.base = self._rounded(base)
 
     def _rounded(self, flat: Tensor) -> Tensor:
         """Return what a vector is in the parameters' own dtypes, or it is taken for a change."""

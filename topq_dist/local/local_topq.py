@@ -27,7 +27,8 @@ from topq_dist.exchange.epochs import Epochs, LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
 from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
-from topq_dist.local.first_rank import FirstRanks, give_all
+from topq_dist.local.first_rank import FirstRanks, give_all, nbytes_of
+from topq_dist.local.left_out import LeftOut
 from topq_dist.local.model import device_of, local_model
 from topq_dist.local.node import check_group, node_group
 from topq_dist.local.peer_state import check_can_be_elastic, handed_from, take_handed
@@ -58,10 +59,10 @@ class LocalTopQ:
         shard with those that hold the same one). What is trainable now is exchanged.
     optimizer: of this model. Its state, and its momentum, are each rank's own.
     every: inner steps from one round of a parameter to its next.
-    q: fraction of each parameter's change that is not sent, in [0, 1]; may be set anew between
-        rounds, on every rank alike.
-    value_format: how what is sent travels: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64";
-        None is lossless, and the default where q is 0.
+    q: fraction of each parameter's change that is not sent, a number in [0, 1]; may be set anew
+        between rounds, on every rank alike. Policies for q are the hook's and the server's alone.
+    value_format: how what is sent travels: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64",
+        "ec2", "ec1", "ecfp16", "ecbf16"; None is lossless, and the default where q is 0.
     residual_decay: what a residual is multiplied by in each round, in [0, 1].
     bound: clip what is sent to so many times the mean magnitude of what is sent of the same
         parameter, and keep what is clipped; None does not.
@@ -169,7 +170,9 @@ class LocalTopQ:
         self._step = 0
         self._buffers: tuple[int, FirstRanks] | None = None
         self._resumed: dict[int, tuple[int, Tensor]] = {}
-        self._dense_bytes = sum(one.outer.nbytes for one in self._replica.fragments)
+        self._resumed_buffers: tuple[int, Tensor] | None = None
+        self._left_out = LeftOut(self._model, optimizer)
+        self._dense_bytes = nbytes_of(self._model.parameters.values())
         self._skip_until = 0
         if self._elastic is not None:
             self._elastic.begin()
@@ -280,6 +283,8 @@ class LocalTopQ:
     def _exchange(self) -> None:
         if self._step <= self._skip_until:
             return
+        if self._rounds.due(self._step):
+            self._left_out.warn()
         self._begin_resumed(self._step - 1)
         self._rounds.end_step(self._step)
         self._exchange_buffers()
@@ -300,7 +305,7 @@ class LocalTopQ:
             one.take_up(None)
         if self._settings.buffers == "first":
             self._receive_buffers()
-            self._launch_buffers()
+            self._launch_buffers(self._step)
             self._receive_buffers()
 
     def _begin_resumed(self, step: int) -> None:
@@ -308,6 +313,10 @@ class LocalTopQ:
         resumed, self._resumed = self._resumed, {}
         for fragment, (received_at, launched) in resumed.items():
             self._rounds.begin(self._replica.begin(fragment, launched), step, received_at)
+        if self._resumed_buffers is not None:
+            received_at, payload = self._resumed_buffers
+            self._resumed_buffers = None
+            self._launch_buffers(received_at, payload)
 
     def _exchange_buffers(self) -> None:
         if self._settings.buffers == "own":
@@ -315,19 +324,21 @@ class LocalTopQ:
         if self._buffers is not None and self._buffers[0] <= self._step:
             self._receive_buffers()
         if self._step % self._settings.every == 0:
-            self._launch_buffers()
+            # of a run with other settings they may still be under way
+            self._receive_buffers()
+            self._launch_buffers(self._step + self._settings.overlap)
             if not self._settings.overlap:
                 self._receive_buffers()
 
-    def _launch_buffers(self) -> None:
-        buffers = self._model.buffers()
+    def _launch_buffers(self, received_at: int, payload: Tensor | None = None) -> None:
+        buffers = list(self._model.buffers().values())
         if buffers:
-            on_their_way = FirstRanks(list(buffers.values()), self._context)
-            self._buffers = self._step + self._settings.overlap, on_their_way
+            self._buffers = received_at, FirstRanks(buffers, self._context, payload=payload)
 
     def _receive_buffers(self) -> None:
         if self._buffers is not None:
-            self._buffers[1].receive(self._commit)
+            buffers = list(self._model.buffers().values())
+            self._buffers[1].receive(self._commit, into=buffers)
             self._buffers = None
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
@@ -346,6 +357,7 @@ class LocalTopQ:
             void_rounds=self._rounds.void,
             stats=self._context.meter.stats,
             under_way={**self._resumed, **self._rounds.launched()},
+            buffers=self._buffers_under_way(),
         )
         if self._elastic is not None:
             check_saves_own(all_ranks=all_ranks)
@@ -353,6 +365,12 @@ class LocalTopQ:
         if not all_ranks:
             return state
         return gather_states(state, self._context, version=STATE_VERSION)
+
+    def _buffers_under_way(self) -> tuple[int, Tensor] | None:
+        if self._buffers is None:
+            return self._resumed_buffers
+        received_at, on_their_way = self._buffers
+        return received_at, on_their_way.payload
 
     @torch.no_grad()
     def load_state_dict(self, state: SavedState) -> None:
@@ -368,12 +386,14 @@ class LocalTopQ:
         """
         if self._elastic is not None:
             self._elastic.check_may_load(self._step)
-        loaded = load(state, self._replica, self._identity())
+        buffers_bytes = nbytes_of(self._model.buffers().values())
+        loaded = load(state, self._replica, self._identity(), buffers_bytes=buffers_bytes)
         self._rounds.drop()
         self._buffers = None
         self._step, self._rounds.void = loaded.step, loaded.void_rounds
         self._context.meter.stats = loaded.stats
         self._resumed = loaded.under_way
+        self._resumed_buffers = None if self._settings.buffers == "own" else loaded.buffers
 
     def close(self) -> None:
         """Leave an elastic run, for good: the others go on without this rank at once."""
@@ -385,7 +405,7 @@ class LocalTopQ:
         self._rounds.enter(context, self._exchange_among(context))
         self._context = context
         self._buffers = None
-        self._resumed = {}
+        self._resumed, self._resumed_buffers = {}, None
 
     def skip_exchanges_until(self, step: int) -> None:
         """Begin no exchange up to this inner step, at which a peer is that has none under way."""

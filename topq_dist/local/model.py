@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from topq_dist.dtypes import FLOATS, check_plain, is_plain
 from topq_dist.local.fragment import local_part
-from topq_dist.module_names import check_not_fsdp1, plain_name, unwrapped
+from topq_dist.module_names import bare_name, check_not_fsdp1, unwrapped
 
 
 class LocalModel(NamedTuple):
@@ -26,7 +26,12 @@ class LocalModel(NamedTuple):
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers by name, asked for anew: modules put others in their place."""
         buffers = self.module.named_buffers()
-        return _with_numbers({plain_name(name): buffer for name, buffer in buffers})
+        return _with_numbers({bare_name(name): buffer for name, buffer in buffers})
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return what trains by now, by name: exchanged or not."""
+        named = self.module.named_parameters()
+        return {bare_name(name): one for name, one in named if one.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that the first rank has and the others take, by name."""
@@ -70,7 +75,7 @@ def local_model(model: nn.Module, optimizer: Optimizer) -> LocalModel:
     frozen: dict[str, Tensor] = {}
     for name, one in module.named_parameters():
         _check_lazy(name, one)
-        (parameters if one.requires_grad else frozen)[plain_name(name)] = one
+        (parameters if one.requires_grad else frozen)[bare_name(name)] = one
     if not parameters:
         raise ValueError("model has no trainable parameter: expected one at least")
     for name, parameter in parameters.items():

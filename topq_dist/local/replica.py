@@ -28,7 +28,8 @@ class Round:
 
     vector: (n,), the change of its parameters, or these themselves where `of_parameters`; an
         exchange puts the ranks' mean in its place. launched: (n,), what the parameters were. lent:
-        what these are the beginnings of, for the next round.
+        what these are the beginnings of, for the next round. frozen: places of parameters that
+        were frozen when it began.
     """
 
     fragment: int
@@ -36,6 +37,7 @@ class Round:
     of_parameters: bool
     launched: Tensor | None = None
     lent: tuple[Tensor, ...] = ()
+    frozen: tuple[int, ...] = ()
 
 
 class Replica:
@@ -83,7 +85,9 @@ class Replica:
         parameters: what they were when it first began, for one that a saved run had under way.
         """
         mine = self.fragments[fragment]
-        lent = tuple(self._take() for _ in range(1 + self._keeps_launched))
+        # of a saved one that had begun, inner steps have been taken since
+        keeps_launched = self._keeps_launched or parameters is not None
+        lent = tuple(self._take() for _ in range(1 + keeps_launched))
         vector, *rest = (flat[: mine.layout.numel] for flat in lent)
         launched = rest[0] if rest else None
         now = mine.gather(vector if launched is None else launched)
@@ -100,6 +104,7 @@ class Replica:
             of_parameters=of_parameters,
             launched=launched,
             lent=lent,
+            frozen=mine.frozen(),
         )
 
     def _take(self) -> Tensor:
@@ -128,7 +133,7 @@ class Replica:
         The round's vector holds the mean by now.
         """
         mine = self.fragments[begun.fragment]
-        mine.step_outer(begun.vector, of_parameters=begun.of_parameters)
+        mine.step_outer(begun.vector, of_parameters=begun.of_parameters, frozen=begun.frozen)
         mine.take_up(begun.launched)
         self.release(begun)
 

@@ -74,6 +74,8 @@ class Rounds:
         self._in_flight: dict[int, _InFlight] = {}
         self._announcing: list[AllGatherLane] = []
         self.void = 0
+        # of each fragment, void ones since the last that was not
+        self._in_a_row: dict[int, int] = {}
         # one for each fragment, once somebody looks on
         self.watches: tuple[UnsentWatch, ...] = ()
 
@@ -91,15 +93,23 @@ class Rounds:
         then as one that never was.
         """
         self._receive(step)
-        for fragment in range(len(self._replica.fragments)):
-            if self._settings.due(fragment, step):
-                self.begin(self._replica.begin(fragment), step, step + self._settings.overlap)
+        for fragment in self.due(step):
+            # one that a run with other settings had under way
+            if fragment in self._in_flight:
+                self._finish(self._in_flight.pop(fragment))
+            self.begin(self._replica.begin(fragment), step, step + self._settings.overlap)
         self._receive(step)
+
+    def due(self, step: int) -> list[int]:
+        """Return the fragments of which a round begins at the end of a step."""
+        fragments = range(len(self._replica.fragments))
+        return [fragment for fragment in fragments if self._settings.due(fragment, step)]
 
     def begin(self, begun: Round, step: int, received_at: int) -> None:
         """Compress a round's change and send it on its way."""
         self._exchange.begin_step()
         settings = f"step={step} fragment={begun.fragment} q={self._replica.q}"
+        settings = f"{settings} frozen={begun.frozen}"
         settings = f"{settings}\n{self._settings.text()}\n{self._replica.compressor.settings()}"
         compressed, failure = None, None
         self._exchange.prepare(begun.vector)
@@ -182,6 +192,7 @@ class Rounds:
             self._void(flight.begun)
             self._replica.release(flight.begun)
             return
+        self._in_a_row.pop(flight.begun.fragment, None)
         with labelled("average and update residuals"):
             flight.work.deliver()
             self._replica.finish(flight.begun)
@@ -209,11 +220,15 @@ class Rounds:
         self._context.meter.void_steps += 1
         if self.watches:
             self.watches[begun.fragment].void()
-        # once: a rank whose parameters are lost says the same at every round
-        level = logging.WARNING if self.void == 1 else logging.DEBUG
+        in_a_row = self._in_a_row.get(begun.fragment, 0) + 1
+        self._in_a_row[begun.fragment] = in_a_row
+        # ever more rarely: a rank whose parameters are lost says the same at every round
+        is_power_of_two = in_a_row & (in_a_row - 1) == 0
         _log.log(
-            level,
+            logging.WARNING if is_power_of_two else logging.DEBUG,
             "a round is void on every rank, since a change of parameters from %s on is not finite "
-            "on some rank; nothing of it is lost, and rounds go on once it is finite again",
+            "on some rank: %d of them in a row. Nothing of it is lost, and rounds go on once it is "
+            "finite again; a rank whose parameters are not must load a state that is",
             self._replica.layout(begun.fragment).names[0],
+            in_a_row,
         )

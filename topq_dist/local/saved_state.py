@@ -24,12 +24,17 @@ _WHOSE = (
 
 
 class Loaded(NamedTuple):
-    """What a rank goes on with. under_way: by fragment, the step that receives it, and (n,)."""
+    """What a rank goes on with.
+
+    under_way: by fragment, the step that receives it, and (n,). buffers: the step that receives
+    them, and what the first rank sends of them, 1-D uint8; None where none were under way.
+    """
 
     step: int
     void_rounds: int
     stats: Stats
     under_way: dict[int, tuple[int, Tensor]]
+    buffers: tuple[int, Tensor] | None = None
 
 
 def save(
@@ -40,6 +45,7 @@ def save(
     void_rounds: int,
     stats: Stats,
     under_way: Mapping[int, tuple[int, Tensor]],
+    buffers: tuple[int, Tensor] | None,
 ) -> dict[str, Any]:
     """Return the state of a rank: tensors, numbers and texts only."""
     state: dict[str, Any] = {
@@ -58,6 +64,11 @@ def save(
             }
             for fragment, (received_at, launched) in under_way.items()
         ],
+        # none, or one
+        "buffers_under_way": [
+            {"received_at": received_at, "bytes": payload}
+            for received_at, payload in ([] if buffers is None else [buffers])
+        ],
     }
     for place, fragment in enumerate(replica.fragments):
         vectors = {"outer": fragment.outer, "velocity": fragment.velocity, "base": fragment.base}
@@ -68,8 +79,12 @@ def save(
     return state
 
 
-def load(state: SavedState, replica: Replica, identity: Mapping[str, int]) -> Loaded:
+def load(
+    state: SavedState, replica: Replica, identity: Mapping[str, int], *, buffers_bytes: int
+) -> Loaded:
     """Have a replica take up its own state, or those of every rank of another run.
+
+    buffers_bytes: how many bytes the model's buffers are.
 
     Raises TypeError or ValueError, having changed nothing, for what does not fit.
     """
@@ -77,14 +92,14 @@ def load(state: SavedState, replica: Replica, identity: Mapping[str, int]) -> Lo
         state = state["ranks"]
     if isinstance(state, Mapping):
         _check(state, replica, identity)
-        return _load_own(state, replica)
+        return _load_own(state, replica, buffers_bytes)
     states = list(state)
     if not states:
         raise ValueError("no states: expected one for each rank of the saved run")
     for rank, one in enumerate(states):
         _check(one, replica, {"world_size": len(states), "rank": rank})
     if all(identity[key] == states[0].get(key) for key in ("world_size", "ranks_per_node")):
-        return _load_own(states[identity["rank"]], replica)
+        return _load_own(states[identity["rank"]], replica, buffers_bytes)
     return _load_from_others(states, replica, identity)
 
 
@@ -99,7 +114,8 @@ def load_from_peer(state: Mapping[str, Any], replica: Replica) -> Loaded:
     return Loaded(state["step"], state["void_rounds"], Stats(**state["stats"]), {})
 
 
-def _load_own(state: Mapping[str, Any], replica: Replica) -> Loaded:
+def _load_own(state: Mapping[str, Any], replica: Replica, buffers_bytes: int) -> Loaded:
+    buffers = _buffers_of(state, buffers_bytes)
     _take_up(state, replica, residuals=state["residuals"], parameters=state["parameters"])
     under_way = {}
     for saved in state["under_way"]:
@@ -107,7 +123,8 @@ def _load_own(state: Mapping[str, Any], replica: Replica) -> Loaded:
             if set(saved["parameters"]) == set(fragment.layout.names):
                 launched = _vector(replica, place, saved["parameters"])
                 under_way[place] = (saved["received_at"], launched)
-    return Loaded(state["step"], state["void_rounds"], Stats(**state["stats"]), under_way)
+    stats = Stats(**state["stats"])
+    return Loaded(state["step"], state["void_rounds"], stats, under_way, buffers)
 
 
 def _load_from_others(
@@ -218,6 +235,26 @@ def _check_under_way(
                 "state has a round under way of other parameters than a fragment's: expected the "
                 "number of fragments that it was saved with"
             )
+
+
+def _buffers_of(state: Mapping[str, Any], buffers_bytes: int) -> tuple[int, Tensor] | None:
+    """Return the buffers under way; states of before this key have none."""
+    found = state.get("buffers_under_way", [])
+    is_list = isinstance(found, Sequence) and all(isinstance(one, Mapping) for one in found)
+    if not is_list or len(found) > 1:
+        raise TypeError(f"state has buffers_under_way={found!r}: expected what state_dict returned")
+    for saved in found:
+        _check_count("state['buffers_under_way'] received_at", saved.get("received_at"))
+        payload, expected = saved.get("bytes"), 0 if state["rank"] else buffers_bytes
+        if not isinstance(payload, Tensor) or payload.dtype != torch.uint8:
+            raise TypeError(f"state has buffers under way that are no bytes: {payload!r}")
+        if tuple(payload.shape) != (expected,):
+            raise ValueError(
+                f"state has buffers under way of {payload.numel()} bytes: expected {expected}, "
+                "those of this model's"
+            )
+        return saved["received_at"], payload
+    return None
 
 
 def _mapping(state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
