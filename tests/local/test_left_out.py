@@ -1,4 +1,4 @@
-"""What a LocalTopQ does not exchange is said, and what it counts is what DDP would send."""
+"""Warnings of what a LocalTopQ does not exchange, the names that it has, what it counts."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def test_dense_bytes_are_of_the_parameters_own_dtype(alone: dist.ProcessGroup) -
 
 
 def test_names_are_without_what_wraps_modules(alone: dist.ProcessGroup) -> None:
-    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 1)))  # type: ignore[no-untyped-call]
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 1)))
     steps = LocalTopQ(model, inner_optimizer(model), every=2, q=0.5, process_group=alone)
     assert set(steps.state_dict()["outer"]) == {"0.weight", "0.bias"}

@@ -22,7 +22,7 @@ STREAMED: dict[str, Any] = {"every": 6, "fragments": 3, "overlap": 4}
 def error_of(action: Callable[[], object]) -> str:
     try:
         action()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -40,7 +40,7 @@ def moved(model: nn.Module, steps: LocalTopQ, rank: int, count: int) -> None:
     for _ in range(count):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += float(rank + 1)
+                parameter.add_(float(rank + 1))
         steps.end_step()
 
 
@@ -85,6 +85,28 @@ class Averaging(nn.Module):
         self.mean = 0.5 * self.mean + inputs.mean().detach()
         result: Tensor = self.body(inputs)
         return result
+
+
+class Growing(nn.Linear):
+    """A module whose buffer grows, on one rank."""
+
+    def grow(self, rank: int) -> None:
+        self.register_buffer("cache", torch.zeros(2 + rank))
+
+
+def growing(rank: int) -> str:
+    model = Growing(2, 1)
+    model.register_buffer("cache", torch.zeros(2))
+    steps = LocalTopQ(model, inner_optimizer(model), every=1, q=0.5)
+    moved(model, steps, rank, 1)
+    model.grow(rank)
+    return error_of(lambda: moved(model, steps, rank, 1))
+
+
+def test_buffers_that_are_no_longer_alike_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    for error in run_ranks(2, growing, tmp_path):
+        assert error.startswith("ExchangeError: ranks disagree")
+        assert "cache (3,)" in error
 
 
 def normed() -> tuple[nn.Module, LocalTopQ]:

@@ -53,7 +53,7 @@ class FirstRanks:
     ) -> None:
         """Wait, and write what has come into the tensors, once `commit` returns.
 
-        into: what is in the place of these by now, where that may be others.
+        into: what is in the place of these by now, where that may be others of their shapes.
         """
         if self._work is None:
             return
@@ -64,7 +64,9 @@ class FirstRanks:
         if self._context.rank == 0:
             return
         sizes = [one.nbytes for one in self._tensors]
-        tensors = self._tensors if into is None else _filled(into)
+        tensors = _filled(self._tensors if into is None else into)
+        if _kinds(tensors) != _kinds(self._tensors):
+            tensors = self._tensors
         for tensor, part in zip(tensors, torch.split(self._payload, sizes), strict=True):
             # cloned, since a view needs what is aligned
             tensor.copy_(part.to(tensor.device).clone().view(tensor.dtype).view(tensor.shape))
@@ -92,6 +94,10 @@ def _filled(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return what of tensors is in this process, but for those of which nothing is."""
     here = [local_part(tensor).detach() for tensor in tensors]
     return [tensor for tensor in here if tensor.numel()]
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(one.shape, one.dtype) for one in tensors]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ class LocalTopQ:
             membership = Membership(place, settings=settings, per_node=self._per_node)
             self._elastic = Epochs(membership, self, self._context, settings)
         self._commit = None if self._elastic is None else self._elastic.commit
-        self._rounds = Rounds(self._replica, self._settings, self._commit)
+        alike = self._model.text_of_buffers if buffers == "first" else str
+        self._rounds = Rounds(self._replica, self._settings, self._commit, alike=alike)
         self._step = 0
         self._buffers: tuple[int, FirstRanks] | None = None
         self._resumed: dict[int, tuple[int, Tensor]] = {}

@@ -39,10 +39,11 @@ class LocalModel(NamedTuple):
 
     def text(self) -> str:
         """Return what must be the same on every rank, a line for each tensor."""
-        return "\n".join(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype} {getattr(tensor, 'placements', '')}"
-            for name, tensor in self.tensors().items()
-        )
+        return _text(self.tensors())
+
+    def text_of_buffers(self) -> str:
+        """Return what of it modules may have changed by now."""
+        return _text(self.buffers())
 
     def text_of_shard(self) -> str:
         """Return what those must have alike that hold the same shards, a line for each tensor."""
@@ -52,6 +53,13 @@ class LocalModel(NamedTuple):
             for name, tensor in self.tensors().items()
             if isinstance(tensor, DTensor)
         )
+
+
+def _text(tensors: dict[str, Tensor]) -> str:
+    return "\n".join(
+        f"{name} {tuple(tensor.shape)} {tensor.dtype} {getattr(tensor, 'placements', '')}"
+        for name, tensor in tensors.items()
+    )
 
 
 def local_model(model: nn.Module, optimizer: Optimizer) -> LocalModel:

@@ -57,7 +57,8 @@ class Rounds:
     """The rounds of one rank among those of the context that it has entered.
 
     commit: called once a round is received whole, before anything of it is applied; returns where
-    every rank has it, and raises where one has not.
+    every rank has it, and raises where one has not. alike: returns what else ranks must have alike
+    when a round begins.
     """
 
     def __init__(
@@ -65,12 +66,15 @@ class Rounds:
         replica: Replica,
         settings: LocalSettings,
         commit: Callable[[], None] | None = None,
+        *,
+        alike: Callable[[], str] = str,
     ) -> None:
         self._context: CommContext
         self._exchange: Exchange
         self._replica = replica
         self._settings = settings
         self._commit = commit
+        self._alike = alike
         self._in_flight: dict[int, _InFlight] = {}
         self._announcing: list[AllGatherLane] = []
         self.void = 0
@@ -111,6 +115,7 @@ class Rounds:
         settings = f"step={step} fragment={begun.fragment} q={self._replica.q}"
         settings = f"{settings} frozen={begun.frozen}"
         settings = f"{settings}\n{self._settings.text()}\n{self._replica.compressor.settings()}"
+        settings = f"{settings}\n{self._alike()}"
         compressed, failure = None, None
         self._exchange.prepare(begun.vector)
         if self._exchange.frames_per_bucket:
