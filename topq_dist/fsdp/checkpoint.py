@@ -2,7 +2,7 @@
 
 Residuals differ between replicas, so that each has its own under "replica0", "replica1" and so on,
 sharded as the parameters are: another number of shards reads them as it reads parameters. What all
-ranks have alike is plain tensors. Nothing of it is pickled, and all keys are there at any time.
+ranks have alike is plain tensors, and all keys are there at any time.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from topq_dist.compress.residual import check_residual
 from topq_dist.dtypes import accumulate_dtype, local_part
 from topq_dist.exchange.registry import ExchangeName
+from topq_dist.fsdp.stored_tensors import TensorReader
 from topq_dist.hook.momentum import MomentumName, Unit
 from topq_dist.hook.parts import HookParts, Ranks
 
@@ -111,6 +111,7 @@ def loaded_of_own(state: Mapping[str, Any], ranks: Ranks) -> Loaded:
 class Empty(NamedTuple):
     """A state to be read into: of `replicas` that were saved, what this rank takes, by number."""
 
+    reader: TensorReader
     template: dict[str, Any]
     replicas: int
     mine: Sequence[int]
@@ -123,13 +124,13 @@ def prepare(
 ) -> Empty:
     """Return what a checkpoint in a folder, of any number of replicas, is to be read into.
 
-    Raises ValueError where there is no state under `key`.
+    Raises ValueError where there is no state under `key`, or anything but tensors; OSError.
     """
     context = ranks.context
-    metadata = FileSystemReader(checkpoint_id).read_metadata()
-    names = metadata.state_dict_metadata.keys()
+    reader = TensorReader(checkpoint_id)
+    reader.check_tensors(key)
     replicas = 0
-    while any(name.startswith(f"{key}.replica{replicas}.") for name in names):
+    while any(name.startswith(f"{key}.replica{replicas}.") for name in reader.described):
         replicas += 1
     if not replicas:
         raise ValueError(f"{checkpoint_id} has no state under {key!r}: expected the hook's")
@@ -153,16 +154,16 @@ def prepare(
         if own:
             held["steps"] = {one.name: torch.tensor(0) for one in of}
         template[f"replica{replica}"] = held
-    return Empty(template, replicas, mine, every if own else mine, replicas == context.size)
+    return Empty(reader, template, replicas, mine, every if own else mine, replicas == context.size)
 
 
-def read(empty: Empty, checkpoint_id: str, key: str) -> Loaded:
+def read(empty: Empty, key: str) -> Loaded:
     """Read a state out of a checkpoint in a folder; a collective.
 
     Raises torch's CheckpointException on every rank where one cannot read it.
     """
     template = empty.template
-    load({key: template}, checkpoint_id=checkpoint_id)
+    load({key: template}, storage_reader=empty.reader)
     return Loaded(
         template,
         [template[f"replica{replica}"] for replica in empty.mine],

@@ -192,7 +192,7 @@ class ShardedTopQState:
         with telling_of_failures(context):
             empty = checkpoint.prepare(self._parts, self._ranks, self._kept(), folder, key)
         check_same_on_all_shards(f"{key!r} of {empty.replicas} replicas", context)
-        loaded = checkpoint.read(empty, folder, key)
+        loaded = checkpoint.read(empty, key)
         with telling_of_failures(context):
             take_up = self._checked(loaded)
         check_same_on_all_shards("a checkpoint to load", context)
