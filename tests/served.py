@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from leak_report import without_leak_report
+
 TOPQ = [sys.executable, "-m", "topq_dist.cli"]
 START_S = 60
 
@@ -58,7 +60,7 @@ class Served:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        return self._process.returncode, said, errors
+        return self._process.returncode, said, without_leak_report(errors)
 
     def kill(self) -> tuple[str, str]:
         self._process.kill()

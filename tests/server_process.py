@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from crash_points import arm
 from forked import FORKED
+from leak_report import without_leak_report
 
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 
@@ -118,7 +119,7 @@ class ServerProcess:
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"the server did not end by itself: {self.said()}")
-        return self.process.exitcode, self._errors.read_text()
+        return self.process.exitcode, without_leak_report(self._errors.read_text())
 
     def terminate(self) -> tuple[int, str]:
         """Ask the process to end (SIGTERM), and `finish`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from leak_report import without_leak_report
 from ps.certificates import Authority
 from served import START_S, TOPQ, Served, environment, serving
 
@@ -53,7 +54,7 @@ def run_process(*words: str, **variables: str) -> tuple[int, str, str]:
         timeout=START_S,
         check=False,
     )
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout, without_leak_report(done.stderr)
 
 
 def join(address: str, security: ClientSecurity, worker: str) -> grpc.StatusCode:
@@ -313,7 +314,7 @@ class TestWithoutTheExtra:
             timeout=START_S,
             check=False,
         )
-        return done.returncode, done.stdout, done.stderr
+        return done.returncode, done.stdout, without_leak_report(done.stderr)
 
     def topq(self, *words: str, missing: tuple[str, ...] = ()) -> tuple[int, str, str]:
         script = f"from topq_dist.cli import main; sys.exit(main({list(words)}))"

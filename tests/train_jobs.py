@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from leak_report import without_leak_report
+
 COMPARE = Path(__file__).resolve().parents[1] / "launch" / "compare.py"
 DEADLINE_S = 100.0
 
@@ -33,7 +35,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Return (exit code, stdout, stderr) once the process has ended."""
     out, err = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, out, err
+    return process.returncode, out, without_leak_report(err)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -59,6 +59,18 @@ def test_what_fails_is_answered_and_logged_once(
     assert got(url) == "/"
 
 
+def test_what_is_logged_of_a_request_is_one_line(
+    server: HttpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        answer_to(
+            server, b"GET /\x1b[31m\x0b\rtopq: CRITICAL: x HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+    said = [record.getMessage() for record in caplog.records if "CRITICAL" in record.getMessage()]
+    assert said
+    assert all(one.isprintable() for one in said), said
+
+
 @pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_who_drips_has_no_more_time_than_who_is_silent(begun: bytes) -> None:
     server = HttpServer("test", "127.0.0.1", 0, respond, limit_s=0.3)

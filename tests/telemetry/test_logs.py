@@ -53,6 +53,52 @@ def test_json_holds_an_exception_and_whatever_cannot_be_json_as_text() -> None:
     assert line["path"].startswith("<object")
 
 
+def test_text_of_several_lines_stays_one() -> None:
+    made = record("a\nb\r\x1b[31m\x85\u2028%s", "x\n2026-09-21T14:13:20.250Z topq: INFO: forged")
+    line = formatter("text", "topq serve").format(made)
+    assert len(line.splitlines()) == 1
+    assert line.endswith(
+        r" a\x0ab\x0d\x1b[31m\x85\u2028x\x0a2026-09-21T14:13:20.250Z topq: INFO: forged"
+    )
+    try:
+        raise ValueError("out of\nplace")
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    first, second, *_ = formatter("text", "topq serve").format(made).splitlines()
+    assert (first, second) == (line, "Traceback (most recent call last):")
+
+
+def test_json_is_json_and_its_own_fields_are_its_own_whatever_is_given() -> None:
+    around: list[object] = []
+    around.append(around)
+    given = {
+        "time": "mine",
+        "level": 3,
+        "error": "none",
+        "nested": [float("nan"), {"x": float("inf")}],
+        "around": around,
+        "keyed": {(1, 2): 3},
+        "odd": {"a": {1, 2}},
+    }
+    made = record("said", **given)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads(JsonFormatter().format(made), parse_constant=refuse)
+    assert (line["time"], line["level"]) == ("2026-09-21T14:13:20.250Z", "warning")
+    assert line["error"] == "none"
+    assert line["nested"] == "[nan, {'x': inf}]"
+    assert line["around"] == "[[...]]"
+    assert line["keyed"] == "{(1, 2): 3}"
+    assert line["odd"] == {"a": "{1, 2}"}
+    try:
+        raise ValueError("out of place")
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    assert json.loads(JsonFormatter().format(made))["error"] == "ValueError: out of place"
+
+
 def test_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="log_format='xml': expected one of text, json"):
         formatter("xml", "topq serve")  # type: ignore[arg-type]

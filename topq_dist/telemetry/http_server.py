@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from topq_dist.loopback import is_loopback
+from topq_dist.telemetry.logs import one_line
 
 _log = logging.getLogger(__name__)
 _HEADERS = {
@@ -244,4 +245,4 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(refusal(HTTPStatus(code), message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base has it
-        _log.debug(format, *args)
+        _log.debug("%s: %s", self.server.name, one_line(format % args))

@@ -26,6 +26,20 @@ from topq_dist.ps.protocol.errors import (
     WrongRunError,
 )
 from topq_dist.ps.protocol.types import START, Answer, ModelVersion, Push
+from topq_dist.ps.server.run_counters import WorkerReport
+
+
+def test_who_has_left_is_not_counted_for_ever(make: Make) -> None:
+    bench = make()
+    counters = bench.server.counters
+    bench.join("stays")
+    gone = bench.join("gone")
+    for worker in ("stays", "gone"):
+        counters.take_report(worker, WorkerReport(loss=1.0))
+    bench.server.leave(gone)
+    bench.join("comes")
+    assert counters.worker("stays").report.loss == 1.0
+    assert counters.worker("gone").report.loss is None
 
 
 def test_a_version_takes_one_push_of_each_live_worker(make: Make) -> None:

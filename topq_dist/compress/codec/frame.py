@@ -156,7 +156,8 @@ def encode_non_finite_frame(numel: int, value_format: str = "fp32") -> Tensor:
 def max_frame_bytes(numel: int, k: int, value_format: str, *, segments: int = 1) -> int:
     """Return the length that no frame of k values at any indices below `numel` exceeds.
 
-    segments: how many the vector has, at most.
+    segments: how many the vector has, at most. Frames with their indices in tiles may be longer:
+    `codec/tiled.py` has the bound of these.
     """
     check_value_format(value_format)
     if not 0 <= k <= numel:

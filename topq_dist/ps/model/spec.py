@@ -66,9 +66,9 @@ class VectorSpec:
 
     @property
     def max_frame_bytes(self) -> int:
-        """Length that no frame of the vector exceeds, in whatever value format."""
+        """Length that no frame of a worker exceeds, in whatever value format."""
         # fp64 is the widest, but for a few values and for each in a segment of its own; no index
-        # coding is longer than a bitmap
+        # coding is longer than a bitmap, but tiles, in which no worker writes
         longest = max(
             max_frame_bytes(self.numel, self.numel, value_format, segments=self.numel)
             for value_format in ("fp64", "int8", "ec2", "ecfp16")

@@ -277,6 +277,7 @@ class Coordinator(Run):
         if self._pushes is not None:
             present.update(self._pushes.workers)
         self._ledger.make_room(present)
+        self.counters.keep_only(present)
 
     def _may_answer(self, answer: Answer, end_s: float, is_active: Callable[[], bool]) -> bool:
         """Wait until `answer` may be given, and return whether it may."""

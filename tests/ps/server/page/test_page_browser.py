@@ -119,6 +119,24 @@ def test_it_reads_on_a_phone_in_the_dark(browser: Any, job: Job) -> None:
     tab.close()
 
 
+def test_it_asks_once_at_a_time_however_often_one_comes_back(browser: Any, job: Job) -> None:
+    tab = Tab(browser, job.url, viewport={"width": 1280, "height": 900})
+    held: list[Any] = []
+    tab.page.route("**/api/status*", lambda route: held.append(route))
+    with tab.page.expect_request("**/api/status*"):
+        pass
+    come_back = """() => {
+        for (let i = 0; i < 3; i += 1) document.dispatchEvent(new Event("visibilitychange"));
+        return new Promise((done) => setTimeout(done, 100));
+    }"""
+    for _ in range(3):
+        tab.page.evaluate(come_back)
+    assert len(held) == 1
+    with tab.page.expect_request("**/api/status*"):  # and goes on by itself
+        held[0].continue_()
+    tab.close()
+
+
 def test_it_goes_by_keyboard(browser: Any, job: Job) -> None:
     tab = Tab(browser, job.url, viewport={"width": 1280, "height": 900})
     tab.page.keyboard.press("Tab")

@@ -32,7 +32,9 @@ function useStatus() {
     let timer = 0;
     let ended = false;
     let awaySince = 0;
+    let asking = false;
     async function ask() {
+      asking = true;
       const before = latest.current;
       const instance = before.status ? before.status.instance : "";
       const stop = new AbortController();
@@ -57,12 +59,14 @@ function useStatus() {
         latest.current = { ...before, awayMs: Math.max(1, Date.now() - awaySince), why: String(error.message || error) };
       }
       clearTimeout(patience);
+      asking = false;
       if (ended) return;
       setSeen(latest.current);
       timer = setTimeout(ask, document.hidden ? HIDDEN_EVERY_MS : EVERY_MS);
     }
     function look() {
-      if (document.hidden) return;
+      // who is asking asks again by itself
+      if (document.hidden || asking) return;
       clearTimeout(timer);
       timer = setTimeout(ask, 0);
     }
