@@ -293,6 +293,10 @@ def test_a_state_that_the_local_optimizer_refuses_changes_nothing(tmp_path: Path
                 with pytest.raises(ValueError, match="does not fit the local optimizer"):
                     optimizer.load_state_dict(other)
                 assert flat(optimizer.state_dict()) == before
+            state["param_groups"][0]["params"].pop()
+            with pytest.raises(ValueError, match=r"param_groups has \[3\] parameters: expected"):
+                optimizer.load_state_dict(state)
+            assert flat(optimizer.state_dict()) == before
             train(model, optimizer, 0, 8, 10)
 
 

@@ -540,6 +540,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, one in zip(self._clients, saved.shards, strict=True):
             client.check_run(one.run)
         groups = self._groups.filled(state_dict["param_groups"])
+        sizes, here = ([len(one["params"]) for one in of] for of in (groups, self.param_groups))
+        if sizes != here:
+            raise ValueError(f"param_groups has {sizes} parameters: expected {here}")
         if self._local is not None and saved.local is not None:
             # first of all that is changed: what of it fits, its optimizer alone knows
             self._local.load(saved.local)
