@@ -42,6 +42,11 @@ def both_ways(rank: int, port: int) -> dict[str, Any]:
         results[f"{case}, rank"] = [elastic.rank, list(elastic.members), elastic.steps_taken]
         elastic.close()
         elastic.close()
+    frozen = small_model(seed=rank)
+    frozen[0].requires_grad_(False)
+    place = Elastic(store=f"127.0.0.1:{port}", name=str(rank), ranks=2, run="frozen")
+    LocalTopQ(frozen, inner_optimizer(frozen), every=2, q=0.5, elastic=place).close()
+    results["frozen"] = numbers(frozen)
     # torch's own group is still there
     dist.barrier()
     return results
@@ -49,7 +54,9 @@ def both_ways(rank: int, port: int) -> dict[str, Any]:
 
 def test_an_elastic_run_that_loses_nobody_ends_in_the_same_bits(tmp_path: Path) -> None:
     store = serve("127.0.0.1:0")
-    for rank, result in enumerate(run_ranks(2, both_ways, tmp_path, store.port)):
+    ranks = run_ranks(2, both_ways, tmp_path, store.port)
+    assert equal(ranks[0]["frozen"], ranks[1]["frozen"])
+    for rank, result in enumerate(ranks):
         for case in range(len(OPTIONS)):
             assert result[f"{case}"], OPTIONS[case]
             assert result[f"{case}, state"] == ["lost_residuals"]
