@@ -60,6 +60,16 @@ def test_every_format_of_every_dtype(fmt: str) -> None:
         assert check_step([rank], [drawn(2, dtype)], SEGMENTS, fmt, bound, None, arena)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_half_precision_has_no_number_for(dtype: torch.dtype, ranks: int) -> None:
+    arena = Arena()
+    tiny = 1e-12 if dtype == torch.float16 else 1e-42
+    every = [Rank(arena, drawn(seed) * tiny) for seed in range(ranks)]
+    nothing = [torch.zeros(NUMEL, dtype=dtype) for _ in every]
+    assert check_step(every, nothing, SEGMENTS, "fp32", None, None, arena)
+
+
 def test_a_frame_without_room_leaves_everything_in_the_residual() -> None:
     arena = Arena()
     ranks = [Rank(arena, drawn(seed)) for seed in (1, 2)]

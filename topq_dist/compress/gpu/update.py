@@ -79,7 +79,9 @@ def finish(
                 divisor, numel, report, ranks, KIND=KINDS[wide], **everywhere,
             )  # fmt: skip
     if wide != dtype:
-        kernels.round_total[whole](bits, total, report, ranks, numel, KIND=kind, **everywhere)
+        kernels.round_total[whole](
+            bits, total, report, ranks, numel, KIND=kind, ALONE=ranks == 1, **everywhere
+        )  # fmt: skip
 
 
 @cache

@@ -82,10 +82,14 @@ def add_frame(
 
 @triton.jit
 def round_total(
-    gradient, total, report, ranks, numel, KIND: tl.constexpr, RANKS: tl.constexpr,
+    gradient, total, report, ranks, numel, KIND: tl.constexpr, ALONE: tl.constexpr,
+    RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gradient = total, where the step counts; gradient: patterns of fp16 or bf16."""
+    """gradient = total, where the step counts; gradient: patterns of fp16 or bf16.
+
+    ALONE: the frames are one, which the CPU rounds before it adds it to zero: none is -0.
+    """
     counts = step_counts(report, ranks, RANKS)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < tl.where(counts, numel, 0)
@@ -95,4 +99,6 @@ def round_total(
     else:
         bits = number.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    if ALONE:
+        rounded = tl.where(rounded == -32768, 0, rounded)
     tl.store(gradient + at, rounded, mask=mask)
