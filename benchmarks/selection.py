@@ -26,7 +26,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import decode_frame, encode_frame
 from topq_dist.compress.codec.values import quantize
-from topq_dist.compress.compressor import Compressor
+from topq_dist.compress.named_compressor import Compressor
 from topq_dist.compress.residual import update_residual
 from topq_dist.compress.sparsify.topk import Selector
 

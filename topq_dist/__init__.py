@@ -7,7 +7,7 @@ from topq_dist._version import __version__
 
 if TYPE_CHECKING:
     from topq_dist.compress.codec.frame import FrameError
-    from topq_dist.compress.compressor import Compressor
+    from topq_dist.compress.named_compressor import Compressor
     from topq_dist.ddp.hook import TopQState, topq_hook
     from topq_dist.elastic.errors import RefusedError
     from topq_dist.elastic.settings import Elastic
@@ -50,7 +50,7 @@ __all__ = [
 # and `topq status` and `topq health` do without it.
 _HOMES = {
     "ChainedParamTransformingOptimizer": "optim",
-    "Compressor": "compress.compressor",
+    "Compressor": "compress.named_compressor",
     "Elastic": "elastic.settings",
     "ExchangeError": "exchange.agreement",
     "FrameError": "compress.codec.frame",

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_build import SOURCES, compile_kernels, compilers
+from native_build import SOURCES
 
 from topq_dist.compress.codec import lowbit
 from topq_dist.compress.codec.values import LOW_BITS
-from topq_dist.compress.native import binding, library, numpy_codec, numpy_kernels
+from topq_dist.compress.native import binding, codec_binding, library, numpy_codec, numpy_kernels
 
 Array = npt.NDArray[Any]
 LANES = 64
@@ -32,19 +32,6 @@ CODE_BITS = sorted(LOW_BITS.values())
 
 
 by_numpy = SimpleNamespace(**vars(numpy_kernels) | vars(numpy_codec))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Have binding call the library that there is, or one built of the sources."""
-    if library.LIBRARY is not None:
-        return
-    if not compilers():
-        pytest.skip("neither a library nor a compiler")
-    out = tmp_path_factory.mktemp("native") / "kernels.so"
-    built = compile_kernels(compilers()[0], out, "-shared", "-fPIC")
-    assert not built.returncode, built.stderr
-    binding._LIBRARY = library.load(out)
 
 
 def floats(dtype: str, size: int, seed: int, *, finite: bool = False) -> Array:
@@ -394,14 +381,14 @@ def test_gaps_between(size: int, dtype: str) -> None:
     indices = np.flatnonzero(np.random.default_rng(1).random(max(1, 5 * size)) < 0.2)[:size]
     numel = int(indices[-1]) + 1 if indices.size else 0
     ours, theirs = np.empty(indices.size, dtype), np.empty(indices.size, dtype)
-    assert binding.gaps_between(indices, numel, ours)
+    assert codec_binding.gaps_between(indices, numel, ours)
     assert by_numpy.gaps_between(indices, numel, theirs)
     assert_same(ours, theirs)
     assert_same(ours, (np.diff(indices, prepend=-1) - 1).astype(dtype))
     if indices.size:
-        assert not binding.gaps_between(indices, numel - 1, ours)
-        assert not binding.gaps_between(np.array([-1]), numel, ours)
-        assert not binding.gaps_between(np.array([0, 0]), numel, np.empty(2, dtype))
+        assert not codec_binding.gaps_between(indices, numel - 1, ours)
+        assert not codec_binding.gaps_between(np.array([-1]), numel, ours)
+        assert not codec_binding.gaps_between(np.array([0, 0]), numel, np.empty(2, dtype))
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -409,10 +396,10 @@ def test_gaps_between(size: int, dtype: str) -> None:
 def test_rice_code(size: int, dtype: str) -> None:
     gaps = np.random.default_rng(size).geometric(0.01, size).astype(dtype) - 1
     for bits in (0, 1, 5, 7, 8, 9, 16, 17, 31):
-        total = binding.sum_of_quotients(gaps, bits)
+        total = codec_binding.sum_of_quotients(gaps, bits)
         assert total == int(by_numpy.sum_of_quotients(gaps, bits)) == int((gaps >> bits).sum())
         found = []
-        for write in (binding.write_gaps, by_numpy.write_gaps):
+        for write in (codec_binding.write_gaps, by_numpy.write_gaps):
             unary = np.zeros((total + size + 7) // 8, np.uint8)
             planes = np.empty((bits // 8, size), np.uint8)
             fields = np.zeros((size * (bits % 8) + 7) // 8, np.uint8)
@@ -428,7 +415,7 @@ def test_rice_code(size: int, dtype: str) -> None:
             short = [found[0][0], *found[0][1:]]
             if room < size:
                 short[1] = np.ascontiguousarray(short[1][:, :room])
-            count = binding.read_gaps(short[0], short[1], short[2], bits, ours)
+            count = codec_binding.read_gaps(short[0], short[1], short[2], bits, ours)
             assert count == by_numpy.read_gaps(words.view(np.uint64), *short[1:], bits, theirs)
             assert_same(ours, theirs)
             assert_same(ours, (np.cumsum(gaps.astype(np.int64) + 1) - 1)[:room])
@@ -439,13 +426,13 @@ def test_round_to_half_and_widen_half_all_patterns() -> None:
     for scale in (1.0, 2.0**-14, 2.0**-126, 2.0**113):
         ours, theirs = np.empty(halves.size, np.float32), np.empty(halves.size, np.float32)
         args = (halves, np.float32(scale))
-        assert not binding.widen_half(*args, ours, ours.view(np.int32))
+        assert not codec_binding.widen_half(*args, ours, ours.view(np.int32))
         assert not by_numpy.widen_half(*args, theirs, theirs.view(np.int32))
         finite = np.isfinite(halves.view(np.float16))
         assert_same(ours[finite], theirs[finite])
         assert_same(ours[finite], reference.widen_half(halves, scale)[finite])
         mine = np.ascontiguousarray(halves[finite & (np.abs(ours) < np.inf)])
-        assert binding.widen_half(mine, np.float32(scale), ours[: mine.size], ours)
+        assert codec_binding.widen_half(mine, np.float32(scale), ours[: mine.size], ours)
     between = np.sort(halves[halves < 0x7BFF]).view(np.float16).astype(np.float32)
     # all numbers, the middles between them, and both neighbours of these
     middles = (between[1:] + between[:-1]) / 2
@@ -467,7 +454,7 @@ def test_round_to_half(size: int, scale: float) -> None:
 def check_round_to_half(numbers: Array, scale: float) -> None:
     numbers = np.nan_to_num(numbers)
     found = []
-    for narrow in (binding.round_to_half, by_numpy.round_to_half):
+    for narrow in (codec_binding.round_to_half, by_numpy.round_to_half):
         scaled, halves = np.empty_like(numbers), np.empty(numbers.size, np.uint16)
         narrow(numbers, np.float32(scale), scaled, scaled.view(np.int32), halves)
         found.append(halves)
@@ -499,7 +486,7 @@ def check_blocks_of_levels(ks: Array, seed: int, code_bits: int) -> None:
     payload = np.full(lowbit.lowbit_bytes(values.size, code_bits, blocks) + 1, 77, np.uint8)
     scales, packed = np.split(payload[:-1], [4 * blocks])
     decoded = np.full(values.size + 1, 77, np.float32)
-    binding.encode_blocks(values, ks, code_bits, scales, packed, decoded[:-1])
+    codec_binding.encode_blocks(values, ks, code_bits, scales, packed, decoded[:-1])
     assert payload[-1] == decoded[-1] == 77
     payload, decoded = payload[:-1], decoded[:-1]
     expected, (levels, again) = np.empty_like(payload), np.empty((2, values.size), np.float32)
@@ -513,7 +500,7 @@ def check_blocks_of_levels(ks: Array, seed: int, code_bits: int) -> None:
         np.concatenate([np.zeros(0, np.uint8), *payload_by_numpy(values, ks, code_bits)]), payload
     )
     back = np.empty_like(values)
-    binding.decode_blocks(payload, ks, code_bits, back)
+    codec_binding.decode_blocks(payload, ks, code_bits, back)
     assert_same(back, decoded)
 
 
@@ -531,7 +518,7 @@ def payload_by_numpy(values: Array, ks: Array, code_bits: int) -> tuple[Array, A
     return halves.view(np.uint8), np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
 
-@pytest.mark.parametrize("kind", [binding, by_numpy], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("kind", [codec_binding, by_numpy], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("code_bits", CODE_BITS)
 def test_a_payload_that_does_not_fit_is_refused(code_bits: int, kind: Any) -> None:
     ks, values = np.array([5, 130]), floats("f4", 135, 1, finite=True)

@@ -12,29 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_build import compile_kernels, compilers
 from numpy.typing import NDArray
 
 from topq_dist.compress.codec.symbols import most_bytes
-from topq_dist.compress.native import binding, library, numpy_symbols
+from topq_dist.compress.native import codec_binding, numpy_symbols
 
 Array = NDArray[Any]
-KINDS = [binding, numpy_symbols]
+KINDS = [codec_binding, numpy_symbols]
 BLOCK = 4096
 KS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 127, 300, 4095, 4096, 4097]), max_size=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Have binding call the library that there is, or one built of the sources."""
-    if library.LIBRARY is not None:
-        return
-    if not compilers():
-        pytest.skip("neither a library nor a compiler")
-    out = tmp_path_factory.mktemp("native") / "kernels.so"
-    built = compile_kernels(compilers()[0], out, "-shared", "-fPIC")
-    assert not built.returncode, built.stderr
-    binding._LIBRARY = library.load(out)
 
 
 def written(levels: Array) -> Array:

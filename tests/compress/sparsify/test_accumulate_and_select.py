@@ -21,10 +21,11 @@ from vectors import DTYPES, drawn
 
 from topq_dist.compress.aggregate import write_sum
 from topq_dist.compress.codec.frame import Frame, decode_frame
-from topq_dist.compress.compressor import Compressed, Compressor, TopKCompressor
+from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.kernels import find_reaching
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL
 from topq_dist.compress.layout import ChunkedVector, Layout
+from topq_dist.compress.named_compressor import Compressor
 from topq_dist.compress.residual import update_residual
 from topq_dist.compress.sparsify import threshold
 from topq_dist.compress.sparsify.segments import Segment

@@ -15,6 +15,10 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _ABI = 1
+# what kernels return of a width that they have not
+_UNKNOWN = -9
+# what some write beside what they return
+PAIR = c_int64 * 2
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 INT64, FLOAT32, UINT8, UINT16 = (np.dtype(name) for name in ("int64", "float32", "uint8", "uint16"))
 
@@ -109,3 +113,16 @@ def read(array: Array, dtype: np.dtype[Any]) -> int:
             raise
         address: int = array.__array_interface__["data"][0]
         return address
+
+
+def check_kind(dtype: np.dtype[Any], kinds: str) -> None:
+    """Raise TypeError unless a dtype is of one of these kinds, as numpy has them."""
+    if dtype.kind not in kinds:
+        raise TypeError(f"an array of {dtype}: expected one of kind {' or '.join(kinds)}")
+
+
+def known(status: int, dtype: np.dtype[Any]) -> int:
+    """Return what a kernel has returned; raises TypeError where it knows no such width."""
+    if status == _UNKNOWN:
+        raise TypeError(f"an array of {dtype}: there is no kernel for its width")
+    return status
