@@ -1,4 +1,4 @@
-"""The example of a server with local steps must run, learn, and send little."""
+"""The example of a worker with local steps must run, learn, and send little."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+from server_process import ServerProcess
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "server_local_steps.py"
 
 
-def test_a_server_and_two_workers() -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for worker in ("w0", "w1"):
-        found = re.findall(rf"{worker}, step \d+: loss ([\d.]+)", done.stdout)
-        losses = [float(loss) for loss in found]
+def test_two_workers(tmp_path: Path) -> None:
+    training = {"inner_opt": "sgd", "options": {"lr": 1.0}}
+    serving = {"start_workers": 2}
+    with ServerProcess(tmp_path / "state", training, serving) as server:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, str(EXAMPLE), server.address, name],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for name in ("a", "b")
+        ]
+        said = [worker.communicate(timeout=150) for worker in workers]
+    for worker, (output, errors) in zip(workers, said, strict=True):
+        assert worker.returncode == 0, errors
+        losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
         assert losses[-1] < losses[0] / 3
-    ratios = [int(ratio) for ratio in re.findall(r"(\d+) times fewer", done.stdout)]
-    assert len(ratios) == 2
-    assert min(ratios) > 200
+        found = re.search(r"(\d+) times fewer", output)
+        assert found is not None
+        assert int(found[1]) > 200
