@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from topq_dist.ddp import hook as ddp_hook
-from topq_dist.ddp.hook import TopQState
+from topq_dist.ddp.hook import TopQState, topq_hook
 from topq_dist.elastic.settings import Elastic
 from topq_dist.hook.parts import KnobOptions
 from topq_dist.module_names import check_not_fsdp1, unwrapped
@@ -79,7 +78,15 @@ def register_topq_hook(
         raise ValueError(
             f"replicate_group with a {type(model).__name__}: expected a model under fully_shard"
         )
-    return ddp_hook.register_topq_hook(ddp_model, optimizer, elastic=elastic, **knobs)
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel model; "
+            "where another wraps it (a trainer, replicate()), give TopQState(model, ...) and "
+            "topq_hook to what calls register_comm_hook"
+        )
+    state = TopQState(model, optimizer, elastic=elastic, **knobs)
+    model.register_comm_hook(state, topq_hook)
+    return state
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Unpack
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from topq_dist.compress.defaults import (
-    DEFAULT_BOUND,
-    DEFAULT_VALUE_FORMAT,
-    usual_bound,
-    usual_value_format,
-)
+from topq_dist.compress.defaults import DEFAULT_BOUND, DEFAULT_VALUE_FORMAT
 from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.ddp.elastic_hook import ElasticHook
 from topq_dist.ddp.hook_state import STATE_VERSION, SavedState, load_states, save_state
 from topq_dist.ddp.model_checks import check_takes_hook, trainable_names
@@ -33,22 +27,16 @@ from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import ExchangeName
 from topq_dist.exchange.shards import telling_of_failures
 from topq_dist.hook.momentum import MomentumName
-from topq_dist.hook.parts import (
-    KnobOptions,
-    Knobs,
-    Ranks,
-    agree_on_loaded,
-    connect,
-)
+from topq_dist.hook.parts import Knobs, Ranks, agree_on_loaded, connect
 from topq_dist.hook.sparsity_policy import PlannedSparsity
+from topq_dist.hook.state import HookState
 from topq_dist.module_names import unwrapped
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.q_policies import QPolicy
-from topq_dist.telemetry.readings import Reading, rank_readings
-from topq_dist.telemetry.stats import Meter, Stats
+from topq_dist.telemetry.stats import Meter
 
 
-class TopQState:
+class TopQState(HookState):
     """State of `topq_hook` for one DistributedDataParallel model.
 
     Knobs, in the order in which one tunes them:
@@ -143,12 +131,12 @@ class TopQState:
                 f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel "
                 "model, or the torch.nn.Module that is wrapped later"
             )
-        self._knobs = Knobs(
+        knobs = Knobs(
             q=q,
             momentum=momentum,
             error_feedback=error_feedback,
-            value_format=usual_value_format(value_format, error_feedback=error_feedback),
-            bound=usual_bound(bound, error_feedback=error_feedback),
+            value_format=value_format,
+            bound=bound,
             exchange=exchange,
             scope=scope,
             clip_norm=clip_norm,
@@ -157,15 +145,11 @@ class TopQState:
             mask_velocity=mask_velocity,
             adapt_rate=adapt_rate,
         )
-        self._optimizer = optimizer
+        super().__init__(knobs.usual(), optimizer, Meter())
         self._group = process_group
-        self._meter = Meter()
-        # once somebody looks on
-        self._watch: UnsentWatch | None = None
         self._loaded: SavedState | None = None
-        # the one or the other: a state that has its ranks is held by its model
+        # it, or the ranks: a state that has its ranks is held by its model
         self._model: nn.Module | None = None
-        self._ranks: Ranks | None = None
         model = unwrapped(ddp_model)
         self._elastic: ElasticHook | None = None
         if not isinstance(model, DistributedDataParallel):
@@ -237,11 +221,6 @@ class TopQState:
             raise AttributeError("q lives in the optimizer's groups: use group['q']")
         return sparsity
 
-    @property
-    def chosen_exchange(self) -> str | None:
-        """What exchange="auto" has chosen; None until it has, and where it was not asked to."""
-        return None if self._ranks is None else self._ranks.exchange.chosen
-
     def __getstate__(self) -> dict[str, Any]:
         # so that a model that has the hook can be copied: a process group cannot
         made_of = self._model, self._optimizer, self._knobs
@@ -259,14 +238,6 @@ class TopQState:
             "this TopQState is a copy and belongs to no process group: save state_dict() instead, "
             "and register a hook on a model that is made anew"
         )
-
-    def detach(self) -> None:
-        """Hand the optimizer its momentum back for good; a second call does nothing.
-
-        DistributedDataParallel keeps a hook, which goes on as with momentum="optimizer". Without
-        this call the optimizer is as it was once the model and this state are gone.
-        """
-        self._parts.stages.momentum.detach()
 
     @property
     def steps_taken(self) -> int:
@@ -295,23 +266,6 @@ class TopQState:
         if self._elastic is None:
             raise ValueError("steps_taken of a run that is not elastic: expected elastic=...")
         return self._elastic
-
-    def stats(self) -> Stats:
-        """Return this rank's totals so far."""
-        return self._meter.stats
-
-    def observe(self) -> None:
-        """Measure from the next step on what waits in the residuals; a second call does nothing.
-
-        What `telemetry.serve_metrics` and the like call; docs/metrics.md says what it costs. Of
-        frames that stay on a GPU nothing is measured.
-        """
-        self._watch = self._watch or UnsentWatch()
-
-    def readings(self) -> list[Reading]:
-        """Return what this rank's metrics stand at now; from any thread."""
-        unsent = None if self._watch is None else self._watch.reading
-        return rank_readings(self._meter, unsent, self.chosen_exchange or self._knobs.exchange)
 
     def push(
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
@@ -392,31 +346,3 @@ def topq_hook(state: TopQState, bucket: dist.GradBucket) -> Future[Tensor]:
     return state.push(
         bucket.buffer(), bucket.parameters(), first=bucket.index() == 0, last=bucket.is_last()
     )
-
-
-def register_topq_hook(
-    ddp_model: nn.Module,
-    optimizer: Optimizer | None = None,
-    *,
-    elastic: bool | Elastic = False,
-    **knobs: Unpack[KnobOptions],
-) -> TopQState:
-    """Make `ddp_model` exchange only the top-Q part of its gradients, and return the hook's state.
-
-    Takes TopQState's knobs and raises what it raises, before anything is touched; a model takes
-    one communication hook, once. A collective: call it on every rank.
-
-    Give it the optimizer that steps the model, whose momentum it then takes out while it sends
-    little: a momentum behind error feedback breaks training. Without one, set it by hand, for SGD
-    momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
-    """
-    model = unwrapped(ddp_model)
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"ddp_model is a {type(ddp_model).__name__}: expected a DistributedDataParallel model; "
-            "where another wraps it (a trainer, replicate()), give TopQState(model, ...) and "
-            "topq_hook to what calls register_comm_hook"
-        )
-    state = TopQState(model, optimizer, elastic=elastic, **knobs)
-    model.register_comm_hook(state, topq_hook)
-    return state

@@ -60,8 +60,8 @@ class Reduction:
 class Capture:
     """Takes the gradients of a backward pass out of fully_shard's hands until they are averaged.
 
-    names: of the sharded parameters. replicas: how many there are. at_end: called once a pass that
-    has taken some is over.
+    names: of the sharded parameters. replicas: how many there are. at_end: called with this
+    once a pass that has taken some is over.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Capture:
         modules: ShardedModules,
         names: Mapping[Tensor, str],
         replicas: int,
-        at_end: Callable[[], None],
+        at_end: Callable[[Capture], None],
     ) -> None:
         self._root = root
         self._names = names
@@ -156,7 +156,7 @@ class Capture:
 
     def _on_end(self) -> None:
         if self._taken:
-            self._at_end()
+            self._at_end(self)
 
     def _check_all_found(self) -> None:
         reduced, self._open = self._open, None

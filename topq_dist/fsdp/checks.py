@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,12 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from topq_dist.dtypes import FLOATS
+from topq_dist.dtypes import FLOATS, local_part
+from topq_dist.exchange.agreement import gather_texts
+from topq_dist.exchange.collectives import CommContext
 from topq_dist.fsdp.sharded import shard_group
 from topq_dist.fsdp.torch_side import check_known, groups_of, sharded_modules
 from topq_dist.hook.parts import Knobs
 from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.q_policies import QPolicy
+from topq_dist.validation import warn_caller
 
 _MESHES = (
     "make a 2-D mesh, give fully_shard its mesh['shard'], and the hook "
@@ -145,4 +148,31 @@ def check_knobs(knobs: Knobs, optimizer: Optimizer | None) -> None:
         raise ValueError(
             "exchange='hierarchical' for a model under fully_shard: expected another, since "
             "fully_shard adds up gradients inside of a replica already"
+        )
+
+
+def places_of_shards(context: CommContext) -> list[str]:
+    """Return the place that each shard of this replica has among its replicas; a collective."""
+    assert context.shards is not None  # noqa: S101 - for mypy: made with them
+    place = f"{context.rank} of {context.size}"
+    return gather_texts(place, group=context.shards, device=context.device)
+
+
+def check_places(places: Sequence[str]) -> None:
+    """Raise ValueError unless all shards of this replica have one place, see `places_of_shards`."""
+    if len(set(places)) > 1:
+        raise ValueError(
+            f"replicate_group numbers this replica differently on its shards, {places}: expected "
+            "the groups of one 2-D mesh"
+        )
+
+
+def warn_of_different_replicas(names: Mapping[Tensor, str], context: CommContext) -> None:
+    """Warn where replicas begin apart; a collective of theirs."""
+    sums = [float(local_part(one.detach()).double().abs().sum()) for one in names]
+    texts = gather_texts(str(sums), group=context.group, device=context.device)
+    if len(set(texts)) > 1:
+        warn_caller(
+            "the replicas begin with different parameters, and would stay apart, since gradients "
+            "are all that they exchange: load or broadcast the same ones on all of them"
         )

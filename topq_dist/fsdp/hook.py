@@ -4,57 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from topq_dist.compress.defaults import (
-    DEFAULT_BOUND,
-    DEFAULT_Q,
-    DEFAULT_VALUE_FORMAT,
-    usual_bound,
-    usual_value_format,
-)
+from topq_dist.compress.defaults import DEFAULT_Q
 from topq_dist.compress.residual import merged
-from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.dtypes import local_part
 from topq_dist.exchange.agreement import gather_texts
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.registry import check_exchange
 from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
-from topq_dist.exchange.whole import AllReduceWhole
 from topq_dist.fsdp import checkpoint
-from topq_dist.fsdp.capture import Capture, Reduction
+from topq_dist.fsdp.capture import Capture
 from topq_dist.fsdp.checks import (
     check_knobs,
     check_meshes,
     check_model,
     check_parameters,
+    check_places,
     check_replicate_group,
+    places_of_shards,
+    warn_of_different_replicas,
 )
+from topq_dist.fsdp.pass_end import PassEnd
 from topq_dist.fsdp.sharded import ShardedModules, shard_device, shard_group, sharded_names
 from topq_dist.fsdp.shards import ShardFacts, ShardLayouts, ShardSparsity
 from topq_dist.fsdp.torch_side import reduced_dtype
-from topq_dist.hook.parts import (
-    HookParts,
-    KnobOptions,
-    Knobs,
-    WrappedModel,
-    assemble,
-    connect,
-)
-from topq_dist.telemetry.readings import Reading, rank_readings
-from topq_dist.telemetry.stats import Meter, Stats
-from topq_dist.validation import check_fraction, warn_caller
+from topq_dist.hook.parts import KnobOptions, Knobs, Ranks, WrappedModel, assemble, connect
+from topq_dist.hook.state import HookState
+from topq_dist.telemetry.stats import Meter
+from topq_dist.validation import check_fraction
 
 
-class ShardedTopQState:
+class ShardedTopQState(HookState):
     """State of the hook on a model under fully_shard, made by `register_topq_hook`.
 
     The gradients that fully_shard's reduce-scatters leave on a rank, its shards, are exchanged
@@ -75,40 +63,34 @@ class ShardedTopQState:
         replicate_group: dist.ProcessGroup | None,
         options: KnobOptions,
     ) -> None:
-        self._names = sharded_names(model)
-        check_meshes(self._names)
-        some = next(iter(self._names))
+        names = sharded_names(model)
+        check_meshes(names)
+        some = next(iter(names))
         shards = shard_group(some)
         replicas = check_replicate_group(replicate_group, shards)
         context = CommContext(
-            group=replicas,
-            device=shard_device(some),
-            meter=Meter(),
-            shards=shards,
+            group=replicas, device=shard_device(some), meter=Meter(), shards=shards
         )
         # before anything that may fail on one rank alone
-        places = _places(context)
+        places = places_of_shards(context)
         with telling_of_failures(context):
-            _check_places(places)
-            check_parameters(model, self._names)
-            knobs = _knobs(options)
+            check_places(places)
+            check_parameters(model, names)
+            knobs = Knobs(**options)
+            knobs = knobs.usual(q=knobs.q)
             check_knobs(knobs, optimizer)
-            self._optimizer = optimizer
-            self._asked_exchange = knobs.exchange
-            self._modules = ShardedModules(model, self._names)
-            self._facts = ShardFacts(self._names)
-            self._layouts = ShardLayouts(self._names)
-            self._parts = self._make_parts(knobs, optimizer)
-        self._ranks = connect(self._parts, knobs, context)
-        _warn_of_different_replicas(self._names, context)
-        self._capture = Capture(model, self._modules, self._names, replicas.size(), self._exchange)
-
-    def _make_parts(self, knobs: Knobs, optimizer: Optimizer | None) -> HookParts:
-        per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
-        q = DEFAULT_Q if knobs.q is None else knobs.q
-        sparsity = ShardSparsity(q, knobs.scope, self._names, knobs.value_format)
-        wrapped = WrappedModel(self._names, self._facts, sparsity, self._layouts)
-        return assemble(knobs, wrapped, optimizer, per_node)
+            super().__init__(knobs, optimizer, context.meter)
+            self._modules = ShardedModules(model, names)
+            facts, layouts = ShardFacts(names), ShardLayouts(names)
+            per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
+            q = DEFAULT_Q if knobs.q is None else knobs.q
+            self._sparsity = ShardSparsity(q, knobs.scope, names, knobs.value_format)
+            wrapped = WrappedModel(names, facts, self._sparsity, layouts)
+            self._parts = assemble(knobs, wrapped, optimizer, per_node)
+        self._ranks: Ranks = connect(self._parts, knobs, context)
+        warn_of_different_replicas(names, context)
+        at_end = PassEnd(self._modules, facts, layouts, self._parts, self._ranks)
+        Capture(model, self._modules, names, replicas.size(), at_end.exchange)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -124,40 +106,10 @@ class ShardedTopQState:
     def q(self, value: float) -> None:
         self._sparsity.q = check_fraction("q", value)
 
-    @property
-    def _sparsity(self) -> ShardSparsity:
-        sparsity = self._parts.stages.sparsity
-        assert isinstance(sparsity, ShardSparsity)  # noqa: S101 - for mypy: made above
-        return sparsity
-
-    @property
-    def chosen_exchange(self) -> str | None:
-        """What exchange="auto" has chosen; None until it has, and where it was not asked to."""
-        return self._ranks.exchange.chosen
-
-    def detach(self) -> None:
-        """Hand the optimizer its momentum back for good; a second call does nothing.
-
-        The hook goes on as with momentum="optimizer".
-        """
-        self._parts.stages.momentum.detach()
-
-    def stats(self) -> Stats:
-        """Return this rank's totals so far; bytes are those between the replicas."""
-        return self._ranks.context.meter.stats
-
     def observe(self) -> None:
         """Measure from the next step on what waits in the residuals; a second call does nothing."""
-        pipeline = self._ranks.pipeline
-        pipeline.watch = pipeline.watch or UnsentWatch()
-
-    def readings(self) -> list[Reading]:
-        """Return what this rank's metrics stand at now; from any thread."""
-        watch = self._ranks.pipeline.watch
-        unsent = None if watch is None else watch.reading
-        return rank_readings(
-            self._ranks.context.meter, unsent, self.chosen_exchange or self._asked_exchange
-        )
+        super().observe()
+        self._ranks.pipeline.watch = self._watch
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to resume: residuals by parameter name, q, momentum.
@@ -247,85 +199,6 @@ class ShardedTopQState:
         }
         return checkpoint.kept(self._parts, dtypes)
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Exchange what a backward pass has left, and add the averages to the gradients."""
-        reductions = self._capture.take()
-        self._facts.note(reductions)
-        with self._capture.stream():
-            if self._reduces_whole():
-                self._all_reduce(reductions)
-            else:
-                self._average(reductions)
-        self._capture.wait()
-
-    def _reduces_whole(self) -> bool:
-        """Return whether the pass all-reduces gradients, and nothing else is done to them."""
-        exchange, stages = self._ranks.exchange, self._parts.stages
-        return (
-            isinstance(exchange, AllReduceWhole)
-            and exchange.all_reduces_next
-            and stages.clip_norm is None
-            and not self._holds_residuals()
-        )
-
-    def _holds_residuals(self) -> bool:
-        held = self._parts.stages.compressor.residuals
-        return not held.is_empty and any(
-            held.holds(self._layouts.of(parameters)[0])
-            for _, parameters in self._modules.trainable()
-        )
-
-    def _all_reduce(self, reductions: Sequence[Reduction]) -> None:
-        """All-reduce each vector as fully_shard would, padding and all: its bits depend on it."""
-        self._push([(one.flat, ()) for one in reductions])
-        for one in reductions:
-            if one.sum_divisor != 1.0:
-                one.flat.div_(one.sum_divisor)
-            for parameter in one.parameters:
-                _add_to_gradient(parameter, one.shard(parameter))
-
-    def _average(self, reductions: Sequence[Reduction]) -> None:
-        """Average one vector a module, of the shards of all of its parameters."""
-        gradients: dict[Tensor, Tensor] = {}
-        for one in reductions:
-            if one.replica_divisor != 1.0:
-                one.flat.div_(one.replica_divisor)
-            for parameter in one.parameters:
-                shard = one.shard(parameter)
-                if parameter in gradients:
-                    gradients[parameter] += shard
-                else:
-                    gradients[parameter] = shard
-        buckets = [
-            (self._flat(module, parameters, gradients), parameters)
-            for module, parameters in self._modules.trainable()
-        ]
-        self._push(buckets)
-        for flat, parameters in buckets:
-            layout, _ = self._layouts.of(parameters)
-            for parameter, where in zip(parameters, layout.slices(), strict=True):
-                if parameter in gradients:
-                    _add_to_gradient(parameter, flat[where])
-
-    def _push(self, buckets: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
-        last = len(buckets) - 1
-        for number, (flat, parameters) in enumerate(buckets):
-            self._ranks.pipeline.push(flat, parameters, first=number == 0, last=number == last)
-
-    def _flat(
-        self, module: FSDPModule, parameters: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]
-    ) -> Tensor:
-        """Return a module's gradients as one vector, zeros where a parameter has none."""
-        layout, _ = self._layouts.of(parameters)
-        some = next((gradients[one] for one in parameters if one in gradients), None)
-        dtype = reduced_dtype(module, parameters[0]) if some is None else some.dtype
-        flat = torch.zeros(layout.numel, dtype=dtype, device=self._ranks.context.device)
-        for parameter, where in zip(parameters, layout.slices(), strict=True):
-            if parameter in gradients:
-                flat[where] = gradients[parameter]
-        return flat
-
 
 def register(
     model: Module,
@@ -339,56 +212,3 @@ def register(
     A collective of all ranks that train the model. See `topq_dist.register_topq_hook`.
     """
     return ShardedTopQState(check_model(model), optimizer, replicate_group, knobs)
-
-
-def _knobs(options: KnobOptions) -> Knobs:
-    """Return all knobs; raises TypeError or ValueError."""
-    feedback = options.get("error_feedback", True)
-    q = options.get("q")
-    return Knobs(
-        q=q,
-        momentum=options.get("momentum"),
-        error_feedback=feedback,
-        value_format=usual_value_format(
-            options.get("value_format", DEFAULT_VALUE_FORMAT), error_feedback=feedback, q=q
-        ),
-        bound=usual_bound(options.get("bound", DEFAULT_BOUND), error_feedback=feedback),
-        exchange=options.get("exchange", "auto"),
-        scope=options.get("scope", "parameter"),
-        clip_norm=options.get("clip_norm"),
-        grad_scaler=options.get("grad_scaler"),
-        ranks_per_node=options.get("ranks_per_node"),
-        mask_velocity=options.get("mask_velocity", True),
-        adapt_rate=options.get("adapt_rate", True),
-    )
-
-
-def _add_to_gradient(parameter: Tensor, average: Tensor) -> None:
-    if parameter.grad is not None:
-        gradient = local_part(parameter.grad)
-        gradient += average.to(gradient).view_as(gradient)
-
-
-def _places(context: CommContext) -> list[str]:
-    """Return the place that each shard of this replica has among its replicas; a collective."""
-    assert context.shards is not None  # noqa: S101 - for mypy: made with them
-    place = f"{context.rank} of {context.size}"
-    return gather_texts(place, group=context.shards, device=context.device)
-
-
-def _check_places(places: Sequence[str]) -> None:
-    if len(set(places)) > 1:
-        raise ValueError(
-            f"replicate_group numbers this replica differently on its shards, {places}: expected "
-            "the groups of one 2-D mesh"
-        )
-
-
-def _warn_of_different_replicas(names: Mapping[Tensor, str], context: CommContext) -> None:
-    sums = [float(local_part(one.detach()).double().abs().sum()) for one in names]
-    texts = gather_texts(str(sums), group=context.group, device=context.device)
-    if len(set(texts)) > 1:
-        warn_caller(
-            "the replicas begin with different parameters, and would stay apart, since gradients "
-            "are all that they exchange: load or broadcast the same ones on all of them"
-        )

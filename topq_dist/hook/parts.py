@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
 import torch.distributed as dist
@@ -11,6 +11,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.defaults import (
+    DEFAULT_BOUND,
+    DEFAULT_VALUE_FORMAT,
+    usual_bound,
+    usual_value_format,
+)
 from topq_dist.compress.gpu import engine
 from topq_dist.compress.gpu.shape import FORMATS
 from topq_dist.compress.sparsify.segments import Scope
@@ -34,18 +40,27 @@ from topq_dist.validation import check_positive
 class Knobs:
     """What a user says of the hook; see TopQState."""
 
-    q: float | QPolicy | None
-    momentum: MomentumName | None
-    error_feedback: bool
-    value_format: str | None
-    bound: float | None
-    exchange: ExchangeName
-    scope: Scope
-    clip_norm: float | None
-    grad_scaler: GradScaler | None
-    ranks_per_node: int | None
-    mask_velocity: bool
-    adapt_rate: bool
+    q: float | QPolicy | None = None
+    momentum: MomentumName | None = None
+    error_feedback: bool = True
+    value_format: str | None = DEFAULT_VALUE_FORMAT
+    bound: float | None = DEFAULT_BOUND
+    exchange: ExchangeName = "auto"
+    scope: Scope = "parameter"
+    clip_norm: float | None = None
+    grad_scaler: GradScaler | None = None
+    ranks_per_node: int | None = None
+    mask_velocity: bool = True
+    adapt_rate: bool = True
+
+    def usual(self, *, q: object = None) -> Knobs:
+        """Return these, lossless where what is lost would stay lost; q: see usual_value_format."""
+        feedback = self.error_feedback
+        return replace(
+            self,
+            value_format=usual_value_format(self.value_format, error_feedback=feedback, q=q),
+            bound=usual_bound(self.bound, error_feedback=feedback),
+        )
 
 
 class KnobOptions(TypedDict, total=False):

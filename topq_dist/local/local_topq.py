@@ -27,10 +27,11 @@ from topq_dist.exchange.epochs import Epochs, LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import check_exchange, check_ranks, make_exchange
 from topq_dist.exchange.shards import check_same_on_all_shards, telling_of_failures
-from topq_dist.local.first_rank import FirstRanks, give_all, nbytes_of
+from topq_dist.local.buffers import BufferRounds
+from topq_dist.local.first_rank import give_all, nbytes_of
 from topq_dist.local.left_out import LeftOut
 from topq_dist.local.model import device_of, local_model
-from topq_dist.local.node import check_group, node_group
+from topq_dist.local.node import averaging_group, check_group, group_alone, node_group
 from topq_dist.local.peer_state import check_can_be_elastic, handed_from, take_handed
 from topq_dist.local.replica import Replica
 from topq_dist.local.rounds import Rounds
@@ -119,7 +120,7 @@ class LocalTopQ:
         elastic: bool | Elastic = False,
     ) -> None:
         place = check_elastic(elastic)
-        group = _checked_group(process_group) if place is None else _alone(process_group)
+        group = averaging_group(process_group) if place is None else group_alone(process_group)
         self._context = CommContext(
             group=group,
             device=device_of(model),
@@ -165,13 +166,12 @@ class LocalTopQ:
         if place is not None:
             membership = Membership(place, settings=settings, per_node=self._per_node)
             self._elastic = Epochs(membership, self, self._context, settings)
-        self._commit = None if self._elastic is None else self._elastic.commit
+        commit = None if self._elastic is None else self._elastic.commit
         alike = self._model.text_of_buffers if buffers == "first" else str
-        self._rounds = Rounds(self._replica, self._settings, self._commit, alike=alike)
+        self._rounds = Rounds(self._replica, self._settings, commit, alike=alike)
         self._step = 0
-        self._buffers: tuple[int, FirstRanks] | None = None
+        self._buffers = BufferRounds(self._model, self._settings, commit)
         self._resumed: dict[int, tuple[int, Tensor]] = {}
-        self._resumed_buffers: tuple[int, Tensor] | None = None
         self._left_out = LeftOut(self._model, optimizer)
         self._dense_bytes = nbytes_of(self._model.parameters.values())
         self._skip_until = 0
@@ -288,7 +288,7 @@ class LocalTopQ:
             self._left_out.warn()
         self._begin_resumed(self._step - 1)
         self._rounds.end_step(self._step)
-        self._exchange_buffers()
+        self._buffers.end_step(self._step)
 
     def _synchronize(self) -> None:
         self._begin_resumed(self._step)
@@ -304,43 +304,14 @@ class LocalTopQ:
             )
         for one in self._replica.fragments:
             one.take_up(None)
-        if self._settings.buffers == "first":
-            self._receive_buffers()
-            self._launch_buffers(self._step)
-            self._receive_buffers()
+        self._buffers.synchronize(self._step)
 
     def _begin_resumed(self, step: int) -> None:
         """Send once more what a saved run had under way, at the first step after it."""
         resumed, self._resumed = self._resumed, {}
         for fragment, (received_at, launched) in resumed.items():
             self._rounds.begin(self._replica.begin(fragment, launched), step, received_at)
-        if self._resumed_buffers is not None:
-            received_at, payload = self._resumed_buffers
-            self._resumed_buffers = None
-            self._launch_buffers(received_at, payload)
-
-    def _exchange_buffers(self) -> None:
-        if self._settings.buffers == "own":
-            return
-        if self._buffers is not None and self._buffers[0] <= self._step:
-            self._receive_buffers()
-        if self._step % self._settings.every == 0:
-            # of a run with other settings they may still be under way
-            self._receive_buffers()
-            self._launch_buffers(self._step + self._settings.overlap)
-            if not self._settings.overlap:
-                self._receive_buffers()
-
-    def _launch_buffers(self, received_at: int, payload: Tensor | None = None) -> None:
-        buffers = list(self._model.buffers().values())
-        if buffers:
-            self._buffers = received_at, FirstRanks(buffers, self._context, payload=payload)
-
-    def _receive_buffers(self) -> None:
-        if self._buffers is not None:
-            buffers = list(self._model.buffers().values())
-            self._buffers[1].receive(self._commit, into=buffers)
-            self._buffers = None
+        self._buffers.begin_resumed()
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return what this rank needs to resume: parameters, outer ones, residuals, outer momentum,
@@ -358,7 +329,7 @@ class LocalTopQ:
             void_rounds=self._rounds.void,
             stats=self._context.meter.stats,
             under_way={**self._resumed, **self._rounds.launched()},
-            buffers=self._buffers_under_way(),
+            buffers=self._buffers.under_way(),
         )
         if self._elastic is not None:
             check_saves_own(all_ranks=all_ranks)
@@ -366,12 +337,6 @@ class LocalTopQ:
         if not all_ranks:
             return state
         return gather_states(state, self._context, version=STATE_VERSION)
-
-    def _buffers_under_way(self) -> tuple[int, Tensor] | None:
-        if self._buffers is None:
-            return self._resumed_buffers
-        received_at, on_their_way = self._buffers
-        return received_at, on_their_way.payload
 
     @torch.no_grad()
     def load_state_dict(self, state: SavedState) -> None:
@@ -390,11 +355,10 @@ class LocalTopQ:
         buffers_bytes = nbytes_of(self._model.buffers().values())
         loaded = load(state, self._replica, self._identity(), buffers_bytes=buffers_bytes)
         self._rounds.drop()
-        self._buffers = None
         self._step, self._rounds.void = loaded.step, loaded.void_rounds
         self._context.meter.stats = loaded.stats
         self._resumed = loaded.under_way
-        self._resumed_buffers = None if self._settings.buffers == "own" else loaded.buffers
+        self._buffers.resume(loaded.buffers)
 
     def close(self) -> None:
         """Leave an elastic run, for good: the others go on without this rank at once."""
@@ -405,8 +369,8 @@ class LocalTopQ:
         """Exchange in this context from now on, and forget what is under way; a collective."""
         self._rounds.enter(context, self._exchange_among(context))
         self._context = context
-        self._buffers = None
-        self._resumed, self._resumed_buffers = {}, None
+        self._buffers.enter(context)
+        self._resumed = {}
 
     def skip_exchanges_until(self, step: int) -> None:
         """Begin no exchange up to this inner step, at which a peer is that has none under way."""
@@ -429,28 +393,3 @@ class LocalTopQ:
             "rank": self._context.rank,
             "ranks_per_node": self._per_node,
         }
-
-
-def _alone(process_group: dist.ProcessGroup | None) -> WatchedGroup:
-    """Return a group of this process, until it is in the run."""
-    if process_group is not None:
-        raise ValueError(
-            f"process_group={process_group!r} with elastic: expected None, since an elastic run "
-            "makes its group itself, and anew"
-        )
-    return WatchedGroup(dist.HashStore(), 0, 1, "topq/alone", _fine)
-
-
-def _fine() -> None:
-    """Find the only member in the run."""
-
-
-def _checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("no process group: expected init_process_group before LocalTopQ")
-    found = group or dist.group.WORLD
-    if not isinstance(found, dist.ProcessGroup):
-        raise ValueError(
-            f"process_group={group!r}: expected a group that this process is a member of"
-        )
-    return found

@@ -1,7 +1,7 @@
-"""The ranks that train one copy of a model together, and whether local steps fit beside them.
+"""The ranks that rounds go among, and those that train one copy of a model together beside them.
 
-They are those of DistributedDataParallel, or of the mesh of DTensors. Rounds go between such nodes:
-a group that has ranks of one mesh in it would average different shards.
+The latter are those of DistributedDataParallel, or of the mesh of DTensors. Rounds go between such
+nodes: a group that has ranks of one mesh in it would average different shards.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from topq_dist.elastic.group import WatchedGroup
 from topq_dist.module_names import unwrapped
 
 _REMEDY = (
@@ -77,3 +78,29 @@ def _nodes(model: object) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
 
 def _members(group: dist.ProcessGroup) -> set[int]:
     return set(dist.get_process_group_ranks(group))
+
+
+def group_alone(process_group: dist.ProcessGroup | None) -> WatchedGroup:
+    """Return a group of this process, until it is in the run."""
+    if process_group is not None:
+        raise ValueError(
+            f"process_group={process_group!r} with elastic: expected None, since an elastic run "
+            "makes its group itself, and anew"
+        )
+    return WatchedGroup(dist.HashStore(), 0, 1, "topq/alone", _fine)
+
+
+def _fine() -> None:
+    """Find the only member in the run."""
+
+
+def averaging_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group that averages, None being the default one; raises where it is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("no process group: expected init_process_group before LocalTopQ")
+    found = group or dist.group.WORLD
+    if not isinstance(found, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group={group!r}: expected a group that this process is a member of"
+        )
+    return found

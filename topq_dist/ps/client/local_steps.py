@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.ps.client.shard import Shard
+from topq_dist.ps.protocol.errors import NonFiniteError
 
 
 class SavedLocal(NamedTuple):
@@ -94,6 +95,21 @@ class LocalSteps:
         finally:
             for parameter, gradient in before:
                 parameter.grad = gradient
+
+    @contextmanager
+    def dropping_what_is_not_finite(self, shards: Sequence[Shard]) -> Iterator[None]:
+        """Go back to the last round where changes are not finite: no later step would mend them."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.end_round()
+            for shard in shards:
+                shard.write_back()
+            raise NonFiniteError(
+                f"{error} of what local steps have changed, and the parameters are those of the "
+                "last round again; local_optimizer's own state is as it is: load one where it "
+                "holds NaN too"
+            ) from error
 
     def state_dict(self, held: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what a resumed worker needs; `held` as in SavedLocal."""

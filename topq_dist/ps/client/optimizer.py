@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -24,23 +23,27 @@ from topq_dist.compress.defaults import (
 from topq_dist.compress.planned_segments import PlannedSegments, widest_format
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope
-from topq_dist.compress.unsent import UnsentWatch
 from topq_dist.profiling import labelled
+from topq_dist.ps.client.all_servers import AllServers
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
-from topq_dist.ps.client.local_steps import LocalSteps, SavedLocal, make_local_steps
+from topq_dist.ps.client.local_steps import make_local_steps
+from topq_dist.ps.client.looked_on import LookedOn
 from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
 from topq_dist.ps.client.state_elsewhere import StateElsewhere
-from topq_dist.ps.client.worker_state import SavedShard, model_sha256, read_state, shard_state
-from topq_dist.ps.protocol.errors import NonFiniteError, RefusedError, ServerLostError
+from topq_dist.ps.client.worker_state import (
+    Resumed,
+    read_state,
+    shard_state,
+)
+from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
 from topq_dist.q_policies import QPolicy
-from topq_dist.telemetry.readings import Reading, rank_readings
+from topq_dist.telemetry.readings import Reading
 from topq_dist.telemetry.stats import Meter, Stats
-from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.validation import check_number
 
 _log = logging.getLogger(__name__)
@@ -162,20 +165,19 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for shard, address in zip(self._shards, sorted(addresses), strict=True)
         ]
         self._meter = Meter()
-        # once somebody looks on, and what a server that wants it is told
-        self._watch: UnsentWatch | None = None
-        self._loss: float | None = None
+        self._looked_on = LookedOn(self._clients)
         self._open = False
         self._closed = False
-        self._resumed: list[SavedShard] = []
-        self._resumed_local: SavedLocal | None = None
-        self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="ps")
+        self._resumed = Resumed()
+        self._servers = AllServers(
+            self._shards, self._clients, self._meter, steps_alone=self._local is not None
+        )
         try:
-            self._at_all(ServerClient.start)
+            self._servers.call(ServerClient.start)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        self._absorb()
+        self._servers.absorb()
         self._groups = ServerGroups([client.groups for client in self._clients])
         self._complete = False
         super().__init__(self._groups.param_groups(named), self._groups.defaults())
@@ -207,12 +209,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         What `telemetry.serve_metrics` and the like call, and what a server with --metrics or --http
         asks for; docs/metrics.md says what it costs.
         """
-        self._watch = self._watch or UnsentWatch()
+        self._looked_on.observe()
 
     def readings(self) -> list[Reading]:
         """Return what this worker's metrics stand at now; from any thread."""
-        unsent = None if self._watch is None else self._watch.reading
-        return rank_readings(self._meter, unsent, "server")
+        return self._looked_on.readings(self._meter)
 
     def report(self, *, loss: float | Tensor) -> None:
         """Have the servers show this loss from the next step on, where somebody looks on there.
@@ -222,8 +223,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss has {loss.numel()} elements: expected one")
-        if any(client.takes_report for client in self._clients):
-            self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._looked_on.report(loss)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -244,18 +244,18 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             if not self._local.due:
                 scale, overflow = self._loss_scale()
                 loss = self._local.step(closure, scale=scale, overflow=overflow)
-                self._report_loss(loss)
+                self._looked_on.report_returned(loss)
             if not self._local.due:
                 self._meter.add(steps=1, dense_bytes=self._raw_bytes())
                 return loss
-            with self._dropping_what_is_not_finite(self._local):
+            with self._local.dropping_what_is_not_finite(self._shards):
                 left_out = self._begin(1.0, overflow=False)
             self._local.end_round()
         else:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-                self._report_loss(loss)
+                self._looked_on.report_returned(loss)
             scale, overflow = self._loss_scale()
             left_out = self._begin(scale, overflow=overflow)
 
@@ -269,21 +269,16 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         with self._meter.timed("wait_s"):
             try:
                 # while the frames travel
-                self._at_all(ServerClient.finish, meanwhile=update_residuals)
+                self._servers.call(ServerClient.finish, meanwhile=update_residuals)
             finally:
                 update_residuals()  # where Ctrl-C was quicker
                 began_s = time.perf_counter()
-                self._absorb()
+                self._servers.absorb()
                 self._meter.decode_s += time.perf_counter() - began_s
-                self._open = self._is_under_way()
-        if self._watch is not None:
-            self._watch.applied(watched)
+                self._open = self._servers.under_way
+        self._looked_on.applied(watched)
         self._meter.add(steps=1, dense_bytes=self._raw_bytes())
         return loss
-
-    def _report_loss(self, loss: Any) -> None:
-        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
-            self.report(loss=loss)
 
     def _raw_bytes(self) -> int:
         return sum(shard.raw_bytes for shard in self._shards)
@@ -308,7 +303,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             shard.absent() if client.takes_no_gradient and self._local is None else []
             for shard, client in zip(self._shards, self._clients, strict=True)
         ]
-        if any(client.takes_report for client in self._clients):
+        if self._looked_on.asked:
             self.observe()
         with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
             made = [
@@ -326,7 +321,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             ]
         self._meter.encode_s += sum(part.encode_s for parts in made for part in parts)
         self._meter.void_steps += overflow
-        self._look_on([part.update for parts in made for part in parts])
+        self._looked_on.compressed([part.update for parts in made for part in parts])
         # only now: an error above leaves no server with a push that the others lack
         for place, (client, compressed) in enumerate(zip(self._clients, made, strict=True)):
             client.begin(
@@ -346,96 +341,10 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             for part in compressed
         ]
 
-    def _look_on(self, updates: Sequence[ResidualUpdate | None]) -> None:
-        """Measure for who looks on, before the residuals are updated, and make the reports."""
-        if self._watch is None:
-            return
-        for update in updates:
-            self._watch.compressed(update)
-        reading = self._watch.reading
-        report = pb.WorkerReport(
-            loss=self._loss,
-            residual_ratio=reading.residual_ratio,
-            oldest_unsent_steps=reading.oldest_steps,
-            residual_growing_steps=reading.growing_steps,
-        )
-        for client in self._clients:
-            client.tell(report)
-
     def _changes(self) -> AbstractContextManager[None]:
         if self._local is None:
             return nullcontext()
         return self._local.changes_as_gradients(self._shards)
-
-    @contextmanager
-    def _dropping_what_is_not_finite(self, local: LocalSteps) -> Iterator[None]:
-        """Go back to the last round where changes are not finite: no later step would mend them."""
-        try:
-            yield
-        except NonFiniteError as error:
-            local.end_round()
-            for shard in self._shards:
-                shard.write_back()
-            raise NonFiniteError(
-                f"{error} of what local steps have changed, and the parameters are those of the "
-                "last round again; local_optimizer's own state is as it is: load one where it "
-                "holds NaN too"
-            ) from error
-
-    def _is_under_way(self) -> bool:
-        return any(client.pushes.pending is not None for client in self._clients)
-
-    def _at_all(
-        self, call: Callable[[ServerClient], Any], *, meanwhile: Callable[[], None] | None = None
-    ) -> list[Any]:
-        """Call at all servers at once; raises the first error once all are done.
-
-        Ctrl-C breaks the calls off: they may wait for other workers without a limit.
-        """
-        if len(self._clients) == 1 and meanwhile is None:
-            return [call(self._clients[0])]
-        calls = [self._threads.submit(call, client) for client in self._clients]
-        try:
-            if meanwhile is not None:
-                meanwhile()
-            wait(calls)
-        except BaseException:
-            self._cancel_calls(calls)
-            raise
-        errors = [error for made in calls if (error := made.exception()) is not None]
-        for other in errors[1:]:
-            errors[0].add_note(f"and {other}")
-        if errors:
-            raise errors[0]
-        return [made.result() for made in calls]
-
-    def _cancel_calls(self, calls: Sequence[Future[Any]]) -> None:
-        """Return once these calls have ended, which may be tried again later."""
-        while wait(calls, _LOOK_S).not_done:
-            for client in self._clients:
-                client.cancel_calls()
-        for client in self._clients:
-            client.allow_calls()
-
-    def _absorb(self) -> None:
-        """Take in what the clients brought."""
-        for client, shard in zip(self._clients, self._shards, strict=True):
-            outcome = client.collect()
-            if outcome.forked or outcome.overflowed:
-                shard.clear_residuals()
-            for push in outcome.taken_back:
-                shard.restore_residual(push)
-            # between rounds the parameters are this worker's own
-            if self._local is None:
-                shard.write_back(outcome.changed)
-            elif outcome.changed is None or outcome.changed:
-                # everywhere: their steps may write where autograd counts no writes
-                shard.write_back()
-            self._meter.add(
-                sent_bytes=outcome.sent_bytes,
-                wire_bytes=outcome.sent_bytes,
-                received_bytes=outcome.received_bytes,
-            )
 
     def fetch_central(self) -> dict[str, Tensor]:
         """Return the servers' own parameters by name: new CPU tensors, for evaluation and export.
@@ -445,11 +354,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """
         self._check_not_closed()
         self._take_up()
-        try:
-            models = self._at_all(ServerClient.fetch_central)
-        finally:
-            self._absorb()
-        found = {name: tensor for model in models for name, tensor in model.tensors().items()}
+        found = self._servers.fetch_central()
         return {name: found[name] for name in self._names}
 
     @contextmanager
@@ -489,35 +394,19 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         state["topq"] = {
             "worker": self._worker,
             "open": self._open,
-            "sends_lr": self._groups.sends_lr,
-            "told_lr": list(self._groups.told_lr),
-            "sends_momentum": self._groups.sends_momentum,
-            "told_momentum": list(self._groups.told_momentum),
-            "sends_weight_decay": self._groups.sends_weight_decay,
-            "told_weight_decay": list(self._groups.told_weight_decay),
+            **self._groups.state_dict(),
             "stats": vars(self._meter.stats).copy(),
             "density": self._planned.state_dict(),
             "servers": [
                 shard_state(shard, client, held)
                 for shard, client, held in zip(
-                    self._shards, self._clients, self._held_sha256(), strict=True
+                    self._shards, self._clients, self._resumed.sha256(self._shards), strict=True
                 )
             ],
         }
         if self._local is not None:
-            state["topq"]["local"] = self._local.state_dict(self._held())
+            state["topq"]["local"] = self._local.state_dict(self._resumed.held(self._shards))
         return state
-
-    def _held(self) -> Mapping[str, Tensor]:
-        if self._resumed_local is not None:
-            return self._resumed_local.held
-        models = [shard.model.tensors() for shard in self._shards]
-        return {name: tensor for model in models for name, tensor in model.items()}
-
-    def _held_sha256(self) -> list[str]:
-        if self._resumed:
-            return [saved.model_sha256 for saved in self._resumed]
-        return [model_sha256(shard.model) for shard in self._shards]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from what the same worker's `state_dict` returned; load the model as well.
@@ -551,32 +440,18 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
-        self._open = saved.open or self._is_under_way()
-        self._groups.sends_lr, self._groups.told_lr = saved.sends_lr, list(saved.told_lr)
-        self._groups.sends_momentum = saved.sends_momentum
-        self._groups.told_momentum = list(saved.told_momentum or self._groups.told(groups))
-        self._groups.sends_weight_decay = saved.sends_weight_decay
-        decays = saved.told_weight_decay or self._groups.decays(groups)
-        self._groups.told_weight_decay = list(decays)
+        self._open = saved.open or self._servers.under_way
+        self._groups.load(saved.groups, groups)
         self._meter.stats = saved.stats
-        self._resumed, self._resumed_local = list(saved.shards), saved.local
+        self._resumed = Resumed(saved.shards, saved.local)
         self._planned.step = step
 
     def _take_up(self) -> list[Shard]:
-        """Read the parameters after a load; return the shards where they are not the saved ones."""
-        elsewhere = []
-        resumed, self._resumed = self._resumed, []
-        local, self._resumed_local = self._resumed_local, None
-        for shard, client, saved in zip(self._shards, self._clients, resumed, strict=False):
-            if local is None:
-                shard.read_parameters()
-            else:
-                shard.hold(local.held)
-            if model_sha256(shard.model) != saved.model_sha256:
-                elsewhere.append(shard)
-                client.resync_from("the parameters are not those that were saved with this state")
+        """See Resumed.take_up."""
+        resumed, self._resumed = self._resumed, Resumed()
+        elsewhere = resumed.take_up(self._shards, self._clients)
         if elsewhere:
-            self._absorb()
+            self._servers.absorb()
         return elsewhere
 
     def close(self, *, timeout_s: float | None = None) -> None:
@@ -588,10 +463,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         if self._closed:
             return
         self._closed = True
-        try:
-            self._at_all(lambda client: client.close(timeout_s))
-        finally:
-            self._threads.shutdown()
+        self._servers.close(timeout_s)
 
     def _check_not_closed(self) -> None:
         if self._closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,34 @@ from topq_dist.ps.protocol.types import GroupView, group_momentum
 from topq_dist.validation import check_number
 
 Group = Mapping[str, Any]
+
+
+class SavedGroups(NamedTuple):
+    """Fields of ServerGroups as a worker has saved them.
+
+    told_momentum, told_weight_decay: None in a state of before workers could set it.
+    """
+
+    sends_lr: bool
+    told_lr: tuple[float, ...]
+    sends_momentum: bool
+    told_momentum: tuple[float | None, ...] | None
+    sends_weight_decay: bool
+    told_weight_decay: tuple[float | None, ...] | None
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], count: int) -> SavedGroups:
+        """Return those in a worker's state, of so many groups; raises for what are none."""
+        if len(state["told_lr"]) != count:
+            raise ValueError("state_dict has another number of told_lr than of param_groups")
+        return cls(
+            sends_lr=bool(state["sends_lr"]),
+            told_lr=tuple(check_number("told_lr", lr) for lr in state["told_lr"]),
+            sends_momentum=bool(state.get("sends_momentum", False)),
+            told_momentum=_told("told_momentum", state),
+            sends_weight_decay=bool(state.get("sends_weight_decay", False)),
+            told_weight_decay=_told("told_weight_decay", state),
+        )
 
 
 class ServerGroups:
@@ -122,12 +150,40 @@ class ServerGroups:
             self.sends_weight_decay = self.sends_weight_decay or decay != told
         return self._of_each_server(decays if self.sends_weight_decay else [])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed worker needs of these, beside torch's own groups."""
+        return {
+            "sends_lr": self.sends_lr,
+            "told_lr": list(self.told_lr),
+            "sends_momentum": self.sends_momentum,
+            "told_momentum": list(self.told_momentum),
+            "sends_weight_decay": self.sends_weight_decay,
+            "told_weight_decay": list(self.told_weight_decay),
+        }
+
+    def load(self, saved: SavedGroups, param_groups: Sequence[Group]) -> None:
+        """Take up what `state_dict` has returned, with the groups that were saved beside it."""
+        self.sends_lr, self.told_lr = saved.sends_lr, list(saved.told_lr)
+        self.sends_momentum = saved.sends_momentum
+        self.told_momentum = list(saved.told_momentum or self.told(param_groups))
+        self.sends_weight_decay = saved.sends_weight_decay
+        self.told_weight_decay = list(saved.told_weight_decay or self.decays(param_groups))
+
     def _of_each_server(self, numbers: Sequence[float | None]) -> list[tuple[float, ...]]:
         if not numbers:
             return [() for _ in self._views]
         left = iter(numbers)
         of_servers = [[next(left) for _ in views] for views in self._views]
         return [tuple(one for one in server if one is not None) for server in of_servers]
+
+
+def _told(key: str, state: Mapping[str, Any]) -> tuple[float | None, ...] | None:
+    told = state.get(key)
+    if told is None:
+        return None
+    if len(told) != len(state["told_lr"]):
+        raise ValueError(f"state_dict has another number of {key} than of param_groups")
+    return tuple(None if one is None else check_number(key, one) for one in told)
 
 
 def _check_others(place: int, group: Group, view: GroupView) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topq_dist.compress.residual import check_residual
 from topq_dist.ps.client.local_steps import SavedLocal, read_saved_local
+from topq_dist.ps.client.param_groups import SavedGroups
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
@@ -35,22 +36,53 @@ class SavedShard:
 class SavedWorker:
     """All that was saved of a worker, beside its parameter groups.
 
-    told_momentum, told_weight_decay: None in a state of before workers could set it. density: what
-    its q or policy has saved; empty in a state of before there were policies. local: None of a
-    worker without local steps.
+    density: what its q or policy has saved; empty in a state of before there were policies. local:
+    None of a worker without local steps.
     """
 
     open: bool
-    sends_lr: bool
-    told_lr: tuple[float, ...]
-    sends_momentum: bool
-    told_momentum: tuple[float | None, ...] | None
-    sends_weight_decay: bool
-    told_weight_decay: tuple[float | None, ...] | None
+    groups: SavedGroups
     stats: Stats
     density: Mapping[str, Any]
     shards: tuple[SavedShard, ...]
     local: SavedLocal | None
+
+
+class Resumed:
+    """What was loaded, until the parameters are looked at: the model may be loaded later.
+
+    local: what parameters were after the last round, of a worker with local steps.
+    """
+
+    def __init__(self, shards: Sequence[SavedShard] = (), local: SavedLocal | None = None) -> None:
+        self._shards = shards
+        self._local = local
+
+    def held(self, shards: Sequence[Shard]) -> Mapping[str, Tensor]:
+        """Return what the parameters were after the last round, by name."""
+        if self._local is not None:
+            return self._local.held
+        models = [shard.model.tensors() for shard in shards]
+        return {name: tensor for model in models for name, tensor in model.items()}
+
+    def sha256(self, shards: Sequence[Shard]) -> list[str]:
+        """Return the SHA-256 of each shard's values."""
+        if self._shards:
+            return [saved.model_sha256 for saved in self._shards]
+        return [model_sha256(shard.model) for shard in shards]
+
+    def take_up(self, shards: Sequence[Shard], clients: Sequence[ServerClient]) -> list[Shard]:
+        """Read the parameters after a load; return the shards where they are not the saved ones."""
+        elsewhere = []
+        for shard, client, saved in zip(shards, clients, self._shards, strict=False):
+            if self._local is None:
+                shard.read_parameters()
+            else:
+                shard.hold(self._local.held)
+            if model_sha256(shard.model) != saved.model_sha256:
+                elsewhere.append(shard)
+                client.resync_from("the parameters are not those that were saved with this state")
+        return elsewhere
 
 
 def model_sha256(model: FlatModel) -> str:
@@ -93,8 +125,6 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             raise ValueError(
                 f"state_dict has {len(state['servers'])} servers: expected {len(shards)}"
             )
-        if len(state["told_lr"]) != len(state_dict["param_groups"]):
-            raise ValueError("state_dict has another number of told_lr than of param_groups")
         if set(state["stats"]) != set(vars(Stats())):
             raise ValueError(f"state_dict has stats of {list(state['stats'])}")
         for key, total in state["stats"].items():
@@ -104,12 +134,7 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
             raise TypeError(f"state_dict has density={density!r}: expected a dict")
         return SavedWorker(
             open=bool(state["open"]),
-            sends_lr=bool(state["sends_lr"]),
-            told_lr=tuple(check_number("told_lr", lr) for lr in state["told_lr"]),
-            sends_momentum=bool(state.get("sends_momentum", False)),
-            told_momentum=_told("told_momentum", state),
-            sends_weight_decay=bool(state.get("sends_weight_decay", False)),
-            told_weight_decay=_told("told_weight_decay", state),
+            groups=SavedGroups.read(state, len(state_dict["param_groups"])),
             stats=Stats(**state["stats"]),
             density=density,
             shards=tuple(
@@ -122,15 +147,6 @@ def read_state(state_dict: Mapping[str, Any], worker: str, shards: Sequence[Shar
         raise
     except Exception as error:  # there may be anything in it
         raise ValueError(f"state_dict is not this optimizer's: {error!r}") from error
-
-
-def _told(key: str, state: Mapping[str, Any]) -> tuple[float | None, ...] | None:
-    told = state.get(key)
-    if told is None:
-        return None
-    if len(told) != len(state["told_lr"]):
-        raise ValueError(f"state_dict has another number of {key} than of param_groups")
-    return tuple(None if one is None else check_number(key, one) for one in told)
 
 
 def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
