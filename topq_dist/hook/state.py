@@ -1,4 +1,4 @@
-"""What a hook's state is to its user, whatever the model is wrapped in."""
+"""The part of a hook's state that is the same whatever the model is wrapped in."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SavedWorker:
 
 
 class Resumed:
-    """What was loaded, until the parameters are looked at: the model may be loaded later.
+    """A loaded state, until the parameters are looked at: the model may be loaded later.
 
     local: what parameters were after the last round, of a worker with local steps.
     """
