@@ -16,7 +16,7 @@ from topq_dist.v1 import parameter_server_pb2 as pb
 
 
 class LookedOn:
-    """What waits in the residuals, once somebody looks on, and the loss last reported."""
+    """The age and size of residuals, once somebody looks on, and the loss last reported."""
 
     def __init__(self, clients: Sequence[ServerClient]) -> None:
         self._clients = clients
