@@ -15,6 +15,7 @@ from torch import nn
 
 from topq_dist import Stats
 from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
+from topq_dist.ps.client.arguments import addresses_of
 from topq_dist.ps.client.probe import NoAnswerError, ask_status
 from topq_dist.ps.protocol.types import check_worker_name
 from topq_dist.ps.security import ClientSecurity, ClientTls, read_token
@@ -137,7 +138,7 @@ def client_security(connection: Connection, worker: str) -> ClientSecurity:
             tls.credentials()
         security = ClientSecurity(tls=tls, token=None if token is None else read_token(token))
         check_worker_name(worker)
-        for server in connection.servers:
+        for server in addresses_of(connection.servers):
             security.check(server)
     except (RefusedError, ValueError) as error:
         text = _FIELD.sub(lambda match: f"{_SPELLINGS[match[1]]}=", str(error))
@@ -148,7 +149,7 @@ def client_security(connection: Connection, worker: str) -> ClientSecurity:
 def check_servers(connection: Connection, worker: str, training: Training) -> None:
     """Raise ServerUnfitError unless all servers answer `worker` and train by --inner-opt."""
     security = client_security(connection, worker)
-    for server in connection.servers:
+    for server in addresses_of(connection.servers):
         try:
             status = ask_status(server, security, timeout_s=ASK_S)
         except NoAnswerError as error:

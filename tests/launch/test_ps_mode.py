@@ -171,7 +171,10 @@ def test_uses_a_running_server_by_workers_alone(undisturbed: Path, tmp_path: Pat
 
 def worker(rank: int, address: str) -> subprocess.Popen[str]:
     """Start one worker alone."""
-    told = {"TOPQ_SERVER": address, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    host, _, port = address.rpartition(":")
+    # as the name of several servers
+    named = f"{host}:[{port}-{port}]"
+    told = {"TOPQ_SERVER": named, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(LAUNCH / "ps_worker.py"), "--steps", str(STEPS), *SCHEDULE],
         env={**os.environ, **told},
@@ -185,6 +188,7 @@ def worker(rank: int, address: str) -> subprocess.Popen[str]:
     ("arguments", "complaint"),
     [
         (["--server", "nonsense"], "--server='nonsense': expected HOST:PORT"),
+        (["--server", "a:[2-1]"], "--server='a:[2-1]': expected a range"),
         (["--server", "a:1", "--tls-ca", "absent"], "--tls-ca='absent': No such file"),
         (["--server", "a:1", "--tls-ca", __file__], f"--tls-ca='{__file__}': expected certifi"),
         (["--server", "a:1", "--token-file", "absent"], "--token-file='absent': No such file"),

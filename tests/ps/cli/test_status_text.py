@@ -29,7 +29,7 @@ def test_aligns_and_names_units() -> None:
         workers=workers,
         round_workers=2,
     )
-    lines = status_text(status).splitlines()
+    lines = status_text({"a:1": status}).splitlines()
     assert lines[0] == "run       r?[2J, up for 1 h 02 min"
     assert "round     1 of 2 pushes are there" in lines
     assert "bytes     999 B received, 0 B sent" in lines
@@ -39,8 +39,15 @@ def test_aligns_and_names_units() -> None:
         "a            12354      0       0   60 s  waits    1.2 TB  1.0 MB",
         "worker-10        9  12345       7   gone      -       0 B     0 B",
     ]
-    assert json.loads(status_json(status))["workers"][0]["worker"] == "a"
+    assert json.loads(status_json({"a:1": status}))["workers"][0]["worker"] == "a"
 
 
 def test_speaks_of_rounds_only_where_there_are_some() -> None:
-    assert "round" not in status_text(pb.StatusResponse(mode="async"))
+    assert "round" not in status_text({"a:1": pb.StatusResponse(mode="async")})
+
+
+def test_several_servers_are_told_apart() -> None:
+    answers = {"a:1": pb.StatusResponse(mode="async"), "a:2": pb.StatusResponse(mode="sync")}
+    assert status_text(answers).count("server    a:") == 2
+    told = json.loads(status_json(answers))
+    assert [(one["address"], one["mode"]) for one in told] == [("a:1", "async"), ("a:2", "sync")]

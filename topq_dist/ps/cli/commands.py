@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -28,9 +24,7 @@ from topq_dist.ps.cli.options import (
     serving_options,
     training_options,
 )
-from topq_dist.telemetry.logs import formatter
 
-_log = logging.getLogger(__name__)
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -55,6 +49,14 @@ def topq(context: click.Context) -> None:
     metavar="HOST:PORT",
     help="Where to listen: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 takes any free one.",
 )
+@option(
+    "--shards",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Servers that share the model, a process each, on this port and the next ones, and so with"
+    " --metrics and --http. Workers are given the address that is printed.",
+)
 @serving_options
 @training_options
 @server_security_options
@@ -77,55 +79,28 @@ def serve(**given: Any) -> None:
 
     One line on stdout says where it listens, and one each where one may look on.
     """
+    from topq_dist.ps.cli.shards import Server, run_shards, split
     from topq_dist.ps.server.view_addresses import check_views
 
-    training, serving = training_config(given), serving_config(given)
-    security = server_security(given)
+    server = Server(
+        training=training_config(given),
+        serving=serving_config(given),
+        security=server_security(given),
+        **{name: given[name] for name in ("address", "state_dir", "log_level", "log_format")},
+    )
     with usage_errors():
-        security.check(given["address"])
-        check_views(serving)
-    told = logging.StreamHandler()
-    told.setFormatter(formatter(given["log_format"], "topq serve"))
-    logging.basicConfig(level=given["log_level"].upper(), handlers=[told])
-    with _exit_on_sigterm():
-        from topq_dist.ps.server.process import serve as run
-        from topq_dist.ps.state.snapshot_file import StateError
-
-        try:
-            with usage_errors():
-                run(
-                    training,
-                    serving,
-                    state_dir=given["state_dir"],
-                    address=given["address"],
-                    security=security,
-                    on_listening=lambda address: click.echo(f"listening on {address}"),
-                    **({} if serving.metrics is serving.http is None else {"on_view": _tell_of}),
-                )
-        except (StateError, OSError, RuntimeError) as error:
-            _log.debug("where it failed:", exc_info=True)
-            raise click.ClickException(str(error)) from error
-
-
-def _tell_of(view: str, url: str) -> None:
-    click.echo(f"{view} at {url}")
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Take SIGTERM as an order to exit 0, until the server has a better answer to it.
-
-    The kernel would withhold it from the first process of a container, which has no handler.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(0)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        servers = split(server, given["shards"])
+        for one in servers:
+            one.security.check(one.address)
+            check_views(one.serving)
+    if len(servers) > 1:
+        run_shards(servers, click.echo)
+    else:
+        server.run(
+            lambda name, where: click.echo(
+                f"listening on {where}" if name == "address" else f"{name} at {where}"
+            )
+        )
 
 
 @topq.command(short_help="Say how the run of a server is doing.")
@@ -139,22 +114,30 @@ def _exit_on_sigterm() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
 @click.option("--sha256", is_flag=True, help="Have the server hash its whole state.")
 def status(**given: Any) -> None:
-    """Say how the run of a server is doing: version, workers, bytes, refused pushes."""
+    """Say how the run of a server is doing: version, workers, bytes, refused pushes.
+
+    Of several, such as HOST:[50051-50054], one after the other; as JSON in a list.
+    """
     from topq_dist.ps.cli.status_text import status_json, status_text
     from topq_dist.ps.client.probe import NoAnswerError, ask_status
 
     security = client_security(given)
-    try:
-        with usage_errors():
-            answer = ask_status(
-                given["address"],
-                security,
-                timeout_s=given["timeout_s"],
-                state_sha256=given["sha256"],
-            )
-    except NoAnswerError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(status_json(answer) if given["as_json"] else status_text(answer))
+    answers, lost = {}, []
+    for address in _addresses(given):
+        try:
+            with usage_errors():
+                answers[address] = ask_status(
+                    address,
+                    security,
+                    timeout_s=given["timeout_s"],
+                    state_sha256=given["sha256"],
+                )
+        except NoAnswerError as error:
+            lost.append(str(error))
+    if answers:
+        click.echo((status_json if given["as_json"] else status_text)(answers))
+    if lost:
+        raise click.ClickException(", and ".join(lost))
 
 
 @topq.command(short_help="Exit 0 where a server takes calls, else 1.")
@@ -173,10 +156,20 @@ def health(**given: Any) -> None:
     from topq_dist.ps.client.probe import NoAnswerError, ask_health
 
     security = client_security(given)
-    try:
-        with usage_errors():
-            answer = ask_health(given["address"], security, timeout_s=given["timeout_s"])
-    except NoAnswerError as error:
-        raise click.ClickException(str(error)) from error
-    if answer != "SERVING":
-        raise click.ClickException(f"the server at {given['address']} says {answer}")
+    for address in _addresses(given):
+        try:
+            with usage_errors():
+                answer = ask_health(address, security, timeout_s=given["timeout_s"])
+        except NoAnswerError as error:
+            raise click.ClickException(str(error)) from error
+        if answer != "SERVING":
+            raise click.ClickException(f"the server at {address} says {answer}")
+
+
+def _addresses(given: Mapping[str, Any]) -> list[str]:
+    """Return the addresses to ask: those of --address or, in a server's environment, its shards."""
+    from topq_dist.ps.security.many_addresses import in_many, next_addresses
+
+    with usage_errors():
+        found = in_many(given["address"])
+        return found if given["shards"] == 1 else next_addresses(given["address"], given["shards"])

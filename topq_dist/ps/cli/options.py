@@ -117,8 +117,9 @@ client_options = _all(
         default=DEFAULT_ADDRESS,
         show_default=True,
         metavar="HOST:PORT",
-        help="Where the server listens.",
+        help="Where the server listens; of several as topq serve --shards says it.",
     ),
+    option("--shards", type=click.IntRange(min=1), default=1, hidden=True),
     option(
         "--tls-ca",
         type=_FILE,

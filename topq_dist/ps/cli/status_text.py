@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -11,8 +11,24 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 _COLUMNS = ("worker", "version", "lag", "pushes", "lease", "push", "received", "sent")
 
 
-def status_text(status: pb.StatusResponse) -> str:
-    """Return a few lines: the run, what it moved and refused, and a table of its workers."""
+def status_text(answers: Mapping[str, pb.StatusResponse]) -> str:
+    """Return a few lines of each server, by address: the run, what it moved, and its workers."""
+    if len(answers) == 1:
+        return _text(next(iter(answers.values())))
+    return "\n\n".join(f"server    {where}\n{_text(one)}" for where, one in answers.items())
+
+
+def status_json(answers: Mapping[str, pb.StatusResponse]) -> str:
+    """Return the fields of the status as the contract names them, on one line.
+
+    Of several servers in a list, each with its address.
+    """
+    if len(answers) == 1:
+        return json.dumps(_fields(next(iter(answers.values()))))
+    return json.dumps([{"address": where, **_fields(one)} for where, one in answers.items()])
+
+
+def _text(status: pb.StatusResponse) -> str:
     lines = [
         f"run       {status.run or 'not begun'}, up for {_duration(status.uptime_s)}",
         f"training  {status.inner_opt}, {status.mode}, downlink {status.downlink}",
@@ -30,32 +46,29 @@ def status_text(status: pb.StatusResponse) -> str:
     return "\n".join(_printable(line) for line in lines)
 
 
-def status_json(status: pb.StatusResponse) -> str:
-    """Return the fields of the status as the contract names them, on one line."""
-    return json.dumps(
-        {
-            "run": status.run,
-            "version": status.point.version,
-            "chain": status.point.chain.hex(),
-            "durable_version": status.durable_version,
-            "mode": status.mode,
-            "downlink": status.downlink,
-            "inner_opt": status.inner_opt,
-            "momentum": status.momentum,
-            "momentum_text": status.momentum_text,
-            "numel": status.numel,
-            "received_bytes": status.received_bytes,
-            "sent_bytes": status.sent_bytes,
-            "uptime_s": status.uptime_s,
-            "refused": dict(sorted(status.refused.items())),
-            "state_sha256": status.state_sha256 or None,
-            "round_workers": status.round_workers,
-            "workers": [
-                {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
-                for worker in sorted(status.workers, key=lambda one: one.worker)
-            ],
-        }
-    )
+def _fields(status: pb.StatusResponse) -> dict[str, object]:
+    return {
+        "run": status.run,
+        "version": status.point.version,
+        "chain": status.point.chain.hex(),
+        "durable_version": status.durable_version,
+        "mode": status.mode,
+        "downlink": status.downlink,
+        "inner_opt": status.inner_opt,
+        "momentum": status.momentum,
+        "momentum_text": status.momentum_text,
+        "numel": status.numel,
+        "received_bytes": status.received_bytes,
+        "sent_bytes": status.sent_bytes,
+        "uptime_s": status.uptime_s,
+        "refused": dict(sorted(status.refused.items())),
+        "state_sha256": status.state_sha256 or None,
+        "round_workers": status.round_workers,
+        "workers": [
+            {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
+            for worker in sorted(status.workers, key=lambda one: one.worker)
+        ],
+    }
 
 
 def _round(status: pb.StatusResponse) -> str:

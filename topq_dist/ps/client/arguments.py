@@ -12,6 +12,7 @@ from torch import Tensor
 from topq_dist.dtypes import check_plain
 from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import check_worker_name
+from topq_dist.ps.security.many_addresses import in_many
 
 
 def by_gradient(
@@ -42,11 +43,14 @@ def by_gradient(
 
 
 def addresses_of(servers: str | Sequence[str]) -> list[str]:
-    """Return the servers' addresses; raises TypeError for what are none."""
-    addresses = [servers] if isinstance(servers, str) else servers
-    if not isinstance(addresses, Sequence) or not all(isinstance(one, str) for one in addresses):
+    """Return the servers' addresses, each by itself; raises TypeError for what are none.
+
+    ValueError for a range "[A-B]" that is none.
+    """
+    texts = [servers] if isinstance(servers, str) else servers
+    if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
         raise TypeError(f"servers={servers!r}: expected HOST:PORT, or several of them in a list")
-    return list(addresses)
+    return [address for text in texts for address in in_many(text)]
 
 
 def checked_worker(worker: str | None) -> str:

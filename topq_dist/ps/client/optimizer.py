@@ -57,8 +57,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
     named_parameters: model.named_parameters(). Those that need no gradient now stay out, as buffers
         do; a warning names buffers of the model, and a parameter that needs a gradient later.
-    servers: "HOST:PORT" or several of them, over which the parameters are split by size (see
-        shard_by_size): every worker names the same ones in the same words.
+    servers: "HOST:PORT" or several of them, in a list or as one text ("HOST:[50051-50054]",
+        "topq-[0-3].topq:50051"), over which the parameters are split by size (see shard_by_size):
+        every worker names the same ones in the same words.
 
     Knobs, in the order in which one tunes them:
         q: fraction of each gradient that is not sent, in [0, 1], or a policy (QSchedule, QByTensor,

@@ -1,0 +1,159 @@
+"""Several servers from one command: one name, one end, and each shard's own state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ps.workers import backward, batch, make_model, side_by_side, values
+from served import Served
+from server_process import quiet_port
+
+from topq_dist.cli import main
+from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.security.many_addresses import in_many, in_one_name, next_addresses
+
+SGD = ("--inner-opt", "sgd", "--lr", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        ("a:1", ["a:1"]),
+        ("a:[9-11]", ["a:9", "a:10", "a:11"]),
+        ("s-[08-10].s:1", ["s-08.s:1", "s-09.s:1", "s-10.s:1"]),
+        ("[::1]:[1-2]", ["[::1]:1", "[::1]:2"]),
+        ("a:1, b:[2-3]", ["a:1", "b:2", "b:3"]),
+        ("unix:/a,b", ["unix:/a,b"]),
+    ],
+)
+def test_one_text_names_several(text: str, addresses: list[str]) -> None:
+    assert in_many(text) == addresses
+    assert in_many(in_one_name(addresses)) == addresses
+
+
+def test_ports_follow_on_each_other_and_one_name_says_so() -> None:
+    assert in_one_name(next_addresses("[::1]:7", 3)) == "[::1]:[7-9]"
+    assert next_addresses("a:0", 2) == ["a:0", "a:0"]
+    assert in_one_name(["a:7", "a:9"]) == "a:7,a:9"
+
+
+@pytest.mark.parametrize("text", ["a:[3-2]", "a:[0-99999]"])
+def test_a_range_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a range"):
+        in_many(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--address", "unix:/tmp/x", "--shards", "2"], "expected HOST:PORT for 2 servers"),
+        (["--address", "127.0.0.1:65535", "--shards", "2"], "expected 2 ports from there"),
+        (["--shards", "3"], "has the state of 2 shards, not of 3"),
+        ([], "has the state of 2 shards, not of 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in range(2 if "state" in message else 0):
+        (tmp_path / f"shard-{shard}").mkdir()
+    assert main(["serve", "--state-dir", str(tmp_path), *SGD, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_shards_is_not_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "snapshot.safetensors").touch()
+    assert main(["serve", "--state-dir", str(tmp_path), *SGD, "--shards", "2"]) == 2
+    assert "has the state of 1 shards, not of 2" in capsys.readouterr().err
+
+
+def served(state_dir: Path, port: int) -> Served:
+    words = ["--address", f"127.0.0.1:{port}", "--state-dir", str(state_dir), *SGD]
+    words += ["--workers", "2", "--shards", "2", "--metrics", "0"]
+    return Served(*words, OMP_NUM_THREADS="1")
+
+
+def quiet_ports() -> int:
+    """Return a port that is free, as the next one is."""
+    while True:
+        port = quiet_port()
+        with socket.socket() as end:
+            if end.connect_ex(("127.0.0.1", port + 1)) != 0:
+                return port
+
+
+@pytest.mark.timeout(400)
+def test_two_shards_train_as_one_and_end_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    port = quiet_ports()
+    servers = served(tmp_path, port)
+    address = servers.address
+    assert address == f"127.0.0.1:[{port}-{port + 1}]"
+    models = [make_model() for _ in range(2)]
+
+    def join(n: int) -> ParameterServerOptimizer:
+        return ParameterServerOptimizer(models[n].named_parameters(), address, worker=f"w{n}")
+
+    def step(n: int) -> None:
+        backward(models[n], [batch(n, 0)])
+        workers[n].step()
+
+    try:
+        workers = side_by_side(2, join)
+        assert main(["health", "--address", address]) == 0
+        side_by_side(2, step)
+        # one is killed: the other ends in good order, and the command says why it does
+        children = children_of(servers.pid)
+        os.kill(children[1], signal.SIGKILL)
+        wait_for_end(children)
+        code, _, errors = servers.stop(0)
+        assert code == 1
+        assert "topq: error: shard 1 was killed by SIGKILL, and the others were ended" in errors
+        servers = served(tmp_path, port)
+        side_by_side(2, step)
+        # the command is killed: they hear of it by themselves, since nobody is left to tell them
+        children = children_of(servers.pid)
+        servers.kill()
+        wait_for_end(children)
+        assert main(["status", "--address", address]) == 1
+        assert capsys.readouterr().err.count("no answer from") == 2
+        servers = served(tmp_path, port)
+        side_by_side(2, step)
+        views = [servers.line() for _ in range(2)]
+        assert all(line.startswith("metrics at http://127.0.0.1:") for line in views)
+        assert main(["status", "--json", "--address", address]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert [one["version"] for one in told] == [3, 3]
+        assert sum(one["numel"] for one in told) == sum(p.numel() for p in models[0].parameters())
+        side_by_side(2, lambda n: workers[n].close())
+        code, said, errors = servers.stop()
+        assert (code, said) == (0, "")
+        assert "Traceback" not in errors
+    finally:
+        servers.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0", "shard-1"]
+    assert torch.equal(values(models[0]), values(models[1]))
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the shards of a server; the tracker of multiprocessing is none."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(one) for one in found if "spawn_main" in Path(f"/proc/{one}/cmdline").read_text()]
+
+
+def wait_for_end(pids: list[int]) -> None:
+    assert len(pids) == 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
