@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQState, register_topq_hook
+from topq_dist.compress.gpu.update import DeviceSelected
 from topq_dist.exchange.agreement import ExchangeError
 from topq_dist.exchange.device_gather import DeviceAllGather
 
@@ -112,7 +113,7 @@ def troubles(rank: int) -> list[str]:
     """Return what each rank hears of ranks that disagree, and of one that fails."""
     said = []
     for late in (False, True):
-        for trouble in ("q", "failure", "slot"):
+        for trouble in ("q", "failure", "slot", "damage"):
             with engine(ON_DEVICE):
                 model = wrapped()
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -130,8 +131,22 @@ def troubles(rank: int) -> list[str]:
                     exchange.compressor.compress = fails  # type: ignore[method-assign]
                 if rank == 1 and trouble == "slot":
                     exchange.compressor.write = fails  # type: ignore[method-assign]
+                if trouble == "damage":
+                    # of its payload; or its version, which the host reads where it waits for slots
+                    damage(exchange, 32 + (40 if late else 4))
                 said.append(heard(model, rank))
     return said
+
+
+def damage(exchange: DeviceAllGather, byte: int) -> None:
+    """Have a byte of rank 1's slot be another, on every rank, once the slots are there."""
+    check = exchange.compressor.check
+
+    def damaged(selected: DeviceSelected, slots: Tensor, report: Tensor) -> Tensor:
+        slots[1, byte] ^= 2
+        return check(selected, slots, report)
+
+    exchange.compressor.check = damaged  # type: ignore[method-assign]
 
 
 def fails(*args: Any, **kwargs: Any) -> Any:
@@ -153,9 +168,11 @@ def test_every_rank_hears_of_trouble_as_on_the_cpu(tmp_path: Path) -> None:
         assert "ranks disagree" in said[0]
         assert said[0].startswith("0")
         # one step later, and still on every rank
-        assert "ranks disagree" in said[3]
-        assert said[3].startswith("1")
+        assert "ranks disagree" in said[4]
+        assert said[4].startswith("1")
+        assert said[3].startswith("0 the frame of rank 1 was damaged on its way: frame version 3")
+        assert said[7].startswith("1 the frame of rank 1 was damaged on its way, or")
     for at in (1, 2):
         assert first[at].startswith("0 rank 1 could not compress its gradient")
-        assert first[at + 3].startswith("1 rank 1 could not compress its gradient")
-        assert second[at] == second[at + 3] == "0 no memory left on the device"
+        assert first[at + 4].startswith("1 rank 1 could not compress its gradient")
+        assert second[at] == second[at + 4] == "0 no memory left on the device"

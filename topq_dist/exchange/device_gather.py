@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topq_dist.compress.codec.frame import FrameError
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
 from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.device_compressor import DeviceCompressor, slot_bytes
@@ -279,4 +280,12 @@ class DeviceAllGatherWork:
             return [row[:_LOOKED_AT_BYTES].cpu() for row in lane.received]
 
     def _is_finite(self) -> bool:
-        return all(is_finite(row) for row in self._rows())
+        finite = True
+        for rank, row in enumerate(self._rows()):
+            try:
+                finite &= is_finite(row)
+            except FrameError as error:
+                raise ExchangeError(
+                    f"the frame of rank {rank} was damaged on its way: {error}"
+                ) from error
+        return finite

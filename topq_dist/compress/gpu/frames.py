@@ -150,7 +150,8 @@ def read_frames(
 ) -> Received:
     """Read the frames of slots whose heads have been read; damage is added to `report`.
 
-    Nothing that a frame holds makes this read or write beside its arrays.
+    Damaged is what decode_frame refuses, and a frame that is not of this shape. Nothing that a
+    frame holds makes this read or write beside its arrays.
     """
     ranks, stride = slots.shape
     k, form = shape.k, FORMATS[shape.value_format]
@@ -176,8 +177,8 @@ def read_frames(
     if k:
         frames.read_values[(-(-shape.blocks // _BLOCKS), ranks)](
             payload, stride, heads, report, shape.value_blocks, shape.blocks, k,
-            shape.directory_bytes, shape.low_bytes, shape.listed.numel(), numbers, FORMAT=form,
-            HEADER=shape.header_bytes, BLOCKS=_BLOCKS, **exact,
+            shape.directory_bytes, shape.low_bytes, shape.listed, shape.listed.numel(), numbers,
+            FORMAT=form, HEADER=shape.header_bytes, BLOCKS=_BLOCKS, **exact,
         )  # fmt: skip
     return Received(places.view(ranks, k), numbers.view(ranks, k), heads)
 

@@ -37,6 +37,11 @@ SEGMENTED = tl.constexpr(2)
 NOT_FINITE = tl.constexpr(1)
 FAILED = tl.constexpr(2)
 DIFFERS = tl.constexpr(4)
+# of fp16 values, see codec/values.py
+LEAST_EXPONENT = tl.constexpr(-126)
+MOST_EXPONENT = tl.constexpr(113)
+# bytes of the list of segments that a program compares: there are no more than five for each block
+LISTED = tl.constexpr(32)
 
 
 @triton.jit
@@ -194,7 +199,8 @@ def read_heads(
 ):
     """Read each slot's head and header: what the frame holds, and what is wrong with it.
 
-    Every rank's frame is of the same elements, or of none.
+    Every rank's frame is of the same elements, or of none. A header that codec/header.py refuses is
+    damaged, and so is one of another shape.
     """
     frame = tl.program_id(0).to(tl.int64)
     row = rows + frame * stride_words
@@ -223,7 +229,14 @@ def read_heads(
         whole = whole & (word_at(header, 9) == blocks)
     else:
         whole = whole & (flags == 0)
+    # nothing of nothing is everything
+    none = tl.where(tl.full([], 0, tl.int64) + numel == 0, ALL, RAW)
     empty = (index_bytes == 0) & (length == 32) & (flags <= 1)
+    empty = empty & (coding == none) & ((word_at(header, 2) & 255) == 0)
+    if FORMAT == V_FP16:
+        good = good & (exponent >= LEAST_EXPONENT) & (exponent <= MOST_EXPONENT)
+    else:
+        good = good & (exponent == 0)
     good = good & tl.where(some, whole, empty) & (length <= room_bytes)
     good = good | failed
     differs = word_at(row, 2) != word_at(rows, 2)
@@ -264,13 +277,18 @@ def read_values(
     k,
     directory_bytes,
     low_bytes,
+    listed,
     listed_bytes,
     values,
     FORMAT: tl.constexpr,
     HEADER: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write the values of each frame, fp32 or fp64 (frames, k); report one that is not finite."""
+    """Write the values of each frame, fp32 or fp64 (frames, k).
+
+    Reported as damaged: a value that is not finite, bits behind the last one, and another list of
+    segments.
+    """
     frame = tl.program_id(1).to(tl.int64)
     head = heads + frame * HEAD
     held = tl.load(head)
@@ -284,7 +302,15 @@ def read_values(
         at = start[:, None] + lane[None, :]
         unary_bytes = (tl.load(head + 1) + 7) >> 3
         payload = frames + frame * stride + HEADER + directory_bytes + unary_bytes
-        payload += low_bytes + listed_bytes
+        payload += low_bytes
+        wrong = tl.full([], 0, tl.int32)
+        if HEADER == 40:
+            byte = tl.program_id(0) * LISTED + tl.arange(0, LISTED)
+            there = byte < listed_bytes
+            wanted = tl.load(listed + byte, mask=there, other=0)
+            found = tl.load(payload + byte, mask=there, other=0)
+            wrong = tl.max((wanted != found).to(tl.int32), 0)
+        payload += listed_bytes
         if FORMAT == V_FP32 or FORMAT == V_FP64 or FORMAT == V_FP16 or FORMAT == V_BF16:
             ITEM: tl.constexpr = 4 if FORMAT == V_FP32 else (8 if FORMAT == V_FP64 else 2)
             bits = tl.zeros([BLOCKS, VALUES], tl.int64)
@@ -310,8 +336,13 @@ def read_values(
             number = (code & TOP).to(tl.float32) * step[:, None] + base[:, None]
             sign = (code << (32 - BITS)) & -0x80000000
             number = (number.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            if BITS < 8:
+                used = (held * BITS) & 7
+                end = tl.load(payload + 4 * count + (held * BITS >> 3), mask=used > 0, other=0)
+                wrong = wrong | (end.to(tl.int32) >> used.to(tl.int32))
         beyond = mask & ((tl.abs(number) < float("inf")) == 0)
-        tl.atomic_or(report + frame, DAMAGED, mask=tl.max(tl.max(beyond.to(tl.int32), 1), 0) > 0)
+        wrong = wrong | tl.max(tl.max(beyond.to(tl.int32), 1), 0)
+        tl.atomic_or(report + frame, DAMAGED, mask=wrong != 0)
         tl.store(values + frame * k + at, number, mask=mask)
 
 

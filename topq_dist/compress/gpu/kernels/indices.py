@@ -94,7 +94,8 @@ def find_ones(
 ):  # fmt: skip
     """Write where in its tile's codes the one of each index is, to `found`, int32 (frames, k).
 
-    A frame with a tile that does not hold as many as it has indices is reported as damaged.
+    A frame is reported as damaged that has a tile of more or fewer ones than indices, or one that
+    does not end with a one, the last tile aside, in whose last byte a one must be.
     """
     tile = tl.program_id(0)
     frame = tl.program_id(1).to(tl.int64)
@@ -106,13 +107,17 @@ def find_ones(
         row = frames + frame * stride
         begin = entry_at(row + HEADER, tile * 2, WIDE)
         stop = unary_bits
+        ends_from = unary_bits - 8
         if tile + 1 < tiles:
             stop = entry_at(row + HEADER, tile * 2 + 2, WIDE)
+            ends_from = stop - 1
+        wrong = (tile == 0) & (begin != 0)
         begin = tl.maximum(tl.minimum(begin, unary_bits), 0)
         stop = tl.maximum(tl.minimum(stop, unary_bits), 0)
         unary = row + HEADER + tiles * 8 * WIDE
         expected = tl.minimum(held - first, TILE)
         count = tl.full([], 0, tl.int64)
+        end = tl.full([], -1, tl.int64)
         for offset in range(begin, stop, CHUNK):
             at = offset + tl.arange(0, CHUNK)
             byte = tl.load(unary + (at >> 3), mask=at < stop, other=0).to(tl.int32)
@@ -121,7 +126,9 @@ def find_ones(
             known = (bit == 1) & (number <= expected)
             tl.store(found + frame * k + first + number - 1, (at - begin).to(tl.int32), mask=known)
             count += tl.sum(bit, 0)
-        tl.atomic_or(report + frame, DAMAGED, mask=count != expected)
+            end = tl.maximum(end, tl.max(tl.where(bit == 1, at, -1), 0).to(tl.int64))
+        wrong = wrong | (count != expected) | (end < ends_from)
+        tl.atomic_or(report + frame, DAMAGED, mask=wrong)
 
 
 @triton.jit
@@ -139,7 +146,11 @@ def read_indices(
     frames, stride, heads, report, numel, found, k, tiles, indices, RICE: tl.constexpr,
     WIDE: tl.constexpr, HEADER: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the indices of each frame, int64 (frames, k)."""
+    """Write the indices of each frame, int64 (frames, k).
+
+    Reported as damaged: one past the vector, bits behind the last low bits, and an entry of the
+    directory that is not the index after those before it.
+    """
     tile = tl.program_id(0)
     frame = tl.program_id(1).to(tl.int64)
     head = heads + frame * HEAD
@@ -170,9 +181,15 @@ def read_indices(
         base = entry_at(row + HEADER, tile * 2 + 1, WIDE)
         index = base + tl.cumsum(tl.where(mask, gap + 1, 0), 0) - 1
         last = tl.max(tl.where(mask, index, -1), 0)
+        unused = tl.full([], 0, tl.int32)
+        if REST > 0:
+            used = (held * REST) & 7
+            end = tl.load(low + WHOLE * held + (held * REST >> 3), mask=used > 0, other=0)
+            unused = end.to(tl.int32) >> used.to(tl.int32)
         following = last + 1
         if first + TILE < held:
             following = entry_at(row + HEADER, tile * 2 + 3, WIDE)
         wrong = (last >= numel) | (following != last + 1) | ((tile == 0) & (base != 0))
+        wrong = wrong | (unused != 0)
         tl.atomic_or(report + frame, DAMAGED, mask=wrong)
         tl.store(indices + frame * k + at, index, mask=mask)
