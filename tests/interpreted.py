@@ -7,7 +7,9 @@ on a GPU.
 
 from __future__ import annotations
 
+import math
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 DEVICE = os.environ.get("TOPQ_TEST_DEVICE", "cpu")
@@ -76,6 +78,53 @@ def _execute_quietly(self: Any, *args: Any, **kwargs: Any) -> None:
         _execute(self, *args, **kwargs)
 
 
+@cache
+def _sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    return tl.constexpr(math.prod(shape)), tl.core.tuple([tl.constexpr(one) for one in shape])
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002 - its name there
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = _sizes(type.shape if type.is_block() else ())
+
+
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    self.element_ty, self.name = element_ty, "block"
+    self.shape = tuple(getattr(one, "value", one) for one in shape)
+    self.numel = math.prod(self.shape)
+
+
+_number_type = cache(interpreter._get_np_dtype)
+_addresses = np.dtype(np.uint64)
+
+
+def _array_type(kind: Any) -> Any:
+    number = kind.scalar
+    return _addresses if number.is_ptr() else _number_type(number)
+
+
+_pair = interpreter.interpreter_semantic.binary_op_type_checking_impl
+_ALIKE = {tl.int32, tl.int64, tl.float32, tl.float64}
+
+
+def _paired(lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
+    # nothing to convert, and nothing to spread
+    if (
+        type(lhs) is type(rhs) is tl.tensor
+        and lhs.shape is rhs.shape
+        and not lhs.dtype.is_ptr()
+        and lhs.dtype in _ALIKE
+        and lhs.dtype == rhs.dtype
+    ):
+        return lhs, rhs
+    return _pair(lhs, rhs, *rest, **options)
+
+
+interpreter.interpreter_semantic.binary_op_type_checking_impl = _paired
+# what it makes anew for each operation is most of its time
+tl.core.tensor.__init__ = _tensor
+tl.core.block_type.__init__ = _block_type
+interpreter._get_np_dtype = _array_type
 _run = interpreter.InterpretedFunction.run
 interpreter.InterpretedFunction.run = _noted_launch
 interpreter._patch_lang = _patched_once

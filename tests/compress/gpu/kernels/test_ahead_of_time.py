@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from gpu_cases import Rank, check_step
 from interpreted import LAUNCHES, Launch
 
+from topq_dist.compress import gpu
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.sparsify.segments import Segment, Segments
 from topq_dist.dtypes import accumulate_dtype
 
 # a minute where there is one core for it
 pytestmark = pytest.mark.timeout(600)
+KERNEL = r"\b(?:kernels|bounds|checksum|frames|indices|values)\.((?!shape)[a-z_]+)\["
 COMPILER = Path(__file__).parents[3] / "gpu_compiled.py"
 
 
@@ -47,9 +50,17 @@ def launches() -> list[Launch]:
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
+    every = launches()
+    of_fp32 = {one.name for one in every if one.constants.get("KIND", 2) == 2}
     asked = [
-        one._asdict() | {"targets": ALL if one.constants.get("KIND", 2) == 2 else ALL[1:2]}
-        for one in launches()
+        # half precision's kernels are those of fp32 once more, but for one
+        one._asdict()
+        | {
+            "targets": ALL[1:2]
+            if one.constants.get("KIND", 2) != 2 and one.name in of_fp32
+            else ALL
+        }
+        for one in every
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -64,6 +75,15 @@ def reports() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(done.stdout)
     assert len(found) == sum(len(one["targets"]) for one in asked)
     return found
+
+
+def test_every_kernel_is_compiled_for_every_target(reports: list[dict[str, Any]]) -> None:
+    launched: set[str] = set()
+    for path in Path(gpu.__file__).parent.glob("*.py"):
+        launched |= set(re.findall(KERNEL, path.read_text()))
+    assert len(launched) > 20
+    wanted = {(kernel, target) for kernel in launched for target in ALL}
+    assert wanted <= {(report["kernel"], report["target"]) for report in reports}
 
 
 def test_no_register_is_spilled(reports: list[dict[str, Any]]) -> None:
