@@ -31,7 +31,7 @@ def _crash_in(owner: Any, name: str, *, at_call: int, after: bool = False) -> No
 
 def arm(crash_at: str) -> None:
     """Have this process kill itself at "POINT CALL": the CALL-th time that it comes to POINT."""
-    from topq_dist.ps.state import snapshot, snapshot_file
+    from topq_dist.ps.state import snapshot_file, state_dir
     from topq_dist.ps.state.run_state import RunState
 
     point, call = crash_at.split()
@@ -45,8 +45,8 @@ def arm(crash_at: str) -> None:
     elif point == "mid-snapshot":
         _crash_in(os, "fsync", at_call=at_call)
     elif point == "before-rename":
-        _crash_in(snapshot, "_rename", at_call=at_call)
+        _crash_in(state_dir, "_rename", at_call=at_call)
     elif point == "after-rename":
-        _crash_in(snapshot, "_rename", at_call=at_call, after=True)
+        _crash_in(state_dir, "_rename", at_call=at_call, after=True)
     else:
         raise ValueError(f"crash_at={crash_at!r}: no such point")

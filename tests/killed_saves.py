@@ -20,8 +20,9 @@ import torch
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import START, ModelVersion
-from topq_dist.ps.state import snapshot, snapshot_file
-from topq_dist.ps.state.snapshot import Snapshot, StateDir, training_json
+from topq_dist.ps.state import snapshot_file, state_dir
+from topq_dist.ps.state.snapshot import Snapshot, training_json
+from topq_dist.ps.state.state_dir import StateDir
 
 TRAINING = TrainingConfig(inner_opt="sgd", options={"lr": 0.1})
 WRITES = 6  # of a snapshot of `snapshot_of`: header, two of the matrix, scale, metadata, history
@@ -89,15 +90,15 @@ def _in_write(count: int) -> None:
 
 def _arm(point: str) -> None:
     if point == "before-write":
-        _before(snapshot, "write_snapshot_file")
+        _before(state_dir, "write_snapshot_file")
     elif point == "before-digest":
         _before(os, "pwrite")
     elif point == "before-fsync":
-        _after(snapshot, "write_snapshot_file")
+        _after(state_dir, "write_snapshot_file")
     elif point == "before-rename":
-        _before(snapshot, "_rename")
+        _before(state_dir, "_rename")
     elif point == "after-rename":
-        _before(snapshot, "_sync_directory")
+        _before(state_dir, "_sync_directory")
     else:
         _in_write(int(point.removeprefix("write-")))
 

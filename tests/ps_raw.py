@@ -24,7 +24,7 @@ from topq_dist.ps.protocol.types import (
     PushRecord,
     push_digest,
 )
-from topq_dist.ps.wire import codec, steps
+from topq_dist.ps.wire import codec, messages, steps
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -89,7 +89,7 @@ class RawWorker:
                 instance=self.instance,
                 epoch=self.id.epoch,
                 next_sequence=self.sequence,
-                point=None if self.point is None else steps.point_to_wire(self.point),
+                point=None if self.point is None else messages.point_to_wire(self.point),
                 first_kept=self.kept[0].sequence if self.kept else 0,
                 model=codec.spec_to_wire(self.spec),
             ),

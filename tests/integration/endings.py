@@ -13,8 +13,8 @@ from torch import Tensor
 from topq_dist.ps.model.flat import FlatModel
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.state.run_state import RunState
-from topq_dist.ps.state.snapshot import SNAPSHOT_NAME, StateDir
 from topq_dist.ps.state.snapshot_file import read_snapshot_file
+from topq_dist.ps.state.state_dir import SNAPSHOT_NAME, StateDir
 
 
 @dataclass(frozen=True, kw_only=True)

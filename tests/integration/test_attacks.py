@@ -40,8 +40,8 @@ from served import Served
 
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.security.tls import ClientTls
-from topq_dist.ps.state.snapshot import PREVIOUS_NAME, SNAPSHOT_NAME
 from topq_dist.ps.state.snapshot_file import read_snapshot_file
+from topq_dist.ps.state.state_dir import PREVIOUS_NAME, SNAPSHOT_NAME
 from topq_dist.ps.wire import steps as wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 

@@ -17,7 +17,7 @@ from topq_dist.ps.protocol.types import Answer, ModelVersion, Push, push_digest
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.push_queue import PendingPush
 from topq_dist.ps.server.requests import JoinCall, WorkerId
-from topq_dist.ps.state.snapshot import StateDir
+from topq_dist.ps.state.state_dir import StateDir
 
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
 

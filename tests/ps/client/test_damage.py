@@ -18,7 +18,7 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError
 from topq_dist.ps import ParameterServerOptimizer, RefusedError, ServerLostError
-from topq_dist.ps.client import connection, retry_deadline, server_client
+from topq_dist.ps.client import connection, outcome, retry_deadline
 from topq_dist.ps.client.call_errors import DoubtfulError, TransientError, UnreachedError
 from topq_dist.ps.client.connection import Connection
 from topq_dist.ps.client.retry_deadline import RetryDeadline
@@ -262,7 +262,7 @@ def test_a_frame_that_stays_damaged_is_an_error_that_names_the_server(
     def no_frame(*_: object) -> None:
         raise FrameError("a frame with another checksum")
 
-    monkeypatch.setattr(server_client, "apply_update", no_frame)
+    monkeypatch.setattr(outcome, "apply_update", no_frame)
     monkeypatch.setattr(retry_deadline, "_FIRST_PAUSE_S", 0.0)
     model = make_model()
     with serving(tmp_path, SGD) as server, connect(model, server) as optimizer:

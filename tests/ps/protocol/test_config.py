@@ -16,7 +16,7 @@ from topq_dist.ps.protocol.config import (
     check_together,
 )
 from topq_dist.ps.server.coordinator import Coordinator
-from topq_dist.ps.state.snapshot import StateDir
+from topq_dist.ps.state.state_dir import StateDir
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def join_request(client: ServerClient) -> pb.JoinRequest:
         instance=client._instance,
         epoch=client._id.epoch,
         next_sequence=client.pushes.unsent_sequence,
-        point=steps.point_to_wire(client.point),
+        point=messages.point_to_wire(client.point),
         first_kept=client.pushes.first_kept,
         model=spec_to_wire(client.model.spec),
     )

@@ -14,7 +14,7 @@ from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.types import START, ModelVersion
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.requests import JoinCall
-from topq_dist.ps.state.snapshot import StateDir
+from topq_dist.ps.state.state_dir import StateDir
 
 SPEC = ModelSpec.of([("w", torch.zeros(4))])
 

@@ -24,7 +24,7 @@ from topq_dist.ps.server import interceptor
 from topq_dist.ps.server.process import ParameterServer
 from topq_dist.ps.state import ledger
 from topq_dist.ps.state.ledger import Ledger
-from topq_dist.ps.wire import codec, steps
+from topq_dist.ps.wire import codec, messages, steps
 from topq_dist.ps.wire.messages import Calls
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -246,7 +246,7 @@ class TestNames:
             worker=worker,
             epoch=1,
             sequence=1,
-            base=steps.point_from_wire(pb.Point(chain=bytes(32))),
+            base=messages.point_from_wire(pb.Point(chain=bytes(32))),
             frames=(),
             lr=(),
             digest=bytes(32),

@@ -16,8 +16,8 @@ from torch import Tensor
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.types import Push
 from topq_dist.ps.state.run_state import RunState
-from topq_dist.ps.state.snapshot import StateDir, StateError
-from topq_dist.ps.state.snapshot_file import read_snapshot_file, write_snapshot_file
+from topq_dist.ps.state.snapshot_file import StateError, read_snapshot_file, write_snapshot_file
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.training.step_guard import NonFiniteStepError
 
 # 10,000 take some minutes

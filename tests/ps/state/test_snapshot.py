@@ -20,15 +20,11 @@ from safetensors.torch import load_file
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
 from topq_dist.ps.protocol.types import ModelVersion
-from topq_dist.ps.state import snapshot, snapshot_file
+from topq_dist.ps.state import snapshot_file, state_dir
 from topq_dist.ps.state.directory_lock import LockLostError
-from topq_dist.ps.state.snapshot import (
-    Snapshot,
-    StateDir,
-    StateError,
-    check_same_training,
-    training_json,
-)
+from topq_dist.ps.state.snapshot import Snapshot, check_same_training, training_json
+from topq_dist.ps.state.snapshot_file import StateError
+from topq_dist.ps.state.state_dir import StateDir
 
 
 def small() -> Snapshot:
@@ -268,7 +264,7 @@ def test_saving_allocates_next_to_nothing(tmp_path: Path) -> None:
 import resource, sys, torch
 from dataclasses import replace
 from killed_saves import snapshot_of
-from topq_dist.ps.state.snapshot import StateDir
+from topq_dist.ps.state.state_dir import StateDir
 large = replace(snapshot_of(1), tensors={"large": torch.ones(32 << 20)},
     history_payloads=[memoryview(bytearray(b"x") * (32 << 20))])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -336,7 +332,7 @@ def test_killed_at_any_moment(killed: tuple[Path, list[list[str]]]) -> None:
 
 def test_a_second_server_is_told_who_has_it(tmp_path: Path) -> None:
     holder = StateDir(tmp_path)
-    script = "import sys; from topq_dist.ps.state.snapshot import StateDir; StateDir(sys.argv[1])"
+    script = "import sys; from topq_dist.ps.state.state_dir import StateDir; StateDir(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path],
         capture_output=True,
@@ -460,10 +456,10 @@ class TestALockThatIsRemoved:
     def test_who_has_lost_it_touches_nothing_that_the_other_writes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        rename = snapshot._rename
+        rename = state_dir._rename
 
         def late(partial: Path, path: Path) -> None:
-            monkeypatch.setattr(snapshot, "_rename", rename)
+            monkeypatch.setattr(state_dir, "_rename", rename)
             with pytest.raises(LockLostError):
                 first.save(snapshot_of(2))
             rename(partial, path)
@@ -472,7 +468,7 @@ class TestALockThatIsRemoved:
             first.save(snapshot_of(1))
             (tmp_path / "lock").unlink()
             with StateDir(tmp_path) as second:
-                monkeypatch.setattr(snapshot, "_rename", late)
+                monkeypatch.setattr(state_dir, "_rename", late)
                 second.save(snapshot_of(5))
                 assert_same(second.load(), snapshot_of(5))
 

@@ -44,7 +44,8 @@ from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import START, GroupView, Push, UpdateKind, push_digest
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.state.run_state import RunState
-from topq_dist.ps.state.snapshot import StateDir, StateError
+from topq_dist.ps.state.snapshot_file import StateError
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.training.central import CentralModel
 from topq_dist.ps.training.inner_step import describe_momentum
 from topq_dist.ps.training.step_guard import NonFiniteStepError

@@ -10,19 +10,16 @@ import logging
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError
 from topq_dist.ps.client.call_errors import DoubtfulError, TransientError
 from topq_dist.ps.client.connection import Connection
+from topq_dist.ps.client.outcome import Outcome
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.retry_deadline import RetryDeadline
 from topq_dist.ps.client.wait_notice import WaitNotice
 from topq_dist.ps.model.flat import FlatModel
-from topq_dist.ps.model.update import apply_update
 from topq_dist.ps.protocol.errors import (
     DamagedError,
     DigestDiffersError,
@@ -43,12 +40,11 @@ from topq_dist.ps.protocol.types import (
     GroupView,
     ModelVersion,
     PushRecord,
-    UpdateKind,
     point_to_state,
 )
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.wire.codec import groups_from_wire, spec_to_wire
-from topq_dist.ps.wire.steps import point_to_wire
+from topq_dist.ps.wire.messages import point_to_wire
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -65,27 +61,6 @@ _RENEWS_IN_A_LEASE = 3
 # a step that begins meanwhile waits so long at most
 _ASIDE_S = 2.0
 _LONGEST_TEXT = 500
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """The yield of a step.
-
-    changed: where the model has changed, update by update: ascending indices for each vector. None:
-        anywhere.
-    taken_back: pushes that the server did not take, whose values go back into the residual.
-    forked: this worker was started again from before pushes of its own that the server holds, and
-        has come another way since: its residual is in them, as far as anybody can tell.
-    overflowed: a push was given up that would not leave the model finite; what is left of its
-        gradient, in the residual, would not either.
-    """
-
-    changed: list[list[Tensor]] | None = field(default_factory=list)
-    taken_back: list[PushRecord] = field(default_factory=list)
-    forked: bool = False
-    overflowed: bool = False
-    sent_bytes: int = 0
-    received_bytes: int = 0
 
 
 class ServerClient:
@@ -407,20 +382,9 @@ class ServerClient:
         # after a damaged one, what came before it is there already
         held = self.point.version if self.point.version > push.base.version else 0
         for update in answer.updates:
-            if update.point.version <= held:
-                continue
-            due = self.point.version + 1
-            if update.kind is not UpdateKind.FULL and update.point.version != due:
-                raise DamagedError(
-                    f"parameter server {self.address}: an update to version "
-                    f"{update.point.version}: expected {due}"
-                )
-            changed = apply_update(self.model, update)
-            if changed is None or self._outcome.changed is None:
-                self._outcome.changed = None
-            else:
-                self._outcome.changed.append(changed)
-            self.point = update.point
+            if update.point.version > held:
+                self._outcome.apply(update, self.model, self.point.version, self.address)
+                self.point = update.point
         if answer.disagreement and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             _log.warning(

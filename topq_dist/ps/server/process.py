@@ -32,7 +32,7 @@ from topq_dist.ps.server.run_log import RunLog
 from topq_dist.ps.server.service import ParameterServerService
 from topq_dist.ps.server.view_addresses import check_views
 from topq_dist.ps.server.views import Views
-from topq_dist.ps.state.snapshot import StateDir
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
 

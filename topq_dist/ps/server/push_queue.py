@@ -22,7 +22,7 @@ from topq_dist.ps.protocol.errors import (
     RefusedError,
 )
 from topq_dist.ps.protocol.types import Answer, Push
-from topq_dist.ps.server.membership import Leases
+from topq_dist.ps.server.leases import Leases
 from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
 from topq_dist.ps.server.run_counters import RunCounters

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from topq_dist.ps.protocol.types import Push
-from topq_dist.ps.server.membership import Leases
+from topq_dist.ps.server.leases import Leases
 
 # who has joined replays with the next step, and that may take longer than a lease
 _LEASES_TO_STEP = 10

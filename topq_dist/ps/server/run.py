@@ -10,15 +10,17 @@ from contextlib import contextmanager
 
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, check_together
 from topq_dist.ps.protocol.errors import NotReadyError
-from topq_dist.ps.server.membership import NO_MODEL, Leases, Membership, Phase
+from topq_dist.ps.server.leases import Leases, Phase
+from topq_dist.ps.server.membership import NO_MODEL, Membership
 from topq_dist.ps.server.push_queue import FAILED, PushQueue
 from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.run_counters import RunCounters
 from topq_dist.ps.server.status import HashTurns, Totals
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState, new_run
-from topq_dist.ps.state.snapshot import Snapshot, StateDir
+from topq_dist.ps.state.snapshot import Snapshot
 from topq_dist.ps.state.snapshotter import Snapshotter
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.training.downlink import check_downlink
 from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
 from topq_dist.ps.training.inner_step import describe_momentum

@@ -7,16 +7,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import grpc
 
 from topq_dist.profiling import labelled
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NotReadyError
-from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, Update, check_worker_name
+from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, check_worker_name
+from topq_dist.ps.server.bounded_calls import FewCalls, SharedUpdates
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
@@ -30,13 +29,16 @@ from topq_dist.ps.wire.codec import (
     read_join_parts,
     spec_from_wire,
 )
-from topq_dist.ps.wire.messages import STEP_RESPONSES, Receiver, check_raw, chunks
+from topq_dist.ps.wire.messages import (
+    Receiver,
+    check_raw,
+    point_from_wire,
+    point_to_wire,
+)
 from topq_dist.ps.wire.steps import (
     answer_message,
     answer_to_wire,
     check_header,
-    point_from_wire,
-    point_to_wire,
     push_from_wire,
     receiver_of,
     short_answer_to_wire,
@@ -48,8 +50,6 @@ _log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 5.0
-# one, and one that repeats it on a new connection before the old one is missed
-_CALLS_OF_A_WORKER = 2
 
 
 class ParameterServerService(pb_grpc.ParameterServerServicer):
@@ -65,8 +65,8 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
     ) -> None:
         self._coordinator = coordinator
         self._authenticator = authenticator
-        self._steps = _FewCalls()
-        self._models = _FewCalls()
+        self._steps = FewCalls()
+        self._models = FewCalls()
         # the memory for a list that a stranger sends, and for what is made of it, is taken once
         self._long_join = threading.Lock()
         self._pool = BufferPool()
@@ -297,51 +297,3 @@ def _chunk(message: pb.StepRequest | pb.UploadRequest | memoryview, otherwise: s
     if message.WhichOneof("part") != "chunk":
         raise DamagedError(f"{otherwise}: expected chunks after the first message")
     return memoryview(message.chunk)
-
-
-class SharedUpdates:
-    """The chunks of the updates that were last asked for, as they go over the wire."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._updates: tuple[Update, ...] = ()
-        self._messages: list[bytes] = []
-
-    def messages_of(self, updates: tuple[Update, ...]) -> list[bytes]:
-        """Return the messages that bring the payloads of `updates`; not to be changed."""
-        with self._lock:
-            if list(map(id, updates)) != list(map(id, self._updates)):
-                payloads = (payload for update in updates for payload in update.payloads)
-                self._messages = [STEP_RESPONSES.to_bytes(chunk) for chunk in chunks(payloads)]
-                self._updates = updates
-            return self._messages
-
-
-class _FewCalls:
-    """The large calls under way, by worker: what one worker can make the server hold is bounded.
-
-    A worker has one, and a second where it repeats the first before the server has noticed that
-    the connection was lost. Beyond that the oldest is cancelled; a push that it brought stays.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of: defaultdict[str, deque[grpc.ServicerContext]] = defaultdict(deque)
-
-    @contextmanager
-    def of(self, worker: str, context: grpc.ServicerContext) -> Iterator[None]:
-        """Count `context` as one of the worker's while the block runs."""
-        with self._lock:
-            under_way = self._of[worker]
-            under_way.append(context)
-            surplus = under_way.popleft() if len(under_way) > _CALLS_OF_A_WORKER else None
-        if surplus is not None:
-            surplus.cancel()
-        try:
-            yield
-        finally:
-            with self._lock:
-                if context in under_way:
-                    under_way.remove(context)
-                if not under_way and self._of.get(worker) is under_way:
-                    del self._of[worker]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from topq_dist.ps.protocol.types import START, Answer, ModelVersion
-from topq_dist.ps.server.membership import Leases, Member
+from topq_dist.ps.server.leases import Leases, Member
 from topq_dist.ps.server.push_queue import PushQueue
 from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState

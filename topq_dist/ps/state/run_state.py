@@ -27,13 +27,9 @@ from topq_dist.ps.protocol.types import (
     next_chain,
 )
 from topq_dist.ps.state.ledger import Ledger
-from topq_dist.ps.state.snapshot import (
-    Snapshot,
-    StateDir,
-    StateError,
-    check_same_training,
-    training_json,
-)
+from topq_dist.ps.state.snapshot import Snapshot, check_same_training, training_json
+from topq_dist.ps.state.snapshot_file import StateError
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.state.update_log import UpdateLog
 from topq_dist.ps.training.central import CentralModel
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.state.directory_lock import LockLostError
-from topq_dist.ps.state.snapshot import Snapshot, StateDir
+from topq_dist.ps.state.snapshot import Snapshot
+from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.telemetry.readings import Histogram
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,16 @@ from topq_dist.ps.protocol.types import (
     Update,
     raw_checksum,
 )
-from topq_dist.ps.wire.messages import Receiver, check_raw, chunks, from_checked, with_checksum
-from topq_dist.ps.wire.steps import chunk_of, point_from_wire, point_to_wire
+from topq_dist.ps.wire.messages import (
+    Receiver,
+    check_raw,
+    chunk_of,
+    chunks,
+    from_checked,
+    point_from_wire,
+    point_to_wire,
+    with_checksum,
+)
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 M = TypeVar("M", bound=Message)

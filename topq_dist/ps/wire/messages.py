@@ -16,7 +16,13 @@ import grpc
 from google.protobuf.message import Message
 
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, TooLargeError
-from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES, raw_checksum
+from topq_dist.ps.protocol.types import (
+    CHAIN_BYTES,
+    CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    ModelVersion,
+    raw_checksum,
+)
 from topq_dist.ps.wire.buffer_pool import BufferPool
 from topq_dist.v1 import parameter_server_pb2 as pb
 from topq_dist.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -257,3 +263,25 @@ class Calls:
             request_serializer=with_checksum,
             response_deserializer=FETCH_RESPONSES.from_bytes,
         )
+
+
+def point_to_wire(point: ModelVersion) -> pb.Point:
+    """Return `point` as a message."""
+    return pb.Point(version=point.version, chain=point.chain)
+
+
+def point_from_wire(message: pb.Point) -> ModelVersion:
+    """Return the point in `message`; raises InvalidError where its chain is no chain."""
+    if len(message.chain) != CHAIN_BYTES:
+        raise InvalidError(
+            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
+        )
+    return ModelVersion(version=message.version, chain=message.chain)
+
+
+def chunk_of(
+    message: pb.StepResponse | pb.FetchResponse | pb.JoinPart | memoryview,
+) -> memoryview | bytes:
+    """Return the chunk in `message`; empty where it is a message of another kind."""
+    # a message of another kind, in the place of a chunk, has an empty one
+    return message if isinstance(message, memoryview) else message.chunk

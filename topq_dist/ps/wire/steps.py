@@ -16,11 +16,9 @@ from topq_dist.compress.codec.frame import FrameError, decode_frame
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import (
-    CHAIN_BYTES,
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
     Answer,
-    ModelVersion,
     Push,
     PushRecord,
     Update,
@@ -29,24 +27,17 @@ from topq_dist.ps.protocol.types import (
     push_digest,
 )
 from topq_dist.ps.wire.buffer_pool import BufferPool
-from topq_dist.ps.wire.messages import Receiver, check_raw, chunks
+from topq_dist.ps.wire.messages import (
+    Receiver,
+    check_raw,
+    chunk_of,
+    chunks,
+    point_from_wire,
+    point_to_wire,
+)
 from topq_dist.v1 import parameter_server_pb2 as pb
 
 _LARGEST = 2**64 - 1
-
-
-def point_to_wire(point: ModelVersion) -> pb.Point:
-    """Return `point` as a message."""
-    return pb.Point(version=point.version, chain=point.chain)
-
-
-def point_from_wire(message: pb.Point) -> ModelVersion:
-    """Return the point in `message`; raises InvalidError where its chain is no chain."""
-    if len(message.chain) != CHAIN_BYTES:
-        raise InvalidError(
-            f"a point with {len(message.chain)} bytes of chain: expected {CHAIN_BYTES}"
-        )
-    return ModelVersion(version=message.version, chain=message.chain)
 
 
 def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
@@ -201,7 +192,7 @@ def answer_checksum(message: pb.StepAnswer) -> int:
     """Return the CRC-32 of what an answer says before its payloads, which bring their own."""
     outcome = message.outcome & _LARGEST  # a damaged one may be negative
     parts = [struct.pack("<QQQ", outcome, message.applied_version, len(message.members))]
-    parts += [_behind_its_length(worker.encode()) for worker in message.members]
+    parts += [_behind_length(worker.encode()) for worker in message.members]
     parts += [_packed_point(message.applied_point)]
     parts += [struct.pack("<QQ", message.durable_version, len(message.updates))]
     for update in message.updates:
@@ -212,11 +203,7 @@ def answer_checksum(message: pb.StepAnswer) -> int:
 
 
 def _packed_point(point: pb.Point) -> bytes:
-    return struct.pack("<Q", point.version) + _behind_its_length(point.chain)
-
-
-def _behind_its_length(raw: bytes) -> bytes:
-    return struct.pack("<Q", len(raw)) + raw
+    return struct.pack("<Q", point.version) + _behind_length(point.chain)
 
 
 def payloads_of(answer: Answer) -> list[memoryview]:
@@ -340,11 +327,3 @@ def _payload_bytes(update: pb.Update, spec: ModelSpec) -> list[int]:
     if sum(sizes) > largest:
         raise InvalidError(f"an update of {sum(sizes)} bytes: expected at most {largest}")
     return sizes
-
-
-def chunk_of(
-    message: pb.StepResponse | pb.FetchResponse | pb.JoinPart | memoryview,
-) -> memoryview | bytes:
-    """Return the chunk in `message`; empty where it is a message of another kind."""
-    # a message of another kind, in the place of a chunk, has an empty one
-    return message if isinstance(message, memoryview) else message.chunk
