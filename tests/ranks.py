@@ -38,6 +38,15 @@ def run_ranks(world_size: int, scenario: Scenario, folder: Path, *arguments: Any
     ]
 
 
+def error_of(action: Callable[[], object]) -> str:
+    """Return the type and text of what an action raises, or "no error"."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - tests compare type and text
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def _rank_main(
     rank: int, world_size: int, scenario: Scenario, folder: Path, arguments: tuple[Any, ...]
 ) -> None:

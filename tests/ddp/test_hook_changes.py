@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hook_cases import loss_of, small_model
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook
 
 pytestmark = pytest.mark.gloo
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def backward(model: nn.Module, step: int, rank: int) -> None:

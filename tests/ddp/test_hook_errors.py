@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hook_cases import EXCHANGES, loss_of, small_model
-from ranks import TIMEOUT_S, run_ranks
+from ranks import TIMEOUT_S, error_of, run_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -21,14 +20,6 @@ from topq_dist.hook.momentum import MomentumName
 
 pytestmark = pytest.mark.gloo
 METHODS: tuple[MomentumName, ...] = ("feedback", "corrected", "adam")
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def ddp(model: nn.Module | None = None, **options: Any) -> DistributedDataParallel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hook_cases import loss_of, small_model
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.nn.parallel import DistributedDataParallel
@@ -22,14 +21,6 @@ from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook, topq
 
 pytestmark = pytest.mark.gloo
 OPTIONS: dict[str, Any] = {"q": 0.9, "exchange": "allgather", "momentum": "optimizer"}
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hook_cases import loss_of, small_model
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,14 +18,6 @@ from topq_dist.exchange.registry import ExchangeName
 
 pytestmark = pytest.mark.gloo
 EXCHANGES: tuple[ExchangeName, ...] = ("allgather", "split", "hierarchical", "dense", "auto")
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int) -> None:

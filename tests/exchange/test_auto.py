@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from topq_dist.compress.coherence import NO_COHERENCE
 from topq_dist.compress.layout import Layout
 from topq_dist.exchange.auto import Auto
-from topq_dist.exchange.base import Exchange
+from topq_dist.exchange.base import Exchange, Outgoing
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.telemetry import Meter
 
@@ -57,16 +55,8 @@ class Costing(Exchange):
     def begin_step(self) -> None:
         self.steps += 1
 
-    def launch(self, bucket: Tensor, *_: Any, **__: Any) -> CostingWork:
-        return CostingWork(bucket, self)
-
-
-@pytest.fixture
-def alone() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    def launch(self, outgoing: Outgoing) -> CostingWork:
+        return CostingWork(outgoing.bucket, self)
 
 
 def decided(
@@ -85,7 +75,7 @@ def decided(
             break
         assert not deciding.sparse
         bucket = torch.ones(3)
-        work = deciding.launch(bucket, LAYOUT, None, settings_digest=0)
+        work = deciding.launch(Outgoing(bucket, LAYOUT, None, settings_digest=0))
         work.advance()
         assert work.receive()
         work.deliver()

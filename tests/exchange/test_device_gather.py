@@ -18,6 +18,7 @@ from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.compress.device_compressor import DeviceCompressor, slot_bytes
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.sparsify.segments import Segments, uniform_segments
+from topq_dist.exchange.base import Outgoing
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.device_gather import DeviceAllGather
 from topq_dist.telemetry import Meter
@@ -68,7 +69,7 @@ def refusing(name: str, allowed: Tensor) -> Callable[..., Any]:
 def step(exchange: DeviceAllGather, bucket: Tensor, layout: Layout, segments: Segments) -> None:
     exchange.begin_step()
     compressed = exchange.compressor.compress(bucket, layout, segments)
-    work = exchange.launch(bucket, layout, compressed, settings_digest=7)
+    work = exchange.launch(Outgoing(bucket, layout, compressed, settings_digest=7))
     work.advance()
     work.receive()
     work.deliver()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from local_cases import equal, inner_optimizer, numbers
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,14 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from topq_dist import LocalTopQ
 
 pytestmark = [pytest.mark.gloo, pytest.mark.usefixtures("one_thread")]
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def sharded(mesh: DeviceMesh, rows: int = 6) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hook_cases import small_model
 from local_cases import backward, equal, inner_optimizer, local, numbers, train
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,14 +21,6 @@ from topq_dist import LocalTopQ
 pytestmark = [pytest.mark.gloo, pytest.mark.usefixtures("one_thread")]
 EXCHANGES = ("allgather", "split", "hierarchical")
 STREAMED: dict[str, Any] = {"every": 4, "q": 0.8, "fragments": 3, "overlap": 2}
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - the test compares type and text
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def kept(steps: LocalTopQ) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import Frame, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout, LayoutCache
-from topq_dist.exchange.base import Exchange
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.layout import LayoutCache
+from topq_dist.exchange.base import Exchange, Outgoing
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
 
 
@@ -20,22 +20,15 @@ class AllGather(Exchange):
         self.compressor = compressor
         self._lanes = LayoutCache(AllGatherLane)
 
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> AllGatherWork:
+    def launch(self, outgoing: Outgoing) -> AllGatherWork:
         gather = FrameAllGather(
-            None if compressed is None else compressed.frames[0],
-            self._lanes.of(layout),
+            None if outgoing.frames is None else outgoing.frames[0],
+            self._lanes.of(outgoing.layout),
             self._context,
-            settings_digest=settings_digest,
-            coherence=NO_COHERENCE if compressed is None else compressed.coherence,
+            settings_digest=outgoing.settings_digest,
+            coherence=outgoing.coherence,
         )
-        return AllGatherWork(bucket, compressed, gather, self.compressor, self._context.rank)
+        return AllGatherWork(outgoing, gather, self.compressor, self._context.rank)
 
 
 class AllGatherWork:
@@ -43,14 +36,13 @@ class AllGatherWork:
 
     def __init__(
         self,
-        bucket: Tensor,
-        compressed: Compressed | None,
+        outgoing: Outgoing,
         gather: FrameAllGather,
         compressor: TopKCompressor,
         rank: int,
     ) -> None:
-        self._bucket = bucket
-        self._compressed = compressed
+        self._numel = outgoing.bucket.numel()
+        self._compressed = outgoing.compressed
         self._gather = gather
         self._compressor = compressor
         self._rank = rank
@@ -64,8 +56,7 @@ class AllGatherWork:
     def receive(self) -> bool:
         self.frames = self._gather.frames()
         self.coherence = self._gather.coherence
-        numel = self._bucket.numel()
-        own = None if self._compressed is None else self._compressed.own
+        own, numel = None if self._compressed is None else self._compressed.own, self._numel
         self._decoded = [
             own if own is not None and rank == self._rank else decode_frame(frame, numel=numel)
             for rank, frame in enumerate(self.frames)

@@ -13,11 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing, SwitchingExchange
 from topq_dist.exchange.collectives import CommContext
 from topq_dist.exchange.rehearsal import Rehearsal
 from topq_dist.exchange.shards import check_same_on_all_shards
@@ -74,7 +71,7 @@ class _Cost(NamedTuple):
         return f"{1e3 * self.step_s:.1f} ms a step, {self.wire_bytes / 1e6:.3g} MB"
 
 
-class Auto(Exchange):
+class Auto(SwitchingExchange):
     """Try each exchange for a few whole steps, then keep the cheapest.
 
     What counts is the median time from one backward pass to the next, compute and all, on the
@@ -109,7 +106,7 @@ class Auto(Exchange):
         self._first = len(exchanges) > 1
         self._trial: _Trial | None = self._left.pop(0)
         self._trial.skip = _WARM_UP_STEPS
-        self._exchange = self._trial.exchange
+        self._current = self._trial.exchange
         if not self._left:
             self._choose(self._trial.name)
 
@@ -150,50 +147,26 @@ class Auto(Exchange):
             self._resumed, self._told = None, False
 
     def _choose(self, name: str) -> None:
-        self._exchange = self._exchanges[name]
+        self._current = self._exchanges[name]
         self._chosen = name
         # with what they have kept
         self._trial, self._left, self._dense = None, [], None
 
     @property
-    def compressor(self) -> TopKCompressor:  # type: ignore[override]
-        return self._exchange.compressor
-
-    @property
-    def carries_settings(self) -> bool:  # type: ignore[override]
-        return self._exchange.carries_settings
-
-    @property
     def sparse(self) -> bool:  # type: ignore[override]
-        return self._trial is None and self._exchange.sparse
+        return self._trial is None and self._current.sparse
 
     @property
     def dense_steps(self) -> int:  # type: ignore[override]
         return self._exchanges[_DENSE].dense_steps if _DENSE in self._exchanges else 0
 
-    @property
-    def frames_per_bucket(self) -> int:  # type: ignore[override]
-        return self._exchange.frames_per_bucket
-
-    def prepare(self, bucket: Tensor) -> None:
-        self._exchange.prepare(bucket)
-
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
-        if self._trial is None or self._dense is None or self._exchange is self._dense:
-            return self._exchange.launch(
-                bucket, layout, compressed, settings_digest=settings_digest
-            )
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
+        if self._trial is None or self._dense is None or self._current is self._dense:
+            return self._current.launch(outgoing)
         with self._aside(self._trial):
-            gradient = bucket.clone()
-        work = self._exchange.launch(bucket, layout, compressed, settings_digest=settings_digest)
-        return Rehearsal(work, bucket, gradient, layout, self._dense, self._reducing(self._trial))
+            gradient = outgoing.bucket.clone()
+        work = self._current.launch(outgoing)
+        return Rehearsal(work, outgoing, gradient, self._dense, self._reducing(self._trial))
 
     @contextmanager
     def _aside(self, trial: _Trial) -> Iterator[None]:
@@ -220,7 +193,7 @@ class Auto(Exchange):
         self._take_up_resumed()
         if self._trial is not None:
             self._account(self._trial)
-        self._exchange.begin_step()
+        self._current.begin_step()
 
     def _account(self, trial: _Trial) -> None:
         now_s, wire_bytes = self._now_s(), self._context.meter.stats.wire_bytes
@@ -269,7 +242,7 @@ class Auto(Exchange):
         self._costs[trial.name] = self._agreed_cost(trial)
         if self._left:
             self._trial = self._left.pop(0)
-            self._exchange = self._trial.exchange
+            self._current = self._trial.exchange
             return
         chosen = _cheapest(self._costs)
         self._choose(chosen)

@@ -8,13 +8,38 @@ until then no rank's residual has changed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from topq_dist.compress.coherence import Coherence
+from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
+
+
+class Outgoing(NamedTuple):
+    """A bucket to be exchanged.
+
+    bucket: 1-D, to be averaged in place. compressed: as many frames of it as are asked for; None
+    where that is none, or this rank has failed and must tell the others. settings_digest: of what
+    must be the same on every rank.
+    """
+
+    bucket: Tensor
+    layout: Layout
+    compressed: Compressed | None
+    settings_digest: int
+
+    @property
+    def frames(self) -> Sequence[Tensor] | None:
+        """The frames of the bucket, where there are any to send."""
+        return None if self.compressed is None else self.compressed.frames
+
+    @property
+    def coherence(self) -> Coherence:
+        """What this rank has measured."""
+        return NO_COHERENCE if self.compressed is None else self.compressed.coherence
 
 
 class ExchangeWork(Protocol):
@@ -63,19 +88,8 @@ class Exchange(ABC):
         """Raise ValueError where what is selected may not differ from rank to rank."""
 
     @abstractmethod
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
-        """Start on one bucket, to be averaged in place, without waiting where that can be helped.
-
-        compressed: as many frames of it as are asked for; None where that is none, or this rank has
-        failed and must tell the others.
-        """
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
+        """Start on one bucket, without waiting where that can be helped."""
 
     def begin_step(self) -> None:  # noqa: B027 - most have nothing to note
         """Take note of a new step, before its first bucket; on every rank alike."""
@@ -93,3 +107,27 @@ class Exchange(ABC):
 
     def resume(self, chosen: str | None, dense_steps: int) -> None:  # noqa: B027
         """Take up what "auto" had chosen in the run that is resumed, and its dense_steps."""
+
+
+class SwitchingExchange(Exchange):
+    """One exchange at a time, `_current`."""
+
+    _current: Exchange
+
+    @property
+    def compressor(self) -> TopKCompressor:  # type: ignore[override]
+        return self._current.compressor
+
+    @property
+    def frames_per_bucket(self) -> int:  # type: ignore[override]
+        return self._current.frames_per_bucket
+
+    @property
+    def carries_settings(self) -> bool:  # type: ignore[override]
+        return self._current.carries_settings
+
+    def prepare(self, bucket: Tensor) -> None:
+        self._current.prepare(bucket)
+
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
+        return self._current.launch(outgoing)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from topq_dist.compress.coherence import NO_COHERENCE
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 from topq_dist.exchange.collectives import CommContext, member
 
 # all at once, what many sparse steps have left would be one step many times as long
@@ -45,18 +43,9 @@ class Dense(Exchange):
     def resume(self, chosen: str | None, dense_steps: int) -> None:
         self.dense_steps = dense_steps
 
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
         share = 1.0 / max(1, _FLUSH_STEPS + 1 - self.dense_steps)
-        return AllReduceWork(
-            bucket, layout, self._context, self.compressor, share, self._leaves_sums
-        )
+        return AllReduceWork(outgoing, self._context, self.compressor, share, self._leaves_sums)
 
 
 class AllReduceWork:
@@ -66,13 +55,13 @@ class AllReduceWork:
 
     def __init__(
         self,
-        bucket: Tensor,
-        layout: Layout,
+        outgoing: Outgoing,
         context: CommContext,
         compressor: TopKCompressor,
         share: float,
         leaves_sums: bool,
     ) -> None:
+        bucket, layout = outgoing.bucket, outgoing.layout
         self._bucket = bucket
         self._context = context
         self._residuals = compressor.residuals

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from topq_dist.compress.codec.frame import FrameError
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, total
-from topq_dist.compress.compressor import Compressed
 from topq_dist.compress.device_compressor import DeviceCompressor, slot_bytes
 from topq_dist.compress.gpu.frames import Written
-from topq_dist.compress.layout import Layout, LayoutCache
+from topq_dist.compress.layout import LayoutCache
 from topq_dist.exchange.agreement import ExchangeError
-from topq_dist.exchange.base import Exchange
+from topq_dist.exchange.base import Exchange, Outgoing
 from topq_dist.exchange.collectives import CommContext, member
 from topq_dist.exchange.slots import Head, check_heads, is_finite, unpack, write_head
 
@@ -122,15 +121,8 @@ class DeviceAllGather(Exchange):
             self._event.record()
         self._has_told = True
 
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> DeviceAllGatherWork:
-        return DeviceAllGatherWork(self, bucket, layout, compressed, settings_digest)
+    def launch(self, outgoing: Outgoing) -> DeviceAllGatherWork:
+        return DeviceAllGatherWork(self, outgoing)
 
 
 class DeviceAllGatherWork:
@@ -141,21 +133,13 @@ class DeviceAllGatherWork:
     of which say so unless one has failed or has other settings; then the lane grows.
     """
 
-    def __init__(
-        self,
-        exchange: DeviceAllGather,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        settings_digest: int,
-    ) -> None:
+    def __init__(self, exchange: DeviceAllGather, outgoing: Outgoing) -> None:
         self._exchange = exchange
-        self._bucket = bucket
+        compressed = outgoing.compressed
         self._selected = None if compressed is None else compressed.on_device
-        own = NO_COHERENCE if compressed is None else compressed.coherence
-        self._own_coherence = self.coherence = own
-        self._settings_digest = settings_digest
-        self._lane = exchange.lanes.of(layout)
+        self._own_coherence = self.coherence = outgoing.coherence
+        self._settings_digest = outgoing.settings_digest
+        self._lane = exchange.lanes.of(outgoing.layout)
         self._lane.fit(exchange.context.size, exchange.context.device, staged=exchange.staged)
         self._written: Written | None = None
         self._heads: Tensor | None = None

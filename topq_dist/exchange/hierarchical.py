@@ -11,12 +11,11 @@ from torch import Tensor
 from topq_dist.compress.aggregate import write_sum
 from topq_dist.compress.codec.frame import Frame, FrameError, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout
+from topq_dist.compress.compressor import TopKCompressor
 from topq_dist.elastic.group import WatchedGroup
 from topq_dist.exchange.agreement import ExchangeError
 from topq_dist.exchange.allgather import AllGather, AllGatherWork
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 from topq_dist.exchange.collectives import CommContext
 
 _FAILED = -1
@@ -51,21 +50,10 @@ class Hierarchical(Exchange):
         with self._inside.meter.timed("wait_s"):
             dist.reduce(bucket, self._leader, group=self._inside.group)
 
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
-        gather = None
-        if self._between is not None:
-            gather = self._between.launch(
-                bucket, layout, compressed, settings_digest=settings_digest
-            )
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
+        gather = None if self._between is None else self._between.launch(outgoing)
         return HierarchicalWork(
-            bucket, gather, self._inside, self._leader, self._nodes, self._per_node
+            outgoing.bucket, gather, self._inside, self._leader, self._nodes, self._per_node
         )
 
 

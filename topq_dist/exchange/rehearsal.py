@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from topq_dist.compress.coherence import NO_COHERENCE
-from topq_dist.compress.layout import Layout
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 
 
 class Rehearsal:
@@ -22,16 +21,14 @@ class Rehearsal:
     def __init__(
         self,
         work: ExchangeWork,
-        bucket: Tensor,
+        outgoing: Outgoing,
         gradient: Tensor,
-        layout: Layout,
         dense: Exchange,
         reducing: AbstractContextManager[None],
     ) -> None:
         self._work = work
-        self._bucket = bucket
+        self._outgoing = outgoing
         self._gradient = gradient
-        self._layout = layout
         self._dense = dense
         self._reducing = reducing
         self._finite = False
@@ -48,7 +45,7 @@ class Rehearsal:
         if self._finite:
             self._work.deliver()
         with self._reducing:
-            self._bucket.copy_(self._gradient)
-            work = self._dense.launch(self._bucket, self._layout, None, settings_digest=0)
+            self._outgoing.bucket.copy_(self._gradient)
+            work = self._dense.launch(self._outgoing._replace(compressed=None))
             work.receive()
             work.deliver()

@@ -14,11 +14,11 @@ from torch import Tensor
 from topq_dist.compress.aggregate import decode_partition
 from topq_dist.compress.codec.frame import Frame, FrameError
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout, LayoutCache
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.layout import LayoutCache
 from topq_dist.compress.reduce import PartReducer, Reduced
 from topq_dist.exchange.agreement import ExchangeError
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 from topq_dist.exchange.collectives import AllToAllLanes, CommContext, FrameAllToAll
 
 
@@ -39,23 +39,13 @@ class SplitReduce(Exchange):
             lambda: (AllToAllLanes.among(context.size), AllToAllLanes.among(context.size))
         )
 
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
+    def launch(self, outgoing: Outgoing) -> ExchangeWork:
         return SplitReduceWork(
-            bucket,
-            layout,
-            compressed,
-            settings_digest,
+            outgoing,
             self._context,
             self.compressor,
             self._reducer,
-            self._lanes.of(layout),
+            self._lanes.of(outgoing.layout),
         )
 
 
@@ -64,19 +54,13 @@ class SplitReduceWork:
 
     def __init__(
         self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        settings_digest: int,
+        outgoing: Outgoing,
         context: CommContext,
         compressor: TopKCompressor,
         reducer: PartReducer,
         lanes: tuple[AllToAllLanes, AllToAllLanes],
     ) -> None:
-        self._bucket = bucket
-        self._layout = layout
-        self._compressed = compressed
-        self._settings_digest = settings_digest
+        self._outgoing = outgoing
         self._context = context
         self._compressor = compressor
         self._reducer = reducer
@@ -87,10 +71,7 @@ class SplitReduceWork:
         self._decoded: list[Frame] = []
         self._gather: FrameAllToAll | None = None
         self.coherence = NO_COHERENCE
-        if compressed is None:
-            self._scatter = self._exchange(None, lanes[0])
-        else:
-            self._scatter = self._exchange(compressed.frames, lanes[0], compressed.coherence)
+        self._scatter = self._exchange(outgoing.frames, lanes[0], outgoing.coherence)
 
     def _exchange(
         self,
@@ -98,7 +79,7 @@ class SplitReduceWork:
         lanes: AllToAllLanes,
         coherence: Coherence = NO_COHERENCE,
     ) -> FrameAllToAll:
-        digest = self._settings_digest
+        digest = self._outgoing.settings_digest
         return FrameAllToAll(
             frames, lanes, self._context, settings_digest=digest, coherence=coherence
         )
@@ -121,7 +102,7 @@ class SplitReduceWork:
         try:
             with self._context.meter.timed("select_s"):
                 self._reduced = self._reducer.reduce(
-                    frames, self._layout, part=self._context.rank, parts=self._context.size
+                    frames, self._outgoing.layout, part=self._context.rank, parts=self._context.size
                 )
         except FrameError as error:
             # raised once the other ranks have been told
@@ -138,11 +119,12 @@ class SplitReduceWork:
             frames = self._gather.frames()
         except ExchangeError as error:
             raise self._failure or error from None
-        self._decoded = decode_partition(frames, numel=self._bucket.numel())
+        self._decoded = decode_partition(frames, numel=self._outgoing.bucket.numel())
         return all(frame.finite for frame in self._decoded)
 
     def deliver(self) -> None:
-        if self._compressed is None or self._reduced is None:
+        compressed = self._outgoing.compressed
+        if compressed is None or self._reduced is None:
             raise RuntimeError("a rank that has failed has nothing to deliver")
-        self._compressor.update_and_write(self._compressed, self._decoded, divisor=1)
+        self._compressor.update_and_write(compressed, self._decoded, divisor=1)
         self._compressor.residuals.apply(self._reduced.update)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
-from topq_dist.compress.compressor import Compressed, TopKCompressor
-from topq_dist.compress.layout import Layout
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, SwitchingExchange
 from topq_dist.exchange.dense import Dense
 
 
-class AllReduceWhole(Exchange):
+class AllReduceWhole(SwitchingExchange):
     """Frames that hold everything are more bytes than everything, and add up in another order.
 
     So steps of which `sends_all` says that nothing is left out or rounded are `dense`'s, which
@@ -26,20 +22,8 @@ class AllReduceWhole(Exchange):
         self._exchange = exchange
         self._dense = dense
         self._sends_all = sends_all
-        self._current: Exchange = exchange
+        self._current = exchange
         self.all_reduces_next = sends_all()
-
-    @property
-    def compressor(self) -> TopKCompressor:  # type: ignore[override]
-        return self._current.compressor
-
-    @property
-    def frames_per_bucket(self) -> int:  # type: ignore[override]
-        return self._current.frames_per_bucket
-
-    @property
-    def carries_settings(self) -> bool:  # type: ignore[override]
-        return self._current.carries_settings
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
@@ -60,19 +44,6 @@ class AllReduceWhole(Exchange):
 
     def settings(self) -> str:
         return f"all_reduces_next={self.all_reduces_next}\n{self._exchange.settings()}"
-
-    def prepare(self, bucket: Tensor) -> None:
-        self._current.prepare(bucket)
-
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> ExchangeWork:
-        return self._current.launch(bucket, layout, compressed, settings_digest=settings_digest)
 
     def can_choose(self, chosen: str | None) -> bool:
         return self._exchange.can_choose(chosen)

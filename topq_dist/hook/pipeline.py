@@ -28,7 +28,7 @@ from topq_dist.exchange.agreement import (
     check_same_on_all_ranks,
     digest,
 )
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
 from topq_dist.exchange.shards import (
     Outcome,
@@ -155,11 +155,9 @@ class Pipeline:
 
     def _launch(self, bucket: Bucket) -> None:
         self._exchange.prepare(bucket.flat)
+        compressed = self._compress(bucket)
         work = self._exchange.launch(
-            bucket.flat,
-            bucket.layout,
-            self._compress(bucket),
-            settings_digest=self._settings_digest,
+            Outgoing(bucket.flat, bucket.layout, compressed, self._settings_digest)
         )
         self._context.meter.add(dense_bytes=bucket.flat.nbytes)
         if self._in_flight:

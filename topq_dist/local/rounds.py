@@ -25,7 +25,7 @@ from topq_dist.exchange.agreement import (
     check_same_on_all_ranks,
     digest,
 )
-from topq_dist.exchange.base import Exchange, ExchangeWork
+from topq_dist.exchange.base import Exchange, ExchangeWork, Outgoing
 from topq_dist.exchange.collectives import AllGatherLane, CommContext, FrameAllGather
 from topq_dist.exchange.shards import Outcome, agree_on_outcome, tell_of_failed_step
 from topq_dist.exchange.slots import NO_FRAME
@@ -131,12 +131,8 @@ class Rounds:
                 self._context,
                 settings_digest=digest(settings),
             )
-        work = self._exchange.launch(
-            begun.vector,
-            self._replica.layout(begun.fragment),
-            compressed,
-            settings_digest=digest(settings),
-        )
+        layout = self._replica.layout(begun.fragment)
+        work = self._exchange.launch(Outgoing(begun.vector, layout, compressed, digest(settings)))
         self._in_flight[begun.fragment] = _InFlight(
             begun=begun,
             work=work,
