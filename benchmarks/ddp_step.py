@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
 from dataclasses import asdict
-from types import FrameType
 
 import torch
 from harness.baselines import DEFAULT_HOOKS, HOOKS
@@ -29,9 +27,9 @@ from harness.netns import (
     DEFAULT_BURST,
     INTERFACE,
     LINK_RATES,
-    HostsError,
     hosts,
     missing_requirement,
+    told_of_ends,
 )
 from harness.worker_pool import WorkerError, WorkerPool, start_workers
 
@@ -99,21 +97,13 @@ def main(argv: list[str] | None = None) -> int:
     if reason is not None:
         say(f"ddp_step: {reason}")
         return 2
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _leave)
     busy_before = busy_cores_before()
     start = time.monotonic()
     rows: list[Row] = []
-    try:
+    with told_of_ends("ddp_step"):
         for count in options.hosts:
             for link in options.links:
                 rows += measure_link(link, count, options)
-    except HostsError as error:
-        say(f"ddp_step: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("ddp_step: interrupted, hosts removed")
-        return 130
     report = {
         "benchmark": "ddp_step",
         "machine": {
@@ -138,10 +128,6 @@ def main(argv: list[str] | None = None) -> int:
     draw(rows, options.out / "ddp_step.png")
     print(table(rows))
     return 1 if any(row.error for row in rows) else 0
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

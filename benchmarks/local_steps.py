@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import torch
 from harness.console import integer_from, option_parser, say, write_report
@@ -30,9 +28,9 @@ from harness.netns import (
     DEFAULT_BURST,
     INTERFACE,
     LINK_RATES,
-    HostsError,
     hosts,
     missing_requirement,
+    told_of_ends,
 )
 from harness.worker_pool import WorkerError, start_workers
 
@@ -83,20 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     if reason is not None:
         say(f"local_steps: {reason}")
         return 2
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _leave)
     busy_before = busy_cores_before()
     start_s = time.monotonic()
     rows: list[Row] = []
-    try:
+    with told_of_ends("local_steps"):
         for link in options.links:
             rows += measure_link(link, options)
-    except HostsError as error:
-        say(f"local_steps: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("local_steps: interrupted, hosts removed")
-        return 130
     report = {
         "benchmark": "local_steps",
         "machine": {
@@ -122,10 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     draw(rows, TITLE, (ROOT / "docs" if options.docs else options.out) / "local_timeline.png")
     print(table(rows))
     return 1 if any(row.error for row in rows) else 0
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

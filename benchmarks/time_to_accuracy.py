@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import torch
@@ -41,9 +39,9 @@ from harness.netns import (
     DEFAULT_BURST,
     INTERFACE,
     LINK_RATES,
-    HostsError,
     hosts,
     missing_requirement,
+    told_of_ends,
 )
 from harness.time_to_accuracy_report import (
     ESTIMATED_NOTE,
@@ -258,21 +256,17 @@ def main(argv: list[str] | None = None) -> int:
     if reason is not None:
         say(f"time_to_accuracy: {reason}")
         return 2
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _leave)
     busy_before = busy_cores_before()
     start_s = time.monotonic()
     benchmark = Benchmark(options.recipe, options.seeds, options.timed_steps)
     try:
         # once and here: two workers would write the same file
         datasets.load(options.recipe.data)
-        rows = benchmark.measure(options.links, options.methods)
-    except (datasets.DataError, HostsError) as error:
+    except datasets.DataError as error:
         say(f"time_to_accuracy: {error}")
         return 2
-    except KeyboardInterrupt:
-        say("time_to_accuracy: interrupted, hosts removed")
-        return 130
+    with told_of_ends("time_to_accuracy"):
+        rows = benchmark.measure(options.links, options.methods)
     target = benchmark.target(rows)
     rows = with_target(rows, target)
     report = {
@@ -313,10 +307,6 @@ def _settings(options: argparse.Namespace, parameters: int | None) -> dict[str, 
         "estimated": ESTIMATED_NOTE.removeprefix("* "),
         "methods": {name: TITLES[name] for name in options.methods},
     }
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -196,26 +195,6 @@ class ElasticRun:
             "take it in",
         )
         return Kill(name, recovered_s, time.time() - began_s)
-
-    def stop_and_continue(self, name: str) -> None:
-        """Stop a rank for longer than its lease, let it go on, and wait until it is in again."""
-        self._wait_until(lambda: all(len(self._last(one)) > 1 for one in self.names), "start")
-        process = self._processes[name]
-        os.kill(process.pid or 0, signal.SIGSTOP)
-        stopped_s = time.time()
-        others = [one for one in self.names if one != name]
-        self._wait_until(
-            lambda: all(self._counted_without(name, one, stopped_s) for one in others), "go on"
-        )
-        os.kill(process.pid or 0, signal.SIGCONT)
-        whole, began_s = "-".join(self.names), time.time()
-        self._wait_until(
-            lambda: all(
-                lines[-1].members == whole and lines[-1].at_s > began_s
-                for lines in map(self._last, self.names)
-            ),
-            "take it in",
-        )
 
     def _counted_without(self, lost: str, name: str, since_s: float) -> float:
         """Return when a rank had its first round without the one that is lost; 0 where not yet."""

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.console import say
+
 INTERFACE = "eth0"
 # tbf's words for the links that are measured, and what a reader knows them as
 LINK_RATES = {"loopback": None, "1gbit": "1gbit", "100mbit": "100mbit"}
@@ -55,6 +57,24 @@ def missing_requirement() -> str | None:
         if shutil.which(name) is None:
             return f"the command {name!r} is missing: install iproute2"
     return None
+
+
+@contextmanager
+def told_of_ends(benchmark: str) -> Iterator[None]:
+    """Have the process end with a word, and without hosts, where it is asked to or has none.
+
+    Exits with 2 where hosts cannot be made, 130 after Ctrl-C, 128 + its number after a signal.
+    """
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except HostsError as error:
+        say(f"{benchmark}: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say(f"{benchmark}: interrupted, hosts removed")
+        sys.exit(130)
 
 
 @contextmanager

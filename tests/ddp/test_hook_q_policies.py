@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ddp.test_hook_errors import error_of
 from hook_cases import batch, loss_of, small_model
-from ranks import run_ranks
+from ranks import error_of, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -22,7 +22,7 @@ from topq_dist.compress.layout import ChunkedVector, Layout, LayoutCache
 from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
-from topq_dist.compress.sparsify.by_loss import cut_to_need
+from topq_dist.compress.sparsify.by_loss import SegmentsByLoss, cut_to_need
 from topq_dist.compress.sparsify.magnitude import Selection
 from topq_dist.compress.sparsify.segments import (
     Segment,
@@ -162,7 +162,8 @@ class TopKCompressor:
             return Compressed(
                 frames=[encode_non_finite_frame(numel, value_format) for numel in numels]
             )
-        selected, segments = cut_to_need(selected, segments, vector, added)
+        if isinstance(segments, SegmentsByLoss):
+            selected, segments = cut_to_need(selected, segments, vector, added)
         indices, values = selected.indices, selected.values
 
         # 3. quantize

@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
 
 
 def agree_on_outcome(mine: Outcome, settings: Callable[[], str], context: CommContext) -> Outcome:
-    """Return what has come of a step on all shards; a collective of the shards.
+    """Return what has come of a step on all shards; a collective of the shards, if there are any.
 
     mine: the same on all replicas of this shard. settings: returns what all must have alike.
     Raises ExchangeError on every rank where a shard has failed or has other settings.

@@ -33,16 +33,17 @@ class SegmentsByLoss(Segments):
 
 
 def cut_to_need(
-    selection: Selection, segments: Segments, gradient: ChunkedVector, residual: Tensor | None
+    selection: Selection,
+    segments: SegmentsByLoss,
+    gradient: ChunkedVector,
+    residual: Tensor | None,
 ) -> tuple[Selection, Segments]:
     """Return what of a finite selection is needed, and the segments with their k.
 
-    Of each segment that has a policy and a selected element, the fewest of largest magnitude that
-    have the energy which the policy asks for, but one at least. `selection`, in the order of
-    `segments`, is of `gradient` plus `residual`. Other segments are as they were.
+    Of each segment that has a selected element, the fewest of largest magnitude that have the
+    energy which the policy asks for, but one at least. `selection`, in the order of `segments`, is
+    of `gradient` plus `residual`.
     """
-    if not isinstance(segments, SegmentsByLoss):
-        return selection, segments
     values, kept, ks, start = selection.values.numpy(), [], [], 0
     for segment in segments:
         stop = start + segment.rows * segment.k

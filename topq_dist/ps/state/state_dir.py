@@ -9,7 +9,6 @@ import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from topq_dist.ps.state.directory_lock import DirectoryLock, LockLostError
@@ -149,12 +148,7 @@ class StateDir:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_ours(self) -> None:
