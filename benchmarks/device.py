@@ -12,25 +12,28 @@ a step, with the device idle before and after each. Last what the hook adds to a
 (device_ddp.py), one rank with NCCL and two with gloo on the one GPU. What there is no time for is
 left out, and said.
 
-Prints medians and GB/s of gradient, writes runs/device.json. Without a GPU it says so and exits
-with 2; `--device cpu` runs the second part all the same, and with TRITON_INTERPRET=1 and
-TOPQ_GPU=interpret the kernels in it too, by numpy: small sizes alone.
+Prints medians and GB/s of gradient; writes runs/device.json after each part, and beside it what the
+other programs have said. Without a GPU it says so and exits with 2; `--dry-run` goes through all of
+it on the CPU, small, with the kernels run by Triton's interpreter, but only collects the tests.
+`--device cpu` has the second part alone.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness.console import integer_from, option_parser, say, text_table, write_report
+from harness.waits import no_waits, synchronize
 from torch import Tensor
 
 from topq_dist import Compressor
@@ -43,6 +46,11 @@ COPY, OURS, TOPK = "copy on the device", "compress()", "torch.topk"
 STAGES, SAMPLED = "a step's stages on the device", "sampled threshold (DGC)"
 ROOT = Path(__file__).parents[1]
 _SAMPLED_FRACTION = 0.01
+# of device_ddp.py, for a dry run
+SMALL = (
+    *("--device", "cpu", "--layers", "1", "--width", "8", "--context", "8", "--batch", "1"),
+    *("--vocabulary", "16", "--warm-up", "1", "--steps", "1"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,10 @@ class Row:
     copies: float
 
 
-def measure(device: torch.device, numel: int, q: float, warm_up: int, steps: int) -> list[Row]:
-    """Return a row for each method at one size and q."""
+def measure(
+    device: torch.device, numel: int, q: float, warm_up: int, steps: int, ends_s: float
+) -> list[Row]:
+    """Return a row for each method at one size and q, of fewer steps if time runs out."""
     k = round((1.0 - q) * numel)
     compressor = Compressor(q=q, value_format="fp16")
     gradient, kept = torch.empty(numel, device=device), torch.empty(numel, device=device)
@@ -73,6 +83,8 @@ def measure(device: torch.device, numel: int, q: float, warm_up: int, steps: int
     times_s: dict[str, list[float]] = {name: [] for name in methods}
     generator = torch.Generator(device).manual_seed(0)
     for step in range(warm_up + steps):
+        if step > warm_up and time.monotonic() > ends_s:
+            break
         gradient.normal_(generator=generator)
         for name, method in methods.items():
             synchronize(device)
@@ -139,45 +151,32 @@ def sampled_threshold(gradient: Tensor, k: int) -> Tensor:
     return (magnitudes >= threshold).nonzero()
 
 
-@contextmanager
-def no_waits(device: torch.device, refused: bool) -> Iterator[None]:
-    """Have whatever waits for the device within the block be an error, where that is asked for."""
-    if device.type == "cuda" and refused:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def tested(limit_s: float) -> str:
+def tested(limit_s: float, out: Path, dry_run: bool) -> str:
     """Run the tests of the kernels and of the hook on the GPU; return how that ended."""
     folders = ["tests/compress/gpu", "tests/ddp/test_hook_on_device.py", "tests/exchange"]
-    return told(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", *folders],
-        limit_s,
-        {"TOPQ_TEST_DEVICE": "cuda"},
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *folders]
+    if dry_run:
+        return told([*command, "--collect-only"], limit_s, {}, out / "device_tests.txt")
+    return told(command, limit_s, {"TOPQ_TEST_DEVICE": "cuda"}, out / "device_tests.txt")
 
 
-def told(command: Sequence[str], limit_s: float, more: Mapping[str, str]) -> str:
-    """Run a command for so long at most, and return the last line that it prints."""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True,
-            timeout=max(1.0, limit_s), check=False,
+def told(command: Sequence[str], limit_s: float, more: Mapping[str, str], log: Path) -> str:
+    """Run a command for so long at most, its output in a file; return its last line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        # a group of its own, since what it has started may hold the device
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **more}, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"no end within {limit_s:.0f} s"
-    lines = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()
-    return f"{lines[-1]} (exit {done.returncode})"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        try:
+            process.wait(max(1.0, limit_s))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"no end within {limit_s:.0f} s"
+    lines = log.read_text().strip().splitlines() or ["nothing"]
+    return f"{lines[-1]} (exit {process.returncode})"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -211,39 +210,65 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--q", nargs="+", type=float, default=[0.99, 0.999])
     parser.add_argument("--warm-up", type=integer_from(1), default=10, help="steps not counted")
     parser.add_argument("--steps", type=integer_from(1), default=15, help="steps measured")
+    parser.add_argument("--dry-run", action="store_true", help="all of it, small, on the CPU")
     options = parser.parse_args(argv)
+    if options.dry_run:
+        # before anything imports triton
+        os.environ |= {"TRITON_INTERPRET": "1", "TOPQ_GPU": "interpret"}
+        options.device, options.numel, options.q = torch.device("cpu"), [2000], [0.99]
+        options.warm_up, options.steps = 2, 2
     if options.device.type == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("device.py: no CUDA device here: expected one, or --device cpu\n")
         sys.exit(2)
     on_gpu = options.device.type == "cuda"
     ends_s = time.monotonic() + options.limit_s
-    ended = {"tests": tested(0.4 * options.limit_s)} if on_gpu else {}
-    rows = []
-    for numel in options.numel:
-        for q in options.q:
-            if time.monotonic() > ends_s - 0.3 * options.limit_s:
-                ended[f"{numel} elements, q = {q}"] = "left out: no time"
-                continue
-            try:
-                rows += measure(options.device, numel, q, options.warm_up, options.steps)
-            except torch.OutOfMemoryError as error:
-                ended[f"{numel} elements, q = {q}"] = f"left out: {error}".splitlines()[0]
-    for ranks in (1, 2) if on_gpu else ():
-        command = [sys.executable, "benchmarks/device_ddp.py", "--ranks", str(ranks), "--trace"]
-        left_s = (ends_s - time.monotonic()) / (3 - ranks)
-        ended[f"device_ddp, ranks = {ranks}"] = told(command, left_s, {})
-    for what, how in ended.items():
-        say(f"{what}: {how}")
-    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
-    report = {
+    ended: dict[str, str] = {}
+    report: dict[str, Any] = {
         "benchmark": "device",
-        "machine": {"device": name, "torch": torch.__version__},
+        "machine": {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+        },
         "settings": {"warm_up": options.warm_up, "steps": options.steps},
         "engine_on_device": engine.runs_on(options.device),
         "ended": ended,
-        "rows": [asdict(row) for row in rows],
+        "rows": [],
     }
-    write_report(options.out, "device", report)
+    rows: list[Row] = []
+
+    def note(what: str, how: str) -> None:
+        # what there is by now is kept, whatever comes
+        ended[what] = how
+        report["rows"] = [asdict(row) for row in rows]
+        report["left_s"] = ends_s - time.monotonic()
+        write_report(options.out, "device", report)
+        say(f"{what}: {how}")
+
+    if on_gpu or options.dry_run:
+        note("tests", tested(0.4 * options.limit_s, options.out, options.dry_run))
+    measured_until_s = ends_s - 0.3 * options.limit_s
+    for numel in options.numel:
+        for q in options.q:
+            how = "measured"
+            if time.monotonic() > measured_until_s:
+                how = "left out: no time"
+            else:
+                try:
+                    rows += measure(
+                        options.device, numel, q, options.warm_up, options.steps, measured_until_s
+                    )
+                except RuntimeError as error:
+                    # out of memory, or a wait for the device
+                    how = f"left out: {error}".splitlines()[0]
+            note(f"{numel} elements, q = {q}", how)
+    if on_gpu:
+        torch.cuda.empty_cache()
+    for ranks in (1, 2) if on_gpu or options.dry_run else ():
+        command = [sys.executable, "benchmarks/device_ddp.py", "--ranks", str(ranks), "--trace"]
+        command += ["--out", str(options.out.resolve()), *(SMALL if options.dry_run else ())]
+        left_s = (ends_s - time.monotonic()) / (3 - ranks)
+        log = options.out / f"device_ddp_{ranks}.txt"
+        note(f"device_ddp, ranks = {ranks}", told(command, left_s, {}, log))
     print(table(rows))
 
 

@@ -1,7 +1,12 @@
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import device
+import device_ddp
 import frame_size
 import pytest
 import selection
@@ -78,3 +83,50 @@ def test_the_device_benchmark_runs_on_any_device(
     ]
     assert all(len(row["times_s"]) == 3 and row["gradient_gb_per_s"] > 0 for row in rows)
     assert "GB/s of gradient" in capsys.readouterr().out
+
+
+@pytest.mark.gloo
+@pytest.mark.timeout(600)
+def test_a_dry_run_of_it_goes_through_every_part(tmp_path: Path) -> None:
+    # in every process that it starts: the interpreter is some times as fast as it comes
+    (tmp_path / "sitecustomize.py").write_text("import interpreted\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), str(device.ROOT)])
+    command = [sys.executable, device.__file__, "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "device.json").read_text())
+    assert report["engine_on_device"]
+    assert device.STAGES in {row["method"] for row in report["rows"]}
+    ended = report["ended"]
+    assert ended.pop("2000 elements, q = 0.99") == "measured"
+    assert len(ended) == 3
+    assert all(how.endswith("(exit 0)") for how in ended.values()), ended
+    assert "tests collected" in ended["tests"]
+    for name, methods in (("device_ddp", 5), ("device_ddp_2", 4)):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["failed"] == {}
+        assert len(found["rows"]) == methods
+    assert len(list(tmp_path.glob("*_trace.json"))) == 9
+
+
+def test_what_it_starts_has_an_end(tmp_path: Path) -> None:
+    sleeps = "import subprocess, sys; print('begun', flush=True); "
+    sleeps += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started_s = time.monotonic()
+    log = tmp_path / "log.txt"
+    assert device.told([sys.executable, "-c", sleeps], 1.0, {}, log) == "no end within 1 s"
+    assert time.monotonic() - started_s < 20
+    rows = device.measure(torch.device("cpu"), 1000, 0.9, 1, 1000, time.monotonic())
+    assert {len(row.times_s) for row in rows} == {1}
+
+
+def test_gaps_in_a_trace() -> None:
+    def kernel(stream: int, start: float, lasts: float) -> dict[str, object]:
+        return {"cat": "kernel", "ts": start, "dur": lasts, "args": {"stream": stream}}
+
+    others = [kernel(9, 0, 5), kernel(9, 90, 5), {"cat": "cpu_op", "ts": 0, "dur": 900}]
+    backward = [kernel(7, 50, 20), kernel(7, 0, 40), kernel(7, 65, 10), kernel(7, 78, 2)]
+    assert device_ddp.idle_of([*others, *backward]) == (13.0, 10.0)
+    assert device_ddp.idle_of(others[2:]) is None
