@@ -5,14 +5,29 @@ It needs the packages of the extra `ps`; whoever imports it without them is told
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
 
 if TYPE_CHECKING:
     from topq_dist.ps.client.optimizer import ParameterServerOptimizer
+    from topq_dist.ps.security import ClientTls, read_token
 
-__all__ = ["ParameterServerOptimizer", "RefusedError", "ServerLostError"]
+__all__ = [
+    "ClientTls",
+    "ParameterServerOptimizer",
+    "RefusedError",
+    "ServerLostError",
+    "read_token",
+]
+
+# on demand: modules of this package that need neither torch nor grpc are imported through here
+_HOMES = {
+    "ClientTls": "security",
+    "ParameterServerOptimizer": "client.optimizer",
+    "read_token": "security",
+}
 
 # what imports of the extra's packages begin with
 _EXTRA = ("click", "google", "grpc", "grpc_health", "grpc_reflection", "safetensors")
@@ -30,11 +45,9 @@ def without_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
 
 
 def __getattr__(name: str) -> Any:
-    # on demand: modules of this package that need neither torch nor grpc are imported through here
-    if name == "ParameterServerOptimizer":
-        try:
-            from topq_dist.ps.client.optimizer import ParameterServerOptimizer
-        except ModuleNotFoundError as error:
-            raise without_extra(error) from error
-        return ParameterServerOptimizer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise without_extra(error) from error

@@ -43,16 +43,19 @@ class ServerTls:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientTls:
-    """PEM files of what a client trusts and shows.
+    """PEM files of what a worker trusts and shows: `tls=` of a ParameterServerOptimizer.
 
-    ca: of the server's certificate; None: the CAs that come with gRPC. certificate, key: for a
-    server that wants to see one. server_name: to expect in the server's certificate in place of
-    the host that is connected to.
+    ca: of the server's certificate; None: the CAs that come with gRPC.
+    certificate, key: for a server that wants to see one; both or neither.
+    server_name: to expect in the server's certificate in place of the host that is connected to.
+
+    Raises ValueError where one of certificate and key is missing; what is wrong with the files is
+    told where they are read.
     """
 
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
     server_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,14 +70,14 @@ class ClientTls:
 
         Raises ValueError for files that do not work, naming the parameter.
         """
-        ca = _read_ca("ca", self.ca)
+        ca = _read_ca("ca", None if self.ca is None else Path(self.ca))
         if self.certificate is None or self.key is None:
             return grpc.ssl_channel_credentials(ca)
-        key, certificate = _read_pair(self.certificate, self.key, at_server=False)
+        key, certificate = _read_pair(Path(self.certificate), Path(self.key), at_server=False)
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def _shown(path: Path | None) -> str:
+def _shown(path: str | Path | None) -> str:
     return repr(None if path is None else str(path))
 
 

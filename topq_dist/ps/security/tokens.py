@@ -63,8 +63,13 @@ def check_token(token: str) -> str:
     return token
 
 
-def read_token(path: Path) -> str:
-    """Return the one token in a worker's own file; raises ValueError."""
+def read_token(path: str | Path) -> str:
+    """Return the one token in a worker's own file, which others may not read.
+
+    Raises ValueError for a file that is not there, that others may read, or that holds something
+    else; the message does not repeat it.
+    """
+    path = Path(path)
     text = _text("token_file", path, read_file("token_file", path, secret=True)).strip()
     if not _TOKEN.fullmatch(text):
         raise ValueError(f"token_file={str(path)!r}: expected {_FORM} and nothing else")
