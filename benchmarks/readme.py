@@ -1,10 +1,10 @@
-"""Writes the tables of README.md and docs/local_steps.md from the figures in benchmarks/results.
+"""Writes the tables of README.md and of pages in docs/ from the figures in benchmarks/results.
 
     python benchmarks/readme.py
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what `TABLES[NAME]`, on the page of local steps
-`LOCAL_TABLES[NAME]`, makes of the JSON files that the other scripts here write; `--check` only says
-whether both pages are up to date.
+On each page of `PAGES`, between `<!-- NAME -->` and `<!-- end -->`, stands what the function of
+that name makes of the JSON files that the other scripts here write; `--check` only says whether all
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,30 @@ from harness.netns import LINK_TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-LOCAL_STEPS = ROOT / "docs" / "local_steps.md"
 ALLGATHER, SPLIT = "topq_allgather", "topq_split"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the README's tables from the results.")
+    parser = argparse.ArgumentParser(description="Write the pages' tables from the results.")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
     options = parser.parse_args()
-    for page, tables in ((README, TABLES), (LOCAL_STEPS, LOCAL_TABLES)):
+    for name, tables in PAGES.items():
+        page = ROOT / name
         before = page.read_text()
-        after = filled(before, tables)
+        after = filled(before, tables, name)
         if options.check and before != after:
-            sys.exit(f"{page.name} is out of date: run benchmarks/readme.py")
+            sys.exit(f"{name} is out of date: run benchmarks/readme.py")
         if not options.check:
             page.write_text(after)
 
 
-def filled(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """Return `text` with every one of these tables made anew."""
-    for name, make in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+def filled(text: str, tables: Sequence[Callable[[], str]], page: str) -> str:
+    """Return the page's `text` with every one of these tables made anew."""
+    for make in tables:
+        pattern = rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)"
         found = re.search(pattern, text, flags=re.DOTALL)
         if found is None:
-            sys.exit(f"no page has <!-- {name} --> with an <!-- end --> after it")
+            sys.exit(f"{page} has no <!-- {make.__name__} --> with an <!-- end --> after it")
         text = text[: found.end(1)] + make() + text[found.start(2) :]
     return text
 
@@ -93,8 +92,25 @@ TASK_TITLES = {
 }
 
 
+CONVERGENCE_HEADS = [
+    "accuracy, or loss in nats, on the test part",
+    *("ranks, steps", "dense", "defaults", "difference", "fewer bytes", "seeds"),
+]
+
+
+def quality() -> str:
+    """Return the rows of `convergence` with the most steps of each task."""
+    longest = {row[0]: row for row in convergence_rows()}
+    return markdown(CONVERGENCE_HEADS, list(longest.values()))
+
+
 def convergence() -> str:
     """Return the hook's defaults beside dense, for the tasks where both have been run."""
+    return markdown(CONVERGENCE_HEADS, convergence_rows())
+
+
+def convergence_rows() -> list[list[str]]:
+    """Return a row for each task, number of ranks and of steps, in ascending order of these."""
     runs: dict[tuple[str, int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for line in (RESULTS / "convergence.jsonl").read_text().splitlines():
         run = json.loads(line)
@@ -124,8 +140,7 @@ def convergence() -> str:
                     str(len(seeds)),
                 ]
             )
-    heads = ["accuracy, or loss in nats, on the test part", "ranks, steps", "dense", "defaults"]
-    return markdown([*heads, "difference", "fewer bytes", "seeds"], lines)
+    return lines
 
 
 def ddp_step() -> str:
@@ -366,18 +381,21 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *lines))
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
-    "accuracy_ps": accuracy_ps,
-    "convergence": convergence,
-    "ddp_step": ddp_step,
-    "device": device,
-    "engine": engine,
-    "optimizer_step": optimizer_step,
-    "ps_load": ps_load,
-    "ps_step": ps_step,
+PAGES: dict[str, Sequence[Callable[[], str]]] = {
+    "README.md": [quality],
+    "docs/benchmarks.md": [
+        convergence,
+        accuracy,
+        accuracy_ps,
+        ddp_step,
+        ps_step,
+        ps_load,
+        engine,
+        optimizer_step,
+    ],
+    "docs/gpu.md": [device],
+    "docs/local_steps.md": [local_steps],
 }
-LOCAL_TABLES: dict[str, Callable[[], str]] = {"local_steps": local_steps}
 
 
 if __name__ == "__main__":
