@@ -26,6 +26,7 @@ from topq_dist.exchange.epochs import LostResidual, check_saves_own
 from topq_dist.exchange.gathered_states import gather_states
 from topq_dist.exchange.registry import ExchangeName
 from topq_dist.exchange.shards import telling_of_failures
+from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.parts import Knobs, Ranks, agree_on_loaded, connect
 from topq_dist.hook.sparsity_policy import PlannedSparsity
@@ -159,6 +160,7 @@ class TopQState(HookState):
                 )
             self._model = model
             self._parts = make_parts(self._knobs, model, optimizer)
+            self._calls = CallWatch(optimizer)
             return
         if process_group is not None:
             raise ValueError("process_group with a DistributedDataParallel model: expected None")
@@ -167,6 +169,7 @@ class TopQState(HookState):
         context = CommContext(group=model.process_group, device=device, meter=self._meter)
         with telling_of_failures(context):
             self._parts = make_parts(self._knobs, model, optimizer)
+        self._calls = CallWatch(optimizer)
         if place is not None:
             self._elastic = ElasticHook(model, optimizer, self._parts, self._knobs, place, context)
             self._ranks = self._elastic.ranks
@@ -205,6 +208,7 @@ class TopQState(HookState):
             )
         self._parts = make_parts(self._knobs, self._model, optimizer)
         self._optimizer = optimizer
+        self._calls = CallWatch(optimizer)
 
     @property
     def q(self) -> float | QPolicy:
@@ -271,6 +275,7 @@ class TopQState(HookState):
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
     ) -> Future[Tensor]:
         """Take the next bucket of a backward pass: what `topq_hook` does."""
+        self._calls.close()
         if self._elastic is not None:
             self._elastic.watch = self._watch
             future = self._elastic.push(flat, parameters, first=first, last=last)

@@ -36,6 +36,7 @@ from topq_dist.fsdp.pass_end import PassEnd
 from topq_dist.fsdp.sharded import ShardedModules, shard_device, shard_group, sharded_names
 from topq_dist.fsdp.shards import ShardFacts, ShardLayouts, ShardSparsity
 from topq_dist.fsdp.torch_side import reduced_dtype
+from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.parts import KnobOptions, Knobs, Ranks, WrappedModel, assemble, connect
 from topq_dist.hook.state import HookState
 from topq_dist.telemetry.stats import Meter
@@ -89,7 +90,8 @@ class ShardedTopQState(HookState):
             self._parts = assemble(knobs, wrapped, optimizer, per_node)
         self._ranks: Ranks = connect(self._parts, knobs, context)
         warn_of_different_replicas(names, context)
-        at_end = PassEnd(self._modules, facts, layouts, self._parts, self._ranks)
+        self._calls = CallWatch(optimizer)
+        at_end = PassEnd(self._modules, facts, layouts, self._parts, self._ranks, self._calls)
         Capture(model, self._modules, names, replicas.size(), at_end.exchange)
 
     @property

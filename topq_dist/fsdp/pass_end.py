@@ -14,6 +14,7 @@ from topq_dist.fsdp.capture import Capture, Reduction
 from topq_dist.fsdp.sharded import ShardedModules
 from topq_dist.fsdp.shards import ShardFacts, ShardLayouts
 from topq_dist.fsdp.torch_side import reduced_dtype
+from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.parts import HookParts, Ranks
 
 
@@ -30,16 +31,19 @@ class PassEnd:
         layouts: ShardLayouts,
         parts: HookParts,
         ranks: Ranks,
+        calls: CallWatch,
     ) -> None:
         self._modules = modules
         self._facts = facts
         self._layouts = layouts
         self._stages = parts.stages
         self._ranks = ranks
+        self._calls = calls
 
     @torch.no_grad()
     def exchange(self, capture: Capture) -> None:
         """Exchange what a backward pass has left, and add the averages to the gradients."""
+        self._calls.close()
         reductions = capture.take()
         self._facts.note(reductions)
         with capture.stream():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from topq_dist.compress.unsent import UnsentWatch
+from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.parts import HookParts, Knobs, Ranks
 from topq_dist.telemetry.readings import Reading, rank_readings
 from topq_dist.telemetry.stats import Meter, Stats
@@ -20,6 +21,7 @@ class HookState:
     def __init__(self, knobs: Knobs, optimizer: Optimizer | None, meter: Meter) -> None:
         self._knobs = knobs
         self._optimizer = optimizer
+        self._calls = CallWatch(None)
         self._meter = meter
         # once somebody looks on
         self._watch: UnsentWatch | None = None
