@@ -46,6 +46,8 @@ TURNED = [
     ("ps/security", "topq_dist.ps.model"),
     ("ps/protocol", "topq_dist.ps.model"),
     ("ps/training", "grpc"),
+    ("ddp", "topq_dist.integrations"),
+    ("telemetry", "ray"),
 ]
 
 

@@ -64,3 +64,14 @@ def test_the_hooks_before_a_commit_are_the_checks_of_the_tests() -> None:
     assert ".venv/bin/python .venv/bin/lint-imports" in hooks
     # whatever else there is comes from the same place
     assert all(entry.startswith(".venv/bin/python ") for entry in hooks)
+
+
+def test_the_recipes_for_trainers_are_the_examples() -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    recipes = re.findall(
+        r"\]\(\.\./(examples/\w+\.py)\):\n\n```python\n(.*?)```\n", page, re.DOTALL
+    )
+    trainers = {path.stem for path in (ROOT / "topq_dist" / "integrations").glob("*.py")}
+    assert len(recipes) == len(trainers - {"__init__", "saving"})
+    for example, code in recipes:
+        assert code == (ROOT / example).read_text(), example
