@@ -1,4 +1,4 @@
-"""Run by test_lightning.py in Lightning's environment: the strategy's door, and what is refused."""
+"""Run by test_lightning.py in Lightning's environment: a state handed over, and what is refused."""
 
 import sys
 import warnings
@@ -62,7 +62,7 @@ def handed_over(module: Module) -> tuple[TopQState, DDPStrategy]:
     return state, DDPStrategy(ddp_comm_state=state, ddp_comm_hook=topq_hook)
 
 
-# by Lightning's door alone the hook is left out on a CPU; who has set the optimizer is told
+# by Lightning's own option alone the hook is left out on a CPU; who has set the optimizer is told
 module = Module()
 state, strategy = handed_over(module)
 (optimizer,) = module.configure_optimizers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipes import check_file, check_hook_was_called, environment, example, run
+from trainer_recipes import check_file, check_hook_was_called, environment, example, run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(600)]
 
@@ -25,6 +25,6 @@ def test_the_recipe_resumes_to_the_bit(python: Path, tmp_path: Path) -> None:
     check_file(*last, "state_dict", "optimizer_states", "callbacks.TopQCallback")
 
 
-def test_the_strategys_door_and_what_is_refused(python: Path, tmp_path: Path) -> None:
+def test_a_state_handed_to_the_strategy_and_what_is_refused(python: Path, tmp_path: Path) -> None:
     said = run(python, Path(__file__).with_name("lightning_doors.py"), tmp_path)
     assert "all doors tried" in said

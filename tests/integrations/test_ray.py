@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipes import check_file, check_hook_was_called, environment, example, run
+from trainer_recipes import check_file, check_hook_was_called, environment, example, run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipes import RANKS, check_file, check_hook_was_called, environment, example, run
+from trainer_recipes import RANKS, check_file, check_hook_was_called, environment, example, run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(600)]
 

@@ -1,6 +1,6 @@
 """Environments with one trainer each, stacked on what this one has of topq_dist's own dependencies.
 
-    .venv/bin/python tests/integrations/trainer_env.py lightning
+    .venv/bin/python tests/trainer_env.py lightning
 
 makes .trainers/lightning unless it is there, with the extra of that name and nothing else beside
 torch, numpy and what they need, which are links to this environment's, and prints its Python.
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".trainers"
-CONSTRAINTS = ROOT / "constraints.txt", Path(__file__).with_name("constraints.txt")
+CONSTRAINTS = ROOT / "constraints.txt", ROOT / "tests" / "integrations" / "constraints.txt"
 # what pip says where it reaches nobody
 _NO_NETWORK = "NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError"
 
