@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from topq_dist import TopQState, topq_hook
 from topq_dist.integrations.lightning import TopQCallback
@@ -23,8 +23,9 @@ class Module(LightningModule):
         self.optimizers_wanted = optimizers
         self.automatic_optimization = optimizers == 1
 
-    def training_step(self, batch: torch.Tensor, number: int) -> torch.Tensor:
-        return self.layer(batch).square().mean()
+    def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
+        loss: torch.Tensor = self.layer(batch[0]).square().mean()
+        return loss
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         makes = range(self.optimizers_wanted)
@@ -45,7 +46,7 @@ def fit(
         default_root_dir=FOLDER,
         **quiet,
     )
-    trainer.fit(module, DataLoader(torch.randn(64, 64), 4), **said)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(64, 64)), 4), **said)
     return trainer
 
 

@@ -21,8 +21,8 @@ def test_the_recipe_resumes_to_the_bit(python: Path, tmp_path: Path) -> None:
     check_hook_was_called(said, steps=128)
     resumed = run(python, recipe, tmp_path / "resumed", tmp_path / "whole/epoch=1.ckpt")
     check_hook_was_called(resumed, steps=128)
-    last = [tmp_path / name / "epoch=3.ckpt" for name in ("whole", "resumed")]
-    check_file(*last, "state_dict", "optimizer_states", "callbacks.TopQCallback")
+    whole, again = (tmp_path / name / "epoch=3.ckpt" for name in ("whole", "resumed"))
+    check_file(whole, again, "state_dict", "optimizer_states", "callbacks.TopQCallback")
 
 
 def test_a_state_handed_to_the_strategy_and_what_is_refused(python: Path, tmp_path: Path) -> None:
