@@ -69,7 +69,7 @@ def test_the_hooks_before_a_commit_are_the_checks_of_the_tests() -> None:
 def test_the_recipes_for_trainers_are_the_examples() -> None:
     page = (ROOT / "docs" / "trainers.md").read_text()
     recipes = re.findall(
-        r"\]\(\.\./(examples/\w+\.py)\):\n\n<!-- .* -->\n```python\n(.*?)```\n", page, re.DOTALL
+        r"\]\(\.\./(examples/\w+\.py)\):\n\n<!-- [^>]+ -->\n```python\n(.*?)```\n", page, re.DOTALL
     )
     trainers = {path.stem for path in (ROOT / "topq_dist" / "integrations").glob("*.py")}
     assert len(recipes) == len(trainers - {"__init__", "saving"})
