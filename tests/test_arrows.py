@@ -104,7 +104,7 @@ def imports_of(source: Path) -> set[str]:
 
 
 def test_the_engine_knows_no_process_group() -> None:
-    rooms = {"ddp", "elastic", "exchange", "fsdp", "hook", "local"}
+    rooms = {"advice", "ddp", "elastic", "exchange", "fsdp", "hook", "local"}
     transports = {"__init__.py", "register.py", *rooms}
     sources = [
         source

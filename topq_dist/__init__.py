@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from topq_dist._version import __version__
 
 if TYPE_CHECKING:
+    from topq_dist.advice.advise import advise
+    from topq_dist.advice.report import Advice
     from topq_dist.compress.codec.frame import FrameError
     from topq_dist.compress.named_compressor import Compressor
     from topq_dist.ddp.hook import TopQState, topq_hook
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from topq_dist.telemetry import Stats
 
 __all__ = [
+    "Advice",
     "ChainedParamTransformingOptimizer",
     "Compressor",
     "Elastic",
@@ -41,6 +44,7 @@ __all__ = [
     "TopQGradientOptimizer",
     "TopQState",
     "__version__",
+    "advise",
     "register_momentum_rule",
     "register_topq_hook",
     "topq_hook",
@@ -49,6 +53,7 @@ __all__ = [
 # Where each name lives. They come when first asked for (PEP 562): torch takes seconds to import,
 # and `topq status` and `topq health` do without it.
 _HOMES = {
+    "Advice": "advice.report",
     "ChainedParamTransformingOptimizer": "optim",
     "Compressor": "compress.named_compressor",
     "Elastic": "elastic.settings",
@@ -64,6 +69,7 @@ _HOMES = {
     "Stats": "telemetry",
     "TopQGradientOptimizer": "optim",
     "TopQState": "ddp.hook",
+    "advise": "advice.advise",
     "register_momentum_rule": "optim",
     "register_topq_hook": "register",
     "topq_hook": "ddp.hook",

@@ -1,7 +1,7 @@
-"""The `topq` command: topq serve, topq status, topq health.
+"""The `topq` command: topq serve, topq status, topq health, topq advise.
 
-Free of torch until a server starts. Exit codes: 0; 1 where something failed, 2 where an option is
-wrong, each with one line that says why; 130 where it was interrupted.
+Free of torch until a server starts or steps are measured. Exit codes: 0; 1 where something failed,
+2 where an option is wrong, each with one line that says why; 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from topq_dist.ps import without_extra
 
 # without click there is nobody else to print it
 _HELP = """\
-Usage: topq serve | status | health [OPTIONS]
+Usage: topq serve | status | health | advise [OPTIONS]
 
   The parameter server of topq_dist: run one, say how its run is doing, or
-  whether it takes calls.
+  whether it takes calls. And what a training step would take under each
+  exchange.
 
   {problem}."""
 
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     import click
 
+    from topq_dist.advice.command import advise
     from topq_dist.ps.cli.commands import topq
 
+    topq.add_command(advise)
     try:
         code = topq.main(arguments, prog_name="topq", standalone_mode=False)
     except click.ClickException as error:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.baselines import HOOKS
+from harness.baselines import HOOKS, Hook
 from harness.counters import interface_sent_bytes, tcp_sent_bytes
 
 WIDTH = 1024
@@ -109,7 +109,7 @@ class Training:
 def measure(job: Job) -> Measurement:
     """Measure one hook in a process group of its own; every rank must be given the same job."""
     with in_group(job):
-        return _measure(job)
+        return measure_hook(job, HOOKS[job.hook])
 
 
 @contextlib.contextmanager
@@ -129,8 +129,8 @@ def in_group(job: Job) -> Iterator[None]:
         gc.collect()
 
 
-def _measure(job: Job) -> Measurement:
-    hook = HOOKS[job.hook]
+def measure_hook(job: Job, hook: Hook) -> Measurement:
+    """Measure a hook in the process group that there is."""
     training = Training(job.rank, hook.bucket_cap_mb)
     state = hook.register(training.model)
     while hook.chooses and state is not None and state.chosen_exchange is None:

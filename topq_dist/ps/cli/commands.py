@@ -35,7 +35,10 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.version_option(__version__)
 @click.pass_context
 def topq(context: click.Context) -> None:
-    """The parameter server of topq_dist. An option's help names the variable it can be given as."""
+    """The parameter server of topq_dist, and advice on whether and how to compress gradients.
+
+    An option's help names the variable it can be given as.
+    """
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)

@@ -1,0 +1,1 @@
+"""Advice: what a training step would take under each way of exchanging gradients, here."""
