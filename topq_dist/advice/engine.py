@@ -22,7 +22,7 @@ from topq_dist.advice.mirror import MirrorGroup
 from topq_dist.advice.mirrored_split import register_mirrored_split
 from topq_dist.advice.time_model import Method, Traffic
 from topq_dist.compress.defaults import DEFAULT_BOUND
-from topq_dist.ddp.hook import register_topq_hook
+from topq_dist.ddp.hook import TopQState, topq_hook
 from topq_dist.hook.parts import Knobs
 from topq_dist.local.local_topq import LocalTopQ
 
@@ -111,18 +111,22 @@ def step_with(training: Training, method: Method, *, world_size: int, steps: int
         with training.restored():
             if method.kind == "local steps":
                 return _local_steps(training, method, mirror, max(_PERIODS, steps // method.every))
-            with _hooked(training, method, mirror) as model:
-                took_s: list[float] = []
-                for _ in range(_WARM_UP_STEPS + steps):
-                    mirror.take_traffic()
-                    aside_s = mirror.aside_s
-                    step_s = training.step_s(model, training.optimizer.step)
-                    took_s.append(step_s - (mirror.aside_s - aside_s))
-                return Measured(statistics.median(took_s[_WARM_UP_STEPS:]), mirror.take_traffic())
+            return _hooked_steps(training, method, mirror, steps)
     finally:
         mirror.leave()
         # the reducer of a model that is gone would still hang on its parameters
         gc.collect()
+
+
+def _hooked_steps(training: Training, method: Method, mirror: MirrorGroup, steps: int) -> Measured:
+    with _hooked(training, method, mirror) as model:
+        took_s: list[float] = []
+        for _ in range(_WARM_UP_STEPS + steps):
+            mirror.take_traffic()
+            aside_s = mirror.aside_s
+            step_s = training.step_s(model, training.optimizer.step)
+            took_s.append(step_s - (mirror.aside_s - aside_s))
+    return Measured(statistics.median(took_s[_WARM_UP_STEPS:]), mirror.take_traffic())
 
 
 @contextmanager
@@ -142,41 +146,25 @@ def _hooked(
     if method.kind != "top-Q":
         yield model
     elif method.exchange == "split":
-        parts = register_mirrored_split(model, training.optimizer, _knobs(method), mirror)
+        knobs = Knobs(q=method.q, value_format=method.value_format, exchange="split")
+        parts = register_mirrored_split(model, training.optimizer, knobs, mirror)
         try:
             yield model
         finally:
             parts.stages.momentum.detach()
     else:
-        hook = register_topq_hook(
+        hook = TopQState(
             model,
             training.optimizer,
             q=method.q,
             value_format=method.value_format,
             exchange="allgather",
         )
+        model.register_comm_hook(hook, topq_hook)
         try:
             yield model
         finally:
             hook.detach()
-
-
-def _knobs(method: Method) -> Knobs:
-    """Return the knobs of the hook, the others as it has them."""
-    return Knobs(
-        q=method.q,
-        momentum=None,
-        error_feedback=True,
-        value_format=method.value_format,
-        bound=DEFAULT_BOUND,
-        exchange="split",
-        scope="parameter",
-        clip_norm=None,
-        grad_scaler=None,
-        ranks_per_node=None,
-        mask_velocity=True,
-        adapt_rate=True,
-    )
 
 
 def _local_steps(training: Training, method: Method, mirror: MirrorGroup, periods: int) -> Measured:
