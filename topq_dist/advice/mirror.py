@@ -58,9 +58,8 @@ class MirrorGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
         return "mirror"
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
-        given = [tensors] if isinstance(tensors, Tensor) else tensors
-        return self._work("all_reduce", given, given)
+    def allreduce(self, *arguments: Any, **named: Any) -> Any:
+        return self._as_given("all_reduce", arguments[0])
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         for output, given in zip(outputs, inputs, strict=True):
@@ -68,9 +67,12 @@ class MirrorGroup(dist.ProcessGroup):
                 copy.copy_(given)
         return self._work("all_gather", inputs, outputs)
 
-    def broadcast(self, tensors: Any, opts: Any = None) -> Any:
+    def broadcast(self, *arguments: Any, **named: Any) -> Any:
+        return self._as_given("broadcast", arguments[0])
+
+    def _as_given(self, kind: str, tensors: Tensor | list[Tensor]) -> Any:
         given = [tensors] if isinstance(tensors, Tensor) else tensors
-        return self._work("broadcast", given, given)
+        return self._work(kind, given, given)
 
     def _work(self, kind: str, tensors: Sequence[Tensor], result: Any) -> Any:
         self.note(kind, tensors[0].dtype, sum(tensor.nbytes for tensor in tensors))
@@ -80,10 +82,10 @@ class MirrorGroup(dist.ProcessGroup):
         return work
 
 
-class MirrorWork(dist._Work):  # type: ignore[name-defined, misc]
+class MirrorWork(dist._Work):
     """A collective that is over."""
 
-    def __init__(self, result: Any, devices: list[torch.device]) -> None:
+    def __init__(self, result: Any, devices: list[int | str | torch.device]) -> None:
         super().__init__()
         self._future: torch.futures.Future[Any] = torch.futures.Future(devices=devices)
         self._future.set_result(result)
