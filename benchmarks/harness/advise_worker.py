@@ -7,7 +7,7 @@ what `topq_job` returns, whose steps are timed as the DDP-step benchmark times t
 from __future__ import annotations
 
 import json
-from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from harness.ddp_worker import (
     measure_hook,
 )
 from topq_dist import TopQState, advise, register_topq_hook
+
+if TYPE_CHECKING:
+    from topq_dist.exchange.registry import ExchangeName
 
 ADVISE = "advise"
 QS = (0.97, 0.99)
@@ -62,19 +65,16 @@ def _advice(job: Job) -> Measurement:
 
 def _topq(job: str) -> Hook:
     q, value_format, exchange = job.split()
-    register = partial(_register, q=float(q), value_format=value_format, exchange=exchange)
+
+    def register(model: DistributedDataParallel) -> TopQState:
+        return register_topq_hook(
+            model,
+            q=float(q),
+            value_format=value_format,
+            exchange=cast("ExchangeName", exchange),
+        )
+
     return Hook(title=f"top-Q {job}", register=register, warmup_steps=6)
-
-
-def _register(
-    model: DistributedDataParallel, *, q: float, value_format: str, exchange: str
-) -> TopQState:
-    return register_topq_hook(
-        model,
-        q=q,
-        value_format=value_format,
-        exchange=exchange,  # type: ignore[arg-type]
-    )
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ def test_a_rank_whose_first_step_fails_is_not_waited_for(tmp_path: Path) -> None
     assert run_ranks(2, failing_rank, tmp_path) == ["ExchangeError", "ValueError"]
 
 
-def wire_bytes_rank(rank: int, exchange: str) -> float:
+def wire_bytes_rank(rank: int, exchange: Any) -> float:
     model, loss, optimizer = build(rank)
     wrapped = DistributedDataParallel(model)
-    state = register_topq_hook(wrapped, optimizer, q=0.9, exchange=exchange)  # type: ignore[arg-type]
+    state = register_topq_hook(wrapped, optimizer, q=0.9, exchange=exchange)
     handed = []
     for _ in range(8):
         before = state.stats().wire_bytes
@@ -114,7 +114,7 @@ def test_mirrors_hand_over_what_real_ranks_do(exchange: Any, tmp_path: Path) -> 
 
 def test_a_given_link_needs_no_group_and_leaves_none() -> None:
     model, loss, optimizer = build()
-    link = {"bandwidth_bits_per_s": 1e6, "latency_s": 1e-3, "world_size": 4}
+    link: dict[str, Any] = {"bandwidth_bits_per_s": 1e6, "latency_s": 1e-3, "world_size": 4}
     advice = advise(model, loss, optimizer, **link, **FEW)
     assert not dist.is_initialized()
     dense = next(one for one in advice.predictions if one.method.kind == "dense")

@@ -166,12 +166,12 @@ def _advised(given: dict[str, Any], training: Training, ranks: int) -> Advice:
     from topq_dist.advice import advise as library
     from topq_dist.exchange.agreement import ExchangeError
 
-    chosen = {
+    chosen: dict[str, Any] = {
         "qs": given["q"] or library.DEFAULT_QS,
         "value_formats": given["value_format"] or library.DEFAULT_VALUE_FORMATS,
         "compute_s": 0.0 if given["parameters"] and given["compute"] is None else given["compute"],
     }
-    alone = {
+    alone: dict[str, Any] = {
         "bandwidth_bits_per_s": given["bandwidth"],
         "latency_s": given["latency"],
         "world_size": given["world_size"],
