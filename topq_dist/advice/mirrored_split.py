@@ -16,10 +16,9 @@ from topq_dist.advice.mirror import MirrorGroup
 from topq_dist.compress.codec.frame import decode_frame, encode_frame, peek_header
 from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
-from topq_dist.compress.compressor import Compressed
-from topq_dist.compress.layout import Layout
 from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.ddp.parts import make_parts
+from topq_dist.exchange.base import Outgoing
 from topq_dist.exchange.collectives import AllToAllLanes, CommContext
 from topq_dist.exchange.split_reduce import SplitReduce, SplitReduceWork
 from topq_dist.hook.parts import HookParts, Knobs
@@ -48,23 +47,13 @@ def _hook(pipeline: Pipeline, bucket: dist.GradBucket) -> Future[Tensor]:
 
 
 class _MirroredSplit(SplitReduce):
-    def launch(
-        self,
-        bucket: Tensor,
-        layout: Layout,
-        compressed: Compressed | None,
-        *,
-        settings_digest: int,
-    ) -> SplitReduceWork:
+    def launch(self, outgoing: Outgoing) -> SplitReduceWork:
         return _MirroredWork(
-            bucket,
-            layout,
-            compressed,
-            settings_digest,
+            outgoing,
             self._context,
             self.compressor,
             self._reducer,
-            self._lanes.of(layout),
+            self._lanes.of(outgoing.layout),
         )
 
 
@@ -80,7 +69,9 @@ class _MirroredWork(SplitReduceWork):
             raise ValueError("gradients could not be compressed: expected finite ones")
         mirror, began_s = self._context.group, time.perf_counter()
         assert isinstance(mirror, MirrorGroup)  # noqa: S101 - it was made with one
-        partition = BlockCyclicPartition(numel=self._bucket.numel(), count=self._context.size)
+        partition = BlockCyclicPartition(
+            numel=self._outgoing.bucket.numel(), count=self._context.size
+        )
         others = range(1, self._context.size)
         reduced = lanes is self._reduced_lanes
         theirs = [
