@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,22 @@ def readme(place: Place) -> None:
     with_hook_names(place, wraps=False)
     place.run(0)
     assert place.names["state"].stats().steps == 3
+
+
+def advise(place: Place) -> None:
+    with_hook_names(place, wraps=False)
+
+    def loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(tokens), tokens)
+
+    batches = itertools.cycle(torch.randint(0, 11, (2, 16)))
+    place.names.update(batches=batches, loss=loss, build_model=plain_model)
+    place.run(0)
+    model, loss_of, _ = place.names["factory"]()
+    assert loss_of(model).isfinite()
+    few = "bandwidth_bits_per_s=1e9, qs=(0.9,), value_formats=('int2',), budget_s=0.1"
+    place.run(1, {"next(batches)), optimizer)": f"next(batches)), optimizer, {few})"})
+    assert place.names["advice"].world_size == 2
 
 
 def density(place: Place) -> None:
@@ -141,6 +158,7 @@ def metrics(place: Place) -> None:
 
 ON_RANKS: dict[str, Callable[[Place], None]] = {
     "README.md": readme,
+    "docs/advise.md": advise,
     "docs/density.md": density,
     "docs/elastic.md": elastic,
     "docs/fsdp.md": fsdp,
