@@ -17,6 +17,7 @@ from convergence_runs import (
     read_runs,
 )
 from convergence_shown import shown_table
+from frontier import draw_frontier, envelope_rows
 from methods import METHODS
 from readme import markdown
 from tasks import Task
@@ -62,6 +63,14 @@ python benchmarks/convergence.py --report    # this page from the runs there are
 - Curves are of 1,000 samples of the validation part, and means of the seeds.
 - Times fewer: dense's fp32 bytes over those of one rank's frames, all steps counted.
 """
+_FRONTIER = """\
+## The frontier
+
+![Test quality beside dense's over times fewer bytes, by family]({picture})
+
+Each point of another family between 30 and 2,000 times fewer bytes, and the best of ours that is no
+worse in no more bytes:
+"""
 
 
 def write_report(results: Path, docs: Path = DOCS) -> None:
@@ -73,6 +82,8 @@ def write_report(results: Path, docs: Path = DOCS) -> None:
         name = f"convergence_{group.task.name}.png"
         draw(group, docs / name)
         pictures[group.task.name] = name
+    if draw_frontier(groups, docs / "frontier.png"):
+        pictures["frontier"] = "frontier.png"
     page = docs / "convergence.md"
     before = page.read_text() if page.is_file() else HEAD
     head, _, rest = before.partition(BEGIN)
@@ -102,6 +113,8 @@ def _text(groups: Sequence[Group], pictures: dict[str, str]) -> str:
         sgd_outer_lr=METHODS["local with momentum, H=5"].outer_lr,
     )
     parts = [about, _tasks_table(groups), "## What was to be shown\n", shown_table(groups)]
+    if "frontier" in pictures:
+        parts += [_FRONTIER.format(picture=pictures["frontier"]), _envelope(groups)]
     for name in dict.fromkeys(group.task.name for group in groups):
         parts.append(f"## {name}\n")
         if name in pictures:
@@ -112,6 +125,11 @@ def _text(groups: Sequence[Group], pictures: dict[str, str]) -> str:
                 title = f"### {group.steps:,} steps, {group.workers} ranks\n"
                 parts += [title, group_table(group) if group.runs else _nothing(group)]
     return "\n".join(parts)
+
+
+def _envelope(groups: Sequence[Group]) -> str:
+    heads = ["task", "method", "test, to dense", "ours that is no worse in no more bytes"]
+    return markdown(heads, envelope_rows(groups))
 
 
 def _nothing(group: Group) -> str:

@@ -65,11 +65,19 @@ def _promises() -> Iterator[Promise]:
         ("local, H=5", 3000, 500.0, 2.5),
         ("local, H=2", 1000, 150.0, 3.0),
         ("local, H=2", 3000, 150.0, 1.0),
+        ("local, H=5", 1000, 400.0, 3.0),
+        ("local, H=5", 3000, 400.0, 1.0),
+        ("local, H=4, ec1", 1000, 1000.0, 8.0),
+        ("local, H=4, ec1", 3000, 1000.0, 3.0),
     ):
         yield Promise(task="gpt-moby", steps=steps, method=method, fewer=fewer, within=within)
-    yield Promise(
-        task="cifar10-sgd", steps=4500, method="local with momentum, H=5", fewer=500.0, within=2.0
-    )
+    for method, steps, fewer, within in (
+        ("local with momentum, H=5", 4500, 500.0, 2.0),
+        ("top-Q, q=0.99", 1500, 250.0, 1.0),
+        ("top-Q, q=0.9985", 1500, 1000.0, 2.0),
+        ("top-Q, q=0.9985", 4500, 1000.0, 0.5),
+    ):
+        yield Promise(task="cifar10-sgd", steps=steps, method=method, fewer=fewer, within=within)
     # not tuned on: reported as they come
     yield Promise(task="lstm-moby", steps=1000, within=None)
     yield Promise(task="recommender", steps=1000, within=None)

@@ -178,7 +178,9 @@ class Ranks:
         if method.kind == "topq":
             self._compressors = [
                 TopKCompressor(
-                    value_format=method.value_format, error_feedback=True, bound=method.bound
+                    value_format=method.value_format,
+                    error_feedback=True,
+                    bound=method.bound,
                 )
                 for _ in range(workers)
             ]

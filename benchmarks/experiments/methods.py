@@ -39,12 +39,12 @@ METHODS = {
         Method(name="dense", kind="dense"),
         Method(name="dense, no momentum", kind="dense", beta=0.0),
         Method(name="fp16 hook", kind="fp16"),
-        Method(name="PowerSGD 1", kind="powersgd", rank=1),
-        Method(name="PowerSGD 4", kind="powersgd", rank=4),
+        *(Method(name=f"PowerSGD {rank}", kind="powersgd", rank=rank) for rank in (1, 2, 4, 8)),
         Method(name="top-Q"),
         Method(name="top-Q, q=0.99", q=0.99),
         Method(name="top-Q, q=0.9982", q=0.9982),
         Method(name="top-Q, q=0.9985", q=0.9985),
+        Method(name="top-Q, q=0.9", q=0.9),
         *(
             Method(name=f"top-Q, q=0.99, {name}", q=0.99, value_format=name)
             for name in FORMATS
@@ -71,6 +71,8 @@ METHODS = {
         Method(name="top-Q, q=0.99, adam", q=0.99, momentum="adam"),
         Method(name="local, H=5", every=5, **_LOCAL),
         Method(name="local, H=2", every=2, **_LOCAL),
+        Method(name="local, H=4, ec1", every=4, q=0.986, value_format="ec1", **_LOCAL),
+        Method(name="local, H=8, ec1", every=8, q=0.986, value_format="ec1", **_LOCAL),
         Method(name="local, H=5, streamed", every=5, **_LOCAL, **_STREAMED),
         Method(
             name="local with momentum, H=5",
@@ -79,7 +81,15 @@ METHODS = {
         ),
         *(Method(name=f"DiLoCo, H={every}", every=every, **_DILOCO) for every in (5, 30)),
         # its authors' density, bits, decay and rates
-        Method(name="SparseLoCo, H=30", kind="local", every=30, q=1 - 1 / 64, bound=None),
+        *(
+            Method(name=f"SparseLoCo, H={every}", kind="local", every=every, q=63 / 64, bound=None)
+            for every in (1, 5, 15, 30)
+        ),
+        # momentum correction and factor masking, whole values; no warm-up, whose bytes count
+        *(
+            Method(name=f"DGC, q={q:g}", q=q, momentum="corrected", value_format="fp32", bound=None)
+            for q in (0.99, 0.999)
+        ),
     )
 }
 _MAIN = ["dense", "top-Q"]
@@ -89,6 +99,11 @@ _OURS = ["top-Q, optimizer's momentum", "top-Q, corrected", "top-Q, no bound"]
 _FORMATS = [f"top-Q, q=0.99, {name}" for name in FORMATS if name != "int2"]
 _AS_IT_IS = ["top-Q, rate as it is", "top-Q, q=0.99, rate as it is"]
 _LOCAL_PEERS = ["DiLoCo, H=5", "DiLoCo, H=30", "SparseLoCo, H=30"]
+_FRONTIER = [
+    *(f"PowerSGD {rank}" for rank in (1, 2, 4, 8)),
+    *(f"DGC, q={q:g}" for q in (0.99, 0.999)),
+    *(f"SparseLoCo, H={every}" for every in (1, 5, 15)),
+]
 _OLD = ["top-Q, q=0.99, fp16, optimizer's momentum"]
 
 
@@ -150,6 +165,11 @@ PLAN: list[dict[str, Any]] = [
     _rows("gpt-moby", 1000, ["local, H=5", "local, H=2", "local, H=5, streamed", *_LOCAL_PEERS]),
     _rows("gpt-moby", 3000, ["local, H=5", "local, H=2", *_LOCAL_PEERS]),
     _rows("cifar10-sgd", 4500, ["local with momentum, H=5", *_LOCAL_PEERS]),
+    _rows("gpt-moby", 1000, ["local, H=4, ec1"]),
+    _rows("gpt-moby", 3000, ["local, H=4, ec1"]),
+    _rows("cifar10-sgd", 1500, ["top-Q, q=0.99", "top-Q, q=0.9985"]),
+    _rows("gpt-moby", 1000, [*_FRONTIER, "local, H=8, ec1", "top-Q, q=0.9"], seeds=(0,)),
+    _rows("cifar10-sgd", 1500, _FRONTIER, seeds=(0,)),
     *_long(1),
     *_long(2),
 ]
