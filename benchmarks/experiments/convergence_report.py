@@ -54,7 +54,9 @@ python benchmarks/convergence.py --report    # this page from the runs there are
   with its momentum and outer rate {sgd_outer_lr:g}. These were chosen on the validation parts of
   gpt-moby and cifar10-sgd, one seed. "DiLoCo" sends everything and has an outer Nesterov momentum
   of 0.9 at rate 0.7; "SparseLoCo" sends one in 64 in two bits, keeps a residual that decays by
-  0.95 and has outer rate 1. Their frames are ours.
+  0.95 and has outer rate 1. "DGC" sends whole values, with momentum correction and factor masking
+  and without its warm-up. Their frames are ours. "ec1" beside "local" is q = {ec1_q:g} in that
+  format, chosen on the validation part of gpt-moby, one seed.
 - Quality is that of the test part, at the last step; nothing was chosen on it. The mean of three
   seeds is followed by the seeds themselves. Differences are to dense and of the seeds that both
   have: points of accuracy, per cent of loss in nats.
@@ -110,6 +112,7 @@ def _text(groups: Sequence[Group], pictures: dict[str, str]) -> str:
         momentum=default.momentum,
         earlier=EARLIER,
         outer_lr=METHODS["local, H=5"].outer_lr,
+        ec1_q=METHODS["local, H=4, ec1"].q,
         sgd_outer_lr=METHODS["local with momentum, H=5"].outer_lr,
     )
     parts = [about, _tasks_table(groups), "## What was to be shown\n", shown_table(groups)]
