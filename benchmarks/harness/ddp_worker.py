@@ -108,8 +108,10 @@ class Training:
 
 def measure(job: Job) -> Measurement:
     """Measure one hook in a process group of its own; every rank must be given the same job."""
+    # before the group: of ranks that fail in it one may be told of another's end alone
+    hook = HOOKS[job.hook]
     with in_group(job):
-        return measure_hook(job, HOOKS[job.hook])
+        return measure_hook(job, hook)
 
 
 @contextlib.contextmanager

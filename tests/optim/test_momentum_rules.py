@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from topq_dist import TopQGradientOptimizer, register_momentum_rule
+from topq_dist.compress.layout import Layout
+from topq_dist.hook.loss_scale import LossScaleWatch
 from topq_dist.optim.momentum_rules import MomentumSwitch, has_momentum, momentum_rule, stepping
 
 STEPS = 4
@@ -375,6 +377,10 @@ def test_a_compiled_step_follows_the_switch_and_the_rate() -> None:
     model = model_of()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     switch = MomentumSwitch(optimizer, model.parameters())
+    # a hook's look at every optimizer's step, of which compiling knows nothing
+    watch = LossScaleWatch()
+    layout = Layout(names=("weight",), shapes=(tuple(model.weight.shape),))
+    watch.saw(torch.ones(layout.numel), layout, [model.weight])
 
     def step() -> None:
         optimizer.step()

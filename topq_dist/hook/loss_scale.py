@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -96,6 +97,9 @@ def check_grad_scaler(grad_scaler: GradScaler | None) -> GradScaler | None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        # a look reads numbers and frames, which a traced step has not
+        return
     for watch in list(_watching):
         watch.look_at(optimizer)
 
