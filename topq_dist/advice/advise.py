@@ -116,19 +116,19 @@ def advise(
             first_s = bare_steps_s(training, 1)[0]
         else:
             first_s = where.first_step_s(f"{methods}\n{compute_s}\n{budget_s}")
-        steps = max(_FEWEST_STEPS, min(_MOST_STEPS, int(budget_s / len(methods) / first_s)))
-        bare_s = bare_steps_s(training, steps)
+        pairs = int(budget_s / len(methods) / (2 * first_s))
+        steps = max(_FEWEST_STEPS, min(_MOST_STEPS, pairs))
         found: list[Measured] = []
         for method in methods:
             progress(method.title)
             if isinstance(where, _Ranks):
                 where.meet()
             found.append(step_with(training, method, world_size=size, steps=steps))
-        own_s = statistics.median([*bare_s, *bare_steps_s(training, steps)])
+        own_s = statistics.median(one_s for each in found for one_s in each.bare_s)
     if isinstance(where, _Ranks):
         own_s, found = where.agreed(own_s, found)
     costs = [
-        MethodCost(method=method, engine_s=max(0.0, one.step_s - own_s), traffic=one.traffic)
+        MethodCost(method=method, engine_s=max(0.0, one.engine_s), traffic=one.traffic)
         for method, one in zip(methods, found, strict=True)
     ]
     compute_s = own_s if compute_s is None else compute_s
@@ -241,21 +241,22 @@ class _Ranks:
     def agreed(self, own_s: float, found: Sequence[Measured]) -> tuple[float, list[Measured]]:
         """Return the slowest rank's times and the most that one hands over."""
         self._check(repr([[one.collective for one in each.traffic] for each in found]))
-        numbers = [own_s, *(each.step_s for each in found)]
+        numbers = [own_s, *(each.engine_s for each in found)]
         for one in (one for each in found for one in each.traffic):
             numbers += [one.calls, one.handed_bytes]
         agreed = iter(self._slowest(numbers))
         own_s = next(agreed)
-        steps_s = [next(agreed) for _ in found]
+        engines_s = [next(agreed) for _ in found]
         return own_s, [
             Measured(
-                step_s,
+                engine_s,
+                each.bare_s,
                 tuple(
                     Traffic(one.collective, int(next(agreed)), int(next(agreed)))
                     for one in each.traffic
                 ),
             )
-            for step_s, each in zip(steps_s, found, strict=True)
+            for engine_s, each in zip(engines_s, found, strict=True)
         ]
 
     def link(self, largest_bytes: Mapping[str, int], pause_s: float) -> MeasuredLink:

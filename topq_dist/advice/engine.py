@@ -83,9 +83,13 @@ class Training:
 
 
 class Measured(NamedTuple):
-    """A step's seconds, and what is handed over from one exchange to the next."""
+    """What a method adds to a step in seconds, and hands over from one exchange to the next.
 
-    step_s: float
+    bare_s: the steps beside it, which exchanged nothing.
+    """
+
+    engine_s: float
+    bare_s: tuple[float, ...]
     traffic: tuple[Traffic, ...]
 
 
@@ -100,10 +104,11 @@ def bare_steps_s(training: Training, steps: int) -> list[float]:
 
 
 def step_with(training: Training, method: Method, *, world_size: int, steps: int) -> Measured:
-    """Return what a step takes under a method on a link without delay, and its traffic.
+    """Return what a method adds to a step on a link without delay, and its traffic.
 
-    The seconds are the median of `steps`; of local steps that of the means of whole periods, as
-    many as fit into these and two at least.
+    The seconds are the difference of medians of `steps` with it and as many without, in turn, since
+    no machine is equally fast for long; of local steps that of the means of whole periods, as many
+    as fit into these and two at least.
     """
     backend = "nccl" if training.device.type == "cuda" else "gloo"
     mirror = MirrorGroup(world_size, backend=backend)
@@ -121,12 +126,15 @@ def step_with(training: Training, method: Method, *, world_size: int, steps: int
 def _hooked_steps(training: Training, method: Method, mirror: MirrorGroup, steps: int) -> Measured:
     with _hooked(training, method, mirror) as model:
         took_s: list[float] = []
+        bare_s: list[float] = []
         for _ in range(_WARM_UP_STEPS + steps):
+            with model.no_sync():
+                bare_s.append(training.step_s(model, training.optimizer.step))
             mirror.take_traffic()
             aside_s = mirror.aside_s
             step_s = training.step_s(model, training.optimizer.step)
             took_s.append(step_s - (mirror.aside_s - aside_s))
-    return Measured(statistics.median(took_s[_WARM_UP_STEPS:]), mirror.take_traffic())
+    return _beside(took_s[_WARM_UP_STEPS:], bare_s[_WARM_UP_STEPS:], mirror.take_traffic())
 
 
 @contextmanager
@@ -179,12 +187,22 @@ def _local_steps(training: Training, method: Method, mirror: MirrorGroup, period
         process_group=mirror,
     )
     period_s: list[float] = []
+    bare_s: list[float] = []
     # the first one touches memory for the first time, and its frame has no slot yet
     for _ in range(1 + periods):
+        bare_s.append(_mean_step_s(training, training.optimizer.step, method.every))
         mirror.take_traffic()
-        took_s = [training.step_s(training.model, local.step) for _ in range(method.every)]
-        period_s.append(statistics.mean(took_s))
-    return Measured(statistics.median(period_s[1:]), mirror.take_traffic())
+        period_s.append(_mean_step_s(training, local.step, method.every))
+    return _beside(period_s[1:], bare_s[1:], mirror.take_traffic())
+
+
+def _mean_step_s(training: Training, step: Callable[[], object], steps: int) -> float:
+    return statistics.mean(training.step_s(training.model, step) for _ in range(steps))
+
+
+def _beside(took_s: list[float], bare_s: list[float], traffic: tuple[Traffic, ...]) -> Measured:
+    engine_s = statistics.median(took_s) - statistics.median(bare_s)
+    return Measured(engine_s, tuple(bare_s), traffic)
 
 
 @contextmanager
