@@ -41,4 +41,4 @@ cd "$root"
 # without conftest.py, which wants torch; nor has an emulated machine deadlines
 "$scratch/usr/bin/qemu-aarch64-static" -L "$scratch/machine" "$scratch/machine/usr/bin/python3.11" \
     -m pytest -c /dev/null --rootdir "$root" --noconftest -p no:cacheprovider -q --hypothesis-profile=ci \
-    tests/compress/native/test_native_kernels.py "$@"
+    tests/compress/native/test_native_*.py "$@"
