@@ -48,3 +48,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         together = item.path.parent if item.get_closest_marker("docker") else item.path
         item.add_marker(pytest.mark.xdist_group(str(together)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to go on where tests are not kept together as said above."""
+    grouped = session.config.getoption("loadgroup", default=False)
+    if grouped and session.items and "@" not in session.items[0].nodeid:
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} loses the groups of pytest-xdist: expected the versions "
+            "of constraints.txt"
+        )
