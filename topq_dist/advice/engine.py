@@ -128,8 +128,8 @@ def _hooked_steps(training: Training, method: Method, mirror: MirrorGroup, steps
         took_s: list[float] = []
         bare_s: list[float] = []
         for _ in range(_WARM_UP_STEPS + steps):
-            with model.no_sync():
-                bare_s.append(training.step_s(model, training.optimizer.step))
+            # not under no_sync, after which DistributedDataParallel leaves buffers as they are
+            bare_s.append(training.step_s(training.model, training.optimizer.step))
             mirror.take_traffic()
             aside_s = mirror.aside_s
             step_s = training.step_s(model, training.optimizer.step)
