@@ -360,6 +360,22 @@ def local_steps() -> str:
     return markdown(heads + [LINK_TITLES[link] for link in links], lines)
 
 
+def advise() -> str:
+    """Return predicted and measured steps, by method and link."""
+    rows = results("advise")["rows"]
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    lines = []
+    for method in sorted({row["method"] for row in rows}):
+        here = {row["link"]: row for row in rows if row["method"] == method}
+        cells = (
+            f"{row['predicted_ms']:.0f} / {row['measured_ms']:.0f}, {100 * row['error']:+.0f} %"
+            for row in map(here.__getitem__, links)
+        )
+        lines.append([method, *cells])
+    heads = ["ms a step, predicted / measured", *(LINK_TITLES[link] for link in links)]
+    return markdown(heads, lines)
+
+
 def frame_text(count_bytes: int) -> str:
     """Return so many bytes as text."""
     return f"{count_bytes / 1e6:.0f} MB" if count_bytes >= 1e6 else f"{count_bytes / 1e3:.1f} kB"
@@ -393,6 +409,7 @@ PAGES: dict[str, Sequence[Callable[[], str]]] = {
         engine,
         optimizer_step,
     ],
+    "docs/advise.md": [advise],
     "docs/gpu.md": [device],
     "docs/local_steps.md": [local_steps],
 }
