@@ -42,7 +42,12 @@ def alone() -> Iterator[dist.ProcessGroup]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep together what shares processes, images or a training run."""
+    """Keep together what shares processes, images or a run; leave Ray to who asks for it."""
+    if "ray" not in config.option.markexpr:
+        reason = "a local Ray wants the machine for itself: pytest -m ray"
+        for item in items:
+            if item.get_closest_marker("ray"):
+                item.add_marker(pytest.mark.skip(reason=reason))
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
