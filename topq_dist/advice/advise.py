@@ -79,7 +79,7 @@ def advise(
     compute_s: seconds of a step that exchanges nothing, where they are known better than by `loss`;
         None takes those measured.
     budget_s: about how long methods are measured, in which each has three steps at least, and ten
-        at most.
+        at most, in turn with as many that exchange nothing.
     progress: called with a line for each method.
 
     Raises TypeError or ValueError for a value out of place, naming it; RuntimeError with neither a
