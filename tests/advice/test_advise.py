@@ -109,8 +109,9 @@ def test_mirrors_hand_over_what_real_ranks_do(exchange: Any, tmp_path: Path) -> 
     measured = step_with(training, method, world_size=3, steps=4)
     frames = [one for one in measured.traffic if one.collective.startswith("all_")]
     assert sum(one.wire_bytes(3) for one in frames) == pytest.approx(real, rel=0.1)
+    # of seconds no more is certain: other work may slow any of these few steps
     assert len(measured.bare_s) == 4
-    assert measured.engine_s > -min(measured.bare_s)
+    assert min(measured.bare_s) > 0
 
 
 def test_a_given_link_needs_no_group_and_leaves_none() -> None:
