@@ -21,6 +21,10 @@ from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from triton import language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
+from triton_version import check_interpreter  # noqa: E402
+
+if DEVICE == "cpu":
+    check_interpreter()
 
 
 class Launch(NamedTuple):

@@ -11,6 +11,7 @@ import frame_size
 import pytest
 import selection
 import torch
+from triton_version import check_interpreter
 
 
 def test_selection_reports_every_method_and_part(
@@ -88,6 +89,7 @@ def test_the_device_benchmark_runs_on_any_device(
 @pytest.mark.gloo
 @pytest.mark.timeout(600)
 def test_a_dry_run_of_it_goes_through_every_part(tmp_path: Path) -> None:
+    check_interpreter()
     # in every process that it starts: the interpreter is some times as fast as it comes
     (tmp_path / "sitecustomize.py").write_text("import interpreted\n")
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), str(device.ROOT)])
