@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from topq_dist.fsdp import stored_tensors
 from topq_dist.fsdp.stored_tensors import TensorReader
 
 
@@ -48,3 +51,24 @@ def test_tensors_are_read_and_nothing_is_run(tmp_path: Path) -> None:
     assert not made.exists()
     with pytest.raises(FileNotFoundError):
         TensorReader(str(tmp_path))
+
+
+class Asked:
+    """Pickled as an attribute of something, which is how Python 3.11.2 writes an Enum's member."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self._asked = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self._asked
+
+
+def test_an_attribute_is_read_of_torchs_enum_alone() -> None:
+    encoding = metadata._MEM_FORMAT_ENCODING
+    for member in encoding:
+        raw = io.BytesIO(pickle.dumps(Asked(encoding, member.name)))
+        assert stored_tensors._Unpickler(raw).load() is member
+    for owner, name in ((encoding, "__init__"), (metadata.Metadata, "__init__")):
+        raw = io.BytesIO(pickle.dumps(Asked(owner, name)))
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            stored_tensors._Unpickler(raw).load()

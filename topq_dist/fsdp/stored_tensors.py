@@ -44,7 +44,17 @@ class _Unpickler(pickle.Unpickler):
         if module.split(".")[0] == "pathlib" and name.endswith("Path"):
             # of another system, it may be
             return PurePath
+        if (module, name) == ("builtins", "getattr"):
+            # how Python 3.11.0 to 3.11.3 write a member of an Enum
+            return _memory_format
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _memory_format(encoding: object, name: str) -> Any:
+    """Return the member of torch's only Enum in there, and look up nothing else."""
+    if encoding is not metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {encoding!r}")
+    return metadata._MEM_FORMAT_ENCODING[name]
 
 
 class TensorReader(FileSystemReader):
