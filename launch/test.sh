@@ -15,8 +15,16 @@ run_from_root() {
 
 run_from_root ruff check
 run_from_root ruff format --check
-run_from_root mypy
 echo "+ lint-imports" >&2
 (cd "$root" && "$venv_python" "$venv/bin/lint-imports")
+# beside the first tests: it takes one core, and minutes the first time
+echo "+ mypy" >&2
+(cd "$root" && exec "$venv_python" -m mypy) &
+types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT
 # in the order of their names: the files with the longest tests come first, many short ones last
-run_from_root pytest -n "$(nproc)" --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+tests=0
+run_from_root pytest -n "$(nproc)" --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@" ||
+    tests=$?
+wait "$types" || { echo "mypy has found errors: see above" >&2 && exit 1; }
+exit "$tests"
