@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_scripts import Script, run_scripts
 from page_blocks import ROOT, blocks_of, command_of, plain_model, python_of, run_block, steps
 from served import TOPQ, Served, environment, serving
 from server_process import ServerProcess
@@ -148,7 +149,9 @@ def test_the_first_script_trains_on_two_ranks(scripts: Path) -> None:
     assert int(said[2]) > 50
 
 
-def test_the_second_trains_through_a_server_over_tls_with_a_token(scripts: Path) -> None:
+def test_the_second_trains_through_a_server_over_tls_with_a_token(
+    scripts: Path, tmp_path: Path
+) -> None:
     (shell,) = [block.code for block in blocks_of(ROOT / START) if block.language == "sh"]
     subprocess.run(["/bin/sh", "-ec", shell], cwd=scripts, check=True, capture_output=True)
     _, *words = command_of(START, "topq serve")
@@ -158,15 +161,9 @@ def test_the_second_trains_through_a_server_over_tls_with_a_token(scripts: Path)
     try:
         script = scripts / "worker.py"
         script.write_text(script.read_text().replace(HERE, served.address))
-        other = subprocess.Popen(
-            [sys.executable, "worker.py", "w0"],
-            cwd=scripts,
-            env=environment({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        said = run([sys.executable, "worker.py", "w1"], scripts)
-        assert other.communicate(timeout=60)[0].startswith("w0: loss ")
+        runs = [Script(path=script, words=(name,), folder=scripts) for name in ("w0", "w1")]
+        other, said = run_scripts(runs, tmp_path / "said")
+        assert other.startswith("w0: loss ")
         _, *status = command_of(START, "topq status")
         status[status.index(HERE)] = served.address
         assert re.search(r"version +300\b", run([*TOPQ, *status], scripts))

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_scripts import ranks_of, run_scripts
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "fsdp2.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.py"
 
 
 @pytest.mark.gloo
-def test_two_replicas_of_two_shards() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "4", str(EXAMPLE)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
+    said, *others = run_scripts(ranks_of(EXAMPLE, 4), tmp_path)
+    assert others == [""] * 3
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     assert losses[-1] < losses[0] / 20
-    found = re.search(r"(\d+) times fewer", done.stdout)
+    found = re.search(r"(\d+) times fewer", said)
     assert found is not None
     assert int(found[1]) > 30

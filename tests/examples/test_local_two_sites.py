@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_scripts import ranks_of, run_scripts
 from harness.netns import HostsError, hosts, missing_requirement
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "local_two_sites.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "local_two_sites.py"
 
 
 @pytest.mark.gloo
-def test_two_sites_of_two_processes() -> None:
-    done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", "4", str(EXAMPLE)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    _assert_learned(done.stdout)
+def test_two_sites_of_two_processes(tmp_path: Path) -> None:
+    said, *others = run_scripts(ranks_of(EXAMPLE, 4), tmp_path)
+    assert others == [""] * 3
+    _assert_learned(said)
 
 
 @pytest.mark.gloo
-def test_two_hosts_on_100_mbit() -> None:
+def test_two_hosts_on_100_mbit(tmp_path: Path) -> None:
     if (reason := missing_requirement()) is not None:
         pytest.skip(reason)
     try:
         with hosts(2, rate="100mbit") as made:
-            running = [
-                subprocess.Popen(
-                    made.command(node, [*TORCHRUN, *_node(node), str(EXAMPLE)]),
-                    env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for node in range(len(made))
-            ]
-            said = [process.communicate(timeout=150) for process in running]
+            ranks = ranks_of(
+                EXAMPLE,
+                4,
+                address="10.77.0.1",
+                namespaces=made.namespaces,
+                variables={"GLOO_SOCKET_IFNAME": "eth0"},
+            )
+            said = run_scripts(ranks, tmp_path)
     except HostsError as error:
         pytest.skip(str(error))
-    assert [process.returncode for process in running] == [0, 0], said
-    _assert_learned(said[0][0])
-
-
-def _node(rank: int) -> list[str]:
-    address = ["--master-addr", "10.77.0.1", "--master-port", "29500"]
-    return ["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(rank), *address]
+    _assert_learned(said[0])
 
 
 def _assert_learned(output: str) -> None:
