@@ -22,6 +22,8 @@ from harness.netns import LINK_TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# of methods as they were without
+LEFT = ", keep_rate=False"
 ALLGATHER, SPLIT = "topq_allgather", "topq_split"
 
 
@@ -109,13 +111,53 @@ def convergence() -> str:
     return markdown(CONVERGENCE_HEADS, convergence_rows())
 
 
-def convergence_rows() -> list[list[str]]:
-    """Return a row for each task, number of ranks and of steps, in ascending order of these."""
+def convergence_runs() -> dict[tuple[str, int, int], dict[str, dict[int, dict[str, Any]]]]:
+    """Return the runs by task, ranks and steps, then by method and by seed."""
     runs: dict[tuple[str, int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for line in (RESULTS / "convergence.jsonl").read_text().splitlines():
         run = json.loads(line)
         place = runs.setdefault((run["task"], run["workers"], run["steps"]), {})
         place.setdefault(run["method"], {})[run["seed"]] = run
+    return runs
+
+
+def keep_rate() -> str:
+    """Return what the hook loses to dense with keep_rate and without, on the test part."""
+    lines = []
+    for (task, workers, steps), methods in sorted(convergence_runs().items()):
+        for name, without in methods.items():
+            kept = {
+                seed: run
+                for seed, run in methods.get(name.removesuffix(LEFT), {}).items()
+                if not run.get("earlier")
+            }
+            seeds = sorted(kept.keys() & without.keys() & methods.get("dense", {}).keys())
+            if not name.endswith(LEFT) or not seeds:
+                continue
+            dense, before, after = (
+                statistics.fmean(of[seed]["test"] for seed in seeds)
+                for of in (methods["dense"], without, kept)
+            )
+            is_loss = task not in ("cifar10-sgd", "cifar10-adamw", "fashion-sgd", "digits-sgd")
+            lines.append(
+                [
+                    f"{task}, {name.removesuffix(LEFT)}",
+                    f"{workers}, {steps:,}",
+                    f"{statistics.fmean(run['ratio'] for run in kept.values()):.0f} x",
+                    *(
+                        f"{100 * (one / dense - 1):+.1f} %" if is_loss else f"{one - dense:+.1f}"
+                        for one in (before, after)
+                    ),
+                    str(len(seeds)),
+                ]
+            )
+    heads = ["to dense: points of accuracy, or loss", "ranks, steps", "fewer bytes"]
+    return markdown([*heads, "`keep_rate=False`", "the default", "seeds"], lines)
+
+
+def convergence_rows() -> list[list[str]]:
+    """Return a row for each task, number of ranks and of steps, in ascending order of these."""
+    runs = convergence_runs()
     lines = []
     for title_of, title in TASK_TITLES.items():
         for (task, workers, steps), methods in sorted(runs.items()):
@@ -409,6 +451,7 @@ PAGES: dict[str, Sequence[Callable[[], str]]] = {
         engine,
         optimizer_step,
     ],
+    "docs/accuracy.md": [keep_rate],
     "docs/advise.md": [advise],
     "docs/gpu.md": [device],
     "docs/local_steps.md": [local_steps],

@@ -38,9 +38,9 @@ Kind = Literal["dense", "topq", "powersgd", "fp16", "local"]
 class Method:
     """A way to exchange gradients.
 
-    q (a policy too), value_format, momentum, bound, adapt_rate: of the hook. rank: of PowerSGD.
-    lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate goes with it,
-    so that rate / (1 - momentum) stays what it is at 0.9.
+    q (a policy too), value_format, momentum, bound, keep_rate, adapt_rate: of the hook. rank: of
+    PowerSGD. lr: times the task's rate. beta: the optimizer's own momentum or beta1; SGD's rate
+    goes with it, so that rate / (1 - momentum) stays what it is at 0.9.
     warm: (part of the steps, q in them).
     every, residual_decay, outer_lr, outer_momentum, nesterov, fragments, overlap, blend: of
         LocalTopQ, whose inner steps have `beta`, for the kind "local".
@@ -52,6 +52,7 @@ class Method:
     value_format: str | None = DEFAULT_VALUE_FORMAT
     momentum: MomentumName = "feedback"
     bound: float | None = DEFAULT_BOUND
+    keep_rate: bool = True
     adapt_rate: bool = True
     rank: int = 1
     beta: float = _MOMENTUM
@@ -191,6 +192,7 @@ class Ranks:
                     names,
                     compressor.residuals,
                     mask_velocity=True,
+                    keep_rate=method.keep_rate,
                     adapt_rate=method.adapt_rate,
                     summed_ranks=1,
                 )

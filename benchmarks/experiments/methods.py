@@ -57,6 +57,11 @@ METHODS = {
             momentum="optimizer",
             bound=None,
         ),
+        Method(name="top-Q, keep_rate=False", keep_rate=False),
+        *(
+            Method(name=f"top-Q, q={q:g}, keep_rate=False", q=q, keep_rate=False)
+            for q in (0.9, 0.99, 0.9982, 0.9985)
+        ),
         Method(name="top-Q, no bound", bound=None),
         Method(name="top-Q, rate as it is", adapt_rate=False),
         Method(name="top-Q, q=0.99, rate as it is", q=0.99, adapt_rate=False),
@@ -129,7 +134,7 @@ def _rows(
 
 def _long(*seeds: int) -> list[dict[str, Any]]:
     return [
-        _rows("cifar10-sgd", 4500, [*_MAIN, _RARE], seeds=seeds),
+        _rows("cifar10-sgd", 4500, [*_MAIN, _RARE, "top-Q, q=0.9985"], seeds=seeds),
         _rows("gpt-moby", 3000, [*_MAIN, _ONE], seeds=seeds),
         _rows("gpt-shakespeare", 3000, [*_MAIN, _ONE], seeds=seeds),
         _rows("cifar10-adamw", 4500, [*_MAIN, _RARE], seeds=seeds),

@@ -142,6 +142,12 @@ class Residuals:
         if update.flushed_share == 1.0 and len(update.flushed) == len(update.layout.names):
             self.clear(update.layout)
 
+    def multiply(self, name: str, factor: float) -> None:
+        """Multiply the residual of a parameter, if there is one."""
+        held = self._by_name.get(name)
+        if held is not None:
+            held.mul_(factor)
+
     def clear(self, layout: Layout) -> None:
         """Forget the residuals of the names of `layout`, and free them."""
         with _MAKING:

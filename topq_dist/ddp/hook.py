@@ -84,6 +84,10 @@ class TopQState(HookState):
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.
+        keep_rate: for momentum="feedback": what is not sent is applied later at the rate of the
+            step it came from, not of the one that sends it: the residual is multiplied by what the
+            rate (for SGD over 1 - momentum) has changed by, once that is over 5 %, and down to a
+            twentieth of the highest rate there was.
         adapt_rate: for momentum="feedback" with Adam, AdamW, NAdam, RAdam or RMSprop: multiply the
             rate (not the decoupled weight decay) of sparse steps by sqrt(1 + 2 c), where c is the
             coherence of gradients and residuals, a mean over recent steps, layers and ranks: 1 for
@@ -122,6 +126,7 @@ class TopQState(HookState):
         grad_scaler: GradScaler | None = None,
         ranks_per_node: int | None = None,
         mask_velocity: bool = True,
+        keep_rate: bool = True,
         adapt_rate: bool = True,
         process_group: dist.ProcessGroup | None = None,
         elastic: bool | Elastic = False,
@@ -144,6 +149,7 @@ class TopQState(HookState):
             grad_scaler=grad_scaler,
             ranks_per_node=ranks_per_node,
             mask_velocity=mask_velocity,
+            keep_rate=keep_rate,
             adapt_rate=adapt_rate,
         )
         super().__init__(knobs.usual(), optimizer, Meter())

@@ -32,6 +32,7 @@ _KEPT: dict[MomentumName, tuple[str, ...]] = {
     "corrected": ("velocity",),
     "adam": ("first", "second"),
 }
+_NO_RATES = [0.0, 0.0]
 _REMEDY = "give the hook's state load_checkpoint(), which takes any number of replicas"
 
 
@@ -63,6 +64,7 @@ def save(parts: HookParts, ranks: Ranks, of: Sequence[Kept]) -> dict[str, Any]:
     momentum = stages.momentum.state_dict()
     replica = ranks.context.rank
     chosen = ranks.exchange.chosen
+    rates = momentum.get("rates", {})
     mine: dict[str, Any] = {"residuals": _sharded(stages.momentum.residuals(), of)}
     for key in _KEPT[parts.method]:
         mine[key] = _sharded(momentum.get(key, {}), of)
@@ -77,6 +79,8 @@ def save(parts: HookParts, ranks: Ranks, of: Sequence[Kept]) -> dict[str, Any]:
         "dense_steps": torch.tensor(ranks.exchange.dense_steps),
         "unit": torch.tensor(_UNITS.index(momentum["unit"])),
         "coherence": torch.tensor(momentum.get("coherence", [0.0, 0.0]), dtype=torch.float64),
+        # a residual without has none
+        "rates": torch.tensor([rates.get(one.name, _NO_RATES) for one in of], dtype=torch.float64),
         f"replica{replica}": mine,
     }
 
@@ -144,6 +148,9 @@ def prepare(
         for name, value in save(parts, ranks, of).items()
         if not name.startswith("replica")
     }
+    if f"{key}.rates" not in reader.described:
+        # of an earlier version
+        del template["rates"]
     # of the others only what `every` one is asked for
     own = _KEPT[parts.method] if parts.method == "adam" else ()
     for replica in sorted({*mine, *(every if own else [])}):
@@ -181,6 +188,7 @@ def as_hook_state(held: Mapping[str, Any], loaded: Loaded, of: Sequence[Kept]) -
     momentum: dict[str, Any] = {
         "unit": _UNITS[_whole(loaded.common, "unit")],
         "coherence": loaded.common["coherence"].tolist(),
+        "rates": _rates(loaded.common, of),
     }
     if "steps" in held:
         steps = {one.name: int(held["steps"][one.name]) for one in of}
@@ -193,6 +201,19 @@ def as_hook_state(held: Mapping[str, Any], loaded: Loaded, of: Sequence[Kept]) -
     # what is all zero need not be kept
     residuals = {name: one for name, one in tensors.get("residuals", {}).items() if bool(one.any())}
     return {"residuals": residuals, "momentum": momentum}
+
+
+def _rates(common: Mapping[str, Any], of: Sequence[Kept]) -> dict[str, list[float]]:
+    if "rates" not in common:
+        return {}
+    rates = common["rates"]
+    if tuple(rates.shape) != (len(of), 2):
+        raise ValueError(
+            f"state has rates of shape {tuple(rates.shape)}: expected {(len(of), 2)}, two of each "
+            "parameter"
+        )
+    held = zip(of, rates.tolist(), strict=True)
+    return {one.name: both for one, both in held if both != _NO_RATES}
 
 
 def chosen_in(loaded: Loaded) -> str | None:

@@ -15,12 +15,14 @@ from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.hook.momentum import MomentumName, SwitchedMomentum
+from topq_dist.hook.residual_rates import ResidualRates
 from topq_dist.optim.momentum_rules import MomentumSwitch, divides_by_mean_square
 
 
 class FeedbackMomentum(SwitchedMomentum):
     """Error feedback in the place of the optimizer's momentum, while the exchange is sparse.
 
+    keep_rate: apply what was kept back at the rate of the step it came from (residual_rates.py).
     adapt_rate: multiply the rate of an optimizer that divides by the root of a mean of squares by
         what the coherence of gradients and residuals says (see compress/coherence.py).
     """
@@ -33,9 +35,11 @@ class FeedbackMomentum(SwitchedMomentum):
         residuals: Residuals,
         optimizer: Optimizer,
         *,
+        keep_rate: bool,
         adapt_rate: bool,
     ) -> None:
         super().__init__(names, residuals, optimizer)
+        self._rates = ResidualRates(names, residuals) if keep_rate else None
         self._adapts_rate = adapt_rate and divides_by_mean_square(optimizer)
         self._mean = CoherenceMean()
         self._sent_fraction = 1.0
@@ -48,12 +52,15 @@ class FeedbackMomentum(SwitchedMomentum):
     def settings(self) -> str:
         # the rate follows from the mean, so that ranks must have the same
         mean = f" coherence={self._mean.state()}" if self._adapts_rate else ""
-        return f"{super().settings()} adapt_rate={self._adapts_rate}{mean}"
+        kept = self._rates is not None
+        return f"{super().settings()} keep_rate={kept} adapt_rate={self._adapts_rate}{mean}"
 
     def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
         self._sent_fraction = sent_fraction
         takes_over = sparse and self._takes_over(sent_fraction)
+        if self._rates is not None:
+            self._rates.begin_step(self._optimizer if sparse else None)
         self._measures = self._adapts_rate and takes_over and self._optimizer is not None
 
     def compress(
@@ -66,6 +73,8 @@ class FeedbackMomentum(SwitchedMomentum):
         *,
         parts: int,
     ) -> Compressed:
+        if self._rates is not None:
+            self._rates.follow(layout.names)
         compressed = compressor.compress(flat, layout, segments, parts=parts)
         if not self._measures:
             return compressed
@@ -79,17 +88,22 @@ class FeedbackMomentum(SwitchedMomentum):
         self._switch.rate_factor = self._mean.rate_factor(self._sent_fraction)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "coherence": self._mean.state()}
+        rates = {} if self._rates is None else self._rates.state()
+        return {**super().state_dict(), "coherence": self._mean.state(), "rates": rates}
 
     def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().check_state(state, shapes)
         self._mean.check_state(_coherence_in(state))
+        if self._rates is not None:
+            self._rates.check_state(_rates_in(state))
 
     def load_states(
         self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
     ) -> None:
         # all ranks have had the same
         self._mean.load_state(_coherence_in(every[0]))
+        if self._rates is not None:
+            self._rates.load_state(_rates_in(every[0]))
 
     def _make_switch(self, optimizer: Optimizer) -> MomentumSwitch:
         return MomentumSwitch(optimizer, self._names)
@@ -98,3 +112,7 @@ class FeedbackMomentum(SwitchedMomentum):
 def _coherence_in(state: Mapping[str, Any]) -> Any:
     # older states and those of other methods have none
     return state.get("momentum", {}).get("coherence", list(Coherence()))
+
+
+def _rates_in(state: Mapping[str, Any]) -> Any:
+    return state.get("momentum", {}).get("rates", {})

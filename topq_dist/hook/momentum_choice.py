@@ -27,6 +27,7 @@ def check_momentum(
     *,
     error_feedback: bool,
     mask_velocity: bool,
+    keep_rate: bool,
     adapt_rate: bool,
 ) -> MomentumName:
     """Return the method meant; raises TypeError or ValueError where the knobs do not fit."""
@@ -35,6 +36,8 @@ def check_momentum(
         raise ValueError(f"momentum={momentum!r}: expected one of {known}, or None")
     if not isinstance(mask_velocity, bool):
         raise TypeError(f"mask_velocity={mask_velocity!r}: expected True or False")
+    if not isinstance(keep_rate, bool):
+        raise TypeError(f"keep_rate={keep_rate!r}: expected True or False")
     if not isinstance(adapt_rate, bool):
         raise TypeError(f"adapt_rate={adapt_rate!r}: expected True or False")
     if not mask_velocity and momentum != "corrected":
@@ -66,6 +69,7 @@ def make_momentum(
     residuals: Residuals,
     *,
     mask_velocity: bool,
+    keep_rate: bool,
     adapt_rate: bool,
     summed_ranks: int,
 ) -> Momentum:
@@ -95,7 +99,7 @@ def make_momentum(
     has_momentum(optimizer, names)
     if momentum == "corrected":
         return CorrectedMomentum(names, residuals, optimizer, mask_velocity=mask_velocity)
-    return FeedbackMomentum(names, residuals, optimizer, adapt_rate=adapt_rate)
+    return FeedbackMomentum(names, residuals, optimizer, keep_rate=keep_rate, adapt_rate=adapt_rate)
 
 
 def advise(optimizer: Optimizer | None, names: Mapping[Tensor, str], *, rank: int) -> None:

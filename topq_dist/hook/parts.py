@@ -51,6 +51,7 @@ class Knobs:
     grad_scaler: GradScaler | None = None
     ranks_per_node: int | None = None
     mask_velocity: bool = True
+    keep_rate: bool = True
     adapt_rate: bool = True
 
     def usual(self, *, q: object = None) -> Knobs:
@@ -77,6 +78,7 @@ class KnobOptions(TypedDict, total=False):
     grad_scaler: GradScaler | None
     ranks_per_node: int | None
     mask_velocity: bool
+    keep_rate: bool
     adapt_rate: bool
 
 
@@ -122,6 +124,7 @@ def assemble(
         {parameter: name for parameter, name in names.items() if parameter.requires_grad},
         error_feedback=knobs.error_feedback,
         mask_velocity=knobs.mask_velocity,
+        keep_rate=knobs.keep_rate,
         adapt_rate=knobs.adapt_rate,
     )
     momentum = make_momentum(
@@ -130,6 +133,7 @@ def assemble(
         names,
         compressor.residuals,
         mask_velocity=knobs.mask_velocity,
+        keep_rate=knobs.keep_rate,
         adapt_rate=knobs.adapt_rate,
         summed_ranks=per_node,
     )

@@ -1,0 +1,163 @@
+"""What is kept back is applied at the rate of its own step, whatever the schedule does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from topq_dist import register_topq_hook
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.residual import Residuals
+from topq_dist.hook.residual_rates import ResidualRates
+
+pytestmark = pytest.mark.gloo
+
+
+class Held:
+    """Two parameters of an optimizer's two groups, each with a residual of ones."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options: Any) -> None:
+        self.parameters = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+        self.optimizer = kind([{"params": [one]} for one in self.parameters], **options)
+        layout = Layout(names=("a", "b"), shapes=((3,), (2,)))
+        self.residuals = Residuals()
+        self.flat = self.residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
+        self.flat.fill_(1.0)
+        self.rates = ResidualRates(dict(zip(self.parameters, "ab", strict=True)), self.residuals)
+
+    def step(self, *rates: Any) -> list[float]:
+        """Go through a step at these rates; return a value of each residual."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
+        self.rates.begin_step(self.optimizer)
+        self.rates.follow(("a", "b"))
+        return [float(self.flat[0]), float(self.flat[3])]
+
+
+def test_a_residual_keeps_its_product_with_the_rate() -> None:
+    held = Held(lr=0.4)
+    assert held.step(0.4, 0.4) == [1.0, 1.0]
+    assert held.step(0.2, 0.8) == pytest.approx([2.0, 0.5])
+    # the group whose rate stays is let alone
+    assert held.step(0.1, 0.8) == pytest.approx([4.0, 0.5])
+
+
+def test_small_changes_are_taken_together() -> None:
+    held = Held(lr=1.0)
+    seen = [held.step(rate, 1.0)[0] for rate in (1.0, 0.97, 0.96, 0.95, 0.93)]
+    assert seen == pytest.approx([1.0, 1.0, 1.0, 1 / 0.95, 1 / 0.95])
+
+
+def test_a_schedule_that_ends_at_nought_ends_at_a_twentieth() -> None:
+    held = Held(lr=1.0)
+    for rate in (1.0, 0.3, 1e-3, 1e-30, 0.0, -1.0, float("nan"), None, "fast"):
+        last = held.step(rate, 1.0)
+    assert last == pytest.approx([20.0, 1.0])
+    assert held.step(1.0, 1.0) == pytest.approx([1.0, 1.0])
+
+
+def test_the_rate_is_what_the_momentum_adds_up_to() -> None:
+    held = Held(lr=0.1, momentum=0.9)
+    held.step(0.1, 0.1)
+    for group in held.optimizer.param_groups:
+        group["momentum"] = 0.8
+    # 0.1 / (1 - 0.9) = 1, and 0.1 / (1 - 0.8) = 0.5
+    assert held.step(0.1, 0.2) == pytest.approx([2.0, 1.0])
+    held.optimizer.param_groups[0]["momentum"] = 1.0
+    held.step(0.1, 0.2)
+    held = Held(torch.optim.AdamW, lr=0.1)
+    held.step(0.1, 0.1)
+    held.optimizer.param_groups[0]["betas"] = 0.5, 0.999
+    assert held.step(0.1, torch.tensor(0.05)) == pytest.approx([1.0, 2.0])
+
+
+def test_a_state_goes_on_where_it_was() -> None:
+    held, other = Held(lr=1.0), Held(lr=1.0)
+    held.step(1.0, 0.97)
+    other.rates.check_state(held.rates.state())
+    other.rates.load_state(held.rates.state())
+    assert other.step(0.5, 0.94) == held.step(0.5, 0.94) == pytest.approx([2.0, 1.0])
+    assert other.rates.state() == held.rates.state()
+    for wrong in ({"a": [1.0]}, {"a": [1.0, 0.0]}, {"a": [1.0, "1"]}, {"a": 1.0}):
+        with pytest.raises(ValueError, match="rates\\['a'\\]"):
+            held.rates.check_state(wrong)
+    with pytest.raises(TypeError, match="rates=3"):
+        held.rates.check_state(3)
+
+
+@pytest.fixture
+def model(alone: dist.ProcessGroup) -> DistributedDataParallel:
+    torch.manual_seed(0)
+    return DistributedDataParallel(nn.Linear(40, 1, bias=False))
+
+
+def gradient_step(model: DistributedDataParallel, optimizer: Any, gradient: Tensor) -> None:
+    optimizer.zero_grad()
+    model(gradient[None]).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("keep_rate", [True, False])
+def test_all_that_was_kept_arrives_at_its_own_rate(
+    model: DistributedDataParallel, keep_rate: bool
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = register_topq_hook(
+        model,
+        optimizer,
+        q=0.975,
+        keep_rate=keep_rate,
+        value_format="fp32",
+        bound=None,
+        exchange="allgather",
+    )
+    before = model.module.weight.detach().clone()
+    gradients = [torch.randn(40) for _ in range(4)]
+    rates = [1.0, 1.0, 0.5, 0.1]
+    for gradient, rate in zip(gradients, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        gradient_step(model, optimizer, gradient)
+    moved = before - model.module.weight.detach()
+    (residual,) = state.state_dict()["residuals"].values()
+    wanted = sum(rate * gradient for rate, gradient in zip(rates, gradients, strict=True))
+    # what has been sent, and what is still kept at the last rate
+    arrived = moved + rates[-1] * residual
+    assert torch.allclose(arrived, wanted, rtol=1e-4, atol=1e-5) == keep_rate
+
+
+def test_a_resumed_run_goes_on_to_the_bit(model: DistributedDataParallel) -> None:
+    gradients = [torch.randn(40) for _ in range(8)]
+
+    def trained(steps: range, saved: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any]]:
+        copied = DistributedDataParallel(copy.deepcopy(model.module))
+        optimizer = torch.optim.AdamW(copied.parameters(), lr=0.1)
+        state = register_topq_hook(copied, optimizer, q=0.9, exchange="allgather")
+        if saved is not None:
+            copied.module.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state.load_state_dict(saved["topq"])
+        for step in steps:
+            # half of the changes are too small to be followed at once
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.975**step
+            gradient_step(copied, optimizer, gradients[step])
+        return copied.module.weight.detach(), {
+            "model": copied.module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "topq": state.state_dict(),
+        }
+
+    whole, _ = trained(range(8), None)
+    _, saved = trained(range(4), None)
+    assert saved["topq"]["momentum"]["rates"] == {"weight": [0.1 * 0.975**2, 0.1]}
+    assert torch.equal(trained(range(4, 8), saved)[0], whole)
+
+
+def test_knobs(model: DistributedDataParallel) -> None:
+    with pytest.raises(TypeError, match="keep_rate=1: expected True or False"):
+        register_topq_hook(model, keep_rate=1)  # type: ignore[call-overload]
