@@ -17,7 +17,8 @@ import torch
 from forked import FORKED
 from server_process import quiet_port
 
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
+_MS_REC, _MS_SLAVE, _MNT_DETACH = 1 << 14, 1 << 19, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +121,14 @@ def _run(script: Script, output: Path, errors: Path) -> None:
 
 
 def _enter(namespace: str) -> None:
-    """Be on another host, as `ip netns exec` would have it."""
+    """Be on another host, with its own /sys, as `ip netns exec` would have it."""
+    libc = ctypes.CDLL(None, use_errno=True)
     # os.setns begins with Python 3.12
     with (Path("/run/netns") / namespace).open() as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"network namespace {namespace} cannot be entered")
+        failed = libc.setns(file.fileno(), _CLONE_NEWNET)
+    failed = failed or libc.unshare(_CLONE_NEWNS)
+    failed = failed or libc.mount(b"", b"/", b"none", _MS_SLAVE | _MS_REC, None)
+    libc.umount2(b"/sys", _MNT_DETACH)
+    failed = failed or libc.mount(namespace.encode(), b"/sys", b"sysfs", 0, None)
+    if failed:
+        raise OSError(ctypes.get_errno(), f"network namespace {namespace} cannot be entered")

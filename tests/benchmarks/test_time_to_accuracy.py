@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import replace
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import time_to_accuracy
-from harness.netns import missing_requirement
+from forked_scripts import Script, run_scripts
+from harness import time_to_accuracy_worker
+from harness.netns import HostsError, missing_requirement
 from harness.time_to_accuracy_report import (
     Curve,
     curve_of,
@@ -23,9 +23,8 @@ from harness.time_to_accuracy_report import (
 )
 from harness.time_to_accuracy_worker import Job, Outcome
 from harness.worker_pool import WorkerError
+from time_to_accuracy import Place
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "time_to_accuracy.py"
 RECIPE = replace(time_to_accuracy.QUICK, steps=100)
 
 
@@ -145,51 +144,57 @@ def test_a_method_that_fails_leaves_its_error() -> None:
         time_to_accuracy.run_ranks(time_to_accuracy.HERE, job)
 
 
+def forked_ranks(place: Place, job: Job) -> list[Outcome]:
+    """Do as run_ranks does, in processes that have torch already."""
+    with tempfile.TemporaryDirectory() as folder:
+        counted = None if place.shared else place.interface
+        jobs = [replace(job, rank=rank, folder=folder, interface=counted) for rank in range(2)]
+        scripts = [
+            Script(
+                path=Path(time_to_accuracy_worker.__file__),
+                words=[json.dumps(asdict(one))],
+                variables={"GLOO_SOCKET_IFNAME": place.interface},
+                # ip netns exec NAME ...
+                namespace=None if place.shared else place.command(one.rank, [])[3],
+            )
+            for one in jobs
+        ]
+        run_scripts(scripts, Path(folder))
+        return [Outcome(**json.loads(one.answer_path().read_text())) for one in jobs]
+
+
 @pytest.mark.gloo
 @pytest.mark.timeout(400)
-def test_quick_trains_at_loopback_speed(tmp_path: Path) -> None:
+def test_quick_trains_on_every_link_and_dense_is_estimated_on_a_shaped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
-    dense, topq = _run(tmp_path, "--methods", "dense", "topq")
+    monkeypatch.setattr(time_to_accuracy, "run_ranks", forked_ranks)
+    links = ["loopback"] if missing_requirement() else ["loopback", "1gbit"]
+    options = ["--quick", "--out", str(tmp_path), "--links", *links]
+    try:
+        ended = time_to_accuracy.main([*options, "--methods", "dense", "topq_allgather"])
+    except HostsError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    assert ended == 0
+    assert "ms a step" in capsys.readouterr().out
+    report = json.loads((tmp_path / "time_to_accuracy.json").read_text())
+    assert report["settings"]["parameters"] == 6570
+    assert (tmp_path / "time_to_accuracy.png").exists()
+    dense, topq, *shaped = report["rows"]
     assert dense["times_shorter"] == 1.0
     assert not dense["estimated"]
     # lo is everybody's
     assert dense["step_bytes"] is topq["step_bytes"] is None
     assert topq["steps"] == dense["steps"] == [10, 20, 30, 40]
     assert topq["final_accuracy"] > 60.0
-    assert (tmp_path / "time_to_accuracy.png").exists()
-
-
-@pytest.mark.gloo
-@pytest.mark.timeout(400)
-def test_on_a_shaped_link_dense_is_estimated(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    reason = missing_requirement()
-    if reason is not None:
-        pytest.skip(reason)
-    dense, topq = _run(
-        tmp_path, "--links", "1gbit", "--methods", "dense", "topq_allgather", "--steps", "10"
-    )
+    if not shaped:
+        pytest.skip(f"no shaped link here: {missing_requirement()}")
+    dense, topq = shaped
     assert (dense["estimated"], topq["estimated"]) == (True, False)
     assert dense["step_bytes"] == pytest.approx(4 * 6570, rel=0.2)
-    assert dense["training_s"] == pytest.approx([1e-2 * dense["step_ms"]])
+    assert dense["training_s"] == pytest.approx(
+        [1e-3 * n * dense["step_ms"] for n in (10, 20, 30, 40)]
+    )
     assert topq["curves"][0]["training_s"] == topq["training_s"]
     assert topq["step_bytes"] < 0.2 * dense["step_bytes"]
-
-
-def _run(out: Path, *options: str) -> list[dict[str, Any]]:
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--quick", "--out", str(out), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    output, errors = process.communicate(timeout=360)
-    if "'ip netns add" in errors and "failed" in errors:
-        pytest.skip(f"no network namespaces here: {errors.strip()}")
-    assert process.returncode == 0, errors
-    assert "ms a step" in output
-    report = json.loads((out / "time_to_accuracy.json").read_text())
-    assert report["settings"]["parameters"] == 6570
-    rows: list[dict[str, Any]] = report["rows"]
-    return rows

@@ -24,6 +24,7 @@ PLAINLY: dict[str, Any] = {
     "exchange": "allgather",
     "value_format": None,
     "bound": None,
+    "keep_rate": False,
     "adapt_rate": False,
 }
 Make = Callable[[Any], Optimizer]
