@@ -144,6 +144,46 @@ def test_rare_numbers_among_many() -> None:
         np.testing.assert_array_equal(found, numbers)
 
 
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [126, 127],
+        [125, 126, 127],
+        [240, 250, 255],
+        [0, 128],
+        [9, 24],
+        [7, 9, 12, 15, 22],
+        list(range(240, 256)),
+        list(range(60, 77)),
+        [*range(50, 58), *range(178, 186)],
+        [*range(50, 59), *range(178, 187)],
+        list(range(256)),
+    ],
+    ids=lambda levels: f"{len(levels)} from {levels[0]} to {levels[-1]}",
+)
+def test_levels_near_each_other_and_apart(levels: list[int]) -> None:
+    generator = np.random.default_rng(7)
+    for size in (1, 6, 15, 33, 4096, 4100, 40_003):
+        places = np.minimum(generator.exponential(len(levels) / 5, size), len(levels) - 1)
+        numbers = np.array(levels, np.uint8)[places.astype(np.int64)]
+        # where all that is looked at first is alike
+        numbers[4096:] = np.roll(numbers[4096:], 5)
+        numbers[: size // 2] = levels[-1]
+        for found in read(written(numbers), size):
+            np.testing.assert_array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("every", [2, 3, 7, 40, 300, 5_000])
+@pytest.mark.parametrize("others", [1, 20])
+def test_frequencies_of_all_sizes_divide_exactly(every: int, others: int) -> None:
+    numbers = np.zeros(30_000, np.uint8)
+    numbers[::every] = np.resize(np.arange(1, others + 1), numbers[::every].size)
+    code = written(numbers)
+    for found in read(code, numbers.size):
+        np.testing.assert_array_equal(found, numbers)
+    assert decoded_slowly(code.tobytes(), numbers.size) == numbers.tolist()
+
+
 def test_damaged_codes_are_refused_or_read_alike() -> None:
     generator = np.random.default_rng(5)
     outcomes: Counter[str] = Counter()

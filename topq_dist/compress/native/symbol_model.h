@@ -15,7 +15,6 @@ enum { LEVELS = 256, SYMBOLS = 256, MOST_DIGITS = 8 };
  * among those that are present. */
 typedef struct {
     uint32_t frequency, below;
-    uint64_t reciprocal;
 } Symbol;
 
 typedef struct {
