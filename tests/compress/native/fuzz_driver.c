@@ -208,7 +208,13 @@ static void decode(const uint8_t *frame, int64_t length, uint64_t *taken)
         take_levels(frame + start, length - start, ks, segments, values, k, taken);
     } else if (format >= ECFP16) {
         const int64_t plain = k < length - start ? k : length - start;
-        free(take_symbols(frame + start + plain, length - start - plain, k, taken));
+        uint8_t *high = take_symbols(frame + start + plain, length - start - plain, k, taken);
+        uint8_t *low = copy_of(frame + start, plain);
+        uint16_t *halves = room_for(2 * plain);
+        topq_join_halves(high, low, plain, format > ECFP16, halves);
+        free(high);
+        free(low);
+        free(halves);
     } else if (format == FP16) {
         const int64_t halves = (length - start) / 2 < k ? (length - start) / 2 : k;
         uint16_t *payload = copy_of(frame + start, 2 * halves);

@@ -64,6 +64,21 @@ def test_rice_code(size: int, dtype: str) -> None:
             assert_same(ours, (np.cumsum(gaps.astype(np.int64) + 1) - 1)[:room])
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 7, 16, 33, 1 << 16])
+def test_split_halves_and_join_halves_all_patterns(size: int, *, rotated: bool) -> None:
+    halves = np.arange((1 << 16) - size, 1 << 16, dtype=np.uint32).astype(np.uint16)
+    turned = (halves.astype(np.uint32) * 0x10001 >> (15 if rotated else 0)).astype(np.uint16)
+    for kind in (codec_binding, by_numpy):
+        high, low = np.full((2, size), 77, np.uint8)
+        kind.split_halves(halves, high, low, rotated=rotated)
+        assert_same(high, (turned >> 8).astype(np.uint8))
+        assert_same(low, (turned & 255).astype(np.uint8))
+        joined = np.full(size, 77, np.uint16)
+        kind.join_halves(high, low, joined, rotated=rotated)
+        assert_same(joined, halves)
+
+
 def test_round_to_half_and_widen_half_all_patterns() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16)
     for scale in (1.0, 2.0**-14, 2.0**-126, 2.0**113):

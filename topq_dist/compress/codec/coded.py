@@ -76,28 +76,20 @@ def decode_levels(payload: Bytes, count: int, ks: Counts) -> Singles:
 
 def encode_halves(halves: Halves, *, rotated: bool) -> Bytes:
     """Return the payload of the bits of numbers of two bytes; rotated: bf16's."""
-    if rotated:
-        halves = _rotated(halves, 1)
-    room = scratch.coding(scratch_bytes(halves.size))
-    # casts are several times as fast as views of every other byte
-    code = encode_symbols((halves >> 8).astype(np.uint8), room)
-    return np.concatenate([halves.astype(np.uint8), code])
+    size = halves.size
+    high, low, room = np.split(scratch.coding(2 * size + scratch_bytes(size)), [size, 2 * size])
+    kernels.split_halves(halves, high, low, rotated=rotated)
+    return np.concatenate([low, encode_symbols(high, room)])
 
 
 def decode_halves(payload: Bytes, count: int, *, rotated: bool) -> Halves:
     """Return the bits of `count` numbers; ValueError for what encode_halves does not write."""
     if payload.size < count:
         raise ValueError("values do not take the bytes that they have")
-    halves: Halves = decode_symbols(payload[count:], count).astype(np.uint16)
-    halves <<= 8
-    halves |= payload[:count]
-    return _rotated(halves, 15) if rotated else halves
-
-
-def _rotated(halves: Halves, bits: int) -> Halves:
-    turned: Halves = np.left_shift(halves, bits)
-    turned |= np.right_shift(halves, 16 - bits)
-    return turned
+    low, code = np.split(payload, [count])
+    halves = np.empty(count, np.uint16)
+    kernels.join_halves(decode_symbols(code, count), low, halves, rotated=rotated)
+    return halves
 
 
 def levels_in(payload: Bytes, count: int, *, halves: bool) -> Bytes:

@@ -105,6 +105,20 @@ def widen_half(halves: Array, scale: Any, widened: Array, bits: Array) -> bool:
     )
 
 
+def split_halves(halves: Array, high: Array, low: Array, *, rotated: bool) -> None:
+    """Write the bytes of numbers of two; rotated: of numbers turned left by one bit."""
+    _LIBRARY.topq_split_halves(
+        read(halves, UINT16), halves.size, rotated, written(high, UINT8), written(low, UINT8)
+    )
+
+
+def join_halves(high: Array, low: Array, halves: Array, *, rotated: bool) -> None:
+    """Undo split_halves."""
+    _LIBRARY.topq_join_halves(
+        read(high, UINT8), read(low, UINT8), halves.size, rotated, written(halves, UINT16)
+    )
+
+
 def encode_blocks(
     values: Array, ks: Array, code_bits: int, scales: Array, packed: Array, decoded: Array
 ) -> None:

@@ -45,6 +45,32 @@ int64_t topq_widen_half(const uint16_t *restrict halves, int64_t count, float sc
     return beyond == 0;
 }
 
+void topq_split_halves(const uint16_t *restrict halves, int64_t count, int64_t rotated,
+                       uint8_t *restrict high, uint8_t *restrict low)
+{
+    if (rotated)
+        for (int64_t at = 0; at < count; at++) {
+            high[at] = (uint8_t)(halves[at] >> 7);
+            low[at] = (uint8_t)(halves[at] << 1 | halves[at] >> 15);
+        }
+    else
+        for (int64_t at = 0; at < count; at++) {
+            high[at] = (uint8_t)(halves[at] >> 8);
+            low[at] = (uint8_t)halves[at];
+        }
+}
+
+void topq_join_halves(const uint8_t *restrict high, const uint8_t *restrict low, int64_t count,
+                      int64_t rotated, uint16_t *restrict halves)
+{
+    if (rotated)
+        for (int64_t at = 0; at < count; at++)
+            halves[at] = (uint16_t)(high[at] << 7 | low[at] >> 1 | low[at] << 15);
+    else
+        for (int64_t at = 0; at < count; at++)
+            halves[at] = (uint16_t)(high[at] << 8 | low[at]);
+}
+
 static inline float bf16_above(float number)
 {
     return float_of((bits_of(number) + 0xffffu) & 0xffff0000u);

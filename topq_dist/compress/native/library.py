@@ -38,6 +38,8 @@ _SIGNATURES = {
     "read_gaps": "n pnpnpnnpnp",
     "round_to_half": "- pnfpp",
     "widen_half": "n pnfp",
+    "split_halves": "- pnnpp",
+    "join_halves": "- ppnnp",
     "encode_blocks": "n ppnnppp",
     "decode_blocks": "n pnpnnpn",
     "encode_levels": "n ppndppppp",

@@ -71,6 +71,29 @@ def widen_half(halves: Array, scale: Any, widened: Array, bits: Array) -> bool:
     return bool(np.isfinite(widened).all())
 
 
+def split_halves(halves: Array, high: Array, low: Array, *, rotated: bool) -> None:
+    """Write the bytes of numbers of two; rotated: of numbers turned left by one bit."""
+    turned = _turned(halves, 1) if rotated else halves
+    # casts are several times as fast as views of every other byte
+    high[:] = (turned >> 8).astype(np.uint8)
+    low[:] = turned.astype(np.uint8)
+
+
+def join_halves(high: Array, low: Array, halves: Array, *, rotated: bool) -> None:
+    """Undo split_halves."""
+    halves[:] = high
+    halves <<= 8
+    halves |= low
+    if rotated:
+        halves[:] = _turned(halves, 15)
+
+
+def _turned(halves: Array, bits: int) -> Array:
+    turned: Array = np.left_shift(halves, bits)
+    turned |= np.right_shift(halves, 16 - bits)
+    return turned
+
+
 @quiet
 def encode_blocks(
     values: Array, ks: Array, code_bits: int, scales: Array, packed: Array, decoded: Array

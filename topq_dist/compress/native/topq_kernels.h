@@ -180,6 +180,14 @@ TOPQ_API void topq_round_to_half(const float *numbers, int64_t count, float scal
 TOPQ_API int64_t topq_widen_half(const uint16_t *halves, int64_t count, float scale,
                                  float *widened);
 
+/* high and low = the bytes of halves, all (count,); rotated: of the halves turned left by one bit. */
+TOPQ_API void topq_split_halves(const uint16_t *halves, int64_t count, int64_t rotated,
+                                uint8_t *high, uint8_t *low);
+
+/* Undo topq_split_halves. */
+TOPQ_API void topq_join_halves(const uint8_t *high, const uint8_t *low, int64_t count,
+                               int64_t rotated, uint16_t *halves);
+
 /* Write values in blocks of up to 128, which begin anew with each segment, of 2, 4 or 8 code_bits;
  * lowbit.py says what they look like.
  *
