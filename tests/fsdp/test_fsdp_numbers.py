@@ -15,6 +15,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from topq_dist.fsdp.torch_side import sharded_modules
 from topq_dist.optim.momentum_rules import MomentumSwitch
 from topq_dist.sparsity import k_from_q
 from topq_dist.telemetry.catalog import STEPS
@@ -102,9 +103,13 @@ class ShardReference:
         return torch.cat([one.flatten() for one in sent]).view_as(gradient)
 
 
-def against_reference(rank: int) -> float:
+def against_reference(rank: int, *, divides_itself: bool = False) -> float:
     mesh = mesh_of(2, 2)
     model = plain(mesh["shard"])
+    if divides_itself:
+        for module in sharded_modules(model):
+            module.set_gradient_divide_factor(4.0)
+            module.set_force_sum_reduction_for_comms(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = hooked(
         model, mesh, optimizer, q=0.8, value_format=None, bound=None, exchange="allgather"
@@ -163,6 +168,7 @@ def defaults(rank: int) -> list[float]:
 
 
 def numbers(rank: int) -> tuple[float, list[float]]:
+    against_reference(rank, divides_itself=True)
     return against_reference(rank), defaults(rank)
 
 

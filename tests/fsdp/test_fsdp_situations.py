@@ -26,7 +26,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from topq_dist.exchange.registry import ExchangeName
@@ -64,6 +64,16 @@ def several_modules_in_one(mesh: DeviceMesh) -> Any:
     return model
 
 
+def with_factor(mesh: DeviceMesh, *, sums: bool = False) -> Any:
+    """Divide the sum over all ranks by 2, of which gloo can have a replica's two ranks averaged."""
+    model = nested(mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(2.0)
+            module.set_force_sum_reduction_for_comms(sums)
+    return model
+
+
 CASES: dict[str, tuple[Make, Before | None]] = {
     "nested modules, applied several times": (nested, None),
     "modules that are not always used": (nested, toggled),
@@ -81,6 +91,8 @@ CASES: dict[str, tuple[Make, Before | None]] = {
         None,
     ),
     "fully_shard of a list of modules": (several_modules_in_one, toggled),
+    "set_gradient_divide_factor": (with_factor, None),
+    "set_force_sum_reduction_for_comms, with a factor": (lambda m: with_factor(m, sums=True), None),
     "torch.compile": (lambda m: torch.compile(nested(m), backend="aot_eager"), None),
 }
 

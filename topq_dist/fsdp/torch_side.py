@@ -97,24 +97,21 @@ def divide_as_hsdp(module: FSDPModule, replicas: int) -> None:
     size = some.device_mesh.size()
     # of one rank alone fully_shard divides twice
     if size > 1 and all(group.gradient_divide_factor is None for group in groups_of(module)):
-        module.set_gradient_divide_factor(_HsdpFactor(size * replicas))
-
-
-class _HsdpFactor(float):
-    """The number of all ranks, as a factor that no user has set."""
+        module.set_gradient_divide_factor(float(size * replicas))
 
 
 def divisors_after(module: FSDPModule, dtype: torch.dtype, replicas: int) -> tuple[float, float]:
     """Return by what is to be divided what fully_shard's all-reduce hook is given, for which mean.
 
     For that over a replica's ranks: this replica's. For that over all: the mean over the replicas
-    where the dtype is one that fully_shard has averaged, else the sum over them.
+    where the dtype is one that fully_shard has averaged, else the sum over them. A factor that is
+    set divides the sum over all ranks, as on a mesh of replicas and shards.
     """
     (group,) = groups_of(module)
     sums = getattr(group, "force_sum_reduction_for_comms", False)
-    if dtype in AVERAGED and not sums:
-        return 1.0, 1.0
     factor = group.gradient_divide_factor
+    if factor is None and dtype in AVERAGED and not sums:
+        return 1.0, 1.0
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
             _get_gradient_divide_factors,
@@ -127,12 +124,15 @@ def divisors_after(module: FSDPModule, dtype: torch.dtype, replicas: int) -> tup
         raise RuntimeError(
             f"gradients are reduced in {dtype}, and how fully_shard of torch {torch.__version__} "
             "divides them then is not known: expected reduce_dtype=torch.float32 or bfloat16 in "
-            "its MixedPrecisionPolicy, and no set_force_sum_reduction_for_comms"
+            "its MixedPrecisionPolicy, and neither set_force_sum_reduction_for_comms nor "
+            "set_gradient_divide_factor"
         ) from error
     after = 1.0 if after is None else float(after)
-    if isinstance(factor, _HsdpFactor):
-        return after / replicas, after
-    return after, after if dtype in AVERAGED else after * replicas
+    if factor is None:
+        return after, after if dtype in AVERAGED else after * replicas
+    # what follows is the replicas' mean, and the factor is of their sum
+    of_mean = after / replicas
+    return of_mean, of_mean if dtype in AVERAGED else after
 
 
 def call_after_backward(root: FSDPModule, callback: Callable[[], None]) -> None:
