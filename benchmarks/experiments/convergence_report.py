@@ -60,8 +60,8 @@ python benchmarks/convergence.py --report    # this page from the runs there are
 - Quality is that of the test part, at the last step; nothing was chosen on it. The mean of three
   seeds is followed by the seeds themselves. Differences are to dense and of the seeds that both
   have: points of accuracy, per cent of loss in nats.
-- A row with {earlier} has runs of the version before: without `adapt_rate` (which changes little
-  where gradients are mostly noise), and with other levels in two-bit blocks of under 128 values.
+- A row with {earlier} has runs of an earlier version: without `keep_rate`, as the rows that say so
+  are, and some of them without `adapt_rate`, which changes little where gradients are mostly noise.
 - Curves are of 1,000 samples of the validation part, and means of the seeds.
 - Times fewer: dense's fp32 bytes over those of one rank's frames, all steps counted.
 """

@@ -1,4 +1,4 @@
-"""What is kept back is applied at the rate of its own step, whatever the schedule does."""
+"""Kept-back gradients are applied at the rate of their own step, whatever the schedule does."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ multiplied by what the rate has changed by, which comes to the same.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from topq_dist.compress.residual import Residuals
 from topq_dist.optim.groups import ParamGroup
-from topq_dist.optim.momentum_rules import momentum_rule
+from topq_dist.optim.momentum_rules import MomentumRule, momentum_rule
 
 # a change that is too small for a pass over the residual
 _LEAST_CHANGE = 1.05
@@ -38,27 +39,31 @@ class ResidualRates:
         self._residuals = residuals
         # of each residual, and the highest of its parameter
         self._held: dict[str, tuple[float, float]] = {}
-        self._now: dict[str, float] = {}
+        # of each group and how many parameters it has, and of the parameters that are behind them
+        self._rates: list[tuple[float | None, int]] = []
+        self._to_follow: dict[str, float] = {}
 
     def begin_step(self, optimizer: Optimizer | None) -> None:
         """Take note of the rates of a step, with what the momentum adds up to; None: of none."""
-        self._now = {}
-        if optimizer is None:
+        rule = None if optimizer is None else momentum_rule(optimizer)
+        groups = [] if optimizer is None else optimizer.param_groups
+        rates = [(_rate_of(group, rule), len(group["params"])) for group in groups]
+        if rates == self._rates:
             return
-        rule = momentum_rule(optimizer)
-        for group in optimizer.param_groups:
-            rate = _rate_of(group, {} if rule is None else _options(rule, group))
-            if rate is None:
-                continue
-            for parameter in group["params"]:
-                name = self._names.get(parameter)
-                if name is not None:
-                    self._now[name] = rate
+        self._rates = rates
+        self._to_follow = {
+            self._names[parameter]: rate
+            for group, (rate, _) in zip(groups, rates, strict=True)
+            for parameter in group["params"]
+            if rate is not None and parameter in self._names
+        }
 
     def follow(self, names: Iterable[str]) -> None:
         """Have the residuals of these parameters be counted at the step's rates."""
+        if not self._to_follow:
+            return
         for name in names:
-            now = self._now.get(name)
+            now = self._to_follow.pop(name, None)
             if now is None:
                 continue
             held, highest = self._held.get(name, (now, now))
@@ -93,18 +98,14 @@ class ResidualRates:
         A residual without one is counted at that of the next step.
         """
         self._held = {name: (held, highest) for name, (held, highest) in state.items()}
+        self._rates = []
 
 
-def _options(rule: Any, group: ParamGroup) -> Mapping[str, Any]:
-    try:
-        return rule(group)
-    except ValueError:
-        # of a momentum that does not add up, which the optimizer's step tells
-        return {}
-
-
-def _rate_of(group: ParamGroup, instead: Mapping[str, Any]) -> float | None:
-    rate = {**group, **instead}.get("lr")
+def _rate_of(group: ParamGroup, rule: MomentumRule | None) -> float | None:
+    rate = group.get("lr")
+    # a momentum that does not add up is told of by the optimizer's step
+    with contextlib.suppress(ValueError):
+        rate = rate if rule is None else rule(group).get("lr", rate)
     if isinstance(rate, Tensor):
         if rate.device.type != "cpu" or rate.numel() != 1:
             return None
