@@ -408,7 +408,7 @@ class TestTheServersOwnTroubles:
 
             def hand_over() -> None:
                 (first, second) = ended[0]
-                assert until(lambda: first._process.poll() is not None, 60)
+                assert until(lambda: first.exit_code is not None, 60)
                 second.stop()
                 target.start()
 

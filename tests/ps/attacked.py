@@ -69,12 +69,12 @@ class Target:
     @property
     def pid(self) -> int:
         assert self.served is not None
-        return self.served._process.pid
+        return self.served.pid
 
     def exit_code(self) -> int | None:
         """Return the process's exit code; None while it runs."""
         assert self.served is not None
-        return self.served._process.poll()
+        return self.served.exit_code
 
     def kill(self) -> None:
         """End the process as kill -9 does."""
