@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import runpy
-import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import torch
-from forked import FORKED
+from forked_process import ForkedProcess, Place, run_script
 from server_process import quiet_port
 
 _CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
@@ -61,63 +56,36 @@ def ranks_of(
     ]
 
 
-def run_scripts(scripts: Sequence[Script], folder: Path, *, timeout_s: float = 150) -> list[str]:
+def run_scripts(scripts: Sequence[Script], *, timeout_s: float = 150) -> list[str]:
     """Run scripts beside each other; return what each has written to stdout.
 
-    Raises AssertionError with what it has written to stderr where one fails or does not end, and
+    Raises AssertionError with what all have written to stderr where one fails or does not end, and
     ends the others.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    streams = [
-        (folder / f"script{number}.stdout", folder / f"script{number}.stderr")
-        for number in range(len(scripts))
+    running = [
+        ForkedProcess(
+            _run,
+            script,
+            place=Place(variables={**os.environ, **script.variables}, folder=script.folder),
+        )
+        for script in scripts
     ]
-    processes = [
-        FORKED.Process(target=_run, args=(script, *files), daemon=True)
-        for script, files in zip(scripts, streams, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        _await(processes, time.monotonic() + timeout_s)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * len(scripts), (codes, [errors.read_text() for _, errors in streams])
-    return [output.read_text() for output, _ in streams]
-
-
-def _await(processes: Sequence[ForkServerProcess], deadline_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        codes = [process.exitcode for process in processes]
+        codes = [process.exit_code for process in running]
         if all(code == 0 for code in codes) or any(codes):
-            return
+            break
         time.sleep(0.02)
+    for process in running:
+        process.kill()
+    assert codes == [0] * len(running), (codes, [process.errors for process in running])
+    return [process.output for process in running]
 
 
-def _run(script: Script, output: Path, errors: Path) -> None:
-    for number, path in enumerate((output, errors), start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+def _run(script: Script) -> None:
     if script.namespace is not None:
         _enter(script.namespace)
-    os.environ.update(script.variables)
-    if script.folder is not None:
-        os.chdir(script.folder)
-    torch.set_num_threads(1)
-    sys.argv = [str(script.path), *script.words]
-    failed = 1
-    try:
-        runpy.run_path(str(script.path), run_name="__main__")
-        failed = 0
-    finally:
-        if failed:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # in Python's shutdown torch's gloo threads abort one process in a hundred
-        os._exit(failed)
+    run_script(script.path, *script.words)
 
 
 def _enter(namespace: str) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from forked import FORKED
+from forked_process import ForkedProcess, Place
 from leak_report import without_leak_report
 
 TOPQ = [sys.executable, "-m", "topq_dist.cli"]
@@ -29,25 +25,12 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 class Served:
-    """A `topq serve` process that listens; `stop` ends it with SIGTERM.
-
-    It is forked from one that has torch already, which saves seconds of each start.
-    """
+    """A `topq serve` process that listens; `stop` ends it with SIGTERM."""
 
     def __init__(self, *words: str, **variables: str) -> None:
         self._read = 0
-        with tempfile.TemporaryDirectory(prefix="topq-served-") as folder:
-            streams = Path(folder) / "stdout", Path(folder) / "stderr"
-            # numbers, which nobody has to close, of files that are gone once they are
-            self._output, self._errors = (
-                os.open(path, os.O_RDONLY | os.O_CREAT, 0o600) for path in streams
-            )
-            self._process = FORKED.Process(
-                target=_serve, args=(words, environment(variables), Path.cwd(), *streams)
-            )
-            self._process.daemon = True
-            self._process.start()
-            said = self.line()
+        self._process = ForkedProcess(_serve, *words, place=Place(variables=environment(variables)))
+        said = self.line()
         if not said.startswith("listening on ") or not said.endswith("\n"):
             raise AssertionError((said, *self.kill()))
         self.address = said.removeprefix("listening on ").rstrip("\n")
@@ -55,13 +38,12 @@ class Served:
     @property
     def pid(self) -> int:
         """The number of the process."""
-        assert self._process.pid is not None
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
         """What the process has ended with; None while it runs."""
-        return self._process.exitcode
+        return self._process.exit_code
 
     def line(self) -> str:
         """Return the next line on stdout, which must be under way; what there is where it ended."""
@@ -78,53 +60,23 @@ class Served:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         if self.exit_code is None:
             os.kill(self.pid, number)
-        self._process.join(_END_S)
-        code = self.exit_code
-        if code is None:
-            raise AssertionError(("it has not ended", *self.kill()))
-        return code, self._rest(), without_leak_report(_text(self._errors))
+        code = self._process.wait(_END_S)
+        return code, self._rest(), without_leak_report(self._process.errors)
 
     def kill(self) -> tuple[str, str]:
         self._process.kill()
-        self._process.join(_END_S)
-        return self._rest(), _text(self._errors)
+        return self._rest(), self._process.errors
 
     def _rest(self) -> str:
-        return _text(self._output)[self._read :]
+        return self._process.output[self._read :]
 
 
-def _text(file: int) -> str:
-    return os.pread(file, 1 << 24, 0).decode()
-
-
-def _serve(
-    words: Sequence[str],
-    variables: Mapping[str, str],
-    folder: Path,
-    output: Path,
-    errors: Path,
-) -> None:
+def _serve(*words: str) -> int:
     from topq_dist.cli import main
 
-    for number, path in enumerate((output, errors), start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    # a daemon is ended with its parent, but may have no processes of its own
-    multiprocessing.current_process().daemon = False
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
-    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = ["topq", "serve", *words]
-    code = 1
-    try:
-        code = main(["serve", *words])
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return main(["serve", *words])
 
 
 @contextmanager

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from forked_process import ForkedProcess, Place, run_script
 from leak_report import without_leak_report
 
 COMPARE = Path(__file__).resolve().parents[1] / "launch" / "compare.py"
 DEADLINE_S = 100.0
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object) -> ForkedProcess:
     """Start compare.py as the leader of a process group of its own, as a shell would.
 
     Without an emulated link, unless one is asked for.
     """
     if "--link" not in arguments:
         arguments = (*arguments, "--link", "none")
-    return subprocess.Popen(
-        [sys.executable, str(COMPARE), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return ForkedProcess(run_script, COMPARE, *map(str, arguments), place=Place(leads=True))
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: ForkedProcess) -> tuple[int, str, str]:
     """Return (exit code, stdout, stderr) once the process has ended."""
-    out, err = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, out, without_leak_report(err)
+    code = process.wait(DEADLINE_S)
+    return code, process.output, without_leak_report(process.errors)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: ForkedProcess) -> None:
     """Return as soon as `path` is there; fail where the process ends before."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.exit_code is None, (process.output, process.errors)
         assert time.monotonic() < deadline_s, f"{path} did not appear"
         time.sleep(0.02)
 
@@ -57,7 +50,7 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def ranks_below(process: subprocess.Popen[str]) -> list[int]:
+def ranks_below(process: ForkedProcess) -> list[int]:
     """Return the process ids of the ranks, in the order of their start."""
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     return sorted(int(pid) for file in children for pid in file.read_text().split())

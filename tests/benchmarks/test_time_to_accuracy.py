@@ -159,7 +159,7 @@ def forked_ranks(place: Place, job: Job) -> list[Outcome]:
             )
             for one in jobs
         ]
-        run_scripts(scripts, Path(folder))
+        run_scripts(scripts)
         return [Outcome(**json.loads(one.answer_path().read_text())) for one in jobs]
 
 

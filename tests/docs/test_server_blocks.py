@@ -149,9 +149,7 @@ def test_the_first_script_trains_on_two_ranks(scripts: Path) -> None:
     assert int(said[2]) > 50
 
 
-def test_the_second_trains_through_a_server_over_tls_with_a_token(
-    scripts: Path, tmp_path: Path
-) -> None:
+def test_the_second_trains_through_a_server_over_tls_with_a_token(scripts: Path) -> None:
     (shell,) = [block.code for block in blocks_of(ROOT / START) if block.language == "sh"]
     subprocess.run(["/bin/sh", "-ec", shell], cwd=scripts, check=True, capture_output=True)
     _, *words = command_of(START, "topq serve")
@@ -162,7 +160,7 @@ def test_the_second_trains_through_a_server_over_tls_with_a_token(
         script = scripts / "worker.py"
         script.write_text(script.read_text().replace(HERE, served.address))
         runs = [Script(path=script, words=(name,), folder=scripts) for name in ("w0", "w1")]
-        other, said = run_scripts(runs, tmp_path / "said")
+        other, said = run_scripts(runs)
         assert other.startswith("w0: loss ")
         _, *status = command_of(START, "topq status")
         status[status.index(HERE)] = served.address

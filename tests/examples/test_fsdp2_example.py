@@ -12,8 +12,8 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.py"
 
 
 @pytest.mark.gloo
-def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
-    said, *others = run_scripts(ranks_of(EXAMPLE, 4), tmp_path)
+def test_two_replicas_of_two_shards() -> None:
+    said, *others = run_scripts(ranks_of(EXAMPLE, 4))
     assert others == [""] * 3
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     assert losses[-1] < losses[0] / 20

@@ -13,14 +13,14 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "local_two_sites.py
 
 
 @pytest.mark.gloo
-def test_two_sites_of_two_processes(tmp_path: Path) -> None:
-    said, *others = run_scripts(ranks_of(EXAMPLE, 4), tmp_path)
+def test_two_sites_of_two_processes() -> None:
+    said, *others = run_scripts(ranks_of(EXAMPLE, 4))
     assert others == [""] * 3
     _assert_learned(said)
 
 
 @pytest.mark.gloo
-def test_two_hosts_on_100_mbit(tmp_path: Path) -> None:
+def test_two_hosts_on_100_mbit() -> None:
     if (reason := missing_requirement()) is not None:
         pytest.skip(reason)
     try:
@@ -32,7 +32,7 @@ def test_two_hosts_on_100_mbit(tmp_path: Path) -> None:
                 namespaces=made.namespaces,
                 variables={"GLOO_SOCKET_IFNAME": "eth0"},
             )
-            said = run_scripts(ranks, tmp_path)
+            said = run_scripts(ranks)
     except HostsError as error:
         pytest.skip(str(error))
     _assert_learned(said[0])

@@ -16,7 +16,7 @@ def test_two_workers(tmp_path: Path) -> None:
     serving = {"start_workers": 2}
     with ServerProcess(tmp_path / "state", training, serving) as server:
         workers = [Script(path=EXAMPLE, words=(server.address, name)) for name in ("a", "b")]
-        said = run_scripts(workers, tmp_path)
+        said = run_scripts(workers)
     for output in said:
         losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
         assert losses[-1] < losses[0] / 3
