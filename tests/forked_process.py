@@ -22,7 +22,7 @@ _END_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process runs.
+    """The place of a process.
 
     variables: all that it has, this process's by default. folder: the present one by default.
     leads: whether it leads a session and a process group of its own, as from a shell.
@@ -68,7 +68,7 @@ class ForkedProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """What it has ended with, less than zero for a signal; None while it runs."""
+        """The exit code, less than zero for a signal; None while it runs."""
         return self._process.exitcode
 
     @property

@@ -42,7 +42,7 @@ class Served:
 
     @property
     def exit_code(self) -> int | None:
-        """What the process has ended with; None while it runs."""
+        """The exit code; None while the process runs."""
         return self._process.exit_code
 
     def line(self) -> str:

@@ -58,7 +58,7 @@ def test_the_hooks_before_a_commit_are_the_checks_of_the_tests() -> None:
     hooks = re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text())
     script = (ROOT / "launch" / "test.sh").read_text()
     for tool in ("ruff check", "ruff format", "mypy"):
-        assert f"run_from_root {tool}" in script
+        assert f"+ {tool}" in script or f"run_from_root {tool}" in script
         assert any(entry.startswith(f".venv/bin/python -m {tool}") for entry in hooks)
     assert "lint-imports" in script
     assert ".venv/bin/python .venv/bin/lint-imports" in hooks

@@ -152,7 +152,7 @@ PLAN: list[dict[str, Any]] = [
     _rows("gpt-shakespeare", 1000, [*_MAIN, _ONE]),
     _rows("cifar10-adamw", 1500, [*_MAIN, _RARE]),
     _rows("gpt-shakespeare", 1000, _MAIN, workers=2),
-    _rows("cifar10-sgd", 4500, [*_MAIN, _RARE], seeds=(0,)),
+    _rows("cifar10-sgd", 4500, [*_MAIN, _RARE, "top-Q, q=0.9985"], seeds=(0,)),
     _rows("gpt-moby", 3000, [*_MAIN, _ONE], seeds=(0,)),
     _rows("gpt-moby", 1000, _FORMATS, seeds=(0,)),
     _rows("lstm-moby", 1000, _MAIN, seeds=(0,)),

@@ -59,7 +59,11 @@ def load(path: Path, model: Any, optimizer: Any, state: ShardedTopQState | None)
 def residual_sums(state: ShardedTopQState, mesh: DeviceMesh) -> dict[str, Tensor]:
     """Return the sum of each parameter's residual over the replicas, whole on every rank."""
     sums = {}
-    (mine,) = [held for held in state.state_dict().values() if isinstance(held, dict)]
+    (mine,) = [
+        held
+        for key, held in state.state_dict().items()
+        if isinstance(held, dict) and key != "rates"
+    ]
     for name, residual in mine["residuals"].items():
         total = residual.full_tensor()
         assert total.dtype == torch.float64

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.gloo
 class Held:
     """Two parameters of an optimizer's two groups, each with a residual of ones."""
 
+    dtype = torch.float32
+
     def __init__(self, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options: Any) -> None:
         self.parameters = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
         self.optimizer = kind([{"params": [one]} for one in self.parameters], **options)
@@ -36,7 +38,7 @@ class Held:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
         self.rates.begin_step(self.optimizer)
-        self.rates.follow(("a", "b"))
+        self.rates.follow(("a", "b"), self.dtype)
         return [float(self.flat[0]), float(self.flat[3])]
 
 
@@ -56,10 +58,45 @@ def test_small_changes_are_taken_together() -> None:
 
 def test_a_schedule_that_ends_at_nought_ends_at_a_twentieth() -> None:
     held = Held(lr=1.0)
-    for rate in (1.0, 0.3, 1e-3, 1e-30, 0.0, -1.0, float("nan"), None, "fast"):
+    for rate in (1.0, 0.3, 1e-3, 1e-30, 0.0):
         last = held.step(rate, 1.0)
     assert last == pytest.approx([20.0, 1.0])
     assert held.step(1.0, 1.0) == pytest.approx([1.0, 1.0])
+
+
+def test_what_comes_in_while_the_rate_is_nought_counts_at_the_lowest() -> None:
+    held = Held(lr=1.0)
+    assert held.step(0.0, 0.0) == [1.0, 1.0]
+    assert held.step(1.0, 1.0) == [1.0, 1.0]
+    assert held.step(0.0, 1.0) == pytest.approx([20.0, 1.0])
+    held.flat[0] = 1.0
+    assert held.step(0.1, 1.0) == pytest.approx([0.5, 1.0])
+    # and while there is none, at that of the next
+    for none in (None, "fast", -1.0, float("nan"), torch.zeros(2)):
+        held.step(none, 1.0)
+    assert held.step(0.1, 1.0) == held.step(0.1, 1.0) == pytest.approx([0.5, 1.0])
+
+
+def test_what_would_break_a_mean_of_squares_or_half_precision_is_left() -> None:
+    held = Held(torch.optim.AdamW, lr=1.0)
+    held.step(1.0, 1.0)
+    # a step of a schedule, all of what waits at once
+    assert held.step(0.1, 0.8) == pytest.approx([1.0, 1.25])
+    assert held.step(0.09, 4.0) == pytest.approx([1 / 0.9, 0.25])
+    held = Held(lr=1.0)
+    held.dtype = torch.float16
+    held.step(1.0, 1.0)
+    assert held.step(0.5, 2.0) == pytest.approx([1.0, 0.5])
+
+
+def test_groups_of_others_and_groups_that_change() -> None:
+    held = Held(lr=1.0)
+    other = nn.Parameter(torch.zeros(1))
+    held.optimizer.add_param_group({"params": [other], "lr": "none of the hook's"})
+    assert held.step(1.0, 0.1) == [1.0, 1.0]
+    one, two = held.optimizer.param_groups[:2]
+    one["params"], two["params"] = two["params"], one["params"]
+    assert held.step(1.0, 0.1) == pytest.approx([10.0, 0.1])
 
 
 def test_the_rate_is_what_the_momentum_adds_up_to() -> None:
@@ -74,14 +111,14 @@ def test_the_rate_is_what_the_momentum_adds_up_to() -> None:
     held = Held(torch.optim.AdamW, lr=0.1)
     held.step(0.1, 0.1)
     held.optimizer.param_groups[0]["betas"] = 0.5, 0.999
-    assert held.step(0.1, torch.tensor(0.05)) == pytest.approx([1.0, 2.0])
+    assert held.step(0.1, torch.tensor(0.08)) == pytest.approx([1.0, 1.25])
 
 
 def test_a_state_goes_on_where_it_was() -> None:
     held, other = Held(lr=1.0), Held(lr=1.0)
     held.step(1.0, 0.97)
     other.rates.check_state(held.rates.state())
-    other.rates.load_state(held.rates.state())
+    other.rates.load_state({**held.rates.state(), "frozen since": [1.0, 1.0]})
     assert other.step(0.5, 0.94) == held.step(0.5, 0.94) == pytest.approx([2.0, 1.0])
     assert other.rates.state() == held.rates.state()
     for wrong in ({"a": [1.0]}, {"a": [1.0, 0.0]}, {"a": [1.0, "1"]}, {"a": 1.0}):
@@ -125,7 +162,7 @@ def test_all_that_was_kept_arrives_at_its_own_rate(
         gradient_step(model, optimizer, gradient)
     moved = before - model.module.weight.detach()
     (residual,) = state.state_dict()["residuals"].values()
-    wanted = sum(rate * gradient for rate, gradient in zip(rates, gradients, strict=True))
+    wanted = torch.stack([a * b for a, b in zip(rates, gradients, strict=True)]).sum(0)
     # what has been sent, and what is still kept at the last rate
     arrived = moved + rates[-1] * residual
     assert torch.allclose(arrived, wanted, rtol=1e-4, atol=1e-5) == keep_rate
@@ -156,6 +193,15 @@ def test_a_resumed_run_goes_on_to_the_bit(model: DistributedDataParallel) -> Non
     _, saved = trained(range(4), None)
     assert saved["topq"]["momentum"]["rates"] == {"weight": [0.1 * 0.975**2, 0.1]}
     assert torch.equal(trained(range(4, 8), saved)[0], whole)
+
+
+def test_a_hook_that_is_taken_off_holds_no_rates(model: DistributedDataParallel) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = register_topq_hook(model, optimizer, q=0.9, exchange="allgather")
+    gradient_step(model, optimizer, torch.randn(40))
+    assert state.state_dict()["momentum"]["rates"] == {"weight": [1.0, 1.0]}
+    state.detach()
+    assert state.state_dict()["momentum"]["rates"] == {}
 
 
 def test_knobs(model: DistributedDataParallel) -> None:

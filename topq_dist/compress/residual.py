@@ -6,7 +6,7 @@ Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorith
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -142,11 +142,11 @@ class Residuals:
         if update.flushed_share == 1.0 and len(update.flushed) == len(update.layout.names):
             self.clear(update.layout)
 
-    def multiply(self, name: str, factor: float) -> None:
-        """Multiply the residual of a parameter, if there is one."""
-        held = self._by_name.get(name)
-        if held is not None:
-            held.mul_(factor)
+    def multiply(self, names: Iterable[str], factor: float) -> None:
+        """Multiply the residuals of these parameters, of those that have one."""
+        held = [self._by_name[name] for name in names if name in self._by_name]
+        if held:
+            torch._foreach_mul_(held, factor)
 
     def clear(self, layout: Layout) -> None:
         """Forget the residuals of the names of `layout`, and free them."""

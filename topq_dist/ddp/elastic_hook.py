@@ -134,7 +134,7 @@ class ElasticHook:
             from_texts(state["optimizer"], self._optimizer.state_dict())
         )
         stages.sparsity.load_state_dict(state["density"])
-        stages.momentum.load_states([state], [state])
+        stages.momentum.load_states([state], [state], state)
         stages.momentum.load_residuals({})
         self.steps_taken = state["steps"]
 

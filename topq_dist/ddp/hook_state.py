@@ -171,7 +171,7 @@ def load_states(state: SavedState, parts: HookParts, ranks: Ranks) -> None:
     exchange.resume(chosen, first.get("dense_steps", 0) if assigned.is_own else 0)
     orders = {name: order for one, name in parts.names.items() if (order := memory_order(one))}
     mine = [_in_rows(one, orders) for one in assigned.mine]
-    momentum.load_states(mine, [_in_rows(one, orders) for one in assigned.every])
+    momentum.load_states(mine, [_in_rows(one, orders) for one in assigned.every], first)
     momentum.load_residuals(merged([one["residuals"] for one in mine]))
     ranks.context.meter.stats = stats
 

@@ -80,7 +80,10 @@ def save(parts: HookParts, ranks: Ranks, of: Sequence[Kept]) -> dict[str, Any]:
         "unit": torch.tensor(_UNITS.index(momentum["unit"])),
         "coherence": torch.tensor(momentum.get("coherence", [0.0, 0.0]), dtype=torch.float64),
         # a residual without has none
-        "rates": torch.tensor([rates.get(one.name, _NO_RATES) for one in of], dtype=torch.float64),
+        "rates": {
+            one.name: torch.tensor(rates.get(one.name, _NO_RATES), dtype=torch.float64)
+            for one in of
+        },
         f"replica{replica}": mine,
     }
 
@@ -148,9 +151,12 @@ def prepare(
         for name, value in save(parts, ranks, of).items()
         if not name.startswith("replica")
     }
-    if f"{key}.rates" not in reader.described:
-        # of an earlier version
-        del template["rates"]
+    # an earlier version has none
+    template["rates"] = {
+        name: rates
+        for name, rates in template["rates"].items()
+        if f"{key}.rates.{name}" in reader.described
+    }
     # of the others only what `every` one is asked for
     own = _KEPT[parts.method] if parts.method == "adam" else ()
     for replica in sorted({*mine, *(every if own else [])}):
@@ -204,16 +210,15 @@ def as_hook_state(held: Mapping[str, Any], loaded: Loaded, of: Sequence[Kept]) -
 
 
 def _rates(common: Mapping[str, Any], of: Sequence[Kept]) -> dict[str, list[float]]:
-    if "rates" not in common:
-        return {}
-    rates = common["rates"]
-    if tuple(rates.shape) != (len(of), 2):
-        raise ValueError(
-            f"state has rates of shape {tuple(rates.shape)}: expected {(len(of), 2)}, two of each "
-            "parameter"
-        )
-    held = zip(of, rates.tolist(), strict=True)
-    return {one.name: both for one, both in held if both != _NO_RATES}
+    given = common.get("rates", {})
+    if not isinstance(given, Mapping):
+        raise TypeError(f"state has rates={given!r}: expected a tensor by name")
+    rates = {one.name: given[one.name] for one in of if one.name in given}
+    for name, both in rates.items():
+        if not isinstance(both, Tensor) or tuple(both.shape) != (2,):
+            raise ValueError(f"state has rates[{name!r}]={both!r}: expected a tensor of two")
+    held = {name: [float(one) for one in both] for name, both in rates.items()}
+    return {name: both for name, both in held.items() if both != _NO_RATES}
 
 
 def chosen_in(loaded: Loaded) -> str | None:

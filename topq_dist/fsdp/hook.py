@@ -174,7 +174,8 @@ class ShardedTopQState(HookState):
             self.q = q
             exchange.resume(chosen, dense_steps)
             # of fewer replicas than there are now some take over nothing but what all had alike
-            stages.momentum.load_states(mine, every or [checkpoint.as_hook_state({}, loaded, of)])
+            known = every or [checkpoint.as_hook_state({}, loaded, of)]
+            stages.momentum.load_states(mine, known, known[0])
             residuals = merged([one["residuals"] for one in mine])
             stages.momentum.load_residuals(self._with_those_of_others(residuals))
 

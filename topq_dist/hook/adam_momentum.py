@@ -161,7 +161,10 @@ class AdamMomentum(OwnMomentum):
                 raise ValueError(f"state has steps[{name!r}]={step!r}: expected a number above 0")
 
     def load_states(
-        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+        self,
+        mine: Sequence[Mapping[str, Any]],
+        every: Sequence[Mapping[str, Any]],
+        alike: Mapping[str, Any],
     ) -> None:
         held = [state["momentum"] for state in every if unit_of(state) == self.unit]
         self._directions.load_state_dict(

@@ -133,7 +133,10 @@ class CorrectedMomentum(OwnMomentum):
         check_tensors("velocity", state["momentum"].get("velocity"), shapes)
 
     def load_states(
-        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+        self,
+        mine: Sequence[Mapping[str, Any]],
+        every: Sequence[Mapping[str, Any]],
+        alike: Mapping[str, Any],
     ) -> None:
         self._is_sparse = bool(every) and unit_of(every[0]) == self.unit
         velocities = [s["momentum"]["velocity"] for s in mine] if self._is_sparse else []

@@ -74,7 +74,7 @@ class FeedbackMomentum(SwitchedMomentum):
         parts: int,
     ) -> Compressed:
         if self._rates is not None:
-            self._rates.follow(layout.names)
+            self._rates.follow(layout.names, flat.dtype)
         compressed = compressor.compress(flat, layout, segments, parts=parts)
         if not self._measures:
             return compressed
@@ -87,6 +87,12 @@ class FeedbackMomentum(SwitchedMomentum):
         self._mean.add(coherence)
         self._switch.rate_factor = self._mean.rate_factor(self._sent_fraction)
 
+    def detach(self) -> None:
+        super().detach()
+        if self._rates is not None:
+            # nobody follows them any more
+            self._rates.load_state({})
+
     def state_dict(self) -> dict[str, Any]:
         rates = {} if self._rates is None else self._rates.state()
         return {**super().state_dict(), "coherence": self._mean.state(), "rates": rates}
@@ -98,12 +104,14 @@ class FeedbackMomentum(SwitchedMomentum):
             self._rates.check_state(_rates_in(state))
 
     def load_states(
-        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+        self,
+        mine: Sequence[Mapping[str, Any]],
+        every: Sequence[Mapping[str, Any]],
+        alike: Mapping[str, Any],
     ) -> None:
-        # all ranks have had the same
-        self._mean.load_state(_coherence_in(every[0]))
+        self._mean.load_state(_coherence_in(alike))
         if self._rates is not None:
-            self._rates.load_state(_rates_in(every[0]))
+            self._rates.load_state(_rates_in(alike))
 
     def _make_switch(self, optimizer: Optimizer) -> MomentumSwitch:
         return MomentumSwitch(optimizer, self._names)

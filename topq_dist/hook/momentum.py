@@ -94,9 +94,15 @@ class Momentum:
             )
 
     def load_states(
-        self, mine: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]]
+        self,
+        mine: Sequence[Mapping[str, Any]],
+        every: Sequence[Mapping[str, Any]],
+        alike: Mapping[str, Any],
     ) -> None:
-        """Take up states that `check_state` has let pass: those of this rank's part, and all."""
+        """Take up states that `check_state` has let pass: those of this rank's part, and all.
+
+        every: none on a rank that keeps nothing. alike: any of them, for what all ranks have alike.
+        """
 
 
 class SwitchedMomentum(Momentum):

@@ -1,4 +1,4 @@
-"""What is kept back is applied at the rate of the step it came from, however late it is sent.
+"""The rate of a residual: each gradient counts at that of its own step, whenever it is sent.
 
 A residual of plain gradients would be applied at the rate of the step that sends it, so that a
 schedule that falls loses of each gradient what fell while it waited. Sources: Stich et al.,
@@ -14,24 +14,30 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.residual import Residuals
 from topq_dist.optim.groups import ParamGroup
-from topq_dist.optim.momentum_rules import MomentumRule, momentum_rule
+from topq_dist.optim.momentum_rules import MomentumRule, divides_by_mean_square, momentum_rule
 
 # a change that is too small for a pass over the residual
 _LEAST_CHANGE = 1.05
 # of the highest rate there was: a schedule that ends at nought would weigh the past without end
 _LOWEST = 0.05
+# a fall at once by more: an optimizer that divides by the root of a mean of squares would take such
+# arrivals into its mean, and step too short for as long as that remembers. A gradient of half
+# precision might overflow by any
+_SUDDEN = 1.5
 
 
 class ResidualRates:
     """The rates at which residuals are counted, by the parameters' names.
 
-    names: of the parameters. residuals: the hook's own. A rate that is no positive number, or lies
-    on a GPU, which the host would have to wait for, leaves a residual as it is.
+    names: of the parameters. residuals: the hook's own. A rate of 0 counts as the lowest; while one
+    is no number, or lies on a GPU, which the host would have to wait for, a residual is not counted
+    at any.
     """
 
     def __init__(self, names: Mapping[Tensor, str], residuals: Residuals) -> None:
@@ -39,40 +45,63 @@ class ResidualRates:
         self._residuals = residuals
         # of each residual, and the highest of its parameter
         self._held: dict[str, tuple[float, float]] = {}
-        # of each group and how many parameters it has, and of the parameters that are behind them
-        self._rates: list[tuple[float | None, int]] = []
-        self._to_follow: dict[str, float] = {}
+        # of each group, and whose they are; and of the parameters that are behind them
+        self._rates: list[tuple[float | None, int, int]] = []
+        self._to_follow: dict[str, float | None] = {}
+        self._most = math.inf
 
     def begin_step(self, optimizer: Optimizer | None) -> None:
         """Take note of the rates of a step, with what the momentum adds up to; None: of none."""
-        rule = None if optimizer is None else momentum_rule(optimizer)
-        groups = [] if optimizer is None else optimizer.param_groups
-        rates = [(_rate_of(group, rule), len(group["params"])) for group in groups]
+        groups = []
+        if optimizer is not None:
+            groups = [group for group in optimizer.param_groups if self._has_any(group)]
+        rule = None if optimizer is None or not groups else momentum_rule(optimizer)
+        rates = [
+            (_rate_of(group, rule), id(group["params"]), len(group["params"])) for group in groups
+        ]
         if rates == self._rates:
             return
         self._rates = rates
+        if optimizer is not None:
+            self._most = _SUDDEN if divides_by_mean_square(optimizer) else math.inf
         self._to_follow = {
             self._names[parameter]: rate
-            for group, (rate, _) in zip(groups, rates, strict=True)
+            for group, (rate, *_) in zip(groups, rates, strict=True)
             for parameter in group["params"]
-            if rate is not None and parameter in self._names
+            if parameter in self._names
         }
 
-    def follow(self, names: Iterable[str]) -> None:
-        """Have the residuals of these parameters be counted at the step's rates."""
+    def follow(self, names: Iterable[str], dtype: torch.dtype) -> None:
+        """Have the residuals of these parameters be counted at the step's rates.
+
+        dtype: of their gradients.
+        """
         if not self._to_follow:
             return
+        most = 1.0 if dtype == torch.float16 else self._most
+        factors: dict[float, list[str]] = {}
         for name in names:
-            now = self._to_follow.pop(name, None)
+            if name not in self._to_follow:
+                continue
+            now = self._to_follow.pop(name)
             if now is None:
+                self._held.pop(name, None)
                 continue
             held, highest = self._held.get(name, (now, now))
             highest = max(highest, now)
             now = max(now, _LOWEST * highest)
+            if now == 0:
+                continue
             if not 1 / _LEAST_CHANGE < held / now < _LEAST_CHANGE:
-                self._residuals.multiply(name, held / now)
+                if held / now <= most:
+                    factors.setdefault(held / now, []).append(name)
                 held = now
             self._held[name] = held, highest
+        for factor, alike in factors.items():
+            self._residuals.multiply(alike, factor)
+
+    def _has_any(self, group: ParamGroup) -> bool:
+        return any(parameter in self._names for parameter in group["params"])
 
     def state(self) -> dict[str, list[float]]:
         """Return the rates that the residuals are counted at, and the highest there were."""
@@ -93,23 +122,24 @@ class ResidualRates:
                 )
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` has returned and `check_state` let pass; no rate for what is absent.
+        """Take up what `state` has returned and `check_state` let pass, of parameters there are.
 
-        A residual without one is counted at that of the next step.
+        A residual without a rate is counted at that of the next step.
         """
-        self._held = {name: (held, highest) for name, (held, highest) in state.items()}
+        known = set(self._names.values())
+        self._held = {name: (one[0], one[1]) for name, one in state.items() if name in known}
         self._rates = []
 
 
 def _rate_of(group: ParamGroup, rule: MomentumRule | None) -> float | None:
     rate = group.get("lr")
-    # a momentum that does not add up is told of by the optimizer's step
-    with contextlib.suppress(ValueError):
+    # a momentum that does not add up, and a rate that is none, are told of by the optimizer's step
+    with contextlib.suppress(ValueError, TypeError):
         rate = rate if rule is None else rule(group).get("lr", rate)
     if isinstance(rate, Tensor):
         if rate.device.type != "cpu" or rate.numel() != 1:
             return None
         rate = rate.item()
-    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+    if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         return None
     return float(rate)
