@@ -4,7 +4,7 @@ A residual of plain gradients would be applied at the rate of the step that send
 schedule that falls loses of each gradient what fell while it waited. Sources: Stich et al.,
 "Sparsified SGD with Memory" (NeurIPS 2018), algorithm 1, and Karimireddy et al., "Error Feedback
 Fixes SignSGD" (ICML 2019), algorithm 2, whose memories hold rate times gradient. Here a residual is
-multiplied by what the rate has changed by, which comes to the same.
+multiplied by what the rate has changed by, which for SGD comes to the same.
 """
 
 from __future__ import annotations
