@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from topq_dist.compress.codec.frame import Buffer, Frame, decode_frame
 from topq_dist.compress.kernels import LANES, sum_terms
 from topq_dist.compress.kernels.scratch import scratch
 from topq_dist.compress.partition import BlockCyclicPartition
-from topq_dist.compress.residual import Terms
 from topq_dist.dtypes import FLOATS, accumulate_dtype
 
 # elements added up in one go: they stay in a core's second cache
@@ -40,24 +38,24 @@ def sparse_mean(frames: Sequence[Frame]) -> Frame:
     Raises IndexError for an index that is out of range.
     """
     numel, count = frames[0].numel, len(frames)
+    dtype = max((frame.values.dtype for frame in frames), key=lambda dtype: dtype.itemsize)
     if sum(frame.values.numel() for frame in frames) > numel:
         # a dense sum takes less room
-        dtype = max((frame.values.dtype for frame in frames), key=lambda dtype: dtype.itemsize)
         dense = write_sum(frames, divisor=count, out=torch.empty(numel, dtype=dtype))
         where = dense.nonzero().flatten()
         return Frame(numel=numel, indices=where, values=dense[where], finite=True)
-    terms = terms_of(frames, divisor=count)
-    window = scratch.block(torch.from_numpy(terms.values).dtype)[:_WINDOW_NUMEL]
+    terms = [frame.values.to(dtype).div_(count).numpy() for frame in frames]
+    ends = np.array([one.size for one in terms], np.int64)
+    window = scratch.block(dtype)[:_WINDOW_NUMEL]
     # a sum that is not zero is one whose bits are not: there are no negative zeros among them
     bits = window.view(f"i{window.itemsize}")
-    indices = np.empty(terms.indices.size + LANES, dtype=np.int64)
-    sums = np.empty(indices.size, dtype=terms.values.dtype)
+    indices = np.empty(int(ends.sum()) + LANES, dtype=np.int64)
+    sums = np.empty(indices.size, dtype=terms[0].dtype)
     found = sum_terms(
-        terms.indices,
-        terms.values,
-        # it moves on as terms are added
-        terms.edges[:-1].copy(),
-        terms.edges[1:],
+        [frame.indices.numpy() for frame in frames],
+        terms,
+        np.zeros(count, np.int64),
+        ends,
         numel,
         window.view(sums.dtype),
         bits,
@@ -85,7 +83,12 @@ def decode_partition(frames: Sequence[Buffer], *, numel: int) -> list[Frame]:
         decode_frame(frame, numel=partition.numel_of(part)) for part, frame in enumerate(frames)
     ]
     return [
-        replace(frame, numel=numel, indices=partition.to_global(part, frame.indices))
+        Frame(
+            numel=numel,
+            indices=partition.to_global(part, frame.indices),
+            values=frame.values,
+            finite=frame.finite,
+        )
         for part, frame in enumerate(decoded)
     ]
 
@@ -105,14 +108,6 @@ def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
     if total is not flat:
         flat.copy_(total)
     return out
-
-
-def terms_of(frames: Sequence[Frame], *, divisor: int) -> Terms:
-    """Return what adds up to the sum of the frames' vectors, each divided by `divisor`."""
-    values = np.concatenate([frame.values.numpy() for frame in frames])
-    values /= values.dtype.type(divisor)
-    edges = np.cumsum([0, *(frame.values.numel() for frame in frames)])
-    return Terms(np.concatenate([frame.indices.numpy() for frame in frames]), values, edges)
 
 
 def check_out(out: Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topq_dist.compress.aggregate import terms_of, write_sum
+from topq_dist.compress.aggregate import write_sum
 from topq_dist.compress.codec.frame import Frame, encode_frame, encode_non_finite_frame
 from topq_dist.compress.codec.values import check_value_format, quantize
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
@@ -184,10 +184,13 @@ class TopKCompressor:
 
         update = own = None
         if residual is not None:
-            rest = torch.empty_like(values)
+            # as the receivers will see them, in their places again
+            received = np.empty(values.numel(), quantized[0].decoded.numpy().dtype)
             for (mine, _), rounded in zip(split, quantized, strict=True):
                 places = mine if isinstance(mine, slice) else mine.numpy()
-                rest.numpy()[places] = rounded.error(_taken(values, mine))
+                received[places] = rounded.decoded.numpy()
+            rest = torch.empty_like(values)
+            np.subtract(values.numpy(), received, out=rest.numpy(), casting="same_kind")
             update = ResidualUpdate(
                 layout=layout,
                 residual=residual,
@@ -251,7 +254,9 @@ class TopKCompressor:
         dtypes = {frame.values.dtype for frame in frames}
         if compressed.update and vector.device.type == "cpu" and dtypes == {vector.dtype}:
             # in one pass
-            self.residuals.apply(compressed.update, replace_by=terms_of(frames, divisor=divisor))
+            for frame in frames:
+                frame.values.div_(divisor)
+            self.residuals.apply(compressed.update, replace_by=frames)
         else:
             self.residuals.apply(compressed.update)
             write_sum(frames, divisor=divisor, out=vector)

@@ -9,8 +9,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,17 +25,6 @@ from topq_dist.dtypes import Floats, Indices, bits_of, zeros
 # one for all, which can be pickled; names may come from several threads at once
 _MAKING = threading.Lock()
 _NOTHING = torch.empty(0, dtype=torch.int64)
-
-
-class Terms(NamedTuple):
-    """Sparse vectors to be added up: `indices` and `values` of one after the other.
-
-    The n-th lies from edges[n] to edges[n + 1], its indices ascending.
-    """
-
-    indices: Indices
-    values: Floats
-    edges: Indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +105,10 @@ class Residuals:
         """Return whether there is a residual of a name of `layout`."""
         return any(name in self._by_name for name in layout.names)
 
-    def apply(self, update: ResidualUpdate | None, *, replace_by: Terms | None = None) -> None:
-        """Carry out an update; with `replace_by` its gradient becomes the sum of those terms.
+    def apply(
+        self, update: ResidualUpdate | None, *, replace_by: Sequence[Frame] | None = None
+    ) -> None:
+        """Carry out an update; with `replace_by` its gradient becomes the sum of those frames.
 
         None changes nothing. Raises what `update_residual` raises.
         """
@@ -222,22 +211,19 @@ def check_residual(name: str, residual: Tensor) -> None:
         raise ValueError(f"residual of {name!r} holds NaN or infinity: expected finite numbers")
 
 
-_NO_TERMS = Terms(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(1, np.int64))
-
-
 def update_residual(
     residual: Tensor,
     gradient: Tensor,
     indices: Tensor,
     rest: Tensor,
     *,
-    replace_by: Terms | None = None,
+    replace_by: Sequence[Frame] | None = None,
 ) -> None:
     """residual += gradient, then residual[indices] = rest: what the receivers did not get.
 
     `residual` and `gradient` are those of the selection, `indices` (ascending) and `rest` on any
     device; `rest` is of the residual's dtype, the selected values less what they decode to. With
-    `replace_by` the gradient becomes the sum of those terms: on the CPU only, and all of one dtype.
+    `replace_by` the gradient becomes the sum of those frames: on the CPU only, all of one dtype.
     Raises ValueError, having changed nothing, for anything else, and where the first or the last
     index of any of them is out of range.
     """
@@ -250,11 +236,11 @@ def update_residual(
         return
     _check_range(indices.numpy(), residual.numel())
     if replace_by is not None:
-        kinds = {gradient.numpy().dtype, residual.numpy().dtype, replace_by.values.dtype}
+        kinds = {gradient.dtype, residual.dtype, *(frame.values.dtype for frame in replace_by)}
         if len(kinds) > 1:
             raise ValueError(f"replace_by with {kinds}: expected one dtype")
-        for low, high in pairwise(replace_by.edges.tolist()):
-            _check_range(replace_by.indices[low:high], residual.numel())
+        for frame in replace_by:
+            _check_range(frame.indices.numpy(), residual.numel())
     vectors = residual.detach(), gradient.detach(), indices.numpy(), rest.numpy(), replace_by
     run_all(
         [partial(_update_span, *vectors, *span) for span in spans(residual.numel(), BLOCK_NUMEL)]
@@ -271,19 +257,17 @@ def _update_span(
     gradient: Tensor,
     indices: Indices,
     rest: Floats,
-    replace_by: Terms | None,
+    replace_by: Sequence[Frame] | None,
     start: int,
     stop: int,
 ) -> None:
     numbers, bits = residual.numpy(), bits_of(gradient)
     same = gradient.dtype == residual.dtype
-    terms = _NO_TERMS if replace_by is None else replace_by
+    terms = [frame.indices.numpy() for frame in replace_by or ()]
+    summands = [frame.values.numpy() for frame in replace_by or ()]
     for at, end in blocks(start, stop, max(1, stop - start) if same else BLOCK_NUMEL):
         mine = slice(*np.searchsorted(indices, (at, end)))
-        places = [
-            low + np.searchsorted(terms.indices[low:high], (at, end))
-            for low, high in pairwise(terms.edges.tolist())
-        ]
+        places = [np.searchsorted(one, (at, end)) for one in terms]
         next_term, ends = np.array(places, np.int64).reshape(-1, 2).T.copy()
         if not update_residual_span(
             numbers[at:end],
@@ -292,8 +276,8 @@ def _update_span(
             indices[mine],
             rest[mine],
             replace_by is not None,
-            terms.indices,
-            terms.values,
+            terms,
+            summands,
             next_term,
             ends,
         ):

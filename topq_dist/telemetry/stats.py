@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +54,23 @@ class Meter:
     @property
     def stats(self) -> Stats:
         """The totals; to set them goes on from those of another process."""
-        return self._stats
+        return Stats(**self._totals)
 
     @stats.setter
     def stats(self, stats: Stats) -> None:
-        self._stats = stats
+        self._totals = dict(vars(stats))
         self._before_s = stats.select_s
         self.encode_s = 0.0
 
     @property
     def selecting_s(self) -> float:
         """Seconds in compensation and selection alone, since this process began."""
-        return max(0.0, self._stats.select_s - self._before_s - self.encode_s)
+        return max(0.0, float(self._totals["select_s"]) - self._before_s - self.encode_s)
 
     def add(self, **amounts: float) -> None:
         """Add to the named fields of the totals."""
-        totals = {name: getattr(self._stats, name) + amount for name, amount in amounts.items()}
-        self._stats = replace(self._stats, **totals)
+        for name, amount in amounts.items():
+            self._totals[name] += amount
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

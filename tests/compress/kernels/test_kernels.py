@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from topq_dist.compress.codec.frame import Frame
 from topq_dist.compress.kernels import LANES, find_differing, find_reaching, keep_largest
-from topq_dist.compress.residual import Terms, update_residual
+from topq_dist.compress.residual import update_residual
 
 SIZES = st.integers(0, 3 * LANES + 5)
 KEYS = st.sampled_from(["u2", "u4", "u8"]).flatmap(
@@ -105,6 +105,6 @@ def test_indices_out_of_range_are_an_error_and_never_written(index: int) -> None
         Frame(numel=5, indices=at, values=value, finite=True).add_to(torch.zeros(5))
     with pytest.raises(ValueError, match="indices"):
         update_residual(torch.zeros(5), torch.zeros(5), at, value)
-    terms = Terms(at.numpy(), value.numpy(), np.array([0, 2]))
+    terms = [Frame(numel=5, indices=at, values=value, finite=True)]
     with pytest.raises(ValueError, match="indices"):
         update_residual(torch.zeros(5), torch.zeros(5), at[:0], value[:0], replace_by=terms)

@@ -89,12 +89,14 @@ static void add_up(int64_t *indices, float *values, int64_t k, int64_t numel)
     memset(out, 0, (size_t)(4 * numel));
     memset(gradient, 0, (size_t)(4 * numel));
     topq_scatter_add(4, out, numel, indices, values, k);
-    int64_t next_term[2] = {0, k / 2}, ends[2] = {k / 2, k};
-    topq_update_residual_span(4, out, gradient, numel, begin, indices, values, k, 1, indices,
-                              values, next_term, ends, 2);
-    int64_t *listed = room_for(8 * (k + TOPQ_LANES)), first[2] = {0, k / 2};
+    const int64_t *terms[2] = {indices, indices + k / 2};
+    const void *summands[2] = {values, values + k / 2};
+    int64_t next_term[2] = {0, 0}, ends[2] = {k / 2, k - k / 2};
+    topq_update_residual_span(4, out, gradient, numel, begin, indices, values, k, 1, terms,
+                              summands, next_term, ends, 2);
+    int64_t *listed = room_for(8 * (k + TOPQ_LANES)), first[2] = {0, 0};
     float *sums = room_for(4 * (k + TOPQ_LANES));
-    topq_sum_terms(4, indices, values, first, ends, 2, numel, window, window_numel, listed, sums,
+    topq_sum_terms(4, terms, summands, first, ends, 2, numel, window, window_numel, listed, sums,
                    k + TOPQ_LANES);
     int32_t *gaps = room_for(4 * k);
     topq_gaps_between(4, indices, k, numel, gaps);

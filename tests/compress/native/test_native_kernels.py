@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import kernels_reference as reference
 import numpy as np
@@ -23,16 +24,21 @@ from native_build import SOURCES
 from topq_dist.compress.native import binding, library
 
 
-def lists_of(dtype: str, numel: int, lists: int, seed: int) -> tuple[Array, Array, Array]:
-    """Return sparse vectors' indices and values, one after the other, and where each ends."""
+def lists_of(dtype: str, numel: int, lists: int, seed: int) -> tuple[list[Array], list[Array]]:
+    """Return sparse vectors' indices and values."""
     generator = np.random.default_rng(seed)
     terms = [
         np.sort(generator.choice(numel, min(numel, int(generator.integers(0, numel + 1))), False))
         for _ in range(lists)
     ]
-    edges = np.cumsum([0, *(part.size for part in terms)])
-    joined = np.concatenate([np.zeros(0, np.int64), *terms])
-    return joined, floats(dtype, joined.size, seed, finite=True), edges
+    return terms, [floats(dtype, part.size, seed + 1, finite=True) for part in terms]
+
+
+def added_up(dtype: str, numel: int, terms: list[Array], summands: list[Array]) -> Array:
+    """Return the sum of sparse vectors, as numpy adds them."""
+    return reference.add_terms(
+        np.zeros(numel, dtype), np.concatenate(terms), np.concatenate(summands)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -41,23 +47,22 @@ def lists_of(dtype: str, numel: int, lists: int, seed: int) -> tuple[Array, Arra
 def test_update_residual_span(size: int, dtype: str, replace: bool) -> None:
     indices = np.flatnonzero(np.random.default_rng(3).random(size) < 0.02)
     rest = floats(dtype, indices.size, 4)
-    terms, summands, edges = lists_of(dtype, size, 3, 5)
+    terms, summands = lists_of(dtype, size, 3, 5)
+    ends = np.array([part.size for part in terms])
     found = []
     for update_residual in (binding.update_residual_span, by_numpy.update_residual_span):
         residual, gradient = floats(dtype, size, 1), floats(dtype, size, 2)
-        next_term = edges[:-1].copy()
-        args = (indices + 9, rest, replace, terms + 9, summands, next_term, edges[1:])
-        if replace:
-            assert update_residual(residual, gradient, 9, *args)
-        else:
-            done = (edges[1:], edges[1:])
-            assert update_residual(residual, gradient, 9, *args[:5], done[0].copy(), done[1])
+        next_term = np.zeros(3, np.int64) if replace else ends.copy()
+        later = [part + 9 for part in terms]
+        args = (indices + 9, rest, replace, later, summands, next_term, ends)
+        assert update_residual(residual, gradient, 9, *args)
+        assert next_term.tolist() == ends.tolist()
         found.append((residual, gradient))
     for ours, theirs in zip(*found, strict=True):
         assert_same(ours, theirs)
     before = floats(dtype, size, 1), floats(dtype, size, 2)
     assert_same(found[0][0], reference.update_residual(*before, indices, rest))
-    sums = reference.add_terms(np.zeros(size, dtype), terms, summands)
+    sums = added_up(dtype, size, terms, summands)
     assert_same(found[0][1], sums if replace else before[1])
 
 
@@ -69,12 +74,12 @@ def test_what_is_out_of_order_or_range_is_not_written(dtype: str, wrong: list[in
     room, more = np.zeros(12, dtype), np.zeros(10, dtype)
     update_residual = binding.update_residual_span
     if wrong != [5, 5, 4]:
-        args = (none, nothing, none, none)
+        args: tuple[Any, ...] = ([], [], none, none)
         assert not update_residual(room[1:11], more, 0, indices, rest, False, *args)
         assert not binding.scatter_add(room[1:11], indices, rest)
     next_term, ends = np.zeros(1, np.int64), np.array([len(wrong)])
     gradient = np.zeros(12, dtype)
-    terms = (True, indices, rest, next_term, ends)
+    terms = (True, [indices], [rest], next_term, ends)
     done = update_residual(room[1:11], gradient[1:11], 0, none, nothing, *terms)
     assert done == (wrong == [5, 5, 4])
     assert not room.any()
@@ -82,7 +87,7 @@ def test_what_is_out_of_order_or_range_is_not_written(dtype: str, wrong: list[in
     window = np.zeros(4, dtype)
     listed, numbers = np.empty(99, np.int64), np.empty(99, f"i{window.itemsize}")
     count = binding.sum_terms(
-        indices, rest, np.zeros(1, np.int64), ends, 10, window, numbers, 1, listed, numbers
+        [indices], [rest], np.zeros(1, np.int64), ends, 10, window, numbers, 1, listed, numbers
     )
     assert (count == -1) == (wrong != [5, 5, 4])
 
@@ -90,19 +95,20 @@ def test_what_is_out_of_order_or_range_is_not_written(dtype: str, wrong: list[in
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", NUMBERS)
 def test_sum_terms(size: int, dtype: str) -> None:
-    terms, summands, edges = lists_of(dtype, size, 3, 5)
+    terms, summands = lists_of(dtype, size, 3, 5)
+    ends = np.array([part.size for part in terms])
     bits = np.dtype(f"i{dtype[1]}")
     for window_numel in (1, 100, 16_384) if size <= 1_000 else (16_384,):
         found = []
         for add_up in (binding.sum_terms, by_numpy.sum_terms):
             window = np.empty(window_numel, dtype)
-            indices = np.empty(terms.size + LANES, np.int64)
+            indices = np.empty(int(ends.sum()) + LANES, np.int64)
             numbers = np.empty(indices.size, dtype)
             count = add_up(
                 terms,
                 summands,
-                edges[:-1].copy(),
-                edges[1:],
+                np.zeros(3, np.int64),
+                ends,
                 size,
                 window,
                 window.view(bits),
@@ -113,7 +119,7 @@ def test_sum_terms(size: int, dtype: str) -> None:
             found.append((indices[:count], numbers[:count]))
         for ours, theirs in zip(*found, strict=True):
             assert_same(ours, theirs)
-        total = reference.add_terms(np.zeros(size, dtype), terms, summands)
+        total = added_up(dtype, size, terms, summands)
         assert_same(found[0][0], np.flatnonzero(total))
         assert_same(found[0][1], total[total != 0])
 

@@ -3,14 +3,14 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topq_dist.compress.residual import Terms, update_residual
+from topq_dist.compress.codec.frame import Frame
+from topq_dist.compress.residual import update_residual
 from topq_dist.compress.sparsify.magnitude import Selection
 from topq_dist.compress.sparsify.topk import Selector, select_rows
 from topq_dist.compress.sparsify.topk_torch import select_with_torch
@@ -360,7 +360,8 @@ def test_bad_matrices_are_named() -> None:
 
 
 def test_terms_of_another_dtype_are_refused_and_change_nothing() -> None:
-    terms = Terms(np.array([3]), np.array([1.0], np.float32), np.array([0, 1]))
+    values = torch.tensor([1.0])
+    terms = [Frame(numel=5, indices=torch.tensor([3]), values=values, finite=True)]
     at, value = torch.tensor([1]), torch.tensor([9.0])
     for gradient, residual in (
         (torch.ones(5, dtype=torch.float16), torch.ones(5)),

@@ -55,6 +55,7 @@ _NON_FINITE = 1
 _SEGMENTED = 2
 _SEGMENTS = struct.Struct("<II")
 _VALUES = struct.Struct("<I")
+_CODINGS = frozenset(IndexCoding)
 
 
 class FrameError(ValueError):
@@ -160,7 +161,7 @@ def read_header(raw: Bytes) -> FrameHeader:
         raise FrameError(f"flags {flags} and reserved field {reserved}: not known in version 1")
     if value_format >= len(VALUE_FORMATS):
         raise FrameError(f"value format {value_format}: expected one below {len(VALUE_FORMATS)}")
-    if coding not in set(IndexCoding):
+    if coding not in _CODINGS:
         raise FrameError(f"index coding {coding}: expected one below {len(IndexCoding)}")
     if numel > LARGEST_NUMEL or k > numel:
         raise FrameError(f"{k} of {numel} elements: expected k <= numel <= {LARGEST_NUMEL}")

@@ -83,15 +83,12 @@ def decode_indices(code: Bytes, numel: int, k: int, bits: int) -> npt.NDArray[np
     if not (k + 7) // 8 <= unary_bytes <= (k + ((numel - k) >> bits) + 7) // 8:
         raise ValueError(f"{code.size} index bytes do not fit {k} of {numel} in Rice code {bits}")
     whole, rest = divmod(bits, 8)
-    unary = np.zeros((unary_bytes + 7) // 8, dtype="<u8")
-    unary.view(np.uint8)[:unary_bytes] = code[:unary_bytes]
-    planes, fields = np.split(code[unary_bytes:], [whole * k])
+    unary, low = code[:unary_bytes], code[unary_bytes:]
+    planes, fields = low[: whole * k], low[whole * k :]
     if rest and not padding_is_zero(fields, k * rest):
         raise ValueError("low bits end in bits that are not zero")
     indices = np.empty(k, dtype=np.int64)
-    count, last_bit = read_gaps(
-        unary.astype(np.uint64, copy=False), planes.reshape(whole, k), fields, bits, indices
-    )
+    count, last_bit = read_gaps(unary, planes.reshape(whole, k), fields, bits, indices)
     if count != k:
         raise ValueError(f"{'more' if count > k else count} unary codes, expected {k}")
     if last_bit // 8 + 1 != unary_bytes:

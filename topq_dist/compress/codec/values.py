@@ -210,9 +210,9 @@ def decode_values(
     if value_format in BLOCK_NUMELS:
         ks = _one_segment(count) if segment_ks is None else segment_ks
         if value_format in LOW_BITS:
-            decoded = torch.from_numpy(decode_blocks(payload, count, LOW_BITS[value_format], ks))
-        else:
-            decoded = torch.from_numpy(decode_levels(payload, count, ks))
+            # finite, or it has been refused
+            return torch.from_numpy(decode_blocks(payload, count, LOW_BITS[value_format], ks))
+        decoded = torch.from_numpy(decode_levels(payload, count, ks))
     elif value_format in ("fp64", "fp32"):
         number = np.dtype(np.float64 if value_format == "fp64" else np.float32)
         aligned = payload.ctypes.data % number.alignment == 0

@@ -5,12 +5,22 @@ Arrays are contiguous; TypeError for one that is not, or of a dtype that the oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from topq_dist.compress.native import library
-from topq_dist.compress.native.library import INT64, PAIR, Array, check_kind, known, read, written
+from topq_dist.compress.native.library import (
+    INT64,
+    PAIR,
+    Array,
+    addresses,
+    check_kind,
+    known,
+    read,
+    written,
+)
 
 _LIBRARY: Any = library.LIBRARY
 _SIGNED = {size: np.dtype(f"i{size}") for size in (2, 4, 8)}
@@ -138,8 +148,8 @@ def update_residual_span(
     indices: Array,
     rest: Array,
     replace: bool,
-    terms: Array,
-    summands: Array,
+    terms: Sequence[Array],
+    summands: Sequence[Array],
     next_term: Array,
     ends: Array,
 ) -> bool:
@@ -156,8 +166,8 @@ def update_residual_span(
         read(rest, dtype),
         indices.size,
         replace,
-        read(terms, INT64),
-        read(summands, dtype) if replace else None,
+        addresses(terms, INT64),
+        addresses(summands, dtype),
         written(next_term, INT64),
         read(ends, INT64),
         ends.size,
@@ -166,8 +176,8 @@ def update_residual_span(
 
 
 def sum_terms(
-    terms: Array,
-    summands: Array,
+    terms: Sequence[Array],
+    summands: Sequence[Array],
     next_term: Array,
     ends: Array,
     numel: int,
@@ -178,12 +188,12 @@ def sum_terms(
     numbers: Array,
 ) -> int:
     """List where the sum of sparse vectors is not zero, and its bits there; see topq_sum_terms."""
-    dtype = summands.dtype
+    dtype = window.dtype
     check_kind(dtype, "f")
     found: int = _LIBRARY.topq_sum_terms(
         dtype.itemsize,
-        read(terms, INT64),
-        read(summands, dtype),
+        addresses(terms, INT64),
+        addresses(summands, dtype),
         written(next_term, INT64),
         read(ends, INT64),
         ends.size,

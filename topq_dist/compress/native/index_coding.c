@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
 /* with bits below this, and indices up to there, no sum leaves 64 bits */
 #define LARGEST_BITS 55
 #define LARGEST_INDEX ((uint64_t)1 << 56)
@@ -54,6 +56,33 @@ static inline uint64_t next_word(const uint8_t *bytes, int64_t left)
     return word;
 }
 
+/* codes whose low bits are added up in one go: more than have their ends in a word */
+enum { SUMMED = 512 };
+
+/* Write the sums of `count` codes' low bits and of the 1 that each adds, from `sum` on; return the
+ * last. The first one's fields begin a byte. */
+static uint64_t sum_low_bits(const uint8_t *planes, int64_t plane_bytes, int whole,
+                             const uint8_t *fields, int64_t fields_bytes, int width, int64_t count,
+                             uint64_t sum, int64_t *restrict sums)
+{
+    uint64_t lows[SUMMED];
+    const uint64_t mask = ((uint64_t)1 << width) - 1;
+    for (int64_t at = 0; at < count; at += 8, fields += width, fields_bytes -= width) {
+        /* 8 fields of 7 bits at most */
+        uint64_t some = fields_bytes >= 8 ? next_word(fields, 8) : next_word(fields, fields_bytes);
+        for (int field = 0; field < 8; field++, some >>= width)
+            lows[at + field] = (some & mask) << 8 * whole;
+    }
+    for (int plane = 0; plane < whole; plane++)
+        for (int64_t at = 0; at < count; at++)
+            lows[at] |= (uint64_t)planes[plane * plane_bytes + at] << 8 * plane;
+    for (int64_t at = 0; at < count; at++) {
+        sum += lows[at] + 1;
+        sums[at] = (int64_t)sum;
+    }
+    return sum;
+}
+
 int64_t topq_read_gaps(const uint8_t *unary, int64_t unary_bytes, const uint8_t *planes,
                        int64_t planes_bytes, const uint8_t *fields, int64_t fields_bytes,
                        int64_t bits, int64_t *indices, int64_t count, int64_t *outcome)
@@ -64,45 +93,35 @@ int64_t topq_read_gaps(const uint8_t *unary, int64_t unary_bytes, const uint8_t 
     if (planes_bytes / (whole ? whole : 1) < (whole ? count : 0) ||
         fields_bytes < (count * width + 7) / 8)
         return TOPQ_RANGE;
-    const uint8_t *const end_of_fields = fields + fields_bytes;
-    uint64_t held = 0, index = (uint64_t)-1;
-    int filled = 0;
-    int64_t found = 0, last_bit = -1;
+    uint64_t sum = (uint64_t)-1;
+    int64_t summed = 0, found = 0, last_bit = -1;
     for (int64_t at_byte = 0; at_byte < unary_bytes; at_byte += 8) {
         uint64_t word = unary_bytes - at_byte >= 8
                             ? next_word(unary + at_byte, 8)
                             : next_word(unary + at_byte, unary_bytes - at_byte);
-        for (; word != 0; word &= word - 1) {
+        int64_t end = found + __builtin_popcountll(word);
+        const int is_more = end > count;
 #ifndef TOPQ_BREAK_A_BOUND /* for a test that shows that this would be noticed */
-            if (found == count) {
-                outcome[0] = count + 1;
-                outcome[1] = last_bit;
-                return 0;
-            }
+        end = is_more ? count : end;
 #endif
-            const int64_t bit = 8 * at_byte + __builtin_ctzll(word);
-            uint64_t gap = (uint64_t)(bit - last_bit - 1);
-            if (gap > LARGEST_INDEX >> bits)
-                return TOPQ_RANGE;
-            gap <<= bits;
-            last_bit = bit;
-            for (int plane = 0; plane < whole; plane++)
-                gap |= (uint64_t)planes[plane * count + found] << 8 * plane;
-            if (width) {
-                if (filled < width) {
-                    const int64_t left = end_of_fields - fields, taken = left < 4 ? left : 4;
-                    held |= (left < 4 ? next_word(fields, left) : next_word(fields, 4)) << filled;
-                    fields += taken;
-                    filled += 8 * (int)taken;
-                }
-                gap |= (held & ((1u << width) - 1)) << 8 * whole;
-                held >>= width;
-                filled -= width;
-            }
-            index += gap + 1;
-            if (index > LARGEST_INDEX)
-                return TOPQ_RANGE;
-            indices[found++] = (int64_t)index;
+        if (summed < end) {
+            const int64_t size = MIN(count - summed, SUMMED), from = summed / 8 * width;
+            sum = sum_low_bits(planes + summed, count, whole, fields + from, fields_bytes - from,
+                               width, size, sum, indices + summed);
+            summed += size;
+        }
+        for (; found < end; found++, word &= word - 1) {
+            last_bit = 8 * at_byte + __builtin_ctzll(word);
+            indices[found] += (int64_t)((uint64_t)(last_bit - found) << bits);
+        }
+        /* 64 codes at most since the last look: no sum has left its 64 bits */
+        if (found > 0 && ((uint64_t)(last_bit - found + 1) > LARGEST_INDEX >> bits ||
+                          (uint64_t)indices[found - 1] > LARGEST_INDEX))
+            return TOPQ_RANGE;
+        if (is_more) {
+            outcome[0] = count + 1;
+            outcome[1] = last_bit;
+            return 0;
         }
     }
     outcome[0] = found;

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import CDLL, addressof, c_char, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_ABI = 1
+_ABI = 2
 # what kernels return of a width that they have not
 _UNKNOWN = -9
 # what some write beside what they return
@@ -115,6 +116,11 @@ def read(array: Array, dtype: np.dtype[Any]) -> int:
             raise
         address: int = array.__array_interface__["data"][0]
         return address
+
+
+def addresses(arrays: Sequence[Array], dtype: np.dtype[Any]) -> ctypes.Array[c_int64]:
+    """Return the addresses of contiguous arrays of this dtype."""
+    return (c_int64 * len(arrays))(*(read(array, dtype) for array in arrays))
 
 
 def check_kind(dtype: np.dtype[Any], kinds: str) -> None:

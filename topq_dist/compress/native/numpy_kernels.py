@@ -6,7 +6,7 @@ scratch that numpy has no use for is left alone. They are what the tests compare
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -145,8 +145,8 @@ def update_residual_span(
     indices: Array,
     rest: Array,
     replace: bool,
-    terms: Array,
-    summands: Array,
+    terms: Sequence[Array],
+    summands: Sequence[Array],
     next_term: Array,
     ends: Array,
 ) -> bool:
@@ -158,17 +158,17 @@ def update_residual_span(
     if replace:
         gradient[:] = 0
         for at, part in enumerate(_slices(next_term, ends)):
-            places = terms[part] - begin
+            places = terms[at][part] - begin
             added = _in_order(places, gradient.size, _UPDATED)
-            np.add.at(gradient, places[:added], summands[part][:added])
+            np.add.at(gradient, places[:added], summands[at][part][:added])
             next_term[at] += added
     return count == indices.size and bool((next_term == ends).all())
 
 
 @quiet
 def sum_terms(
-    terms: Array,
-    summands: Array,
+    terms: Sequence[Array],
+    summands: Sequence[Array],
     next_term: Array,
     ends: Array,
     numel: int,
@@ -180,13 +180,14 @@ def sum_terms(
 ) -> int:
     """List where the sum of sparse vectors is not zero, and its bits there."""
     slices = _slices(next_term, ends)
-    if any(_in_order(terms[one], numel, window.size) < terms[one].size for one in slices):
+    lists = [one[part] for one, part in zip(terms, slices, strict=True)]
+    if any(_in_order(one, numel, window.size) < one.size for one in lists):
         return -1
     next_term[:] = ends
-    places = np.unique(np.concatenate([terms[:0], *(terms[part] for part in slices)]))
-    sums = np.zeros(places.size, summands.dtype)
-    for part in slices:
-        np.add.at(sums, np.searchsorted(places, terms[part]), summands[part])
+    places = np.unique(np.concatenate([np.zeros(0, np.int64), *lists]))
+    sums = np.zeros(places.size, window.dtype)
+    for one, numbers_of_one, part in zip(lists, summands, slices, strict=True):
+        np.add.at(sums, np.searchsorted(places, one), numbers_of_one[part])
     (nonzero,) = sums.nonzero()
     indices[: nonzero.size] = places[nonzero]
     numbers[: nonzero.size] = sums[nonzero].view(numbers.dtype)

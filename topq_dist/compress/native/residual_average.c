@@ -27,9 +27,9 @@ static int at_ends(const int64_t *next_term, const int64_t *ends, int64_t lists)
 
 int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient, int64_t numel,
                                   int64_t begin, const int64_t *indices, const void *rest,
-                                  int64_t count, int64_t replace, const int64_t *terms,
-                                  const void *summands, int64_t *next_term, const int64_t *ends,
-                                  int64_t lists)
+                                  int64_t count, int64_t replace,
+                                  const int64_t *const *terms, const void *const *summands,
+                                  int64_t *next_term, const int64_t *ends, int64_t lists)
 {
     if (width == 4)
         return update_32(residual, gradient, numel, begin, indices, rest, count, replace, terms,
@@ -40,8 +40,8 @@ int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient,
     return TOPQ_UNKNOWN;
 }
 
-int64_t topq_sum_terms(int64_t width, const int64_t *terms, const void *summands,
-                       int64_t *next_term, const int64_t *ends, int64_t lists, int64_t numel,
+int64_t topq_sum_terms(int64_t width, const int64_t *const *terms,
+                       const void *const *summands, int64_t *next_term, const int64_t *ends, int64_t lists, int64_t numel,
                        void *window, int64_t window_numel, int64_t *indices, void *numbers,
                        int64_t room)
 {

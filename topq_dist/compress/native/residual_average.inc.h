@@ -2,17 +2,19 @@
 
 /* Add to out, which begins at `begin`, what comes next in each list and lies in it. */
 static void NAMED(add_terms)(FLOAT *restrict out, int64_t numel, int64_t begin,
-                             const int64_t *restrict terms, const FLOAT *restrict summands,
+                             const int64_t *const *terms, const void *const *summands,
                              int64_t *restrict next_term, const int64_t *ends, int64_t lists)
 {
     for (int64_t list = 0; list < lists; list++) {
+        const int64_t *restrict places = terms[list];
+        const FLOAT *restrict numbers = summands[list];
         int64_t at = next_term[list];
         for (; at < ends[list]; at++) {
             /* below zero is far above any size */
-            const uint64_t place = (uint64_t)terms[at] - (uint64_t)begin;
+            const uint64_t place = (uint64_t)places[at] - (uint64_t)begin;
             if (place >= (uint64_t)numel)
                 break;
-            out[place] += summands[at];
+            out[place] += numbers[at];
         }
         next_term[list] = at;
     }
@@ -20,8 +22,8 @@ static void NAMED(add_terms)(FLOAT *restrict out, int64_t numel, int64_t begin,
 
 static int64_t NAMED(update)(FLOAT *residual, FLOAT *gradient, int64_t numel, int64_t begin,
                              const int64_t *restrict indices, const FLOAT *restrict rest,
-                             int64_t count, int64_t replace, const int64_t *terms,
-                             const FLOAT *summands, int64_t *next_term, const int64_t *ends,
+                             int64_t count, int64_t replace, const int64_t *const *terms,
+                             const void *const *summands, int64_t *next_term, const int64_t *ends,
                              int64_t lists)
 {
     int64_t written = 0;
@@ -44,9 +46,10 @@ static int64_t NAMED(update)(FLOAT *residual, FLOAT *gradient, int64_t numel, in
     return written == count && at_ends(next_term, ends, lists);
 }
 
-static int64_t NAMED(sum)(const int64_t *terms, const FLOAT *summands, int64_t *next_term,
-                          const int64_t *ends, int64_t lists, int64_t numel, FLOAT *window,
-                          int64_t window_numel, int64_t *indices, void *numbers, int64_t room)
+static int64_t NAMED(sum)(const int64_t *const *terms, const void *const *summands,
+                          int64_t *next_term, const int64_t *ends, int64_t lists, int64_t numel,
+                          FLOAT *window, int64_t window_numel, int64_t *indices, void *numbers,
+                          int64_t room)
 {
     int64_t found = 0;
     for (int64_t start = 0; start < numel; start += window_numel) {

@@ -31,7 +31,7 @@
 #endif
 
 /* Grows by one with every change of an argument list: Python and the library must agree. */
-#define TOPQ_ABI 1
+#define TOPQ_ABI 2
 TOPQ_API int64_t topq_abi(void);
 
 #define TOPQ_UNKNOWN (-9)
@@ -104,7 +104,7 @@ TOPQ_API int64_t topq_find_differing(int64_t width, const void *ours, const void
  *   indices, rest       (count,), indices ascending
  *   replace             not 0: then gradient = 0, and gradient[terms - begin] += summands, of each
  *                       list the terms from next_term to ends, which ascend
- *   terms, summands     (the largest of ends,)
+ *   terms, summands     (lists,), pointers to as many of each list as ends says, or more
  *   next_term, ends     (lists,), next_term moves on as terms are added
  *
  * Returns 1, or 0 where an index or a term is out of order, or not in [begin, begin + numel):
@@ -113,8 +113,9 @@ TOPQ_API int64_t topq_find_differing(int64_t width, const void *ours, const void
 TOPQ_API int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient,
                                            int64_t numel, int64_t begin, const int64_t *indices,
                                            const void *rest, int64_t count, int64_t replace,
-                                           const int64_t *terms, const void *summands,
-                                           int64_t *next_term, const int64_t *ends, int64_t lists);
+                                           const int64_t *const *terms,
+                                           const void *const *summands, int64_t *next_term,
+                                           const int64_t *ends, int64_t lists);
 
 /* List where the sum of sparse vectors of `numel` elements is not zero, and its bits there.
  *
@@ -122,10 +123,11 @@ TOPQ_API int64_t topq_update_residual_span(int64_t width, void *residual, void *
  * 1; indices and numbers are (room,), with room for all terms and TOPQ_LANES more. Returns how many
  * they hold, or -1 where a term is out of range, or comes after that of a later window. WIRE.
  */
-TOPQ_API int64_t topq_sum_terms(int64_t width, const int64_t *terms, const void *summands,
-                                int64_t *next_term, const int64_t *ends, int64_t lists,
-                                int64_t numel, void *window, int64_t window_numel, int64_t *indices,
-                                void *numbers, int64_t room);
+TOPQ_API int64_t topq_sum_terms(int64_t width, const int64_t *const *terms,
+                                const void *const *summands, int64_t *next_term,
+                                const int64_t *ends, int64_t lists, int64_t numel, void *window,
+                                int64_t window_numel, int64_t *indices, void *numbers,
+                                int64_t room);
 
 /* out[indices] += values, one after the other, both (count,), out (numel,). Returns 1, or 0 at the
  * first index that is out of range. WIRE. */
