@@ -20,5 +20,9 @@ FORKED.set_forkserver_preload(
         "torch._dynamo",  # which an optimizer imports when it is made, and DDP as well
         "torch.distributed.nn",
         "torch.nn.parallel",
+        # for the runs of launch/, where they are installed
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "matplotlib.figure",
     ]
 )

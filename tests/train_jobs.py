@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+from forked_popen import fork_popen, words_of
 from forked_process import ForkedProcess, Place, run_script
 from leak_report import without_leak_report
 
@@ -22,7 +22,12 @@ def start(*arguments: object) -> ForkedProcess:
     """
     if "--link" not in arguments:
         arguments = (*arguments, "--link", "none")
-    return ForkedProcess(run_script, COMPARE, *map(str, arguments), place=Place(leads=True))
+    return ForkedProcess(_compare, *map(str, arguments), place=Place(leads=True))
+
+
+def _compare(*words: str) -> None:
+    fork_popen()
+    run_script(COMPARE, *words)
 
 
 def finish(process: ForkedProcess) -> tuple[int, str, str]:
@@ -41,13 +46,9 @@ def wait_for(path: Path, process: ForkedProcess) -> None:
 
 
 def processes_with(text: str) -> list[int]:
-    """Return the ids of the live processes whose command line holds `text`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                found.append(int(folder.name))
-    return found
+    """Return the ids of the live processes of which the words hold `text`."""
+    processes = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [process for process in processes if text in words_of(process)]
 
 
 def ranks_below(process: ForkedProcess) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from trainer_env import ROOT, NoNetworkError, make_environment
 
-RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+_FORKED = Path(__file__).parent / "integrations" / "forked_ranks.py"
 # totals of one process, and seconds
 _OWN_TOTALS = re.compile(r"stats\.(sent_bytes|wire_bytes|\w+_s)$")
 
@@ -25,6 +25,11 @@ def environment(extra: str) -> Path:
         return make_environment(extra)
     except NoNetworkError as error:
         pytest.skip(str(error))
+
+
+def ranks_with(*modules: str) -> list[str | Path]:
+    """Return how Python runs a script on two ranks that have these modules already."""
+    return [_FORKED, "2", ",".join(["torch._dynamo", "topq_dist.ddp", *modules])]
 
 
 def run(python: Path, *arguments: str | Path, fails: bool = False) -> str:

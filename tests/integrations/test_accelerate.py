@@ -6,8 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from trainer_recipes import RANKS, check_file, check_hook_was_called, environment, example, run
+from trainer_recipes import (
+    check_file,
+    check_hook_was_called,
+    environment,
+    example,
+    ranks_with,
+    run,
+)
 
+RANKS = ranks_with("accelerate", "topq_dist.integrations.accelerate")
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(600)]
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trainer_recipes import RANKS, check_file, check_hook_was_called, environment, example, run
+from trainer_recipes import (
+    check_file,
+    check_hook_was_called,
+    environment,
+    example,
+    ranks_with,
+    run,
+)
 
+RANKS = ranks_with("transformers.trainer", "topq_dist.integrations.transformers")
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(600)]
 
 

@@ -8,13 +8,8 @@ does not have, and sums that gloo can form.
 from __future__ import annotations
 
 import importlib
-import os
-import runpy
 import shutil
-import signal
-import socket
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,41 +56,6 @@ def _add_up(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _run(example: str, arguments: list[str]) -> None:
-    """Run the example in as many processes; the first that fails is the end of all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = set()
-    for rank in range(RANKS):
-        process = os.fork()
-        if process == 0:
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-            os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            _be_rank(example, arguments)
-        ranks.add(process)
-    while ranks:
-        process, status = os.wait()
-        ranks.remove(process)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            sys.exit("a rank has failed")
-
-
-def _be_rank(example: str, arguments: list[str]) -> None:
-    sys.argv = [example, *arguments]
-    failed = True
-    try:
-        runpy.run_path(example, run_name="__main__")
-        failed = False
-    except BaseException:  # noqa: BLE001 - this process is to end here, whatever it was
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(failed)
-
-
 if __name__ == "__main__":
     # before any other part of torchtitan is imported
     utils.device_type, utils.device_module = "cpu", _Cpu()
@@ -108,13 +68,15 @@ if __name__ == "__main__":
 
     fsdp.disable_fsdp_gradient_division = _add_up
     example, folder = sys.argv[1], Path(sys.argv[2])
+    # beside this file
     counting = importlib.import_module("torchtitan_counting")
+    run_forked = importlib.import_module("forked_ranks").run_forked
     counting.save_tokenizer(str(folder / "tokenizer.json"))
     of_all = ["--module", counting.__name__, "--config", "counting"]
     of_all += ["--hf_assets_path", str(folder)]
     ConfigManager().parse_args(of_all)  # what it reads it keeps, for all ranks
-    _run(example, [*of_all, "--dump_folder", str(folder / "whole")])
+    run_forked(RANKS, example, [*of_all, "--dump_folder", str(folder / "whole")])
     print("resumed:", flush=True)
     half = "checkpoint/step-10"
     shutil.copytree(folder / "whole" / half, folder / "resumed" / half)
-    _run(example, [*of_all, "--dump_folder", str(folder / "resumed")])
+    run_forked(RANKS, example, [*of_all, "--dump_folder", str(folder / "resumed")])

@@ -3,13 +3,11 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from leak_report import without_leak_report
+from forked_process import ForkedProcess, Place, run_script
 from server_process import ServerProcess
 from train_jobs import finish, processes_with, results, start, wait_for
 from training import checkpoint
@@ -157,31 +155,26 @@ def test_uses_a_running_server_by_workers_alone(undisturbed: Path, tmp_path: Pat
         workers = [worker(rank, server.address) for rank in range(2)]
         try:
             for rank, process in enumerate(workers):
-                said, complaints = process.communicate(timeout=100)
-                assert (process.returncode, without_leak_report(complaints)) == (0, "")
+                code, said, complaints = finish(process)
+                assert (code, complaints) == (0, "")
                 assert f"worker-{rank}: test accuracy" in said
                 expected = results(undisturbed)["ps"]["parameters_sha256"]
                 assert f"parameters sha256: {expected}\n" in said
         finally:
             for process in workers:
                 process.kill()
-                process.communicate()
         assert server.terminate() == (0, "")
 
 
-def worker(rank: int, address: str) -> subprocess.Popen[str]:
+def worker(rank: int, address: str) -> ForkedProcess:
     """Start one worker alone."""
     host, _, port = address.rpartition(":")
     # as the name of several servers
     named = f"{host}:[{port}-{port}]"
     told = {"TOPQ_SERVER": named, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(LAUNCH / "ps_worker.py"), "--steps", str(STEPS), *SCHEDULE],
-        env={**os.environ, **told},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = "--steps", str(STEPS), *SCHEDULE
+    place = Place(variables={**os.environ, **told})
+    return ForkedProcess(run_script, LAUNCH / "ps_worker.py", *words, place=place)
 
 
 @pytest.mark.parametrize(
