@@ -2,6 +2,9 @@
 # those extras of the project installed, at once where that was done before. PYTHON names the
 # interpreter that makes .venv (python3).
 
+# what is installed is compiled when it is first imported, half a minute sooner than all of it, and
+# kept for the processes that follow
+unset PYTHONDONTWRITEBYTECODE
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 venv_python=$venv/bin/python
@@ -28,7 +31,7 @@ set_up() {
     echo "installing topq-dist[$extras] into $venv (once; torch alone is some hundred MB)" >&2
     "$venv_python" "$root/build_hooks/compile_kernels.py" --describe
     "$venv_python" -m pip install --quiet --disable-pip-version-check \
-        -c "$root/constraints.txt" -e "$root[$extras]"
+        --no-compile -c "$root/constraints.txt" -e "$root[$extras]"
     for extra in "$@"; do
         printf '%s\n' "$wanted" >"$venv/.installed-$extra"
     done

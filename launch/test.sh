@@ -3,8 +3,6 @@
 # and up to four at a time; arguments go to pytest, -n 0 among them for all in one process.
 set -euo pipefail
 
-# hundreds of processes import the same files, which are then compiled once
-unset PYTHONDONTWRITEBYTECODE
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up train ps test
 
