@@ -21,7 +21,7 @@ from topq_dist.ps.protocol.errors import (
     NotReadyError,
     RefusedError,
 )
-from topq_dist.ps.protocol.types import Answer, Push
+from topq_dist.ps.protocol.types import Answer, ModelVersion, Push
 from topq_dist.ps.server.leases import Leases
 from topq_dist.ps.server.recovery import Recovery
 from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
@@ -280,8 +280,11 @@ class PushQueue:
             _log.exception("version %d could not be made: this server is of no use now", version)
             raise NotReadyError(FAILED) from error
         self._count_version(pushes, began_s)
+        answers: dict[ModelVersion, Answer] = {}
         for push in pushes:
-            self.resolve(push.worker, self._state.fresh(push))
+            if push.base not in answers:
+                answers[push.base] = self._state.fresh(push)
+            self.resolve(push.worker, answers[push.base])
         left = self._pending.items()
         self._unusual = {worker for worker, pending in left if self._is_unusual(pending.push)}
         if self._recovery is not None and self._sync:
