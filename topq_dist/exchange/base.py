@@ -129,5 +129,8 @@ class SwitchingExchange(Exchange):
     def prepare(self, bucket: Tensor) -> None:
         self._current.prepare(bucket)
 
+    def check_takes_unused(self) -> None:
+        self._current.check_takes_unused()
+
     def launch(self, outgoing: Outgoing) -> ExchangeWork:
         return self._current.launch(outgoing)

@@ -61,18 +61,11 @@ def make_exchange(
 ) -> Exchange:
     """Return the exchange of this name; "hierarchical" makes process groups, a collective.
 
-    on_device: have the frames of "allgather" stay on the device of `context`.
+    on_device: have the frames of "allgather", among those of "auto" too, stay on the device of
+        `context`.
     """
-    if name == "allgather" and on_device is not None:
-        # imports triton, which not every machine has
-        from topq_dist.compress.device_compressor import DeviceCompressor
-        from topq_dist.exchange.device_gather import DeviceAllGather
-
-        return DeviceAllGather(
-            context, DeviceCompressor(compressor, context.device), late=on_device.late
-        )
     if name == "allgather":
-        return AllGather(context, compressor)
+        return _all_gather(context, compressor, on_device)
     if name == "split":
         return SplitReduce(context, compressor)
     if name == "dense":
@@ -81,15 +74,33 @@ def make_exchange(
         return Hierarchical(context, compressor, per_node)
     if name != "auto":
         assert_never(name)
-    exchanges = _candidates(context, lambda: compressor)
-    return Auto(context, exchanges, _candidates(context, compressor.anew))
+    exchanges = _candidates(context, lambda: compressor, on_device)
+    # a rehearsal is over before anybody could hear of it late
+    rehearsed = None if on_device is None else DeviceOptions(late=False)
+    return Auto(context, exchanges, _candidates(context, compressor.anew, rehearsed))
+
+
+def _all_gather(
+    context: CommContext, compressor: TopKCompressor, on_device: DeviceOptions | None
+) -> Exchange:
+    if on_device is None:
+        return AllGather(context, compressor)
+    # imports triton, which not every machine has
+    from topq_dist.compress.device_compressor import DeviceCompressor
+    from topq_dist.exchange.device_gather import DeviceAllGather
+
+    return DeviceAllGather(
+        context, DeviceCompressor(compressor, context.device), late=on_device.late
+    )
 
 
 def _candidates(
-    context: CommContext, compressor: Callable[[], TopKCompressor]
+    context: CommContext,
+    compressor: Callable[[], TopKCompressor],
+    on_device: DeviceOptions | None,
 ) -> dict[str, Exchange]:
     """Return what "auto" chooses from, each with what `compressor` returns."""
-    candidates: dict[str, Exchange] = {"allgather": AllGather(context, compressor())}
+    candidates = {"allgather": _all_gather(context, compressor(), on_device)}
     if candidates["allgather"].compressor.error_feedback:
         # with two ranks a split sends as much, in twice as many messages
         if context.size > 2:

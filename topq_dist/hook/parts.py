@@ -208,7 +208,7 @@ def _on_device(parts: HookParts, knobs: Knobs, context: CommContext) -> DeviceOp
     stages = parts.stages
     value_format = stages.compressor.value_format
     if (
-        knobs.exchange != "allgather"
+        knobs.exchange not in ("allgather", "auto")
         or context.shards is not None
         or not isinstance(stages.sparsity, PlannedSparsity)
         or isinstance(stages.sparsity.q, QByLoss)
