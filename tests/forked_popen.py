@@ -34,12 +34,11 @@ def words_of(process: int) -> str:
     """Return the words that a live process was started with; "" where there is none."""
     try:
         plain = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
-        # of one that has ended, and is not waited for yet, there are none
-        return _note_of(process).read_text() if plain else ""
-    except FileNotFoundError:
-        return plain
+        note = _note_of(process)
     except OSError:
         return ""
+    # of one that has ended, and is not waited for yet, there are no words
+    return note.read_text() if plain and note.exists() else plain
 
 
 def _note_of(process: int) -> Path:

@@ -221,7 +221,17 @@ def test_answers_that_nobody_reads_are_given_up(
         requests = steps.step_requests(worker.id, push.record())
         request = pb.FetchRequest(id=worker.id, which=pb.FetchRequest.WHICH_CENTRAL)
         calls: list[Any] = [worker.stub.Step(requests), worker.stub.Fetch(request)]
-        assert until(lambda: status(worker.channel).refused.get("too_slow") == len(calls))
+        # on a loaded machine a question is too slow as well, now and then
+        slow: list[grpc.RpcError] = []
+
+        def too_slow() -> int:
+            try:
+                return int(status(worker.channel).refused.get("too_slow", 0))
+            except grpc.RpcError as error:
+                slow.append(error)
+                raise
+
+        assert until(lambda: too_slow() >= len(calls) + len(slow))
         for call in calls:
             with pytest.raises(grpc.RpcError):
                 list(call)
