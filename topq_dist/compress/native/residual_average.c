@@ -40,8 +40,8 @@ int64_t topq_update_residual_span(int64_t width, void *residual, void *gradient,
     return TOPQ_UNKNOWN;
 }
 
-int64_t topq_sum_terms(int64_t width, const int64_t *const *terms,
-                       const void *const *summands, int64_t *next_term, const int64_t *ends, int64_t lists, int64_t numel,
+int64_t topq_sum_terms(int64_t width, const int64_t *const *terms, const void *const *summands,
+                       int64_t *next_term, const int64_t *ends, int64_t lists, int64_t numel,
                        void *window, int64_t window_numel, int64_t *indices, void *numbers,
                        int64_t room)
 {
