@@ -5,9 +5,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 /* what is sent of a larger magnitude: fp32's largest power of two */
 #define LARGEST 0x1p127f
 

@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
 /* with bits below this, and indices up to there, no sum leaves 64 bits */
 #define LARGEST_BITS 55
 #define LARGEST_INDEX ((uint64_t)1 << 56)

@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
 /* elements updated in one go: both vectors' stay in a core's first cache */
 enum { UPDATED = 2048 };
 

@@ -7,9 +7,6 @@
 /* counts that stay in a core's first cache, and how few elements are not worth them */
 enum { COUNTS = 1024, FEW = 256 };
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 /* Past the caches, or each line would be read first: that costs as much as to read a gradient. */
 #if defined(__clang__)
 #define STREAM(vector, to) __builtin_nontemporal_store(vector, to)

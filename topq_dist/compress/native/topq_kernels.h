@@ -34,6 +34,9 @@
 #define TOPQ_ABI 2
 TOPQ_API int64_t topq_abi(void);
 
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
 #define TOPQ_UNKNOWN (-9)
 /* what is wrong with bytes from elsewhere */
 #define TOPQ_RANGE (-2)
