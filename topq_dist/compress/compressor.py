@@ -19,7 +19,7 @@ from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.gpu import engine
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.layout import ChunkedVector, Layout, LayoutCache
-from topq_dist.compress.partition import BlockCyclicPartition
+from topq_dist.compress.partition import BlockCyclicPartition, SplitIndices
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.bounding import bounded, check_bound
 from topq_dist.compress.sparsify.by_loss import SegmentsByLoss, cut_to_need
@@ -35,9 +35,7 @@ from topq_dist.dtypes import (
     FLOATS,
     Indices,
     accumulate_dtype,
-    bits_of,
     key_of,
-    tensor_of,
     zeros,
 )
 from topq_dist.validation import check_fraction
@@ -170,25 +168,23 @@ class TopKCompressor:
         began_s = time.perf_counter()
         sent = values if self.bound is None else bounded(values, segments, self.bound)
         split = partition.split(indices)
+        sent = split.sort(sent)
         quantized = [
-            quantize(_taken(sent, mine), value_format, segment_ks=_ks_in(mine, segments.ends))
-            for mine, _ in split
+            quantize(sent[mine], value_format, segment_ks=ks)
+            for mine, ks in zip(split.parts, _ks_of(split, segments), strict=True)
         ]
 
         # 4. encode
         frames = [
-            encode_frame(numel, places, rounded)
-            for numel, (_, places), rounded in zip(numels, split, quantized, strict=True)
+            encode_frame(numel, split.places[mine], rounded)
+            for numel, mine, rounded in zip(numels, split.parts, quantized, strict=True)
         ]
         encode_s = time.perf_counter() - began_s
 
         update = own = None
         if residual is not None:
             # as the receivers will see them, in their places again
-            received = np.empty(values.numel(), quantized[0].decoded.numpy().dtype)
-            for (mine, _), rounded in zip(split, quantized, strict=True):
-                places = mine if isinstance(mine, slice) else mine.numpy()
-                received[places] = rounded.decoded.numpy()
+            received = split.unsort([rounded.decoded.numpy() for rounded in quantized])
             rest = torch.empty_like(values)
             np.subtract(values.numpy(), received, out=rest.numpy(), casting="same_kind")
             update = ResidualUpdate(
@@ -288,13 +284,8 @@ class TopKCompressor:
         return self.residuals.flat(layout, dtype=dtype, device=gradient.device)
 
 
-def _taken(values: Tensor, mine: Tensor | slice) -> Tensor:
-    # numpy, since torch takes several times as long to pick single elements
-    if isinstance(mine, slice):
-        return values[mine]
-    return tensor_of(bits_of(values).take(mine.numpy()), values.dtype)
-
-
-def _ks_in(mine: Tensor | slice, ends: Indices) -> Indices:
-    """Return how many values of a part are of each segment; theirs lie below these ends."""
-    return np.diff(ends, prepend=0) if isinstance(mine, slice) else count_between(mine, ends)
+def _ks_of(split: SplitIndices, segments: Segments) -> list[Indices]:
+    """Return of each part how many of its values are of each segment."""
+    if split.order is None:
+        return [segments.ks]
+    return [count_between(split.order[mine], segments.ends) for mine in split.parts]

@@ -5,17 +5,48 @@ The loops divide once a block, not once an index.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from topq_dist.compress.kernels import indices_of_part, split_indices
+from topq_dist.dtypes import Floats, Indices, bits_of, tensor_of
 
 # a prime, so that no row or column length puts hot ones into a single part
 _BLOCK_NUMEL = 509
+
+
+class SplitIndices(NamedTuple):
+    """Indices of a vector, those of each part together.
+
+    order: where each stood before; None where there is one part, and all stand where they did.
+    places: where they are in their part, ascending in each. parts: which of them each part has.
+    """
+
+    order: Indices | None
+    places: Tensor
+    parts: list[slice]
+
+    def sort(self, values: Tensor) -> Tensor:
+        """Return the values of the indices, on the CPU, in this order."""
+        if self.order is None:
+            return values
+        # numpy, since torch takes several times as long to pick single elements
+        return tensor_of(bits_of(values).take(self.order), values.dtype)
+
+    def unsort(self, parts: Sequence[Floats]) -> Floats:
+        """Return in the order of before what is given part by part."""
+        if self.order is None:
+            return parts[0]
+        sorted_ = np.concatenate(parts)
+        values = np.empty_like(sorted_)
+        values[self.order] = sorted_
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +63,15 @@ class BlockCyclicPartition:
         rounds, rest = divmod(self.numel, _BLOCK_NUMEL * self.count)
         return rounds * _BLOCK_NUMEL + min(max(rest - part * _BLOCK_NUMEL, 0), _BLOCK_NUMEL)
 
-    def split(self, indices: Tensor) -> list[tuple[Tensor | slice, Tensor]]:
-        """Return for each part where in `indices` its own are, and their places in the part.
-
-        `indices` (int64, ascending, on the CPU) give places that ascend as well.
-        """
+    def split(self, indices: Tensor) -> SplitIndices:
+        """Return `indices`, int64, ascending and on the CPU, part by part."""
         if self.count == 1:
-            return [(slice(None), indices)]
+            return SplitIndices(None, indices, [slice(0, indices.numel())])
         edges = np.zeros(self.count + 1, dtype=np.int64)
-        mine, places = torch.empty_like(indices), torch.empty_like(indices)
-        split_indices(indices.numpy(), _BLOCK_NUMEL, edges, mine.numpy(), places.numpy())
-        return [(mine[start:stop], places[start:stop]) for start, stop in pairwise(edges.tolist())]
+        order, places = torch.empty_like(indices).numpy(), torch.empty_like(indices)
+        split_indices(indices.numpy(), _BLOCK_NUMEL, edges, order, places.numpy())
+        parts = [slice(*edge) for edge in pairwise(edges.tolist())]
+        return SplitIndices(order, places, parts)
 
     def to_global(self, part: int, places: Tensor) -> Tensor:
         """Return the indices in the vector of these places in a part, both on the CPU."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +14,9 @@ from topq_dist.compress.codec.frame import (
     Buffer,
     Frame,
     FrameHeader,
-    decode_frame,
+    decode_with_header,
     encode_frame,
     encode_non_finite_frame,
-    peek_header,
 )
 from topq_dist.compress.codec.values import Quantized, quantize
 from topq_dist.compress.layout import Layout, LayoutCache
@@ -26,6 +24,7 @@ from topq_dist.compress.partition import BlockCyclicPartition
 from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import count_between
 from topq_dist.compress.sparsify.topk import Selector
+from topq_dist.dtypes import Indices
 
 
 class Reduced(NamedTuple):
@@ -56,9 +55,9 @@ class PartReducer:
         """
         partition = BlockCyclicPartition(numel=layout.numel, count=parts)
         numel = partition.numel_of(part)
-        received = [decode_frame(frame, numel=numel) for frame in frames]
-        headers = [peek_header(frame) for frame in frames]
-        sent = sum(frame.values.numel() for frame in received)
+        read = [decode_with_header(frame, numel=numel) for frame in frames]
+        received, headers = [frame for frame, _ in read], [header for _, header in read]
+        sent = sum(header.k for header in headers)
         mean = sparse_mean(received) if all(frame.finite for frame in received) else None
         if mean is None or not _peak(mean) < self._limit(layout, len(frames)):
             return Reduced(encode_non_finite_frame(numel, headers[0].value_format))
@@ -66,24 +65,19 @@ class PartReducer:
             indices = partition.to_global(part, mean.indices)
             quantized = _quantize(mean.values, indices, layout, headers)
             return Reduced(encode_frame(numel, mean.indices, quantized))
-        rest = mean.values.numpy()
+        rest, indices = mean.values.numpy(), partition.to_global(part, mean.indices)
         # fewer than were sent are left where ranks chose the same, and their values cancel out
         k = min(-(-sent // len(frames)), rest.size)
         selected = self._selectors.of(layout).select(mean.values, k)
-        places = mean.indices[selected.indices]
-        quantized = _quantize(selected.values, partition.to_global(part, places), layout, headers)
-        rest[selected.indices.numpy()] = quantized.error(selected.values)
-        some = rest.nonzero()[0]
+        chosen = selected.indices.numpy()
+        quantized = _quantize(selected.values, _at(indices, chosen), layout, headers)
+        rest[chosen] = quantized.error(selected.values)
         # in the residual of one rank of many, and divided by their number when it is sent
-        left = Frame(
-            numel=layout.numel,
-            indices=partition.to_global(part, torch.from_numpy(mean.indices.numpy()[some])),
-            values=torch.from_numpy(rest[some] * len(frames)),
-            finite=True,
-        )
+        rest *= len(frames)
+        left = Frame(numel=layout.numel, indices=indices, values=mean.values, finite=True)
         residual = self._residuals.home(layout)
         update = ResidualUpdate(layout=layout, residual=residual, added=left)
-        return Reduced(encode_frame(numel, places, quantized), update)
+        return Reduced(encode_frame(numel, _at(mean.indices, chosen), quantized), update)
 
     def _limit(self, layout: Layout, ranks: int) -> float:
         # what goes to the residual is as many times the mean
@@ -97,8 +91,13 @@ def _quantize(
 ) -> Quantized:
     ks = None
     if any(header.segment_bytes for header in headers):
-        ks = count_between(indices, np.array([where.stop for where in layout.slices()]))
+        ks = count_between(indices.numpy(), layout.edges[1:])
     return quantize(values, headers[0].value_format, segment_ks=ks)
+
+
+def _at(indices: Tensor, chosen: Indices) -> Tensor:
+    # numpy, since torch takes several times as long to pick single elements
+    return torch.from_numpy(indices.numpy().take(chosen))
 
 
 def _peak(frame: Frame) -> float:

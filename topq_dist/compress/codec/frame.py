@@ -51,6 +51,7 @@ __all__ = [
     "FrameError",
     "FrameHeader",
     "decode_frame",
+    "decode_with_header",
     "encode_frame",
     "encode_non_finite_frame",
     "max_frame_bytes",
@@ -194,13 +195,21 @@ def decode_frame(
     Raises FrameError for anything that encode_frame did not write: never returns an index out of
     range, indices out of order, or a value that is not finite.
     """
+    return decode_with_header(buffer, numel=numel, padded=padded, in_place=in_place)[0]
+
+
+def decode_with_header(
+    buffer: Buffer, *, numel: int, padded: bool = False, in_place: bool = False
+) -> tuple[Frame, FrameHeader]:
+    """Return what decode_frame does, and what the frame says about itself."""
     raw = _as_bytes(buffer)
     header = read_header(raw)
+    frame_bytes = header.frame_bytes
     if header.numel != numel:
         raise FrameError(f"frame of {header.numel} elements: expected {numel}")
-    if raw.size < header.frame_bytes or (raw.size > header.frame_bytes and not padded):
-        raise FrameError(f"{raw.size} bytes: expected a frame of {header.frame_bytes}")
-    raw = raw[: header.frame_bytes]
+    if raw.size < frame_bytes or (raw.size > frame_bytes and not padded):
+        raise FrameError(f"{raw.size} bytes: expected a frame of {frame_bytes}")
+    raw = raw[:frame_bytes]
     if not checksum_fits(raw):
         raise FrameError("checksum does not match: the frame was damaged on its way")
     index_end = header.header_bytes + header.index_bytes
@@ -225,7 +234,7 @@ def decode_frame(
         raise FrameError(str(error)) from error
     return Frame(
         numel=numel, indices=torch.from_numpy(indices), values=values, finite=header.finite
-    )
+    ), header
 
 
 def _as_bytes(buffer: Buffer) -> Bytes:
@@ -235,7 +244,7 @@ def _as_bytes(buffer: Buffer) -> Bytes:
                 f"buffer is a tensor of {buffer.dtype} with {buffer.dim()} dimensions: "
                 "expected one dimension of uint8"
             )
-        return buffer.detach().cpu().numpy()
+        return buffer.numpy(force=True)
     if not isinstance(buffer, bytes | bytearray | memoryview):
         raise FrameError(f"buffer is a {type(buffer).__name__}: expected a uint8 tensor or bytes")
     view = memoryview(buffer)

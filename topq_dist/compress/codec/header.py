@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from topq_dist.compress.codec.bits import Bytes
 from topq_dist.compress.codec.indices import IndexCoding
@@ -62,8 +62,7 @@ class FrameError(ValueError):
     """The bytes are not a frame that this version can read, or not of the expected size."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameHeader:
+class FrameHeader(NamedTuple):
     """What a frame says about itself; the fields agree with each other, no more is known yet.
 
     segment_bytes: length of the list of segments, 0 where there is one segment or none.

@@ -70,7 +70,8 @@ def encode_indices(indices: Indices, numel: int, *, in_tiles: bool = False) -> E
         present = np.zeros(numel, dtype=np.uint8)
         present[indices] = 1
         return EncodedIndices(IndexCoding.BITMAP, 0, np.packbits(present, bitorder="little"))
-    return EncodedIndices(IndexCoding.RICE, rice_bits, rice.encode_gaps(gaps, rice_bits))
+    code = rice.encode_gaps(gaps, rice_bits, code_bytes=rice_bytes)
+    return EncodedIndices(IndexCoding.RICE, rice_bits, code)
 
 
 def decode_indices(

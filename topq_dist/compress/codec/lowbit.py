@@ -28,7 +28,7 @@ Counts = npt.NDArray[np.int64]
 
 def block_count(ks: Counts, block_numel: int = BLOCK_NUMEL) -> int:
     """Return how many blocks segments of so many values each come to."""
-    return int((-(-ks // block_numel)).sum())
+    return int(np.add.reduce(-(-ks // block_numel)))
 
 
 def lowbit_bytes(count: int, bits: int, blocks: int) -> int:

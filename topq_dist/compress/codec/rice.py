@@ -8,13 +8,17 @@ other, so that whole-array code can read them too; the size is the same.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from topq_dist.compress.codec.bits import Bytes, packed_bytes, padding_is_zero
-from topq_dist.compress.kernels import read_gaps, sum_of_quotients, write_gaps
+from topq_dist.compress.kernels import read_gaps, sums_of_quotients, write_gaps
 
 Integers = npt.NDArray[np.signedinteger]
+# of how many b the costs are found in one go: from the mean gap's logarithm the cheapest is near
+_TRIED = 4
 
 
 def largest_bits(numel: int, k: int) -> int:
@@ -45,30 +49,38 @@ def best_bits(gaps: Integers, numel: int) -> tuple[int, int]:
 
     The cost is convex in b, so the descent from the mean gap's logarithm ends at the minimum.
     """
-    k = gaps.size
+    k, limit = gaps.size, largest_bits(numel, gaps.size)
+    lowest = limit + 1
+    cost, best, total = math.inf, limit, 0
+    while lowest > 0:
+        above, lowest = lowest, max(0, lowest - _TRIED)
+        sums = np.empty(above - lowest, np.int64)
+        sums_of_quotients(gaps, lowest, sums)
+        # of several that are cheapest the largest, but for the limit
+        for bits, quotients in reversed(list(enumerate(sums.tolist(), lowest))):
+            other = k * bits + quotients
+            if other < cost or (other == cost and best == limit):
+                cost, best, total = other, bits, quotients
+        if best > lowest:
+            break
+    return best, (total + k + 7) // 8 + low_bytes(k, best)
 
-    def cost_bits(bits: int) -> int:
-        return k * (bits + 1) + int(sum_of_quotients(gaps, bits))
 
-    limit = largest_bits(numel, k)
-    bits = max(0, limit - 1)
-    cost = cost_bits(bits)
-    for step in (-1, 1):
-        while 0 <= bits + step <= limit and (other := cost_bits(bits + step)) < cost:
-            bits, cost = bits + step, other
-    unary_bits = cost - k * bits
-    return bits, (unary_bits + 7) // 8 + low_bytes(k, bits)
+def encode_gaps(gaps: Integers, bits: int, *, code_bytes: int | None = None) -> Bytes:
+    """Return the code of `gaps` (at least one, none negative) with `bits` low bits.
 
-
-def encode_gaps(gaps: Integers, bits: int) -> Bytes:
-    """Return the code of `gaps` (at least one, none negative) with `bits` low bits."""
-    k = gaps.size
-    unary_bits = int(sum_of_quotients(gaps, bits)) + k
-    unary = np.zeros((unary_bits + 7) // 8, dtype=np.uint8)
-    planes = np.empty((bits // 8, k), dtype=np.uint8)
-    fields = np.zeros(packed_bytes(k, bits % 8), dtype=np.uint8)
-    write_gaps(gaps, bits, unary, planes, fields)
-    return np.concatenate([unary, planes.reshape(-1), fields])
+    code_bytes: its length, where best_bits has told.
+    """
+    k, low = gaps.size, low_bytes(gaps.size, bits)
+    if code_bytes is None:
+        total = np.empty(1, np.int64)
+        sums_of_quotients(gaps, bits, total)
+        code_bytes = (int(total[0]) + k + 7) // 8 + low
+    code = np.zeros(code_bytes, dtype=np.uint8)
+    planes_at, fields_at = code_bytes - low, code_bytes - low + bits // 8 * k
+    planes = code[planes_at:fields_at].reshape(bits // 8, k)
+    write_gaps(gaps, bits, code[:planes_at], planes, code[fields_at:])
+    return code
 
 
 def decode_indices(code: Bytes, numel: int, k: int, bits: int) -> npt.NDArray[np.int64]:

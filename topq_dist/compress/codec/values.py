@@ -7,6 +7,7 @@ Quantized values know what they decode to, so that the caller can keep the round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -145,12 +146,14 @@ def quantize(
 
 def _several(segment_ks: Sequence[int] | Counts, k: int, value_format: str) -> Counts | None:
     """Return how many values each segment has that has any; None where nothing hangs on it."""
-    ks = np.asarray(segment_ks, np.int64)
-    if ks.ndim != 1 or (ks < 0).any() or ks.sum() != k:
+    ks = np.asarray(segment_ks, np.int64, order="C")
+    least = ks.min(initial=1)
+    if ks.ndim != 1 or least < 0 or ks.sum() != k:
         raise ValueError(
             f"segment_ks of shape {ks.shape} and sum {ks.sum()}: expected a sum of {k}"
         )
-    ks = ks[ks > 0]
+    if least == 0:
+        ks = ks[ks > 0]
     return ks if value_format in BLOCK_NUMELS and ks.size > 1 else None
 
 
@@ -158,7 +161,7 @@ def _encode(values: Tensor, value_format: str, segment_ks: Counts | None) -> _En
     wide = _as_floats(values, accumulate_dtype(values.dtype))
     # NaN is the maximum of what holds one, and no absolute values need room
     peak = max(float(wide.max()), -float(wide.min())) if wide.size else 0.0
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         raise ValueError("values holds NaN or infinity: expected finite numbers")
     if value_format == "fp64":
         exact = wide.astype(np.float64)

@@ -37,11 +37,13 @@ def gaps_between(indices: Array, numel: int, gaps: Array) -> bool:
     return bool(known(done, dtype))
 
 
-def sum_of_quotients(gaps: Array, bits: int) -> int:
-    """Return the sum of gaps >> bits."""
+def sums_of_quotients(gaps: Array, bits: int, sums: Array) -> None:
+    """sums[i] = the sum of gaps >> bits + i."""
     dtype = gaps.dtype
-    total: int = _LIBRARY.topq_sum_of_quotients(dtype.itemsize, read(gaps, dtype), gaps.size, bits)
-    return known(total, dtype)
+    status: int = _LIBRARY.topq_sums_of_quotients(
+        dtype.itemsize, read(gaps, dtype), gaps.size, bits, written(sums, INT64), sums.size
+    )
+    known(status, dtype)
 
 
 def write_gaps(gaps: Array, bits: int, unary: Array, planes: Array, fields: Array) -> None:

@@ -25,13 +25,15 @@ int64_t topq_gaps_between(int64_t width, const int64_t *indices, int64_t count, 
     return TOPQ_UNKNOWN;
 }
 
-int64_t topq_sum_of_quotients(int64_t width, const void *gaps, int64_t count, int64_t bits)
+int64_t topq_sums_of_quotients(int64_t width, const void *gaps, int64_t count, int64_t bits,
+                               int64_t *sums, int64_t numbers)
 {
-    if (width == 4)
-        return sum_of_quotients_32(gaps, count, bits);
-    if (width == 8)
-        return sum_of_quotients_64(gaps, count, bits);
-    return TOPQ_UNKNOWN;
+    if (width != 4 && width != 8)
+        return TOPQ_UNKNOWN;
+    for (int64_t at = 0; at < numbers; at++)
+        sums[at] = width == 4 ? sum_of_quotients_32(gaps, count, bits + at)
+                              : sum_of_quotients_64(gaps, count, bits + at);
+    return 0;
 }
 
 int64_t topq_write_gaps(int64_t width, const void *gaps, int64_t count, int64_t bits,

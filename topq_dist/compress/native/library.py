@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_ABI = 2
+_ABI = 3
 # what kernels return of a width that they have not
 _UNKNOWN = -9
 # what some write beside what they return
@@ -34,7 +34,7 @@ _SIGNATURES = {
     "sum_terms": "n nppppnnpnppn",
     "scatter_add": "n npnppn",
     "gaps_between": "n npnnp",
-    "sum_of_quotients": "n npnn",
+    "sums_of_quotients": "n npnnpn",
     "write_gaps": "n npnnppp",
     "read_gaps": "n pnpnpnnpnp",
     "round_to_half": "- pnfpp",

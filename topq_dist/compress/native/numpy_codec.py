@@ -24,9 +24,10 @@ def gaps_between(indices: Array, numel: int, gaps: Array) -> bool:
     return True
 
 
-def sum_of_quotients(gaps: Array, bits: int) -> int:
-    """Return the sum of gaps >> bits."""
-    return int((gaps >> bits).sum(dtype=np.int64))
+def sums_of_quotients(gaps: Array, bits: int, sums: Array) -> None:
+    """sums[i] = the sum of gaps >> bits + i."""
+    for at in range(sums.size):
+        sums[at] = (gaps >> bits + at).sum(dtype=np.int64)
 
 
 def write_gaps(gaps: Array, bits: int, unary: Array, planes: Array, fields: Array) -> None:

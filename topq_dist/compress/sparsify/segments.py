@@ -68,9 +68,14 @@ class Segments(tuple[Segment, ...]):
         return np.array(rows, np.int64).reshape(-1, 4)
 
     @cached_property
+    def ks(self) -> Indices:
+        """How many elements are selected of each segment."""
+        return self.table[:, 1] * self.table[:, 3]
+
+    @cached_property
     def ends(self) -> Indices:
         """How many elements are selected of each segment and those before it."""
-        return np.cumsum(self.table[:, 1] * self.table[:, 3])
+        return np.cumsum(self.ks)
 
     @cached_property
     def in_single_rows(self) -> bool:
@@ -83,9 +88,11 @@ class Segments(tuple[Segment, ...]):
         return np.flatnonzero((self.table[:, 2] > SMALL_NUMEL) & (self.table[:, 3] > 0)).tolist()
 
 
-def count_between(ascending: Tensor, ends: Sequence[int] | Indices) -> Indices:
+def count_between(ascending: Indices, ends: Sequence[int] | Indices) -> Indices:
     """Return how many of these numbers lie below each end, and not below the one before."""
-    return np.diff(np.searchsorted(ascending.numpy(), ends), prepend=0)
+    counts = ascending.searchsorted(ends)
+    counts[1:] -= counts[:-1].copy()
+    return counts
 
 
 class SegmentSelector:

@@ -191,7 +191,7 @@ class TopQDownlink:
         for vector, found, segments in zip(self._spec.vectors, chosen, self._segments, strict=True):
             value_format = self._value_format or vector.value_format
             # less than was asked for, where little has changed
-            ks = count_between(found[0], [segment.where.stop for segment in segments])
+            ks = count_between(found[0].numpy(), [segment.where.stop for segment in segments])
             quantized = quantize(found[1], value_format, segment_ks=ks)
             frame = encode_frame(vector.numel, found[0], quantized)
             parts.append((frame, found[0], quantized.decoded))
