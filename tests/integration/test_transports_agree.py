@@ -24,7 +24,8 @@ WORKERS = 3
 Q = 0.9
 # what a single process does, to the bit
 EXACT: Options = {"value_format": None, "bound": None}
-SENDING: dict[str, Options] = {"exactly": EXACT, "by default": {}}
+SENDING: dict[str, Options] = {"exactly": EXACT, "by default": {}, "as the rate changes": {}}
+SCHEDULED = "as the rate changes"
 OPTIMIZERS: dict[str, Options] = {
     "sgd": {"lr": 0.1, "momentum": 0.9},
     "adamw": {"lr": 0.01, "weight_decay": 0.1},
@@ -78,7 +79,16 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
-def ranks_with_the_hook(rank: int, sending: Options) -> list[Tensor]:
+def scheduler_of(optimizer: torch.optim.Optimizer, name: str, sending: str) -> Any:
+    """Return what moves the rate up and down, and the momentum down and up; nothing elsewhere."""
+    if sending != SCHEDULED:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=OPTIMIZERS[name]["lr"], total_steps=STEPS + 1
+    )
+
+
+def ranks_with_the_hook(rank: int, sending: str) -> list[Tensor]:
     """Return the parameters after STEPS, of each inner optimizer with each kernel."""
     found = []
     for name in OPTIMIZERS:
@@ -87,16 +97,18 @@ def ranks_with_the_hook(rank: int, sending: Options) -> list[Tensor]:
             model = DistributedDataParallel(small_model(), bucket_cap_mb=0.005)
             optimizer = inner(name, model.parameters(), kernels)
             # momentum out of it, as the server does
-            register_topq_hook(model, optimizer, q=Q, exchange="allgather", **sending)
+            register_topq_hook(model, optimizer, q=Q, exchange="allgather", **SENDING[sending])
+            scheduler = scheduler_of(optimizer, name, sending)
             for step in range(STEPS):
                 optimizer.zero_grad()
                 loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+                scheduler.step()
             found.append(values(model))
     return found
 
 
-ByHook = tuple[Options, dict[str, list[Tensor]]]
+ByHook = tuple[str, dict[str, list[Tensor]]]
 
 
 @pytest.fixture(scope="module", params=SENDING)
@@ -105,7 +117,7 @@ def by_hook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     The latter first with the server's kernels, then with others.
     """
-    sending = SENDING[request.param]
+    sending: str = request.param
     folder = tmp_path_factory.mktemp("ranks")
     first, *others = run_ranks(WORKERS, ranks_with_the_hook, folder, sending)
     for other in others:
@@ -127,12 +139,18 @@ def test_the_hook_and_the_server_arrive_at_the_same_bits(
         def work(rank: int) -> Tensor:
             model = small_models[rank]
             with ParameterServerOptimizer(
-                model.named_parameters(), server.address, q=Q, worker=f"rank{rank}", **sending
+                model.named_parameters(),
+                server.address,
+                q=Q,
+                worker=f"rank{rank}",
+                **SENDING[sending],
             ) as optimizer:
+                scheduler = scheduler_of(optimizer, name, sending)
                 for step in range(STEPS):
                     optimizer.zero_grad()
                     loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
+                    scheduler.step()
             return values(model)
 
         # drawn one after the other: threads share torch's generator
@@ -143,6 +161,6 @@ def test_the_hook_and_the_server_arrive_at_the_same_bits(
     same_kernels, other_kernels = held[name]
     assert torch.equal(first, same_kernels)
     # found: 9e-8 with SGD, 1.4e-7 with AdamW, and 2e-7 at most in any element
-    if sending == EXACT:
+    if SENDING[sending] == EXACT:
         # what is rounded to a few bits can go either way
         assert relative_difference(first, other_kernels) < 1e-6

@@ -52,6 +52,8 @@ def connect(
         worker=worker,
         value_format=value_format,
         timeout_s=30,
+        # as it was before there was a choice
+        keep_rate=False,
     )
 
 

@@ -13,16 +13,17 @@ from topq_dist.compress.coherence import Coherence, CoherenceMean, measure_coher
 from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
+from topq_dist.compress.residual_rates import check_rates
 from topq_dist.compress.sparsify.segments import Segment
 from topq_dist.hook.momentum import MomentumName, SwitchedMomentum
-from topq_dist.hook.residual_rates import ResidualRates
+from topq_dist.hook.optimizer_rates import OptimizerRates
 from topq_dist.optim.momentum_rules import MomentumSwitch, divides_by_mean_square
 
 
 class FeedbackMomentum(SwitchedMomentum):
     """Error feedback in the place of the optimizer's momentum, while the exchange is sparse.
 
-    keep_rate: apply what was kept back at the rate of the step it came from (residual_rates.py).
+    keep_rate: apply what was kept back at the rate of the step it came from (ResidualRates).
     adapt_rate: multiply the rate of an optimizer that divides by the root of a mean of squares by
         what the coherence of gradients and residuals says (see compress/coherence.py).
     """
@@ -39,7 +40,7 @@ class FeedbackMomentum(SwitchedMomentum):
         adapt_rate: bool,
     ) -> None:
         super().__init__(names, residuals, optimizer)
-        self._rates = ResidualRates(names, residuals) if keep_rate else None
+        self._rates = OptimizerRates(names, residuals) if keep_rate else None
         self._adapts_rate = adapt_rate and divides_by_mean_square(optimizer)
         self._mean = CoherenceMean()
         self._sent_fraction = 1.0
@@ -101,7 +102,7 @@ class FeedbackMomentum(SwitchedMomentum):
         super().check_state(state, shapes)
         self._mean.check_state(_coherence_in(state))
         if self._rates is not None:
-            self._rates.check_state(_rates_in(state))
+            check_rates(_rates_in(state))
 
     def load_states(
         self,

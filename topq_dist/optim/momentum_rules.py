@@ -92,6 +92,11 @@ def divides_by_mean_square(optimizer: Optimizer) -> bool:
     return known is not None and known.divides_by_mean_square
 
 
+def sums_momentum(optimizer: Optimizer) -> bool:
+    """Return whether the momentum of `stepping(optimizer)` is one that `summed` takes out."""
+    return momentum_rule(optimizer) is summed
+
+
 def has_momentum(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     """Return whether a group with any of these parameters has momentum, as far as is known.
 
@@ -191,8 +196,8 @@ def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _summed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The momentum of SGD and RMSprop, with nesterov or without: its shares have one sum."""
+def summed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Take out the momentum of SGD and RMSprop, with nesterov or without: it has one sum."""
     momentum = group["momentum"]
     if momentum == 0:
         return {}
@@ -228,8 +233,8 @@ class _Known(NamedTuple):
 
 
 _KNOWN_OF_TORCH = {
-    "SGD": _Known(_summed),
-    "RMSprop": _Known(_summed, divides_by_mean_square=True),
+    "SGD": _Known(summed),
+    "RMSprop": _Known(summed, divides_by_mean_square=True),
     "Adam AdamW NAdam RAdam": _Known(_averaged, divides_by_mean_square=True),
     "Adamax SparseAdam": _Known(_averaged),
     "Muon": _Known(_normalised),

@@ -183,6 +183,9 @@ class Group(_message.Message):
     TAKES_MOMENTUM_FIELD_NUMBER: _builtins.int
     TAKES_COHERENCE_FIELD_NUMBER: _builtins.int
     TAKES_WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    KEEPS_RATE_FIELD_NUMBER: _builtins.int
+    SUMS_MOMENTUM_FIELD_NUMBER: _builtins.int
+    DIVIDES_BY_MEAN_SQUARE_FIELD_NUMBER: _builtins.int
     takes_momentum: _builtins.bool
     """StepHeader.momentum may set numbers["momentum"], or betas[0] where there are betas. False from
     servers that do not know of it as well.
@@ -193,6 +196,14 @@ class Group(_message.Message):
     """StepHeader.weight_decay may set numbers["weight_decay"]. False from servers that do not know of
     it as well.
     """
+    keeps_rate: _builtins.bool
+    """Workers are to weigh what they have not sent by the rate of its own step. False from servers
+    that do not know of it as well.
+    """
+    sums_momentum: _builtins.bool
+    """The rate of a step on sparse pushes is lr (1 - dampening) / (1 - momentum), and not lr."""
+    divides_by_mean_square: _builtins.bool
+    """Steps divide by the root of a moving mean of squared gradients."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """tensors, in the order of Join"""
@@ -214,10 +225,13 @@ class Group(_message.Message):
         takes_momentum: _builtins.bool = ...,
         takes_coherence: _builtins.bool = ...,
         takes_weight_decay: _builtins.bool = ...,
+        keeps_rate: _builtins.bool = ...,
+        sums_momentum: _builtins.bool = ...,
+        divides_by_mean_square: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "names", b"names", "numbers", b"numbers", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum", "takes_weight_decay", b"takes_weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "divides_by_mean_square", b"divides_by_mean_square", "keeps_rate", b"keeps_rate", "names", b"names", "numbers", b"numbers", "sums_momentum", b"sums_momentum", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum", "takes_weight_decay", b"takes_weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

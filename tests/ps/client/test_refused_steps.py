@@ -47,7 +47,7 @@ def test_a_rate_that_the_server_refuses_can_be_lowered(tmp_path: Path) -> None:
                 take_step(optimizer, model, 0)
         assert not optimizer.state_dict()["topq"]["open"]
         optimizer.param_groups[0]["lr"] = 0.1
-        # the gradients of the refused ones come with it
+        # the gradients of the refused ones come with it, at its rate
         torch.testing.assert_close(take_step(optimizer, model, 1), alone(0, 0, 1))
         assert (version_of(server), optimizer.stats().steps) == (1, 1)
 

@@ -80,6 +80,9 @@ class AllServers:
                 shard.clear_residuals()
             for push in outcome.taken_back:
                 shard.restore_residual(push)
+            if outcome.refused:
+                # its rate may be why, and is none that anything has been applied at
+                shard.rates.forget()
             if not self._steps_alone:
                 shard.write_back(outcome.changed)
             elif outcome.changed is None or outcome.changed:

@@ -26,6 +26,7 @@ from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.all_servers import AllServers
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
+from topq_dist.ps.client.followed_rates import FollowedRates
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
 from topq_dist.ps.client.local_steps import make_local_steps
 from topq_dist.ps.client.looked_on import LookedOn
@@ -82,6 +83,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             the outer one, SGD at lr 1 the mean of the changes. None: every step is the servers'.
         residual_decay: what a residual is multiplied by with each push, in [0, 1]. Below 1 only
             with error_feedback.
+        keep_rate: what is not sent is applied later at the rate of the step it came from, and not
+            at that of the step that sends it, which a schedule may have lowered; where the servers'
+            steps do without momentum ("feedback"), and not with `local_optimizer`.
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
             says every 5 s that it waits.
@@ -124,6 +128,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         every: int = 1,
         local_optimizer: torch.optim.Optimizer | None = None,
         residual_decay: float = 1.0,
+        keep_rate: bool = True,
         timeout_s: float = 120.0,
         tls: ClientTls | None = None,
         token: str | None = None,
@@ -131,6 +136,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._worker = checked_worker(worker)
         if check_number("timeout_s", timeout_s) <= 0:
             raise ValueError(f"timeout_s={timeout_s!r}: expected a number of seconds above zero")
+        if not isinstance(keep_rate, bool):
+            raise TypeError(f"keep_rate={keep_rate!r}: expected True or False")
         module = module_of(named_parameters)
         named, frozen = by_gradient(named_parameters)
         self._frozen = FrozenParameters(frozen)
@@ -180,6 +187,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             raise
         self._servers.absorb()
         self._groups = ServerGroups([client.groups for client in self._clients])
+        follows = keep_rate and error_feedback and self._local is None
+        self._followed = FollowedRates(self._shards, self._groups, enabled=follows)
         self._complete = False
         super().__init__(self._groups.param_groups(named), self._groups.defaults())
         self.state = StateElsewhere()
@@ -306,6 +315,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         ]
         if self._looked_on.asked:
             self.observe()
+        self._followed.follow(self.param_groups, elsewhere)
         with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
             made = [
                 []
@@ -442,6 +452,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
         self._open = saved.open or self._servers.under_way
+        self._followed.load(saved.shards)
         self._groups.load(saved.groups, groups)
         self._meter.stats = saved.stats
         self._resumed = Resumed(saved.shards, saved.local)

@@ -108,6 +108,13 @@ class ServerGroups:
         groups = zip(self._all(), param_groups, strict=True)
         return [_weight_decay(view, group) for view, group in groups]
 
+    def of_each_server(
+        self, param_groups: Sequence[Group]
+    ) -> tuple[Sequence[Sequence[GroupView]], list[list[Group]]]:
+        """Return of each server its groups as it has told of them, and those of a worker."""
+        left = iter(param_groups)
+        return self._views, [[next(left) for _ in views] for views in self._views]
+
     def rates(self, param_groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Return the lr of each group to send to each server; nothing while none was changed.
 

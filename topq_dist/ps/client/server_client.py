@@ -371,6 +371,7 @@ class ServerClient:
                     self._outcome.overflowed = True
                 else:
                     self._outcome.taken_back += given_up
+                    self._outcome.refused = True
             raise
 
     def _take_in(self, push: PushRecord, answer: Answer) -> None:

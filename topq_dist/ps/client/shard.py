@@ -16,6 +16,7 @@ from topq_dist.compress.compressor import Compressed, TopKCompressor
 from topq_dist.compress.layout import ChunkedVector, Layout, gather_tensors
 from topq_dist.compress.native import binding, library
 from topq_dist.compress.planned_segments import PlannedSegments
+from topq_dist.compress.residual_rates import ResidualRates
 from topq_dist.dtypes import accumulate_dtype, bits_of
 from topq_dist.ps.model.flat import FlatModel, picked, put, raw_view
 from topq_dist.ps.model.spec import ModelSpec, VectorSpec
@@ -63,7 +64,8 @@ _SMALL_NUMEL = 4_096
 class Shard:
     """Named parameters, their gradients as flat vectors, and their residuals.
 
-    model: the values that the worker holds; `write_back` puts them into the parameters.
+    model: the values that the worker holds; `write_back` puts them into the parameters. rates:
+        those that the residuals are counted at, where they follow any.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], compressor: TopKCompressor) -> None:
@@ -72,6 +74,7 @@ class Shard:
         self.model = FlatModel(self.spec)
         self._marks: list[tuple[int, int]] = []
         self.compressor = compressor
+        self.rates = ResidualRates(compressor.residuals)
         self.read_parameters()
         # gathered gradients, by place of their vector, where they cannot be read where they lie
         self._gathered: dict[int, Tensor] = {}
@@ -254,8 +257,9 @@ class Shard:
             decode_frame(frame, numel=vector.numel).add_to(residual)
 
     def clear_residuals(self) -> None:
-        """Forget all residuals."""
+        """Forget all residuals, and the rates that they were counted at."""
         self.compressor.residuals.load_state_dict({})
+        self.rates.forget()
 
 
 def _count_writes(parameters: Sequence[Tensor]) -> None:

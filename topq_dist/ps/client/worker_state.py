@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from topq_dist.compress.residual import check_residual
+from topq_dist.compress.residual_rates import check_rates
 from topq_dist.ps.client.local_steps import SavedLocal, read_saved_local
 from topq_dist.ps.client.param_groups import SavedGroups
 from topq_dist.ps.client.replay_log import ReplayLog
@@ -23,13 +24,18 @@ from topq_dist.validation import check_number
 
 @dataclass(frozen=True, kw_only=True)
 class SavedShard:
-    """All that was saved of one server's part; model_sha256 tells which parameters belong to it."""
+    """All that was saved of one server's part.
+
+    model_sha256: tells which parameters belong to it. rates: those that residuals are counted at;
+    empty in a state of before they followed any.
+    """
 
     run: str
     point: ModelVersion
     pushes: ReplayLog
     residuals: Mapping[str, Tensor]
     model_sha256: str
+    rates: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,7 @@ def shard_state(shard: Shard, client: ServerClient, held_sha256: str) -> dict[st
         "names": shard.names,
         "residuals": shard.compressor.residuals.state_dict(),
         "model_sha256": held_sha256,
+        "rates": shard.rates.state(),
     }
 
 
@@ -164,6 +171,8 @@ def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
             raise ValueError(
                 f"residual of {name!r} has shape {tuple(residual.shape)}: expected {expected}"
             )
+    rates = state.get("rates", {})
+    check_rates(rates)
     pushes = ReplayLog.from_state(state["pushes"])
     pushes.check_frames([vector.numel for vector in shard.spec.vectors])
     return SavedShard(
@@ -172,4 +181,5 @@ def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
         pushes=pushes,
         residuals=state["residuals"],
         model_sha256=str(state["model_sha256"]),
+        rates=rates,
     )

@@ -185,6 +185,9 @@ class GroupView:
     takes_momentum: whether a push may set its momentum, which is betas[0] where there are betas.
     takes_coherence: whether the coherence of pushes says something to its rate.
     takes_weight_decay: whether a push may set its weight decay.
+    keeps_rate: whether residuals are to follow the rate of its steps, which is summed up with the
+        momentum where sums_momentum says so.
+    divides_by_mean_square: whether its steps do, by the root of a moving mean.
     """
 
     names: tuple[str, ...]
@@ -193,6 +196,9 @@ class GroupView:
     takes_momentum: bool = False
     takes_coherence: bool = False
     takes_weight_decay: bool = False
+    keeps_rate: bool = False
+    sums_momentum: bool = False
+    divides_by_mean_square: bool = False
 
 
 def check_worker_name(worker: str) -> str:

@@ -49,6 +49,7 @@ class MomentumOut:
         self, inner: torch.optim.Optimizer, *, enabled: bool, adapt_rate: bool = True
     ) -> None:
         self._inner = inner
+        self.enabled = enabled
         self._rule = momentum_rule(inner) if enabled else None
         # whether the last step ran without a momentum that the user wants
         self._is_out = False

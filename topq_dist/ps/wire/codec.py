@@ -73,6 +73,9 @@ def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
             takes_momentum=group.takes_momentum,
             takes_coherence=group.takes_coherence,
             takes_weight_decay=group.takes_weight_decay,
+            keeps_rate=group.keeps_rate,
+            sums_momentum=group.sums_momentum,
+            divides_by_mean_square=group.divides_by_mean_square,
         )
         for group in groups
     ]
@@ -88,6 +91,9 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
             takes_momentum=message.takes_momentum,
             takes_coherence=message.takes_coherence,
             takes_weight_decay=message.takes_weight_decay,
+            keeps_rate=message.keeps_rate,
+            sums_momentum=message.sums_momentum,
+            divides_by_mean_square=message.divides_by_mean_square,
         )
         for message in messages
     )

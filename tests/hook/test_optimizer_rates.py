@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from topq_dist import register_topq_hook
 from topq_dist.compress.layout import Layout
 from topq_dist.compress.residual import Residuals
-from topq_dist.hook.residual_rates import ResidualRates
+from topq_dist.compress.residual_rates import check_rates
+from topq_dist.hook.optimizer_rates import OptimizerRates
 
 pytestmark = pytest.mark.gloo
 
@@ -31,7 +32,7 @@ class Held:
         self.residuals = Residuals()
         self.flat = self.residuals.flat(layout, dtype=torch.float32, device=torch.device("cpu"))
         self.flat.fill_(1.0)
-        self.rates = ResidualRates(dict(zip(self.parameters, "ab", strict=True)), self.residuals)
+        self.rates = OptimizerRates(dict(zip(self.parameters, "ab", strict=True)), self.residuals)
 
     def step(self, *rates: Any) -> list[float]:
         """Go through a step at these rates; return a value of each residual."""
@@ -117,15 +118,15 @@ def test_the_rate_is_what_the_momentum_adds_up_to() -> None:
 def test_a_state_goes_on_where_it_was() -> None:
     held, other = Held(lr=1.0), Held(lr=1.0)
     held.step(1.0, 0.97)
-    other.rates.check_state(held.rates.state())
+    check_rates(held.rates.state())
     other.rates.load_state({**held.rates.state(), "frozen since": [1.0, 1.0]})
     assert other.step(0.5, 0.94) == held.step(0.5, 0.94) == pytest.approx([2.0, 1.0])
     assert other.rates.state() == held.rates.state()
     for wrong in ({"a": [1.0]}, {"a": [1.0, 0.0]}, {"a": [1.0, "1"]}, {"a": 1.0}):
         with pytest.raises(ValueError, match="rates\\['a'\\]"):
-            held.rates.check_state(wrong)
+            check_rates(wrong)
     with pytest.raises(TypeError, match="rates=3"):
-        held.rates.check_state(3)
+        check_rates(3)
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""The rates that a worker's residuals follow: of its own steps, of groups that a server asks for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ps.client.test_optimizer import ADAMW, connect
+from ps.servers import Options, serving
+from ps.workers import backward, batch, make_model
+from torch import nn
+
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.client.followed_rates import FollowedRates
+from topq_dist.ps.client.param_groups import ServerGroups
+from topq_dist.ps.client.shard import Shard
+from topq_dist.ps.client.worker_state import read_state
+from topq_dist.ps.protocol.types import GroupView
+
+SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9}}
+SPARSELY: Options = {"q": 0.9, "value_format": None}
+
+
+class Worker:
+    """Residuals of ones of two parameters in two groups, and the rates that they follow."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **of_groups: Any) -> None:
+        self.named = {name: nn.Parameter(torch.zeros(4, dtype=dtype)) for name in "ab"}
+        compressor = TopKCompressor(value_format=None, error_feedback=True)
+        compressor.residuals.load_state_dict({name: torch.ones(4) for name in "ab"})
+        self.residuals = compressor.residuals
+        numbers = {"lr": 1.0} | of_groups.pop("numbers", {})
+        view = GroupView(names=("a",), numbers=numbers, **{"keeps_rate": True, **of_groups})
+        groups = ServerGroups([[view, replace(view, names=("b",))]])
+        self.groups = groups.param_groups(self.named)
+        shard = Shard(self.named, compressor)
+        self.shards = [shard]
+        self.followed = FollowedRates(self.shards, groups, enabled=True)
+        self.step()
+
+    def step(self, **numbers: float) -> list[float]:
+        """Change the first group's numbers; return what is left of each residual's ones."""
+        self.groups[0].update(numbers)
+        self.followed.follow(self.groups, [])
+        return [float(held[0]) for held in self.residuals.state_dict().values()]
+
+
+def test_a_rate_that_falls_raises_what_waits_of_its_group_alone() -> None:
+    worker = Worker()
+    assert worker.step(lr=0.5) == [2.0, 1.0]
+    assert worker.step(lr=0.25) == [4.0, 1.0]
+    # less than a twentieth is not worth a pass
+    assert worker.step(lr=0.24) == [4.0, 1.0]
+    assert worker.step(lr=1.0) == [1.0, 1.0]
+
+
+def test_the_rate_is_that_of_the_step_without_momentum() -> None:
+    numbers = {"momentum": 0.9, "dampening": 0.5}
+    assert Worker(numbers=numbers).step(momentum=0.8) == [1.0, 1.0]
+    # 1 * 0.5 / 0.1 = 5, and 1 * 0.5 / 0.2 = 2.5
+    worker = Worker(numbers=numbers, sums_momentum=True)
+    assert worker.step(momentum=0.8) == pytest.approx([2.0, 1.0])
+    # a rate past all numbers is none
+    assert worker.step(lr=1e308, momentum=0.99999) == pytest.approx([2.0, 1.0])
+
+
+def test_what_the_server_does_not_ask_for_and_what_could_do_harm_is_left() -> None:
+    assert Worker(keeps_rate=False).step(lr=0.5) == [1.0, 1.0]
+    # Adam would take such arrivals into its mean
+    worker = Worker(divides_by_mean_square=True)
+    assert worker.step(lr=0.5) == [1.0, 1.0]
+    assert worker.step(lr=0.4) == pytest.approx([1.25, 1.0])
+    # and a gradient in fp16 might overflow
+    assert Worker(torch.float16).step(lr=0.9) == [1.0, 1.0]
+
+
+def test_a_shard_whose_parameters_are_elsewhere_follows_later() -> None:
+    worker = Worker()
+    worker.groups[0]["lr"] = 0.5
+    worker.followed.follow(worker.groups, worker.shards)
+    assert float(worker.residuals.state_dict()["a"][0]) == 1.0
+    assert worker.step() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_server_tells_whether_its_steps_do_without_momentum(
+    tmp_path: Path, training: Options
+) -> None:
+    # Adam's kind follows no sudden fall
+    lower = 0.5 if training is SGD else 0.8
+    for momentum, followed in (("feedback", True), ("optimizer", False)):
+        told = {**training, "momentum": momentum}
+        with serving(tmp_path / momentum, told) as server:
+            for knobs in ({}, {"keep_rate": False}, {"error_feedback": False, "bound": None}):
+                model = make_model()
+                with connect(model, server, **SPARSELY, **knobs) as optimizer:
+                    step(model, optimizer, 0)
+                    waits = residuals(optimizer)
+                    for group in optimizer.param_groups:
+                        group["lr"] *= lower
+                    optimizer.zero_grad()
+                    # nothing new: what is not sent is what has waited
+                    for parameter in model.parameters():
+                        parameter.grad = torch.zeros_like(parameter)
+                    optimizer.step()
+                    left = residuals(optimizer)
+                times = 1.0 / lower if followed and not knobs else 1.0
+                for name, before in waits.items():
+                    now = left[name]
+                    kept = now != 0
+                    torch.testing.assert_close(now[kept], times * before[kept], rtol=1e-6, atol=0)
+                assert bool(waits) is ("error_feedback" not in knobs)
+
+
+def step(model: nn.Module, optimizer: ParameterServerOptimizer, number: int) -> None:
+    optimizer.zero_grad()
+    backward(model, [batch(0, number)])
+    optimizer.step()
+
+
+def residuals(optimizer: ParameterServerOptimizer) -> dict[str, torch.Tensor]:
+    return {
+        name: held.clone()
+        for server in optimizer.state_dict()["topq"]["servers"]
+        for name, held in server["residuals"].items()
+    }
+
+
+def test_a_state_of_before_is_taken_up_and_rates_that_are_none_are_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, SGD) as server:
+        model = make_model()
+        with connect(model, server, **SPARSELY) as optimizer:
+            step(model, optimizer, 0)
+            state = copy.deepcopy(optimizer.state_dict())
+            assert state["topq"]["servers"][0]["rates"]["0.weight"] == pytest.approx([1.0, 1.0])
+            wrong = copy.deepcopy(state)
+            wrong["topq"]["servers"][0]["rates"] = {"0.weight": [0.0, 1.0]}
+            with pytest.raises(ValueError, match=r"rates\['0.weight'\]=\[0.0, 1.0\]"):
+                optimizer.load_state_dict(wrong)
+            del state["topq"]["servers"][0]["rates"]
+            assert read_state(state, "w0", optimizer._shards).shards[0].rates == {}
+            optimizer.load_state_dict(state)
+            step(model, optimizer, 1)
+    with pytest.raises(TypeError, match="keep_rate=1: expected True or False"):
+        ParameterServerOptimizer(model.named_parameters(), "127.0.0.1:1", keep_rate=1)  # type: ignore[arg-type]
