@@ -131,6 +131,18 @@ def residuals(optimizer: ParameterServerOptimizer) -> dict[str, torch.Tensor]:
     }
 
 
+def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path: Path) -> None:
+    with serving(tmp_path, SGD) as server:
+        model = make_model()
+        with connect(model, server, **SPARSELY) as optimizer:
+            step(model, optimizer, 0)
+            state = copy.deepcopy(optimizer.state_dict())
+        assert state["topq"]["servers"][0]["rates"]
+        with connect(model, server, **SPARSELY, keep_rate=False) as optimizer:
+            optimizer.load_state_dict(state)
+            assert not optimizer.state_dict()["topq"]["servers"][0]["rates"]
+
+
 def test_a_state_of_before_is_taken_up_and_rates_that_are_none_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, SGD) as server:
         model = make_model()

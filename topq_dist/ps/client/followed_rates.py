@@ -44,7 +44,9 @@ class FollowedRates:
                     shard.rates.follow(vector.layout.names, vector.dtype)
 
     def load(self, saved: Sequence[SavedShard]) -> None:
-        """Take up the rates of a worker's state."""
+        """Take up the rates of a worker's state; none that nobody would follow from there."""
+        if not self._enabled:
+            return
         for shard, one in zip(self._shards, saved, strict=True):
             shard.rates.load_state(one.rates, shard.names)
         self._rates = [[] for _ in self._shards]
