@@ -1,4 +1,4 @@
-"""The rates that a worker's residuals follow: of its own steps, of groups that a server asks for."""
+"""The rates that a worker's residuals follow: of its own steps, where the server asks for it."""
 
 from __future__ import annotations
 
