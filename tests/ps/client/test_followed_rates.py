@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.client.worker_state import read_state
 from topq_dist.ps.protocol.types import GroupView
+from topq_dist.ps.server.process import ParameterServer
 
 SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9}}
 SPARSELY: Options = {"q": 0.9, "value_format": None}
@@ -123,6 +126,16 @@ def step(model: nn.Module, optimizer: ParameterServerOptimizer, number: int) -> 
     optimizer.step()
 
 
+@contextmanager
+def stepped_once(
+    model: nn.Module, server: ParameterServer
+) -> Iterator[tuple[ParameterServerOptimizer, dict[str, Any]]]:
+    """Give a worker that has taken one step, and its state then."""
+    with connect(model, server, **SPARSELY) as optimizer:
+        step(model, optimizer, 0)
+        yield optimizer, copy.deepcopy(optimizer.state_dict())
+
+
 def residuals(optimizer: ParameterServerOptimizer) -> dict[str, torch.Tensor]:
     return {
         name: held.clone()
@@ -134,10 +147,8 @@ def residuals(optimizer: ParameterServerOptimizer) -> dict[str, torch.Tensor]:
 def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path: Path) -> None:
     with serving(tmp_path, SGD) as server:
         model = make_model()
-        with connect(model, server, **SPARSELY) as optimizer:
-            step(model, optimizer, 0)
-            state = copy.deepcopy(optimizer.state_dict())
-        assert state["topq"]["servers"][0]["rates"]
+        with stepped_once(model, server) as (optimizer, state):
+            assert state["topq"]["servers"][0]["rates"]
         with connect(model, server, **SPARSELY, keep_rate=False) as optimizer:
             optimizer.load_state_dict(state)
             assert not optimizer.state_dict()["topq"]["servers"][0]["rates"]
@@ -146,9 +157,7 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
 def test_a_state_of_before_is_taken_up_and_rates_that_are_none_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, SGD) as server:
         model = make_model()
-        with connect(model, server, **SPARSELY) as optimizer:
-            step(model, optimizer, 0)
-            state = copy.deepcopy(optimizer.state_dict())
+        with stepped_once(model, server) as (optimizer, state):
             assert state["topq"]["servers"][0]["rates"]["0.weight"] == pytest.approx([1.0, 1.0])
             wrong = copy.deepcopy(state)
             wrong["topq"]["servers"][0]["rates"] = {"0.weight": [0.0, 1.0]}

@@ -20,7 +20,7 @@ static inline void walk_to(Walk *walk, int64_t index)
     }
     while (index >= walk->end) {
         walk->end += walk->block_numel;
-        /* the first block of a round has no more of its part before it than the last of the one before */
+        /* in a new round there is one block more before it, but that one is of its own part */
         if (++walk->owner == walk->parts)
             walk->owner = 0;
         else

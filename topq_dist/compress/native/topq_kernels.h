@@ -144,10 +144,10 @@ TOPQ_API int64_t topq_scatter_add(int64_t width, void *out, int64_t numel, const
 TOPQ_API int64_t topq_gaps_between(int64_t width, const int64_t *indices, int64_t count,
                                    int64_t numel, void *gaps);
 
-/* sums[i] = the sum of gaps >> bits + i; gaps are (count,), none negative, sums (numbers,), and every
- * shift in [0, 8 * width). */
-TOPQ_API int64_t topq_sums_of_quotients(int64_t width, const void *gaps, int64_t count, int64_t bits,
-                                        int64_t *sums, int64_t numbers);
+/* sums[i] = the sum of gaps >> bits + i; gaps are (count,), none negative, sums (numbers,), and
+ * every shift in [0, 8 * width). */
+TOPQ_API int64_t topq_sums_of_quotients(int64_t width, const void *gaps, int64_t count,
+                                        int64_t bits, int64_t *sums, int64_t numbers);
 
 /* Write gaps in Rice code: quotients in unary (zeros, then a one, from the lowest bit on), then of
  * the rest whole low bytes, a plane each, and what is left over packed in fields of bits % 8.
