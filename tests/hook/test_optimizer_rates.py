@@ -122,7 +122,9 @@ def test_a_state_goes_on_where_it_was() -> None:
     other.rates.load_state({**held.rates.state(), "frozen since": [1.0, 1.0]})
     assert other.step(0.5, 0.94) == held.step(0.5, 0.94) == pytest.approx([2.0, 1.0])
     assert other.rates.state() == held.rates.state()
-    for wrong in ({"a": [1.0]}, {"a": [1.0, 0.0]}, {"a": [1.0, "1"]}, {"a": 1.0}):
+    # a residual times 1e300 / 0.1 is past all numbers
+    too_large = {"a": [1e300, 0.1]}
+    for wrong in ({"a": [1.0]}, {"a": [1.0, 0.0]}, {"a": [1.0, "1"]}, {"a": 1.0}, too_large):
         with pytest.raises(ValueError, match="rates\\['a'\\]"):
             check_rates(wrong)
     with pytest.raises(TypeError, match="rates=3"):

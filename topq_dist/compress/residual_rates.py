@@ -107,5 +107,10 @@ def check_rates(state: Any) -> None:
             not isinstance(rates, list | tuple)
             or len(rates) != 2
             or not all(isinstance(one, float) and 0 < one < math.inf for one in rates)
+            # or what it is multiplied by would have no bound
+            or rates[0] > rates[1]
         ):
-            raise ValueError(f"state has rates[{name!r}]={rates!r}: expected two positive numbers")
+            raise ValueError(
+                f"state has rates[{name!r}]={rates!r}: expected two positive numbers, the second "
+                "the highest there was"
+            )
