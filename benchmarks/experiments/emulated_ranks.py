@@ -195,6 +195,7 @@ class Ranks:
                     keep_rate=method.keep_rate,
                     adapt_rate=method.adapt_rate,
                     summed_ranks=1,
+                    half=(),
                 )
                 for compressor in self._compressors
             ]

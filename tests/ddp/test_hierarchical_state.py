@@ -31,5 +31,25 @@ def taken_up(rank: int) -> bool:
     return True
 
 
+def rates_kept(rank: int) -> dict[str, list[float]]:
+    model, optimizer, state = hooked(
+        adamw, keep_rate=True, exchange="hierarchical", ranks_per_node=2
+    )
+    train(model, optimizer, rank)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.75
+    train(model, optimizer, rank)
+    rates: dict[str, list[float]] = state.state_dict()["momentum"]["rates"]
+    return rates
+
+
+def test_those_who_pass_on_know_the_rates_as_well(tmp_path: Path) -> None:
+    rates = run_ranks(4, rates_kept, tmp_path)
+    assert rates == [rates[0]] * 4
+    assert rates[0]
+    for now, _, highest in rates[0].values():
+        assert now == 0.75 * highest
+
+
 def test_those_who_pass_on_take_up_what_all_have_alike(tmp_path: Path) -> None:
     assert run_ranks(4, taken_up, tmp_path) == [True] * 4

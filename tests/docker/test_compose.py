@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(1000)]
 
 STEPS = 800
 MAX_STOP_S = 8.0
-REFERENCE_LIMIT_S = 120.0
+# the reference computes beside it, and a local Ray in CI: a slow machine takes minutes
+VERSION_LIMIT_S = 240.0
+REFERENCE_LIMIT_S = 240.0
 WORKERS = ("worker-0", "worker-1")
 SHA256 = re.compile(r"parameters sha256: ([0-9a-f]{64})")
 
@@ -93,5 +95,5 @@ def wait_for_version(server: str, least: int) -> None:
         version = version_of(server)
         return version >= least
 
-    wait_until(reached, f"version {least}")
+    wait_until(reached, f"version {least}", VERSION_LIMIT_S)
     assert version < STEPS, "it is too late to disturb the training: raise STEPS"

@@ -180,6 +180,45 @@ def refusals(path: Path, square: DeviceMesh) -> bool:
     return all(map(torch.equal, before.values(), residual_sums(state, square).values()))
 
 
+def rates_of(state: ShardedTopQState) -> dict[str, list[float]]:
+    return {name: numbers.tolist() for name, numbers in state.state_dict()["rates"].items()}
+
+
+def rates_on_four(rank: int, folder: Path) -> dict[str, Any]:
+    """Save where a rank has no row of a bias: what all have alike is written by any of them."""
+    mesh = mesh_of(1, 4)
+    model, optimizer, state = made(mesh, "feedback")
+    empty = [one for one in model.parameters() if not one.to_local().numel()]
+    for rate in (1e-2, 0.8e-2):
+        optimizer.param_groups[0]["lr"] = rate
+        train(model, optimizer, [0])
+    rates = rates_of(state)
+    _, _, same = made(mesh, "feedback")
+    dcp.save({"topq": state}, checkpoint_id=folder / "now")
+    same.load_checkpoint(folder / "now")
+    of_before = state.state_dict()
+    of_before["rates"] = {name: one[[0, 2]] for name, one in of_before["rates"].items()}
+    dcp.save({"topq": of_before}, checkpoint_id=folder / "before")
+    _, _, older = made(mesh, "feedback")
+    older.load_checkpoint(folder / "before")
+    return {
+        "rates": rates,
+        "empty": len(empty),
+        "read": rates_of(same) == rates,
+        "of_before": rates_of(older) == rates,
+    }
+
+
+def test_all_ranks_have_the_same_rates_also_those_without_rows(tmp_path: Path) -> None:
+    four = run_ranks(4, rates_on_four, tmp_path, tmp_path)
+    assert [found["empty"] > 0 for found in four] == [False, False, False, True]
+    for found in four:
+        assert len(found["rates"]) == 6
+        assert all(one == [0.8e-2, 0.8e-2, 1e-2] for one in found["rates"].values())
+        assert found["read"]
+        assert found["of_before"]
+
+
 def on_six(_: int, folder: Path) -> list[dict[str, Tensor]]:
     """Load what 2 x 2 ranks saved on 2 x 3, as it is, and on 3 x 2."""
     wide, tall = mesh_of(2, 3), mesh_of(3, 2)

@@ -10,10 +10,8 @@ multiplied by what the rate has changed by, which for SGD comes to the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from topq_dist.compress.residual import Residuals
 
@@ -21,72 +19,110 @@ from topq_dist.compress.residual import Residuals
 _LEAST_CHANGE = 1.05
 # of the highest rate there was: a schedule that ends at nought would weigh the past without end
 _LOWEST = 0.05
-# a fall at once by more: an optimizer that divides by the root of a mean of squares would take such
-# arrivals into its mean, and step too short for as long as that remembers. A gradient of half
-# precision might overflow by any
+# a fall at once by more: an optimizer that remembers squares of gradients would take such arrivals
+# into them, and step too short for as long as it does. A gradient of half precision might overflow
+# by any
 _SUDDEN = 1.5
+# a rise at once to more than so many times the highest rate is no schedule's, and may be refused by
+# a server: it is followed to the highest and not beyond, so that nothing is lost
+_STEEPEST = 20.0
+
+
+class _Counted(NamedTuple):
+    """How a parameter's residual is counted.
+
+    rate: of the step that it last followed. at: the rate at which it has the size that it has,
+    above `rate` by as much as it has not followed. highest: of all rates there were.
+    """
+
+    rate: float
+    at: float
+    highest: float
+
+    def following(self, rate: float, largest_factor: float) -> tuple[_Counted, float]:
+        """Return the residual at another rate, and the factor that brings it there.
+
+        largest_factor: which a fall may ask for and be followed.
+        """
+        highest = max(self.highest, rate)
+        rate = max(rate, _LOWEST * highest)
+        if self.rate == 0:
+            # what came in at nought has never counted
+            return _Counted(rate, rate, highest), _LOWEST if rate else 1.0
+        fall = self.rate / rate
+        if 1 / _LEAST_CHANGE < fall < _LEAST_CHANGE:
+            return self._replace(highest=highest), 1.0
+        if fall > largest_factor:
+            return _Counted(rate, self.at, highest), 1.0
+        if rate > _STEEPEST * self.highest:
+            return _Counted(rate, rate, highest), self.at / self.highest
+        # what was not followed downwards is not followed up again
+        at = max(rate, self.at / fall if fall > 1 else self.at)
+        return _Counted(rate, at, highest), self.at / at
 
 
 class ResidualRates:
     """The rates at which residuals are counted, by the parameters' names.
 
-    A rate of 0 counts as the lowest; while one is not known a residual is not counted at any.
+    half: parameters whose gradients are of float16. While a rate is not known, a residual is not
+    counted at any.
     """
 
-    def __init__(self, residuals: Residuals) -> None:
+    def __init__(self, residuals: Residuals, half: Collection[str] = ()) -> None:
         self._residuals = residuals
-        # of each residual, and the highest of its parameter
-        self._held: dict[str, tuple[float, float]] = {}
-        # as they were last changed, and those of the parameters that are behind
+        self._half = frozenset(half)
+        self._counted: dict[str, _Counted] = {}
+        # as they were last followed
         self._rates: Mapping[str, float | None] = {}
-        self._to_follow: dict[str, float | None] = {}
-        self._most = math.inf
 
-    def change(self, rates: Mapping[str, float | None], *, divides_by_mean_square: bool) -> None:
-        """Take note of the rates from this step on, each with what its momentum adds up to.
+    def follow(self, rates: Mapping[str, float | None], *, remembers_squares: bool) -> None:
+        """Have residuals be counted at the rates of this step, None where one is not known.
 
-        None: one that is not known. divides_by_mean_square: whether the optimizer does, by the root
-        of it.
+        rates: with what momentum adds up to, of all parameters that have one, whether or not
+        anything waits for them here. remembers_squares: whether the optimizer does; it is spared
+        sudden arrivals.
         """
-        self._rates, self._to_follow = rates, dict(rates)
-        self._most = _SUDDEN if divides_by_mean_square else math.inf
-
-    def follow(self, names: Iterable[str], dtype: torch.dtype) -> None:
-        """Have the residuals of these parameters be counted at the step's rates.
-
-        dtype: of their gradients.
-        """
-        if not self._to_follow:
+        if rates == self._rates:
             return
-        most = 1.0 if dtype == torch.float16 else self._most
+        self._rates = rates
+        largest_factor = _SUDDEN if remembers_squares else math.inf
         factors: dict[float, list[str]] = {}
-        for name in names:
-            if name not in self._to_follow:
+        for name, rate in rates.items():
+            if rate is None:
+                self._counted.pop(name, None)
                 continue
-            now = self._to_follow.pop(name)
-            if now is None:
-                self._held.pop(name, None)
+            if name not in self._counted:
+                self._counted[name] = _Counted(rate, rate, rate)
                 continue
-            held, highest = self._held.get(name, (now, now))
-            highest = max(highest, now)
-            now = max(now, _LOWEST * highest)
-            if now == 0:
-                continue
-            if not 1 / _LEAST_CHANGE < held / now < _LEAST_CHANGE:
-                if held / now <= most:
-                    factors.setdefault(held / now, []).append(name)
-                held = now
-            self._held[name] = held, highest
+            self._counted[name], factor = self._counted[name].following(
+                rate, 1.0 if name in self._half else largest_factor
+            )
+            if factor != 1.0:
+                factors.setdefault(factor, []).append(name)
         for factor, alike in factors.items():
             self._residuals.multiply(alike, factor)
 
+    def counted_at(self, names: Iterable[str]) -> list[float]:
+        """Return the rate that the residual of each parameter is counted at, 0 where at none."""
+        return [self._counted[name].at if name in self._counted else 0.0 for name in names]
+
+    def factors_since(self, names: Iterable[str], counted_at: Iterable[float]) -> list[float]:
+        """Return what brings values that were counted at such rates to what counts now.
+
+        counted_at: of each parameter, as `counted_at` has returned it. 1 where either is not known.
+        """
+        return [
+            min(max(then / now, _LOWEST), 1 / _LOWEST) if then and now else 1.0
+            for then, now in zip(counted_at, self.counted_at(names), strict=True)
+        ]
+
     def forget(self) -> None:
         """Have all residuals be counted at the rates of the next step, whatever waits in them."""
-        self._held, self._to_follow = {}, dict(self._rates)
+        self._counted, self._rates = {}, {}
 
     def state(self) -> dict[str, list[float]]:
-        """Return the rates that the residuals are counted at, and the highest there were."""
-        return {name: list(rates) for name, rates in self._held.items()}
+        """Return what `load_state` takes: three numbers of each parameter, as _Counted has them."""
+        return {name: list(counted) for name, counted in self._counted.items()}
 
     def load_state(self, state: Mapping[str, Any], names: Iterable[str]) -> None:
         """Take up what `state` has returned and check_rates let pass, of parameters of `names`.
@@ -94,23 +130,33 @@ class ResidualRates:
         A residual without a rate is counted at that of the next step.
         """
         known = set(names)
-        self._held = {name: (one[0], one[1]) for name, one in state.items() if name in known}
-        self._rates, self._to_follow = {}, {}
+        self._counted = {name: _read(one) for name, one in state.items() if name in known}
+        self._rates = {}
 
 
 def check_rates(state: Any) -> None:
     """Raise TypeError or ValueError for what ResidualRates.state cannot have returned."""
     if not isinstance(state, Mapping):
-        raise TypeError(f"state has rates={state!r}: expected two numbers by name")
-    for name, rates in state.items():
+        raise TypeError(f"state has rates={state!r}: expected three numbers by name")
+    for name, numbers in state.items():
         if (
-            not isinstance(rates, list | tuple)
-            or len(rates) != 2
-            or not all(isinstance(one, float) and 0 < one < math.inf for one in rates)
-            # or what it is multiplied by would have no bound
-            or rates[0] > rates[1]
+            not isinstance(numbers, list | tuple)
+            or len(numbers) not in (2, 3)
+            or not all(isinstance(one, float) for one in numbers)
+            or not _can_be(_read(numbers))
         ):
             raise ValueError(
-                f"state has rates[{name!r}]={rates!r}: expected two positive numbers, the second "
-                "the highest there was"
+                f"state has rates[{name!r}]={numbers!r}: expected the last rate, the one that a "
+                "residual is counted at and the highest there was, none above the one behind it"
             )
+
+
+def _read(numbers: Sequence[float]) -> _Counted:
+    # states of before lack the second
+    return _Counted(numbers[0], numbers[-2], numbers[-1])
+
+
+def _can_be(counted: _Counted) -> bool:
+    rate, at, highest = counted
+    # beyond, what a residual is multiplied by would have no bound
+    return rate <= at <= highest < math.inf and (rate > 0 or rate == highest == 0)

@@ -87,7 +87,8 @@ class TopQState(HookState):
         keep_rate: for momentum="feedback": what is not sent is applied later at the rate of the
             step it came from, not of the one that sends it: the residual is multiplied by what the
             rate (for SGD over 1 - momentum) has changed by, once that is over 5 %, and down to a
-            twentieth of the highest rate there was.
+            twentieth of the highest rate there was; not down at once by over a third for an
+            optimizer that remembers squares, as Adam, nor down at all for float16.
         adapt_rate: for momentum="feedback" with Adam, AdamW, NAdam, RAdam or RMSprop: multiply the
             rate (not the decoupled weight decay) of sparse steps by sqrt(1 + 2 c), where c is the
             coherence of gradients and residuals, a mean over recent steps, layers and ranks: 1 for

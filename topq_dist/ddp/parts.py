@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -29,5 +30,6 @@ def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> H
         ModelFacts(ddp_model, names, knobs.scope),
         sparsity,
         BucketLayouts(names, sparsity),
+        frozenset(name for one, name in names.items() if one.dtype == torch.float16),
     )
     return assemble(knobs, wrapped, optimizer, per_node)

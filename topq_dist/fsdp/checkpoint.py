@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
@@ -32,7 +33,7 @@ _KEPT: dict[MomentumName, tuple[str, ...]] = {
     "corrected": ("velocity",),
     "adam": ("first", "second"),
 }
-_NO_RATES = [0.0, 0.0]
+_NO_RATES = [0.0, 0.0, 0.0]
 _REMEDY = "give the hook's state load_checkpoint(), which takes any number of replicas"
 
 
@@ -79,7 +80,7 @@ def save(parts: HookParts, ranks: Ranks, of: Sequence[Kept]) -> dict[str, Any]:
         "dense_steps": torch.tensor(ranks.exchange.dense_steps),
         "unit": torch.tensor(_UNITS.index(momentum["unit"])),
         "coherence": torch.tensor(momentum.get("coherence", [0.0, 0.0]), dtype=torch.float64),
-        # a residual without has none
+        # a residual that is counted at none has noughts
         "rates": {
             one.name: torch.tensor(rates.get(one.name, _NO_RATES), dtype=torch.float64)
             for one in of
@@ -151,11 +152,11 @@ def prepare(
         for name, value in save(parts, ranks, of).items()
         if not name.startswith("replica")
     }
-    # an earlier version has none
+    # earlier versions have none, or two of each
     template["rates"] = {
-        name: rates
+        name: rates[:2].clone() if tuple(stored.size) == (2,) else rates
         for name, rates in template["rates"].items()
-        if f"{key}.rates.{name}" in reader.described
+        if isinstance(stored := reader.described.get(f"{key}.rates.{name}"), TensorStorageMetadata)
     }
     # of the others only what `every` one is asked for
     own = _KEPT[parts.method] if parts.method == "adam" else ()
@@ -214,11 +215,11 @@ def _rates(common: Mapping[str, Any], of: Sequence[Kept]) -> dict[str, list[floa
     if not isinstance(given, Mapping):
         raise TypeError(f"state has rates={given!r}: expected a tensor by name")
     rates = {one.name: given[one.name] for one in of if one.name in given}
-    for name, both in rates.items():
-        if not isinstance(both, Tensor) or tuple(both.shape) != (2,):
-            raise ValueError(f"state has rates[{name!r}]={both!r}: expected a tensor of two")
-    held = {name: [float(one) for one in both] for name, both in rates.items()}
-    return {name: both for name, both in held.items() if both != _NO_RATES}
+    for name, numbers in rates.items():
+        if not isinstance(numbers, Tensor) or tuple(numbers.shape) not in ((2,), (3,)):
+            raise ValueError(f"state has rates[{name!r}]={numbers!r}: expected a tensor of three")
+    held = {name: [float(one) for one in numbers] for name, numbers in rates.items()}
+    return {name: numbers for name, numbers in held.items() if any(numbers)}
 
 
 def chosen_in(loaded: Loaded) -> str | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -86,7 +87,10 @@ class ShardedTopQState(HookState):
             per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
             q = DEFAULT_Q if knobs.q is None else knobs.q
             self._sparsity = ShardSparsity(q, knobs.scope, names, knobs.value_format)
-            wrapped = WrappedModel(names, facts, self._sparsity, layouts)
+            half = frozenset(
+                names[one] for one, dtype in self._dtypes().items() if dtype == torch.float16
+            )
+            wrapped = WrappedModel(names, facts, self._sparsity, layouts, half)
             self._parts = assemble(knobs, wrapped, optimizer, per_node)
         self._ranks: Ranks = connect(self._parts, knobs, context)
         warn_of_different_replicas(names, context)
@@ -197,10 +201,13 @@ class ShardedTopQState(HookState):
         }
 
     def _kept(self) -> list[checkpoint.Kept]:
-        dtypes = {
+        return checkpoint.kept(self._parts, self._dtypes())
+
+    def _dtypes(self) -> dict[Tensor, torch.dtype]:
+        """Return those in which gradients are reduced."""
+        return {
             one: reduced_dtype(module, one) for module, held in self._modules.all() for one in held
         }
-        return checkpoint.kept(self._parts, dtypes)
 
 
 def register(

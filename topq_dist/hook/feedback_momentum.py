@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,7 +23,8 @@ from topq_dist.optim.momentum_rules import MomentumSwitch, divides_by_mean_squar
 class FeedbackMomentum(SwitchedMomentum):
     """Error feedback in the place of the optimizer's momentum, while the exchange is sparse.
 
-    keep_rate: apply what was kept back at the rate of the step it came from (ResidualRates).
+    keep_rate: apply what was kept back at the rate of the step it came from (ResidualRates). half:
+        the names of the parameters whose gradients are of float16.
     adapt_rate: multiply the rate of an optimizer that divides by the root of a mean of squares by
         what the coherence of gradients and residuals says (see compress/coherence.py).
     """
@@ -38,9 +39,10 @@ class FeedbackMomentum(SwitchedMomentum):
         *,
         keep_rate: bool,
         adapt_rate: bool,
+        half: Collection[str] = (),
     ) -> None:
         super().__init__(names, residuals, optimizer)
-        self._rates = OptimizerRates(names, residuals) if keep_rate else None
+        self._followed = OptimizerRates(names, residuals, half) if keep_rate else None
         self._adapts_rate = adapt_rate and divides_by_mean_square(optimizer)
         self._mean = CoherenceMean()
         self._sent_fraction = 1.0
@@ -53,15 +55,15 @@ class FeedbackMomentum(SwitchedMomentum):
     def settings(self) -> str:
         # the rate follows from the mean, so that ranks must have the same
         mean = f" coherence={self._mean.state()}" if self._adapts_rate else ""
-        kept = self._rates is not None
+        kept = self._followed is not None
         return f"{super().settings()} keep_rate={kept} adapt_rate={self._adapts_rate}{mean}"
 
     def begin_step(self, *, sparse: bool, sent_fraction: float, skip_unused: bool) -> None:
         super().begin_step(sparse=sparse, sent_fraction=sent_fraction, skip_unused=skip_unused)
         self._sent_fraction = sent_fraction
         takes_over = sparse and self._takes_over(sent_fraction)
-        if self._rates is not None:
-            self._rates.begin_step(self._optimizer if sparse else None)
+        if self._followed is not None:
+            self._followed.begin_step(self._optimizer if sparse else None)
         self._measures = self._adapts_rate and takes_over and self._optimizer is not None
 
     def compress(
@@ -74,8 +76,6 @@ class FeedbackMomentum(SwitchedMomentum):
         *,
         parts: int,
     ) -> Compressed:
-        if self._rates is not None:
-            self._rates.follow(layout.names, flat.dtype)
         compressed = compressor.compress(flat, layout, segments, parts=parts)
         if not self._measures:
             return compressed
@@ -90,18 +90,18 @@ class FeedbackMomentum(SwitchedMomentum):
 
     def detach(self) -> None:
         super().detach()
-        if self._rates is not None:
+        if self._followed is not None:
             # nobody follows them any more
-            self._rates.load_state({})
+            self._followed.load_state({})
 
     def state_dict(self) -> dict[str, Any]:
-        rates = {} if self._rates is None else self._rates.state()
+        rates = {} if self._followed is None else self._followed.state()
         return {**super().state_dict(), "coherence": self._mean.state(), "rates": rates}
 
     def check_state(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().check_state(state, shapes)
         self._mean.check_state(_coherence_in(state))
-        if self._rates is not None:
+        if self._followed is not None:
             check_rates(_rates_in(state))
 
     def load_states(
@@ -111,8 +111,8 @@ class FeedbackMomentum(SwitchedMomentum):
         alike: Mapping[str, Any],
     ) -> None:
         self._mean.load_state(_coherence_in(alike))
-        if self._rates is not None:
-            self._rates.load_state(_rates_in(alike))
+        if self._followed is not None:
+            self._followed.load_state(_rates_in(alike))
 
     def _make_switch(self, optimizer: Optimizer) -> MomentumSwitch:
         return MomentumSwitch(optimizer, self._names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import get_args
 
 from torch import Tensor
@@ -72,10 +72,12 @@ def make_momentum(
     keep_rate: bool,
     adapt_rate: bool,
     summed_ranks: int,
+    half: Collection[str],
 ) -> Momentum:
     """Return the method that `check_momentum` has returned.
 
-    names: of the parameters, those included that are frozen and may be freed. Raises ValueError
+    names: of the parameters, those included that are frozen and may be freed. half: of those whose
+    gradients are of float16. Raises ValueError
     where it cannot go with this optimizer. Warns, once, of an optimizer that nothing is known of.
     """
     if momentum == "optimizer" or optimizer is None:
@@ -99,7 +101,9 @@ def make_momentum(
     has_momentum(optimizer, names)
     if momentum == "corrected":
         return CorrectedMomentum(names, residuals, optimizer, mask_velocity=mask_velocity)
-    return FeedbackMomentum(names, residuals, optimizer, keep_rate=keep_rate, adapt_rate=adapt_rate)
+    return FeedbackMomentum(
+        names, residuals, optimizer, keep_rate=keep_rate, adapt_rate=adapt_rate, half=half
+    )
 
 
 def advise(optimizer: Optimizer | None, names: Mapping[Tensor, str], *, rank: int) -> None:

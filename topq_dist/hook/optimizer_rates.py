@@ -4,57 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from topq_dist.compress.residual import Residuals
 from topq_dist.compress.residual_rates import ResidualRates
 from topq_dist.optim.groups import ParamGroup
-from topq_dist.optim.momentum_rules import MomentumRule, divides_by_mean_square, momentum_rule
+from topq_dist.optim.momentum_rules import MomentumRule, momentum_rule, remembers_squares
 
 
 class OptimizerRates:
     """Has residuals follow the rates of an optimizer.
 
-    names: of the parameters. residuals: the hook's own. A rate that is no number, or lies on a GPU,
-    which the host would have to wait for, is not known.
+    names: of the parameters. residuals: the hook's own. half: the names of those whose gradients
+    are of float16. A rate that is no number, or lies on a GPU, which the host would have to wait
+    for, is not known.
     """
 
-    def __init__(self, names: Mapping[Tensor, str], residuals: Residuals) -> None:
+    def __init__(
+        self, names: Mapping[Tensor, str], residuals: Residuals, half: Collection[str] = ()
+    ) -> None:
         self._names = names
-        self._followed = ResidualRates(residuals)
-        # of each group, and whose they are
-        self._rates: list[tuple[float | None, int, int]] = []
+        self._followed = ResidualRates(residuals, half)
+        # of each group, and whose they are, as they were last followed
+        self._seen: list[tuple[float | None, int, int]] = []
 
     def begin_step(self, optimizer: Optimizer | None) -> None:
-        """Take note of the rates of a step, with what the momentum adds up to; None: of none."""
+        """Follow the rates of a step, with what the momentum adds up to; None: none of them."""
         groups = []
         if optimizer is not None:
             groups = [group for group in optimizer.param_groups if self._has_any(group)]
         rule = None if optimizer is None or not groups else momentum_rule(optimizer)
-        rates = [
+        seen = [
             (_rate_of(group, rule), id(group["params"]), len(group["params"])) for group in groups
         ]
-        if rates == self._rates:
+        if seen == self._seen:
             return
-        self._rates = rates
-        self._followed.change(
+        self._seen = seen
+        if optimizer is None:
+            return
+        self._followed.follow(
             {
                 self._names[parameter]: rate
-                for group, (rate, *_) in zip(groups, rates, strict=True)
+                for group, (rate, *_) in zip(groups, seen, strict=True)
                 for parameter in group["params"]
                 if parameter in self._names
             },
-            divides_by_mean_square=optimizer is not None and divides_by_mean_square(optimizer),
+            remembers_squares=remembers_squares(optimizer),
         )
-
-    def follow(self, names: Iterable[str], dtype: torch.dtype) -> None:
-        """See ResidualRates."""
-        self._followed.follow(names, dtype)
 
     def _has_any(self, group: ParamGroup) -> bool:
         return any(parameter in self._names for parameter in group["params"])
@@ -66,7 +67,7 @@ class OptimizerRates:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See ResidualRates."""
         self._followed.load_state(state, self._names.values())
-        self._rates = []
+        self._seen = []
 
 
 def _rate_of(group: ParamGroup, rule: MomentumRule | None) -> float | None:
@@ -78,6 +79,6 @@ def _rate_of(group: ParamGroup, rule: MomentumRule | None) -> float | None:
         if rate.device.type != "cpu" or rate.numel() != 1:
             return None
         rate = rate.item()
-    if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-        return None
-    return float(rate)
+    # of numpy too
+    number = float(rate) if isinstance(rate, Real) else -1.0
+    return number if 0 <= number < math.inf else None

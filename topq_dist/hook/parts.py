@@ -96,13 +96,15 @@ class HookParts(NamedTuple):
 class WrappedModel(NamedTuple):
     """A model that takes the hook, as its wrapper knows it.
 
-    names: of every parameter that it may exchange, those included that are frozen by now.
+    names: of every parameter that it may exchange, those included that are frozen by now. half: of
+    those whose gradients are of float16.
     """
 
     names: dict[Tensor, str]
     facts: ModelFacts
     sparsity: SparsityPolicy
     layouts: Layouts
+    half: frozenset[str]
 
 
 def assemble(
@@ -136,6 +138,7 @@ def assemble(
         keep_rate=knobs.keep_rate,
         adapt_rate=knobs.adapt_rate,
         summed_ranks=per_node,
+        half=model.half,
     )
     watches = knobs.error_feedback and knobs.exchange != "dense" and knobs.grad_scaler is None
     stages = Stages(

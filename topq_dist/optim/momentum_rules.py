@@ -43,7 +43,7 @@ def register_momentum_rule(
             Lion: `lambda group: {"betas": (0.0, group["betas"][1])}`.
         divides_by_mean_square: whether its steps divide by the root of a moving mean of squared
             gradients, as Adam's do; while gradients agree over steps, its rate is then raised by
-            what such a division takes off sums of them.
+            what such a division takes off sums of them, and keep_rate spares it sudden arrivals.
 
     Raises TypeError for anything else.
     """
@@ -57,7 +57,11 @@ def register_momentum_rule(
         raise TypeError(
             f"divides_by_mean_square={divides_by_mean_square!r}: expected True or False"
         )
-    _known[optimizer_class] = _Known(rule, divides_by_mean_square)
+    _known[optimizer_class] = _Known(
+        rule,
+        divides_by_mean_square=divides_by_mean_square,
+        remembers_squares=divides_by_mean_square,
+    )
 
 
 def takes_momentum_out(sent_fraction: float) -> bool:
@@ -90,6 +94,15 @@ def divides_by_mean_square(optimizer: Optimizer) -> bool:
     """Return whether `stepping(optimizer)` is known to divide by the root of a mean of squares."""
     known = _known_of(type(stepping(optimizer)))
     return known is not None and known.divides_by_mean_square
+
+
+def remembers_squares(optimizer: Optimizer) -> bool:
+    """Return whether the steps of `stepping(optimizer)` depend on squares of earlier gradients.
+
+    Those of one that nothing is known of may.
+    """
+    known = _known_of(type(stepping(optimizer)))
+    return known is None or known.remembers_squares
 
 
 def sums_momentum(optimizer: Optimizer) -> bool:
@@ -230,15 +243,19 @@ def _averaged(group: Mapping[str, Any]) -> dict[str, Any]:
 class _Known(NamedTuple):
     rule: MomentumRule
     divides_by_mean_square: bool = False
+    remembers_squares: bool = False
 
 
 _KNOWN_OF_TORCH = {
     "SGD": _Known(summed),
-    "RMSprop": _Known(summed, divides_by_mean_square=True),
-    "Adam AdamW NAdam RAdam": _Known(_averaged, divides_by_mean_square=True),
-    "Adamax SparseAdam": _Known(_averaged),
+    "RMSprop": _Known(summed, divides_by_mean_square=True, remembers_squares=True),
+    "Adam AdamW NAdam RAdam": _Known(
+        _averaged, divides_by_mean_square=True, remembers_squares=True
+    ),
+    "Adamax SparseAdam": _Known(_averaged, remembers_squares=True),
     "Muon": _Known(_normalised),
-    "Adagrad Adadelta Adafactor ASGD LBFGS Rprop": _Known(_nothing),
+    "Adagrad Adadelta Adafactor": _Known(_nothing, remembers_squares=True),
+    "ASGD LBFGS Rprop": _Known(_nothing),
 }
 # older torch lacks some of them
 _known: dict[type[Optimizer], _Known] = {

@@ -185,7 +185,7 @@ class Group(_message.Message):
     TAKES_WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     KEEPS_RATE_FIELD_NUMBER: _builtins.int
     SUMS_MOMENTUM_FIELD_NUMBER: _builtins.int
-    DIVIDES_BY_MEAN_SQUARE_FIELD_NUMBER: _builtins.int
+    REMEMBERS_SQUARES_FIELD_NUMBER: _builtins.int
     takes_momentum: _builtins.bool
     """StepHeader.momentum may set numbers["momentum"], or betas[0] where there are betas. False from
     servers that do not know of it as well.
@@ -202,8 +202,8 @@ class Group(_message.Message):
     """
     sums_momentum: _builtins.bool
     """The rate of a step on sparse pushes is lr (1 - dampening) / (1 - momentum), and not lr."""
-    divides_by_mean_square: _builtins.bool
-    """Steps divide by the root of a moving mean of squared gradients."""
+    remembers_squares: _builtins.bool
+    """Steps depend on squares of earlier gradients."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """tensors, in the order of Join"""
@@ -227,11 +227,11 @@ class Group(_message.Message):
         takes_weight_decay: _builtins.bool = ...,
         keeps_rate: _builtins.bool = ...,
         sums_momentum: _builtins.bool = ...,
-        divides_by_mean_square: _builtins.bool = ...,
+        remembers_squares: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "divides_by_mean_square", b"divides_by_mean_square", "keeps_rate", b"keeps_rate", "names", b"names", "numbers", b"numbers", "sums_momentum", b"sums_momentum", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum", "takes_weight_decay", b"takes_weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["betas", b"betas", "keeps_rate", b"keeps_rate", "names", b"names", "numbers", b"numbers", "remembers_squares", b"remembers_squares", "sums_momentum", b"sums_momentum", "takes_coherence", b"takes_coherence", "takes_momentum", b"takes_momentum", "takes_weight_decay", b"takes_weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,12 +17,15 @@ from ps.workers import backward, batch, make_model
 from torch import nn
 
 from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.planned_segments import PlannedSegments
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.followed_rates import FollowedRates
 from topq_dist.ps.client.param_groups import ServerGroups
-from topq_dist.ps.client.shard import Shard
+from topq_dist.ps.client.replay_log import ReplayLog
+from topq_dist.ps.client.shard import Shard, frames_of
 from topq_dist.ps.client.worker_state import read_state
-from topq_dist.ps.protocol.types import GroupView
+from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.types import START, GroupView, NewPush
 from topq_dist.ps.server.process import ParameterServer
 
 SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1, "momentum": 0.9}}
@@ -75,7 +78,7 @@ def test_the_rate_is_that_of_the_step_without_momentum() -> None:
 def test_what_the_server_does_not_ask_for_and_what_could_do_harm_is_left() -> None:
     assert Worker(keeps_rate=False).step(lr=0.5) == [1.0, 1.0]
     # Adam would take such arrivals into its mean
-    worker = Worker(divides_by_mean_square=True)
+    worker = Worker(remembers_squares=True)
     assert worker.step(lr=0.5) == [1.0, 1.0]
     assert worker.step(lr=0.4) == pytest.approx([1.25, 1.0])
     # and a gradient in fp16 might overflow
@@ -154,11 +157,58 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
             assert not optimizer.state_dict()["topq"]["servers"][0]["rates"]
 
 
+def test_a_refused_rate_loses_nothing_of_what_waits(tmp_path: Path) -> None:
+    with serving(tmp_path, {"inner_opt": "sgd", "options": {"lr": 0.1}}) as server:
+        model = make_model()
+        with connect(model, server, **SPARSELY) as optimizer:
+            for number in range(3):
+                step(model, optimizer, number)
+            waits = residuals(optimizer)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.param_groups[0]["lr"] = 2000.0
+            with pytest.raises(InvalidError, match=r"lr=2000.0: expected at most 1000"):
+                optimizer.step()
+            refused = residuals(optimizer)
+            assert refused.keys() == waits.keys()
+            assert all(torch.equal(refused[name], waits[name]) for name in waits)
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+            rates = optimizer.state_dict()["topq"]["servers"][0]["rates"]
+            assert set(map(tuple, rates.values())) == {(0.1, 0.1, 0.1)}
+            for name, left in residuals(optimizer).items():
+                kept = left != 0
+                assert torch.equal(left[kept], waits[name][kept])
+
+
+def test_a_push_that_is_taken_back_counts_at_the_rate_it_was_made_at() -> None:
+    worker = Worker()
+    (shard,) = worker.shards
+    worker.residuals.load_state_dict({name: torch.zeros(4) for name in "ab"})
+    for parameter in worker.named.values():
+        parameter.grad = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    made = shard.compress(PlannedSegments(0.75, "parameter", {"a": (4,), "b": (4,)}, "fp32"))
+    counted_at = tuple(shard.rates.counted_at(shard.names))
+    push = ReplayLog().begin(START, NewPush(frames=frames_of(made), counted_at=counted_at))
+    for one in made:
+        worker.residuals.apply(one.update)
+    worker.step(lr=0.5)
+    shard.restore_residual(push)
+    held = worker.residuals.state_dict()
+    assert held["a"].tolist() == [8.0, 6.0, 4.0, 2.0]
+    assert held["b"].tolist() == [4.0, 3.0, 2.0, 1.0]
+    # one of a state of before knows of no rates
+    shard.restore_residual(replace(push, counted_at=()))
+    assert worker.residuals.state_dict()["a"].tolist() == [12.0, 6.0, 4.0, 2.0]
+
+
 def test_a_state_of_before_is_taken_up_and_rates_that_are_none_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, SGD) as server:
         model = make_model()
         with stepped_once(model, server) as (optimizer, state):
-            assert state["topq"]["servers"][0]["rates"]["0.weight"] == pytest.approx([1.0, 1.0])
+            assert state["topq"]["servers"][0]["rates"]["0.weight"] == pytest.approx(
+                [1.0, 1.0, 1.0]
+            )
             wrong = copy.deepcopy(state)
             wrong["topq"]["servers"][0]["rates"] = {"0.weight": [0.0, 1.0]}
             with pytest.raises(ValueError, match=r"rates\['0.weight'\]=\[0.0, 1.0\]"):

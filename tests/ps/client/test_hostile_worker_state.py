@@ -13,6 +13,7 @@ from ps.workers import backward, batch, make_model
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.protocol.errors import WrongRunError
+from topq_dist.ps.protocol.types import NewPush
 
 # 10,000 take a minute
 MUTANTS = 1_000
@@ -67,7 +68,7 @@ def test_a_push_under_way_is_finished_whatever_the_state_says_of_its_step(tmp_pa
         ) as optimizer,
     ):
         (client,) = optimizer._clients
-        client.begin([], [])
+        client.begin(NewPush())
         state = optimizer.state_dict()
         assert not state["topq"]["open"]
         optimizer.load_state_dict(state)

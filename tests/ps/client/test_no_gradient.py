@@ -25,7 +25,7 @@ from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.protocol.config import TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError
-from topq_dist.ps.protocol.types import START, Push, push_digest
+from topq_dist.ps.protocol.types import START, NewPush, Push, push_digest
 from topq_dist.ps.training.central import CentralModel
 from topq_dist.ps.training.inner_step import density
 
@@ -227,10 +227,10 @@ def test_a_server_that_does_not_know_of_it_is_sent_zeros(
     begun: list[bytes] = []
     begin = ServerClient.begin
 
-    def watched(client: ServerClient, *arguments: Any) -> None:
-        begun.append(arguments[-1])
+    def watched(client: ServerClient, new: NewPush) -> None:
+        begun.append(new.no_gradient)
         client.takes_no_gradient = True  # from the second step on
-        begin(client, *arguments)
+        begin(client, new)
 
     monkeypatch.setattr(ServerClient, "begin", watched)
     model = make_model()
@@ -294,9 +294,11 @@ class TestTheServer:
 
 
 def test_the_digest_covers_it_and_a_saved_push_keeps_it() -> None:
-    frames = [memoryview(b"frame")]
+    frames = (memoryview(b"frame"),)
     pushes = ReplayLog()
-    made = pushes.begin(START, frames, (0.5,), weight_decay=(0.25,), no_gradient=b"\x05")
+    made = pushes.begin(
+        START, NewPush(frames=frames, lr=(0.5,), weight_decay=(0.25,), no_gradient=b"\x05")
+    )
     again = ReplayLog.from_state(pushes.state_dict()).pending
     assert again is not None
     assert (again.digest, again.no_gradient, again.weight_decay) == (made.digest, b"\x05", (0.25,))

@@ -28,7 +28,7 @@ from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, frames_of
 from topq_dist.ps.protocol.errors import FencedError, ServerLostError, WrongRunError
-from topq_dist.ps.protocol.types import START, ModelVersion
+from topq_dist.ps.protocol.types import START, ModelVersion, NewPush
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.server.process import ParameterServer
 
@@ -63,7 +63,7 @@ def push(client: ServerClient, shard: Shard, *gradient: float, q: float = 0.0) -
     made = shard.compress(planned(shard, q))
     for part in made:
         shard.compressor.residuals.apply(part.update)
-    client.begin(frames_of(made), ())
+    client.begin(NewPush(frames=frames_of(made)))
 
 
 def held(client: ServerClient) -> list[float]:
@@ -370,9 +370,9 @@ def test_a_late_worker_keeps_in_its_residual_what_the_run_went_on_without(
 def test_kept_pushes_survive_saving() -> None:
     pushes = ReplayLog()
     point = ModelVersion(version=1, chain=bytes(range(32)))
-    first = pushes.begin(START, [memoryview(b"abc")], [0.1])
+    first = pushes.begin(START, NewPush(frames=(memoryview(b"abc"),), lr=(0.1,)))
     pushes.record_applied(first, point, ["a", "b"])
-    pushes.begin(point, [memoryview(b"defg")], [0.1])
+    pushes.begin(point, NewPush(frames=(memoryview(b"defg"),), lr=(0.1,)))
     again = ReplayLog.from_state(pushes.state_dict())
     assert again.state_dict().keys() == pushes.state_dict().keys()
     assert again.pending is not None

@@ -17,6 +17,7 @@ from server_process import ServerProcess
 from torch import Tensor, nn
 
 from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.client.local_steps import LocalSteps
 from topq_dist.ps.client.probe import ask_status
 from topq_dist.ps.protocol.errors import NonFiniteError
 from topq_dist.ps.security.policy import ClientSecurity
@@ -341,3 +342,22 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     for options, words in cases:
         with pytest.raises((TypeError, ValueError), match=words):
             connect(model, "127.0.0.1:1", 0, **options)
+
+
+def test_a_step_that_raises_is_not_counted_and_divides_once() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    local = LocalSteps(torch.optim.SGD([parameter], lr=1.0), 2, [parameter])
+    parameter.grad = torch.full((2,), 8.0)
+
+    def out_of_memory() -> float:
+        raise RuntimeError("out of memory")
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            local.step(out_of_memory, scale=2.0)
+    assert not local.due
+    local.step(None, scale=2.0)
+    assert parameter.tolist() == [-4.0, -4.0]
+    # overflow counts, or this worker's rounds would be others
+    local.step(None, scale=2.0, overflow=True)
+    assert local.due

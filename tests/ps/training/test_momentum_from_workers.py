@@ -22,7 +22,7 @@ from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.protocol.config import GroupRule, TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
-from topq_dist.ps.protocol.types import START, GroupView, push_digest
+from topq_dist.ps.protocol.types import START, GroupView, NewPush, push_digest
 from topq_dist.ps.training.central import CentralModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,7 +257,7 @@ def test_a_workers_state_of_before_is_understood(tmp_path: Path) -> None:
 
 def test_kept_pushes_go_round_with_their_momentum() -> None:
     pushes = ReplayLog()
-    made = pushes.begin(START, [memoryview(b"frame")], (0.1,), (0.9,))
+    made = pushes.begin(START, NewPush(frames=(memoryview(b"frame"),), lr=(0.1,), momentum=(0.9,)))
     state = pushes.state_dict()
     again = ReplayLog.from_state(state).pending
     assert again is not None

@@ -20,7 +20,7 @@ from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.protocol.config import ConfigError, TrainingConfig
 from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
-from topq_dist.ps.protocol.types import START, Push, push_digest
+from topq_dist.ps.protocol.types import START, NewPush, Push, push_digest
 from topq_dist.ps.training.central import CentralModel
 
 ADAMW: Options = {"inner_opt": "adamw", "options": {"lr": 0.01, "weight_decay": 0.1}}
@@ -135,7 +135,9 @@ def test_one_worker_does_not_rule_the_mean_for_long(mode: str) -> None:
 
 def test_kept_pushes_go_round_with_their_coherence() -> None:
     log = ReplayLog()
-    made = log.begin(START, [memoryview(b"frame")], (0.1,), (), (2.0, 1.0))
+    made = log.begin(
+        START, NewPush(frames=(memoryview(b"frame"),), lr=(0.1,), coherence=(2.0, 1.0))
+    )
     state = log.state_dict()
     again = ReplayLog.from_state(state).pending
     assert again is not None

@@ -279,14 +279,15 @@ TOPQ_API int64_t topq_bound_rows(int64_t width, const void *values, const int64_
 
 /* Sort indices by the part that their block of block_numel belongs to, in turn.
  *
- *   indices       (count,), none negative
+ *   indices       (count,), ascending, none negative
  *   edges         (parts + 1,), zeros before: part p's lie from edges[p] to edges[p + 1]
  *   mine, places  (count,): where they are in `indices`, and where in the part
  */
 TOPQ_API void topq_split_indices(const int64_t *indices, int64_t count, int64_t block_numel,
                                  int64_t *edges, int64_t parts, int64_t *mine, int64_t *places);
 
-/* Write the indices in the vector of these places in one of `parts` parts, both (count,). */
+/* Write the indices in the vector of these places in one of `parts` parts, both (count,), the places
+ * ascending. */
 TOPQ_API void topq_indices_of_part(const int64_t *places, int64_t count, int64_t block_numel,
                                    int64_t parts, int64_t part, int64_t *indices);
 

@@ -12,6 +12,7 @@ from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard
 from topq_dist.telemetry.stats import Meter
 
+# between looks at calls that are to end
 _LOOK_S = 0.1
 
 
@@ -81,7 +82,6 @@ class AllServers:
             for push in outcome.taken_back:
                 shard.restore_residual(push)
             if outcome.refused:
-                # its rate may be why, and is none that anything has been applied at
                 shard.rates.forget()
             if not self._steps_alone:
                 shard.write_back(outcome.changed)

@@ -22,26 +22,24 @@ class FollowedRates:
         self._shards = shards
         self._groups = groups
         self._enabled = enabled
-        self._rates: list[list[float | None]] = [[] for _ in shards]
 
     def follow(self, param_groups: Sequence[Group], elsewhere: Collection[Shard]) -> None:
         """Have the residuals be counted at these groups' rates, but for those of `elsewhere`."""
         if not self._enabled:
             return
-        for place, (shard, views, groups) in enumerate(
-            zip(self._shards, *self._groups.of_each_server(param_groups), strict=True)
-        ):
-            rates = [_rate(view, group) for view, group in zip(views, groups, strict=True)]
-            if rates != self._rates[place]:
-                self._rates[place] = rates
-                named = zip(views, rates, strict=True)
-                shard.rates.change(
-                    {name: rate for view, rate in named for name in view.names},
-                    divides_by_mean_square=any(view.divides_by_mean_square for view in views),
-                )
-            if shard not in elsewhere:
-                for vector in shard.spec.vectors:
-                    shard.rates.follow(vector.layout.names, vector.dtype)
+        of_servers = self._groups.of_each_server(param_groups)
+        for shard, views, groups in zip(self._shards, *of_servers, strict=True):
+            if shard in elsewhere:
+                continue
+            shard.rates.follow(
+                {
+                    name: rate
+                    for view, group in zip(views, groups, strict=True)
+                    for rate in [_rate(view, group)]
+                    for name in view.names
+                },
+                remembers_squares=any(view.remembers_squares for view in views),
+            )
 
     def load(self, saved: Sequence[SavedShard]) -> None:
         """Take up the rates of a worker's state; none that nobody would follow from there."""
@@ -49,7 +47,6 @@ class FollowedRates:
             return
         for shard, one in zip(self._shards, saved, strict=True):
             shard.rates.load_state(one.rates, shard.names)
-        self._rates = [[] for _ in self._shards]
 
 
 def _rate(view: GroupView, group: Group) -> float | None:
@@ -58,7 +55,7 @@ def _rate(view: GroupView, group: Group) -> float | None:
         return None
     numbers = {name: float(group[name]) for name in view.numbers}
     if view.sums_momentum:
-        # one that does not add up is refused by the server
+        # ServerGroups has refused what does not add up, but for a rate past all numbers
         with contextlib.suppress(ValueError):
             return float(summed(numbers).get("lr", numbers["lr"]))
         return None

@@ -67,15 +67,25 @@ class LocalSteps:
 
         overflow: count it, but take none.
         """
+        loss = None
+        if not overflow:
+            self._divide_gradients(scale)
+            try:
+                loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            except BaseException:
+                # tried again, it divides again
+                self._divide_gradients(1 / scale)
+                raise
         self._since_round += 1
-        if overflow:
-            return None
-        if scale != 1.0:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.div_(scale)
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        return loss
+
+    def _divide_gradients(self, scale: float) -> None:
+        if scale == 1.0:
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
 
     def end_round(self) -> None:
         """Begin to count anew."""

@@ -21,7 +21,6 @@ from topq_dist.compress.defaults import (
     usual_value_format,
 )
 from topq_dist.compress.planned_segments import PlannedSegments, widest_format
-from topq_dist.compress.residual import Residuals, ResidualUpdate
 from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.all_servers import AllServers
@@ -34,12 +33,14 @@ from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.client.shard import Shard, coherence_of, frames_of, shard_by_size
 from topq_dist.ps.client.state_elsewhere import StateElsewhere
+from topq_dist.ps.client.step_under_way import StepUnderWay
 from topq_dist.ps.client.worker_state import (
     Resumed,
     read_state,
     shard_state,
 )
 from topq_dist.ps.protocol.errors import RefusedError, ServerLostError
+from topq_dist.ps.protocol.types import NewPush
 from topq_dist.ps.security.policy import ClientSecurity
 from topq_dist.ps.security.tls import ClientTls
 from topq_dist.q_policies import QPolicy
@@ -50,7 +51,6 @@ from topq_dist.validation import check_number
 _log = logging.getLogger(__name__)
 # a failed `with` block is left without waiting long for a server that may be why it failed
 _HASTY_CLOSE_S = 5.0
-_LOOK_S = 0.1
 
 
 class ParameterServerOptimizer(torch.optim.Optimizer):
@@ -84,8 +84,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         residual_decay: what a residual is multiplied by with each push, in [0, 1]. Below 1 only
             with error_feedback.
         keep_rate: what is not sent is applied later at the rate of the step it came from, and not
-            at that of the step that sends it, which a schedule may have lowered; where the servers'
-            steps do without momentum ("feedback"), and not with `local_optimizer`.
+            at that of the step that sends it, which a schedule may have lowered, within the bounds
+            of the hook's; where the servers' steps do without momentum ("feedback"), and not with
+            `local_optimizer`, nor without error_feedback.
         timeout_s: how long a server may be silent before step() raises ServerLostError, which names
             it, and how long a transfer may take. Waiting for other workers is not silence; a server
             says every 5 s that it waits.
@@ -174,7 +175,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         ]
         self._meter = Meter()
         self._looked_on = LookedOn(self._clients)
-        self._open = False
+        self._step = StepUnderWay()
         self._closed = False
         self._resumed = Resumed()
         self._servers = AllServers(
@@ -246,10 +247,11 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """
         self._check_not_closed()
         loss = None
-        left_out: list[tuple[Residuals, ResidualUpdate | None]] = []
-        if self._open:
+        if self._step.open:
             _log.warning("finishing the step that was broken off, with its own gradient")
             self._take_up()
+            if self._local is not None:
+                self._local.end_round()
         elif self._local is not None:
             if not self._local.due:
                 scale, overflow = self._loss_scale()
@@ -259,7 +261,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                 self._meter.add(steps=1, dense_bytes=self._raw_bytes())
                 return loss
             with self._local.dropping_what_is_not_finite(self._shards):
-                left_out = self._begin(1.0, overflow=False)
+                self._begin(1.0, overflow=False)
             self._local.end_round()
         else:
             if closure is not None:
@@ -267,25 +269,20 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
                     loss = closure()
                 self._looked_on.report_returned(loss)
             scale, overflow = self._loss_scale()
-            left_out = self._begin(scale, overflow=overflow)
+            self._begin(scale, overflow=overflow)
 
-        watched = [update for _, update in left_out if update is not None]
-
-        def update_residuals() -> None:
-            while left_out:
-                residuals, update = left_out.pop(0)
-                residuals.apply(update)
-
+        watched = self._step.updates
         with self._meter.timed("wait_s"):
             try:
+                self._step.hand_on_pushes()
                 # while the frames travel
-                self._servers.call(ServerClient.finish, meanwhile=update_residuals)
+                self._servers.call(ServerClient.finish, meanwhile=self._step.update_residuals)
             finally:
-                update_residuals()  # where Ctrl-C was quicker
+                self._step.update_residuals()  # where Ctrl-C was quicker
                 began_s = time.perf_counter()
                 self._servers.absorb()
                 self._meter.decode_s += time.perf_counter() - began_s
-                self._open = self._servers.under_way
+                self._step.undecided = self._servers.under_way
         self._looked_on.applied(watched)
         self._meter.add(steps=1, dense_bytes=self._raw_bytes())
         return loss
@@ -300,10 +297,8 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         overflow = found_inf is not None and bool(found_inf.item())
         return 1.0 if grad_scale is None else float(grad_scale), overflow
 
-    def _begin(
-        self, scale: float, *, overflow: bool
-    ) -> list[tuple[Residuals, ResidualUpdate | None]]:
-        """Make the next push for each server; return the residuals and their updates."""
+    def _begin(self, scale: float, *, overflow: bool) -> None:
+        """Make the next push for each server."""
         rates = self._groups.rates(self.param_groups)
         momenta = self._groups.momenta(self.param_groups)
         decays = self._groups.weight_decays(self.param_groups)
@@ -333,24 +328,29 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         self._meter.encode_s += sum(part.encode_s for parts in made for part in parts)
         self._meter.void_steps += overflow
         self._looked_on.compressed([part.update for parts in made for part in parts])
-        # only now: an error above leaves no server with a push that the others lack
-        for place, (client, compressed) in enumerate(zip(self._clients, made, strict=True)):
-            client.begin(
-                frames_of(compressed),
-                rates[place],
-                momenta[place],
-                coherence_of(compressed),
-                decays[place],
-                self._shards[place].spec.no_gradient(absent[place]) if compressed else b"",
+        pushes = [
+            NewPush(
+                frames=frames_of(compressed),
+                lr=rates[place],
+                momentum=momenta[place],
+                coherence=coherence_of(compressed),
+                weight_decay=decays[place],
+                no_gradient=shard.spec.no_gradient(absent[place]) if compressed else b"",
+                counted_at=tuple(shard.rates.counted_at(shard.names)),
             )
-        self._open = True
+            for place, (shard, compressed) in enumerate(zip(self._shards, made, strict=True))
+        ]
+        # only now: an error above leaves no server with a push that the others lack
+        self._step.make(
+            zip(self._clients, pushes, strict=True),
+            [
+                (shard.compressor.residuals, part.update)
+                for shard, compressed in zip(self._shards, made, strict=True)
+                for part in compressed
+            ],
+        )
         if any(made):
             self._planned.step += 1
-        return [
-            (shard.compressor.residuals, part.update)
-            for shard, compressed in zip(self._shards, made, strict=True)
-            for part in compressed
-        ]
 
     def _changes(self) -> AbstractContextManager[None]:
         if self._local is None:
@@ -401,10 +401,13 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
         """
+        # where a step was broken off
+        self._step.hand_on_pushes()
+        self._step.update_residuals()
         state = super().state_dict()
         state["topq"] = {
             "worker": self._worker,
-            "open": self._open,
+            "open": self._step.open,
             **self._groups.state_dict(),
             "stats": vars(self._meter.stats).copy(),
             "density": self._planned.state_dict(),
@@ -451,7 +454,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         for client, shard, one in zip(self._clients, self._shards, saved.shards, strict=True):
             client.resume(one.point, one.pushes)
             shard.compressor.residuals.load_state_dict(one.residuals)
-        self._open = saved.open or self._servers.under_way
+        self._step = StepUnderWay(undecided=saved.open or self._servers.under_way)
         self._followed.load(saved.shards)
         self._groups.load(saved.groups, groups)
         self._meter.stats = saved.stats

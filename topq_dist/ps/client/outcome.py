@@ -19,7 +19,7 @@ class Outcome:
     changed: where the model has changed, update by update: ascending indices for each vector. None:
         anywhere.
     taken_back: pushes that the server did not take, whose values go back into the residual.
-    refused: one of them was, and will be whenever it is sent.
+    refused: one of them was, maybe for its rate, which is then none that anything was applied at.
     forked: this worker was started again from before pushes of its own that the server holds, and
         has come another way since: its residual is in them, as far as anybody can tell.
     overflowed: a push was given up that would not leave the model finite; what is left of its

@@ -97,13 +97,13 @@ class ServerGroups:
             for place, (view, group) in enumerate(zip(views, saved, strict=True))
         ]
 
-    def told(self, param_groups: Sequence[Group]) -> list[float | None]:
+    def _momenta_of(self, param_groups: Sequence[Group]) -> list[float | None]:
         """Return the momentum of each of these groups that a worker may set."""
         return [
             _momentum(view, group) for view, group in zip(self._all(), param_groups, strict=True)
         ]
 
-    def decays(self, param_groups: Sequence[Group]) -> list[float | None]:
+    def _decays_of(self, param_groups: Sequence[Group]) -> list[float | None]:
         """Return the weight decay of each of these groups that a worker may set."""
         groups = zip(self._all(), param_groups, strict=True)
         return [_weight_decay(view, group) for view, group in groups]
@@ -134,7 +134,7 @@ class ServerGroups:
 
         Raises ValueError for one that is no finite number in [0, 1).
         """
-        momenta = self.told(param_groups)
+        momenta = self._momenta_of(param_groups)
         for place, (momentum, told) in enumerate(zip(momenta, self.told_momentum, strict=True)):
             if momentum is not None and not 0 <= momentum < 1:
                 name = "betas" if "betas" in param_groups[place] else "momentum"
@@ -150,7 +150,7 @@ class ServerGroups:
 
         Raises ValueError for one that is no finite number of at least zero.
         """
-        decays = self.decays(param_groups)
+        decays = self._decays_of(param_groups)
         for place, (decay, told) in enumerate(zip(decays, self.told_weight_decay, strict=True)):
             if decay is not None:
                 _check_at_least_0("weight_decay", decay, place)
@@ -172,9 +172,9 @@ class ServerGroups:
         """Take up what `state_dict` has returned, with the groups that were saved beside it."""
         self.sends_lr, self.told_lr = saved.sends_lr, list(saved.told_lr)
         self.sends_momentum = saved.sends_momentum
-        self.told_momentum = list(saved.told_momentum or self.told(param_groups))
+        self.told_momentum = list(saved.told_momentum or self._momenta_of(param_groups))
         self.sends_weight_decay = saved.sends_weight_decay
-        self.told_weight_decay = list(saved.told_weight_decay or self.decays(param_groups))
+        self.told_weight_decay = list(saved.told_weight_decay or self._decays_of(param_groups))
 
     def _of_each_server(self, numbers: Sequence[float | None]) -> list[tuple[float, ...]]:
         if not numbers:

@@ -14,6 +14,7 @@ from topq_dist.compress.codec.frame import decode_frame
 from topq_dist.ps.protocol.types import (
     LARGEST_COUNT,
     ModelVersion,
+    NewPush,
     PushRecord,
     check_worker_name,
     point_from_state,
@@ -50,29 +51,12 @@ class ReplayLog:
         """The number of the next push that was never sent."""
         return self._next_sequence + (self.pending is not None)
 
-    def begin(
-        self,
-        base: ModelVersion,
-        frames: Sequence[memoryview],
-        lr: Sequence[float],
-        momentum: Sequence[float] = (),
-        coherence: Sequence[float] = (),
-        weight_decay: Sequence[float] = (),
-        no_gradient: bytes = b"",
-    ) -> PushRecord:
+    def begin(self, base: ModelVersion, new: NewPush) -> PushRecord:
         """Make the next push, which is then under way."""
         if self.pending is not None:
             raise RuntimeError(f"push {self.pending.sequence} is still under way")
         self.pending = PushRecord(
-            sequence=self._next_sequence,
-            base=base,
-            frames=tuple(frames),
-            lr=tuple(lr),
-            momentum=tuple(momentum),
-            coherence=tuple(coherence),
-            weight_decay=tuple(weight_decay),
-            no_gradient=no_gradient,
-            digest=push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient),
+            sequence=self._next_sequence, base=base, digest=_digest(new), **vars(new)
         )
         return self.pending
 
@@ -149,11 +133,18 @@ class ReplayLog:
             )
         return pushes
 
-    def check_frames(self, numels: Sequence[int]) -> None:
-        """Raise ValueError unless each push has none, or one for each vector of these lengths."""
+    def check_frames(self, numels: Sequence[int], tensor_count: int) -> None:
+        """Raise ValueError unless each push has none, or one for each vector of these lengths.
+
+        tensor_count: how many tensors they hold, each with a rate or none of them.
+        """
         for push in (*self._applied, *([] if self.pending is None else [self.pending])):
             if len(push.frames) not in (0, len(numels)):
                 raise ValueError(f"{len(push.frames)} frames: expected {len(numels)}, or none")
+            if len(push.counted_at) not in (0, tensor_count):
+                raise ValueError(
+                    f"{len(push.counted_at)} of counted_at: expected {tensor_count}, or none"
+                )
             for frame, numel in zip(push.frames, numels, strict=False):
                 decode_frame(frame, numel=numel)
 
@@ -170,6 +161,7 @@ def _to_state(push: PushRecord) -> dict[str, Any]:
         "coherence": list(push.coherence),
         "weight_decay": list(push.weight_decay),
         "no_gradient": push.no_gradient.hex(),
+        "counted_at": list(push.counted_at),
         "applied": None if push.applied is None else point_to_state(push.applied),
         "members": list(push.members),
     }
@@ -181,23 +173,34 @@ def _from_state(state: Mapping[str, Any]) -> PushRecord:
         raise ValueError("a frame that is no vector of bytes")
     lr = tuple(check_number("lr", value) for value in state["lr"])
     # older states have none
-    momentum, coherence, weight_decay = (
+    momentum, coherence, weight_decay, counted_at = (
         tuple(check_number(key, value) for value in state.get(key, ()))
-        for key in ("momentum", "coherence", "weight_decay")
+        for key in ("momentum", "coherence", "weight_decay", "counted_at")
     )
-    no_gradient = bytes.fromhex(state.get("no_gradient", ""))
-    return PushRecord(
-        sequence=_count(state["sequence"], 1),
-        base=point_from_state(state["base"]),
+    if min(counted_at, default=0.0) < 0:
+        raise ValueError(f"counted_at={counted_at}: expected rates of at least 0")
+    new = NewPush(
         frames=frames,
         lr=lr,
         momentum=momentum,
         coherence=coherence,
         weight_decay=weight_decay,
-        no_gradient=no_gradient,
-        digest=push_digest(lr, frames, momentum, coherence, weight_decay, no_gradient),
+        no_gradient=bytes.fromhex(state.get("no_gradient", "")),
+        counted_at=counted_at,
+    )
+    return PushRecord(
+        sequence=_count(state["sequence"], 1),
+        base=point_from_state(state["base"]),
+        digest=_digest(new),
         applied=None if state["applied"] is None else point_from_state(state["applied"]),
         members=tuple(check_worker_name(member) for member in state["members"]),
+        **vars(new),
+    )
+
+
+def _digest(new: NewPush) -> bytes:
+    return push_digest(
+        new.lr, new.frames, new.momentum, new.coherence, new.weight_decay, new.no_gradient
     )
 
 

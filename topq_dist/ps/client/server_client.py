@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from topq_dist.compress.codec.frame import FrameError
@@ -39,6 +38,7 @@ from topq_dist.ps.protocol.types import (
     Answer,
     GroupView,
     ModelVersion,
+    NewPush,
     PushRecord,
     point_to_state,
 )
@@ -125,20 +125,10 @@ class ServerClient:
         )
         self._renewer.start()
 
-    def begin(
-        self,
-        frames: Sequence[memoryview],
-        lr: Sequence[float],
-        momentum: Sequence[float] = (),
-        coherence: Sequence[float] = (),
-        weight_decay: Sequence[float] = (),
-        no_gradient: bytes = b"",
-    ) -> None:
+    def begin(self, new: NewPush) -> None:
         """Make the next push, computed on what the worker holds; `finish` sends it."""
         with self._lock:
-            self.pushes.begin(
-                self.point, frames, lr, momentum, coherence, weight_decay, no_gradient
-            )
+            self.pushes.begin(self.point, new)
 
     def finish(self) -> None:
         """Send the push under way until the server has decided on it, and take in what comes back.
@@ -164,7 +154,7 @@ class ServerClient:
         self._connection.report = report if self.takes_report else None
 
     def cancel_calls(self) -> None:
-        """Have what another thread does here raise TransientError soon, until `go_on` is called."""
+        """Have what another thread does here raise TransientError soon, until `allow_calls`."""
         self._cancelled.set()
         self._connection.cancel_calls()
 
@@ -371,7 +361,7 @@ class ServerClient:
                     self._outcome.overflowed = True
                 else:
                     self._outcome.taken_back += given_up
-                    self._outcome.refused = True
+                    self._outcome.refused |= isinstance(error, InvalidError)
             raise
 
     def _take_in(self, push: PushRecord, answer: Answer) -> None:

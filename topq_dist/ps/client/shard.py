@@ -74,7 +74,8 @@ class Shard:
         self.model = FlatModel(self.spec)
         self._marks: list[tuple[int, int]] = []
         self.compressor = compressor
-        self.rates = ResidualRates(compressor.residuals)
+        half = [name for name, one in self.parameters.items() if one.dtype == torch.float16]
+        self.rates = ResidualRates(compressor.residuals, half)
         self.read_parameters()
         # gathered gradients, by place of their vector, where they cannot be read where they lie
         self._gathered: dict[int, Tensor] = {}
@@ -243,18 +244,29 @@ class Shard:
         return "a parameter, with what is owed for it,"
 
     def restore_residual(self, push: PushRecord) -> None:
-        """Put back into the residuals what `push` holds, which the server did not take."""
-        if not self.compressor.error_feedback:
+        """Put back into the residuals what `push` holds, which the server did not take.
+
+        It counts at the rate that it would have counted at then.
+        """
+        if not self.compressor.error_feedback or not push.frames:
             return
-        for vector, frame in zip(
-            self.spec.vectors if push.frames else (), push.frames, strict=True
+        counted_at = push.counted_at or [0.0] * len(self.names)
+        factors = self.rates.factors_since(self.names, counted_at)
+        for vector, places, frame in zip(
+            self.spec.vectors, self.spec.places, push.frames, strict=True
         ):
             residual = self.compressor.residuals.flat(
                 vector.layout,
                 dtype=accumulate_dtype(vector.dtype),
                 device=self._device(vector.layout),
             )
-            decode_frame(frame, numel=vector.numel).add_to(residual)
+            decoded = decode_frame(frame, numel=vector.numel)
+            of_tensors = torch.tensor([factors[place] for place in places])
+            if decoded.finite and not bool((of_tensors == 1).all()):
+                tensor = np.searchsorted(vector.layout.edges, decoded.indices.numpy(), "right") - 1
+                factor = of_tensors[tensor].to(decoded.values.dtype)
+                decoded = replace(decoded, values=decoded.values * factor)
+            decoded.add_to(residual)
 
     def clear_residuals(self) -> None:
         """Forget all residuals, and the rates that they were counted at."""
@@ -278,6 +290,6 @@ def coherence_of(compressed: Sequence[Compressed]) -> tuple[float, ...]:
     return tuple(coherence) if coherence.finite and coherence != NO_COHERENCE else ()
 
 
-def frames_of(compressed: Sequence[Compressed]) -> list[memoryview]:
+def frames_of(compressed: Sequence[Compressed]) -> tuple[memoryview, ...]:
     """Return the bytes of a step's frames, one for each vector."""
-    return [raw_view(frame) for made in compressed for frame in made.frames]
+    return tuple(raw_view(frame) for made in compressed for frame in made.frames)

@@ -174,7 +174,7 @@ def _read_shard(state: Mapping[str, Any], shard: Shard) -> SavedShard:
     rates = state.get("rates", {})
     check_rates(rates)
     pushes = ReplayLog.from_state(state["pushes"])
-    pushes.check_frames([vector.numel for vector in shard.spec.vectors])
+    pushes.check_frames([vector.numel for vector in shard.spec.vectors], len(shard.names))
     return SavedShard(
         run=str(state["run"]),
         point=point_from_state(state["point"]),

@@ -93,11 +93,29 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NewPush:
+    """A push as its worker makes it.
+
+    frames: one for each vector, or none. lr, momentum, weight_decay: of each group, or none.
+    coherence: its numbers, or none. no_gradient: says which tensors have none. counted_at: the rate
+    that the residual of each tensor is counted at, which is not sent; empty: not known.
+    """
+
+    frames: tuple[memoryview, ...] = ()
+    lr: tuple[float, ...] = ()
+    momentum: tuple[float, ...] = ()
+    coherence: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    no_gradient: bytes = b""
+    counted_at: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushRecord:
     """A push as its worker sends it and records it: the bytes, and what became of them.
 
     applied: the point of the version that holds it, None until that is known. members: whose
-    pushes that version averages.
+    pushes that version averages. The others: see NewPush.
     """
 
     sequence: int
@@ -111,6 +129,7 @@ class PushRecord:
     coherence: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
     no_gradient: bytes = b""
+    counted_at: tuple[float, ...] = ()
 
     @property
     def applied_version(self) -> int:
@@ -187,7 +206,7 @@ class GroupView:
     takes_weight_decay: whether a push may set its weight decay.
     keeps_rate: whether residuals are to follow the rate of its steps, which is summed up with the
         momentum where sums_momentum says so.
-    divides_by_mean_square: whether its steps do, by the root of a moving mean.
+    remembers_squares: whether its steps depend on squares of earlier gradients.
     """
 
     names: tuple[str, ...]
@@ -198,7 +217,7 @@ class GroupView:
     takes_weight_decay: bool = False
     keeps_rate: bool = False
     sums_momentum: bool = False
-    divides_by_mean_square: bool = False
+    remembers_squares: bool = False
 
 
 def check_worker_name(worker: str) -> str:

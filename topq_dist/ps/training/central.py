@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence, bounded_total
-from topq_dist.optim.momentum_rules import divides_by_mean_square, sums_momentum
+from topq_dist.optim.momentum_rules import remembers_squares, sums_momentum
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.protocol.config import TrainingConfig
@@ -224,7 +224,7 @@ class CentralModel:
                 takes_weight_decay=self._group_numbers.have_weight_decay,
                 keeps_rate=self._momentum.enabled,
                 sums_momentum=sums_momentum(self._inner),
-                divides_by_mean_square=divides_by_mean_square(self._inner),
+                remembers_squares=remembers_squares(self._inner),
             )
             for names, group in zip(self._group_names, self._inner.param_groups, strict=True)
         )

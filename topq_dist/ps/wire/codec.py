@@ -75,7 +75,7 @@ def groups_to_wire(groups: Iterable[GroupView]) -> list[pb.Group]:
             takes_weight_decay=group.takes_weight_decay,
             keeps_rate=group.keeps_rate,
             sums_momentum=group.sums_momentum,
-            divides_by_mean_square=group.divides_by_mean_square,
+            remembers_squares=group.remembers_squares,
         )
         for group in groups
     ]
@@ -93,7 +93,7 @@ def groups_from_wire(messages: Iterable[pb.Group]) -> tuple[GroupView, ...]:
             takes_weight_decay=message.takes_weight_decay,
             keeps_rate=message.keeps_rate,
             sums_momentum=message.sums_momentum,
-            divides_by_mean_square=message.divides_by_mean_square,
+            remembers_squares=message.remembers_squares,
         )
         for message in messages
     )
