@@ -29,7 +29,7 @@ from topq_dist.ps import ParameterServerOptimizer
 PACKAGE = f"{Path(topq_dist.__file__).parent}/"
 STEADY = 4
 MOST_OF_A_BUCKET = 48
-MOST_OF_A_STEP = 77
+MOST_OF_A_STEP = 78
 # what works beside the steps, and on none of them
 ASIDE = ("snapshot", "lease", "watchdog", "notice")
 

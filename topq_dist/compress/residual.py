@@ -137,6 +137,15 @@ class Residuals:
         if held:
             torch._foreach_mul_(held, factor)
 
+    def copies(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return copies of the residuals of these parameters, of those that have one."""
+        return {name: self._by_name[name].clone() for name in names if name in self._by_name}
+
+    def add(self, tensors: Mapping[str, Tensor], factor: float) -> None:
+        """Add `factor` times these tensors to the residuals of their names, which they have."""
+        for name, tensor in tensors.items():
+            self._by_name[name].add_(tensor, alpha=factor)
+
     def clear(self, layout: Layout) -> None:
         """Forget the residuals of the names of `layout`, and free them."""
         with _MAKING:

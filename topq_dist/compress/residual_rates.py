@@ -13,6 +13,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from topq_dist.compress.residual import Residuals
 
 # a change that is too small for a pass over the residual
@@ -23,9 +25,6 @@ _LOWEST = 0.05
 # into them, and step too short for as long as it does. A gradient of half precision might overflow
 # by any
 _SUDDEN = 1.5
-# a rise at once to more than so many times the highest rate is no schedule's, and may be refused by
-# a server: it is followed to the highest and not beyond, so that nothing is lost
-_STEEPEST = 20.0
 
 
 class _Counted(NamedTuple):
@@ -46,7 +45,7 @@ class _Counted(NamedTuple):
         """
         highest = max(self.highest, rate)
         rate = max(rate, _LOWEST * highest)
-        if self.rate == 0:
+        if self.rate == 0 or rate == 0:
             # what came in at nought has never counted
             return _Counted(rate, rate, highest), _LOWEST if rate else 1.0
         fall = self.rate / rate
@@ -54,8 +53,6 @@ class _Counted(NamedTuple):
             return self._replace(highest=highest), 1.0
         if fall > largest_factor:
             return _Counted(rate, self.at, highest), 1.0
-        if rate > _STEEPEST * self.highest:
-            return _Counted(rate, rate, highest), self.at / self.highest
         # what was not followed downwards is not followed up again
         at = max(rate, self.at / fall if fall > 1 else self.at)
         return _Counted(rate, at, highest), self.at / at
@@ -64,16 +61,23 @@ class _Counted(NamedTuple):
 class ResidualRates:
     """The rates at which residuals are counted, by the parameters' names.
 
-    half: parameters whose gradients are of float16. While a rate is not known, a residual is not
-    counted at any.
+    half: parameters whose gradients are of float16. may_be_refused: a step's rates are those of its
+    residuals only once they are accepted, and `take_back` can be called until then. While a rate is
+    not known, a residual is not counted at any.
     """
 
-    def __init__(self, residuals: Residuals, half: Collection[str] = ()) -> None:
+    def __init__(
+        self, residuals: Residuals, half: Collection[str] = (), *, may_be_refused: bool = False
+    ) -> None:
         self._residuals = residuals
         self._half = frozenset(half)
+        self._may_be_refused = may_be_refused
         self._counted: dict[str, _Counted] = {}
         # as they were last followed
         self._rates: Mapping[str, float | None] = {}
+        # what was before that: how residuals were counted, and each factor with what it was for
+        self._before: dict[str, _Counted] | None = None
+        self._copies: list[tuple[float, dict[str, Tensor]]] = []
 
     def follow(self, rates: Mapping[str, float | None], *, remembers_squares: bool) -> None:
         """Have residuals be counted at the rates of this step, None where one is not known.
@@ -85,6 +89,8 @@ class ResidualRates:
         if rates == self._rates:
             return
         self._rates = rates
+        if self._may_be_refused:
+            self._before, self._copies = dict(self._counted), []
         largest_factor = _SUDDEN if remembers_squares else math.inf
         factors: dict[float, list[str]] = {}
         for name, rate in rates.items():
@@ -100,7 +106,23 @@ class ResidualRates:
             if factor != 1.0:
                 factors.setdefault(factor, []).append(name)
         for factor, alike in factors.items():
+            if self._may_be_refused:
+                # what is added meanwhile is not to be undone, so that to divide again will not do
+                self._copies.append((factor, self._residuals.copies(alike)))
             self._residuals.multiply(alike, factor)
+
+    def accept(self) -> None:
+        """Let the rates that were last followed stay."""
+        self._before, self._copies = None, []
+
+    def take_back(self) -> None:
+        """Undo the last `follow`, unless it was accepted, for what waited before it alone."""
+        if self._before is None:
+            return
+        for factor, copies in self._copies:
+            self._residuals.add(copies, 1.0 - factor)
+        self._counted, self._rates = self._before, {}
+        self.accept()
 
     def counted_at(self, names: Iterable[str]) -> list[float]:
         """Return the rate that the residual of each parameter is counted at, 0 where at none."""
@@ -119,6 +141,7 @@ class ResidualRates:
     def forget(self) -> None:
         """Have all residuals be counted at the rates of the next step, whatever waits in them."""
         self._counted, self._rates = {}, {}
+        self.accept()
 
     def state(self) -> dict[str, list[float]]:
         """Return what `load_state` takes: three numbers of each parameter, as _Counted has them."""
@@ -132,6 +155,7 @@ class ResidualRates:
         known = set(names)
         self._counted = {name: _read(one) for name, one in state.items() if name in known}
         self._rates = {}
+        self.accept()
 
 
 def check_rates(state: Any) -> None:

@@ -80,5 +80,9 @@ def _rate_of(group: ParamGroup, rule: MomentumRule | None) -> float | None:
             return None
         rate = rate.item()
     # of numpy too
-    number = float(rate) if isinstance(rate, Real) else -1.0
-    return number if 0 <= number < math.inf else None
+    if not isinstance(rate, Real):
+        return None
+    with contextlib.suppress(OverflowError):
+        number = float(rate)
+        return number if 0 <= number < math.inf else None
+    return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from ps.workers import backward, batch, make_model
 from topq_dist.compress.residual import Residuals
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.server_client import ServerClient
+from topq_dist.ps.client.shard import Shard
 from topq_dist.ps.client.step_under_way import StepUnderWay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,8 +25,14 @@ SGD: Options = {"inner_opt": "sgd", "options": {"lr": 0.1}}
 STEPS = 4
 
 
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    # where a signal raises, it does so by now
+    time.sleep(0)
+
+
 class Broken:
-    """Has one call of a method raise KeyboardInterrupt, before or after its own work."""
+    """Has Ctrl-C come in one call of a method, before or after its own work."""
 
     def __init__(self, patch: pytest.MonkeyPatch, of: type, name: str, call: int, *, after: bool):
         self.left = call
@@ -31,10 +41,10 @@ class Broken:
         def breaking(*arguments: Any, **options: Any) -> Any:
             self.left -= 1
             if self.left == -1 and not after:
-                raise KeyboardInterrupt
+                interrupt()
             result = real(*arguments, **options)
-            if self.left == -1:
-                raise KeyboardInterrupt
+            if self.left == -1 and after:
+                interrupt()
             return result
 
         patch.setattr(of, name, breaking)
@@ -53,13 +63,18 @@ def trained(folder: Path, after_step: Callable[[ParameterServerOptimizer], None]
         )
         with optimizer:
             for number in range(STEPS):
-                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.1 * 0.8**number
+                optimizer.zero_grad(set_to_none=False)
                 backward(model, [batch(0, number)])
                 try:
                     optimizer.step()
                 except KeyboardInterrupt:
                     after_step(optimizer)
                     if optimizer._step.open:
+                        # no newer gradient is looked at
+                        for parameter in model.parameters():
+                            parameter.grad = torch.full_like(parameter, 7.0)
                         optimizer.step()
             residuals = {
                 name: held.clone()
@@ -77,11 +92,19 @@ def trained(folder: Path, after_step: Callable[[ParameterServerOptimizer], None]
         (ServerClient, "begin", 2, True),
         (ServerClient, "begin", 3, False),
         (ServerClient, "begin", 3, True),
+        (Residuals, "multiply", 0, False),
+        (Residuals, "multiply", 0, True),
+        (Shard, "compress", 2, False),
+        (StepUnderWay, "make", 1, False),
         (StepUnderWay, "make", 1, True),
         (StepUnderWay, "hand_on_pushes", 1, False),
         (StepUnderWay, "hand_on_pushes", 1, True),
-        (Residuals, "apply", 2, True),
+        (Residuals, "apply", 2, False),
         (Residuals, "apply", 3, True),
+        (ServerClient, "collect", 4, False),
+        (ServerClient, "collect", 4, True),
+        (Shard, "write_back", 4, False),
+        (Shard, "write_back", 4, True),
     ],
 )
 def test_it_is_as_if_nothing_had_been(

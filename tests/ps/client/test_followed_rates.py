@@ -157,8 +157,20 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
             assert not optimizer.state_dict()["topq"]["servers"][0]["rates"]
 
 
-def test_a_refused_rate_loses_nothing_of_what_waits(tmp_path: Path) -> None:
-    with serving(tmp_path, {"inner_opt": "sgd", "options": {"lr": 0.1}}) as server:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lr": 2000.0}, r"lr=2000.0: expected at most 20"),
+        ({"lr": 21.0}, r"lr=21.0: expected at most 20"),
+        ({"lr": 0.01, "weight_decay": 150.0}, "is a decay of 1.5 a step"),
+    ],
+    ids=["far", "a little", "below"],
+)
+def test_a_refused_rate_loses_nothing_of_what_waits(
+    tmp_path: Path, wrong: dict[str, float], said: str
+) -> None:
+    training = {"inner_opt": "sgd", "options": {"lr": 0.1}}
+    with serving(tmp_path, training, max_lr=20.0) as server:
         model = make_model()
         with connect(model, server, **SPARSELY) as optimizer:
             for number in range(3):
@@ -166,19 +178,22 @@ def test_a_refused_rate_loses_nothing_of_what_waits(tmp_path: Path) -> None:
             waits = residuals(optimizer)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.param_groups[0]["lr"] = 2000.0
-            with pytest.raises(InvalidError, match=r"lr=2000.0: expected at most 1000"):
+            group = optimizer.param_groups[0]
+            right = {name: group[name] for name in ("lr", "weight_decay")}
+            group.update(wrong)
+            with pytest.raises(InvalidError, match=said):
                 optimizer.step()
             refused = residuals(optimizer)
             assert refused.keys() == waits.keys()
-            assert all(torch.equal(refused[name], waits[name]) for name in waits)
-            optimizer.param_groups[0]["lr"] = 0.1
+            for name, waited in waits.items():
+                torch.testing.assert_close(refused[name], waited, rtol=1e-6, atol=1e-6)
+            group.update(right)
             optimizer.step()
             rates = optimizer.state_dict()["topq"]["servers"][0]["rates"]
             assert set(map(tuple, rates.values())) == {(0.1, 0.1, 0.1)}
             for name, left in residuals(optimizer).items():
                 kept = left != 0
-                assert torch.equal(left[kept], waits[name][kept])
+                torch.testing.assert_close(left[kept], refused[name][kept])
 
 
 def test_a_push_that_is_taken_back_counts_at_the_rate_it_was_made_at() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from topq_dist.ps import ParameterServerOptimizer
 from topq_dist.ps.client.param_groups import ServerGroups
+from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.protocol.errors import FencedError, ServerLostError, WrongRunError
 from topq_dist.ps.protocol.types import GroupView
 from topq_dist.ps.server.process import ParameterServer
@@ -115,6 +116,35 @@ def test_resumed_on_another_path_it_goes_on_from_the_servers(
             backward(again, [batch(0, 9)])
             resumed.step()
             assert not torch.equal(values(again), expected)
+
+
+def test_another_model_is_noticed_also_where_the_first_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(_: ServerClient) -> None:
+        raise ServerLostError("no answer")
+
+    with serving(tmp_path, SGD) as server:
+        model = make_model()
+        with connect(model, server) as optimizer:
+            backward(model, [batch(0, 0)])
+            optimizer.step()
+            state = saved_and_read(optimizer)
+        other = make_model()
+        with connect(other, server) as resumed:
+            resumed.load_state_dict(state)
+            with torch.no_grad():
+                next(other.parameters()).add_(1.0)
+            backward(other, [batch(0, 1)])
+            with monkeypatch.context() as patch:
+                patch.setattr(ServerClient, "resync", lost)
+                with pytest.raises(ServerLostError):
+                    resumed.step()
+            with caplog.at_level(logging.WARNING):
+                resumed.step()
+            assert "the parameters are not those that were saved" in caplog.text
+            central = resumed.fetch_central()
+            assert all(torch.equal(one, central[name]) for name, one in other.named_parameters())
 
 
 def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ class AllServers:
             for push in outcome.taken_back:
                 shard.restore_residual(push)
             if outcome.refused:
-                shard.rates.forget()
+                shard.rates.take_back()
+            elif client.pushes.pending is None:
+                shard.rates.accept()
             if not self._steps_alone:
                 shard.write_back(outcome.changed)
             elif outcome.changed is None or outcome.changed:

@@ -25,6 +25,7 @@ from topq_dist.compress.sparsify.segments import Scope
 from topq_dist.profiling import labelled
 from topq_dist.ps.client.all_servers import AllServers
 from topq_dist.ps.client.arguments import addresses_of, by_gradient, checked_worker
+from topq_dist.ps.client.ctrl_c import ctrl_c_later
 from topq_dist.ps.client.followed_rates import FollowedRates
 from topq_dist.ps.client.left_out import FrozenParameters, module_of, warn_of_buffers
 from topq_dist.ps.client.local_steps import make_local_steps
@@ -247,45 +248,51 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         """
         self._check_not_closed()
         loss = None
-        if self._step.open:
-            _log.warning("finishing the step that was broken off, with its own gradient")
-            self._take_up()
-            if self._local is not None:
+        try:
+            if self._step.open:
+                _log.warning("finishing the step that was broken off, with its own gradient")
+                self._take_up()
+                if self._local is not None:
+                    self._local.end_round()
+            elif self._local is not None:
+                if not self._local.due:
+                    scale, overflow = self._loss_scale()
+                    loss = self._local.step(closure, scale=scale, overflow=overflow)
+                    self._looked_on.report_returned(loss)
+                if not self._local.due:
+                    self._meter.add(steps=1, dense_bytes=self._raw_bytes())
+                    return loss
+                with self._local.dropping_what_is_not_finite(self._shards):
+                    self._begin(1.0, overflow=False)
                 self._local.end_round()
-        elif self._local is not None:
-            if not self._local.due:
+            else:
+                if closure is not None:
+                    with torch.enable_grad():
+                        loss = closure()
+                    self._looked_on.report_returned(loss)
                 scale, overflow = self._loss_scale()
-                loss = self._local.step(closure, scale=scale, overflow=overflow)
-                self._looked_on.report_returned(loss)
-            if not self._local.due:
-                self._meter.add(steps=1, dense_bytes=self._raw_bytes())
-                return loss
-            with self._local.dropping_what_is_not_finite(self._shards):
-                self._begin(1.0, overflow=False)
-            self._local.end_round()
-        else:
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-                self._looked_on.report_returned(loss)
-            scale, overflow = self._loss_scale()
-            self._begin(scale, overflow=overflow)
-
-        watched = self._step.updates
-        with self._meter.timed("wait_s"):
-            try:
+                self._begin(scale, overflow=overflow)
+            watched = self._step.updates
+            with self._meter.timed("wait_s"):
                 self._step.hand_on_pushes()
                 # while the frames travel
                 self._servers.call(ServerClient.finish, meanwhile=self._step.update_residuals)
-            finally:
-                self._step.update_residuals()  # where Ctrl-C was quicker
-                began_s = time.perf_counter()
-                self._servers.absorb()
-                self._meter.decode_s += time.perf_counter() - began_s
-                self._step.undecided = self._servers.under_way
+        finally:
+            if self._step.open:
+                self._take_in()
         self._looked_on.applied(watched)
         self._meter.add(steps=1, dense_bytes=self._raw_bytes())
         return loss
+
+    def _take_in(self) -> None:
+        """Take in what the servers brought, all or a part, and what of the step was left to do."""
+        with ctrl_c_later(), self._meter.timed("wait_s"):
+            # gradients may be others by the next step
+            self._step.update_residuals()
+            began_s = time.perf_counter()
+            self._servers.absorb()
+            self._meter.decode_s += time.perf_counter() - began_s
+            self._step.undecided = self._servers.under_way
 
     def _raw_bytes(self) -> int:
         return sum(shard.raw_bytes for shard in self._shards)
@@ -310,47 +317,48 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         ]
         if self._looked_on.asked:
             self.observe()
-        self._followed.follow(self.param_groups, elsewhere)
-        with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
-            made = [
-                []
-                if overflow or shard in elsewhere
-                else shard.compress(
-                    self._planned,
-                    scale=scale,
-                    measures_coherence=wanted,
-                    absent=missing,
+        with ctrl_c_later():
+            self._followed.follow(self.param_groups, elsewhere)
+            with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
+                made = [
+                    []
+                    if overflow or shard in elsewhere
+                    else shard.compress(
+                        self._planned,
+                        scale=scale,
+                        measures_coherence=wanted,
+                        absent=missing,
+                    )
+                    for shard, wanted, missing in zip(
+                        self._shards, self._groups.take_coherence(), absent, strict=True
+                    )
+                ]
+            self._meter.encode_s += sum(part.encode_s for parts in made for part in parts)
+            self._meter.void_steps += overflow
+            self._looked_on.compressed([part.update for parts in made for part in parts])
+            pushes = [
+                NewPush(
+                    frames=frames_of(compressed),
+                    lr=rates[place],
+                    momentum=momenta[place],
+                    coherence=coherence_of(compressed),
+                    weight_decay=decays[place],
+                    no_gradient=shard.spec.no_gradient(absent[place]) if compressed else b"",
+                    counted_at=tuple(shard.rates.counted_at(shard.names)),
                 )
-                for shard, wanted, missing in zip(
-                    self._shards, self._groups.take_coherence(), absent, strict=True
-                )
+                for place, (shard, compressed) in enumerate(zip(self._shards, made, strict=True))
             ]
-        self._meter.encode_s += sum(part.encode_s for parts in made for part in parts)
-        self._meter.void_steps += overflow
-        self._looked_on.compressed([part.update for parts in made for part in parts])
-        pushes = [
-            NewPush(
-                frames=frames_of(compressed),
-                lr=rates[place],
-                momentum=momenta[place],
-                coherence=coherence_of(compressed),
-                weight_decay=decays[place],
-                no_gradient=shard.spec.no_gradient(absent[place]) if compressed else b"",
-                counted_at=tuple(shard.rates.counted_at(shard.names)),
+            # only now: an error above leaves no server with a push that the others lack
+            self._step.make(
+                zip(self._clients, pushes, strict=True),
+                [
+                    (shard.compressor.residuals, part.update)
+                    for shard, compressed in zip(self._shards, made, strict=True)
+                    for part in compressed
+                ],
             )
-            for place, (shard, compressed) in enumerate(zip(self._shards, made, strict=True))
-        ]
-        # only now: an error above leaves no server with a push that the others lack
-        self._step.make(
-            zip(self._clients, pushes, strict=True),
-            [
-                (shard.compressor.residuals, part.update)
-                for shard, compressed in zip(self._shards, made, strict=True)
-                for part in compressed
-            ],
-        )
-        if any(made):
-            self._planned.step += 1
+            if any(made):
+                self._planned.step += 1
 
     def _changes(self) -> AbstractContextManager[None]:
         if self._local is None:
@@ -463,10 +471,12 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
 
     def _take_up(self) -> list[Shard]:
         """See Resumed.take_up."""
-        resumed, self._resumed = self._resumed, Resumed()
-        elsewhere = resumed.take_up(self._shards, self._clients)
-        if elsewhere:
-            self._servers.absorb()
+        elsewhere = self._resumed.take_up(self._shards, self._clients)
+        with ctrl_c_later():
+            if elsewhere:
+                self._servers.absorb()
+            # only now: what raised above is tried again
+            self._resumed = Resumed()
         return elsewhere
 
     def close(self, *, timeout_s: float | None = None) -> None:

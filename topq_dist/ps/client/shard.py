@@ -75,7 +75,7 @@ class Shard:
         self._marks: list[tuple[int, int]] = []
         self.compressor = compressor
         half = [name for name, one in self.parameters.items() if one.dtype == torch.float16]
-        self.rates = ResidualRates(compressor.residuals, half)
+        self.rates = ResidualRates(compressor.residuals, half, may_be_refused=True)
         self.read_parameters()
         # gathered gradients, by place of their vector, where they cannot be read where they lie
         self._gathered: dict[int, Tensor] = {}

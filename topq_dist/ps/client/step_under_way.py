@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from topq_dist.compress.residual import Residuals, ResidualUpdate
+from topq_dist.ps.client.ctrl_c import ctrl_c_later
 from topq_dist.ps.client.server_client import ServerClient
 from topq_dist.ps.protocol.types import NewPush
 
@@ -16,13 +17,12 @@ _Updates: TypeAlias = list[tuple[Residuals, ResidualUpdate | None]]
 class StepUnderWay:
     """The pushes and residual updates of one step, until the clients and residuals have them.
 
-    Ctrl-C may come between any two of them: what is left is handed on when the step is finished.
+    A step may be broken off between any two: what is left is handed on when it is finished.
     undecided: some server has still to decide on a push of it.
     """
 
     def __init__(self, *, undecided: bool = False) -> None:
         self.undecided = undecided
-        # one value, since Ctrl-C may come between two
         self._left: tuple[_Pushes, _Updates] = [], []
 
     @property
@@ -57,6 +57,7 @@ class StepUnderWay:
     def update_residuals(self) -> None:
         """Have the residuals keep what the pushes leave out."""
         _, updates = self._left
-        while updates:
-            residuals, update = updates.pop(0)
-            residuals.apply(update)
+        with ctrl_c_later():
+            while updates:
+                residuals, update = updates.pop(0)
+                residuals.apply(update)
