@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hook_cases import loss_of, small_model
 from ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import QSchedule, register_topq_hook
+from topq_dist.compress.compressor import TopKCompressor
+from topq_dist.compress.layout import Layout
+from topq_dist.compress.sparsify.segments import Segment
+from topq_dist.exchange.allgather import AllGather
+from topq_dist.exchange.base import Outgoing
+from topq_dist.exchange.collectives import CommContext
+from topq_dist.exchange.dense import Dense
+from topq_dist.exchange.whole import AllReduceWhole
+from topq_dist.telemetry import Meter
 
 pytestmark = pytest.mark.gloo
 OVERFLOWS_AT, STEPS = 2, 5
@@ -71,3 +81,58 @@ def test_a_step_counts_alike_on_ranks_of_which_one_has_no_residual(tmp_path: Pat
         # where nothing was loaded nothing waits anywhere, and overflow shows as without a hook
         assert bool(overflowed.any()) == (loaded == "none")
         assert mine["step"] == (STEPS if loaded == "none" else STEPS - 1)
+
+
+def flushed_again(rank: int) -> dict[str, list[float]]:
+    """What waits after each dense step, the sparse ones in between having left something."""
+    group = dist.group.WORLD
+    assert group is not None
+    context = CommContext(group=group, device=torch.device("cpu"), meter=Meter())
+    layout = Layout(names=("w",), shapes=((100,),))
+    segments = [Segment(start=0, rows=1, row_numel=100, k=1)]
+    sends_all = True
+
+    def made(compressor: TopKCompressor) -> AllReduceWhole:
+        sparse, dense = AllGather(context, compressor), Dense(context, compressor)
+        return AllReduceWhole(sparse, dense, lambda: sends_all)
+
+    def take(exchange: AllReduceWhole, compressor: TopKCompressor, steps: int) -> list[float]:
+        waits = []
+        for _ in range(steps):
+            exchange.begin_step()
+            gradient = torch.ones(100)
+            compressed = None
+            if exchange.frames_per_bucket:
+                compressed = compressor.compress(gradient, layout, segments)
+            work = exchange.launch(Outgoing(gradient, layout, compressed, 0))
+            work.advance()
+            assert work.receive()
+            work.deliver()
+            kept = compressor.residuals.state_dict().values()
+            waits.append(sum(float(one.sum()) for one in kept))
+        return waits
+
+    compressor = TopKCompressor(value_format="fp32", error_feedback=True)
+    exchange = made(compressor)
+    take(exchange, compressor, 40)
+    sends_all = False
+    before = take(exchange, compressor, 21)[-1]
+    again = TopKCompressor(value_format="fp32", error_feedback=True)
+    again.residuals.load_state_dict(compressor.residuals.state_dict())
+    resumed = made(again)
+    resumed.resume(exchange.chosen, exchange.dense_steps)
+    sends_all = True
+    # a step goes by what was so in the one before it
+    through, after_resume = take(exchange, compressor, 34), take(resumed, again, 34)
+    return {"before": [before], "through": through, "resumed": after_resume}
+
+
+def test_what_sparse_steps_in_between_leave_is_paid_in_shares(tmp_path: Path) -> None:
+    (ends,) = run_ranks(1, flushed_again, tmp_path)
+    sparse, *dense = ends["through"]
+    assert sparse > ends["before"][0]
+    assert dense[0] == pytest.approx(sparse * 31 / 32, rel=1e-5)
+    assert dense[15] == pytest.approx(sparse / 2, rel=1e-5)
+    assert dense[30] > 0
+    assert dense[31:] == [0, 0]
+    assert ends["resumed"] == ends["through"]

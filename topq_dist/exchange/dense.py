@@ -20,9 +20,10 @@ AVERAGED = (torch.float32, torch.bfloat16)
 class Dense(Exchange):
     """Plain all-reduce, where nothing beats it.
 
-    The residual is flushed in equal shares with the gradients of 32 steps. From `resume` on, which
-    tells of one that may be there on any rank, a step that overflows is void. Among replicas of
-    shards the mean has the bits that fully_shard's own all-reduce gives it.
+    The residual is flushed in equal shares with the gradients of the first 32 steps, counted by
+    `resume` anew. From `resume` on, which tells of one that may be there on any rank, a step that
+    overflows is void. Among replicas of shards the mean has the bits that fully_shard's own
+    all-reduce gives it.
 
     leaves_sums: of a vector in which nothing has a name, and of a dtype that fully_shard itself
         adds up, leave the sum.
