@@ -84,7 +84,7 @@ def test_a_step_counts_alike_on_ranks_of_which_one_has_no_residual(tmp_path: Pat
 
 
 def flushed_again(rank: int) -> dict[str, list[float]]:
-    """What waits after each dense step, the sparse ones in between having left something."""
+    """Return what waits after each dense step, sparse ones in between having left something."""
     group = dist.group.WORLD
     assert group is not None
     context = CommContext(group=group, device=torch.device("cpu"), meter=Meter())
