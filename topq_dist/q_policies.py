@@ -126,8 +126,10 @@ class QByLoss:
         of the gradient without the residual; above 0. One of the two is given.
     budget_bytes: what the frames that a rank makes of a step may take in all. Where the loss asks
         for more, all tensors are cut at the same density, the highest that it allows; at least one
-        element of each is sent. Frames of values of fixed width ("int2", "fp16") never exceed it;
-        entropy-coded values are counted as those, and a bit more for each.
+        element of each is sent. Frames of values of fixed width ("int2", "fp16") never exceed it
+        where there is one a bucket; entropy-coded values are counted as those, and a bit more for
+        each. With exchange="split" a rank makes a frame of each bucket for every rank: what the
+        further ones take, their headers above all, is not counted, nor are an owner's means.
 
     Ranks send what their own gradients ask for. Raises TypeError or ValueError, naming the field.
     """

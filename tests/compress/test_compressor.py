@@ -236,3 +236,17 @@ def test_a_name_that_is_no_string_and_a_switch_that_is_no_bool_are_refused() -> 
     switch: Any = "no"
     with pytest.raises(TypeError, match="error_feedback='no': expected True or False"):
         Compressor(error_feedback=switch)
+
+
+def test_a_shape_may_change_where_no_residual_is_kept() -> None:
+    compressor = Compressor(q=0.0, value_format="fp32", error_feedback=False)
+    for shape in ((3,), (2, 5), (), (3,)):
+        gradient = torch.randn(shape)
+        frame = compressor.compress("w", gradient)
+        assert torch.equal(compressor.decompress(frame, torch.empty(shape)), gradient)
+    keeping = Compressor(q=0.5)
+    keeping.compress("w", torch.randn(3))
+    keeping.load_state_dict({})
+    keeping.compress("w", torch.randn(4))
+    with pytest.raises(ValueError, match=r"'w' has shape \(4,\): expected \(3,\)"):
+        keeping.compress("w", torch.randn(3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,3 +67,22 @@ def test_another_shape_under_a_known_name_is_refused_and_nothing_moves() -> None
     with pytest.raises(ValueError, match=r"'b' has shape \(4,\).*\(5,\)"):
         flat(residuals, A, ("b", (5,)))
     assert flat(residuals, A, B).tolist() == [5.0] * 10
+
+
+def test_names_move_while_a_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    residuals, clone = Residuals(), Tensor.clone
+    flat(residuals, A, B).copy_(torch.arange(10.0))
+
+    def cloned(held: Tensor, **how: torch.memory_format) -> Tensor:
+        monkeypatch.setattr(Tensor, "clone", clone)
+        mover = threading.Thread(target=flat, args=(residuals, B, C), daemon=True)
+        mover.start()
+        mover.join(20)
+        assert not mover.is_alive()
+        flat(residuals, B, C).fill_(99)
+        return clone(held, **how)
+
+    monkeypatch.setattr(Tensor, "clone", cloned)
+    state = residuals.state_dict()
+    assert state["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert state["b"].tolist() == [6, 7, 8, 9]

@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.error
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from http_get import got
@@ -102,3 +103,27 @@ def test_a_connection_is_kept_from_request_to_request(server: HttpServer) -> Non
     said = answer_to(server, asked)
     assert said.count(b"HTTP/1.1 200 OK") == 2
     assert said.count(b"\r\n\r\n/") == 1
+
+
+@pytest.mark.parametrize(
+    "header", ["Content-Length: 46", "Content-Length: x", "Transfer-Encoding: chunked"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_comes_with_a_request_is_no_request(
+    server: HttpServer, method: str, header: str
+) -> None:
+    asked = f"{method} /a HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n"
+    with socket.create_connection(server.address, 10) as end:
+        end.sendall(asked.encode() + b"GET /b HTTP/1.1\r\nHost: localhost\r\n\r\n    ")
+        said = bytearray()
+        # the end may be a reset, since something was not read
+        with suppress(ConnectionResetError):
+            while part := end.recv(4096):
+                said += part
+    assert said.count(b"HTTP/1.1 ") <= 1
+    assert b"/b" not in said
+
+
+def test_a_length_of_none_is_no_body(server: HttpServer) -> None:
+    asked = b"GET /a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+    assert answer_to(server, 2 * asked).count(b"HTTP/1.1 200 OK") == 2

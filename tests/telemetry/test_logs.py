@@ -53,6 +53,14 @@ def test_json_holds_an_exception_and_whatever_cannot_be_json_as_text() -> None:
     assert line["path"].startswith("<object")
 
 
+def test_a_stack_that_was_asked_for_is_there() -> None:
+    made = record("slow", stack_info="Stack (most recent call last):\n  here", stack="mine")
+    line = json.loads(JsonFormatter().format(made))
+    assert line["stack"] == "Stack (most recent call last):\n  here"
+    assert formatter("text", "topq serve").format(made).endswith("\n  here")
+    assert json.loads(JsonFormatter().format(record("slow", stack="mine")))["stack"] == "mine"
+
+
 def test_text_of_several_lines_stays_one() -> None:
     made = record("a\nb\r\x1b[31m\x85\u2028%s", "x\n2026-09-21T14:13:20.250Z topq: INFO: forged")
     line = formatter("text", "topq serve").format(made)

@@ -53,6 +53,7 @@ class Compressed:
         where nothing is kept.
     own: what decoding the only frame returns, where there is one and it holds values.
     vector: what was compressed, where it is finite and one chunk.
+    in_segments: whether the values have been selected, and rounded, in more than one segment.
     coherence: of the vector with its residual, where it has been measured.
     encode_s: seconds in quantizing and encoding.
     on_device: what has been selected, where the frame is made on the device; see DeviceCompressor.
@@ -62,6 +63,7 @@ class Compressed:
     update: ResidualUpdate | None = None
     own: Frame | None = None
     vector: Tensor | None = None
+    in_segments: bool = False
     coherence: Coherence = NO_COHERENCE
     encode_s: float = 0.0
     on_device: DeviceSelected | None = None
@@ -199,7 +201,12 @@ class TopKCompressor:
             decoded = quantized[0].decoded
             own = Frame(numel=vector.numel, indices=indices, values=decoded, finite=True)
         return Compressed(
-            frames=frames, update=update, own=own, vector=vector.whole, encode_s=encode_s
+            frames=frames,
+            update=update,
+            own=own,
+            vector=vector.whole,
+            in_segments=len(segments) > 1,
+            encode_s=encode_s,
         )
 
     def _select(

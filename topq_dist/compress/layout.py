@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor, strided
 
+from topq_dist.compress.locks import ForkSafeLock
 from topq_dist.compress.native import binding, library
 from topq_dist.dtypes import Indices, bits_of
 
@@ -181,7 +181,7 @@ def gather_tensors(tensors: Sequence[Tensor | None], layout: Layout, out: Tensor
 
 
 # one for all, which can be pickled: something is made once a bucket, and hardly ever again
-_MAKING = threading.Lock()
+_MAKING = ForkSafeLock()
 
 
 class LayoutCache(Generic[T]):

@@ -50,8 +50,8 @@ class Compressor:
         """Return the frame of the top-Q part of `gradient` plus the residual of `name`.
 
         gradient: dense, of any shape and float dtype. The frame is a 1-D uint8 tensor on the CPU.
-        Raises TypeError for what is no name or gradient, ValueError where `name` came with another
-        shape before.
+        Raises TypeError for what is no name or gradient, ValueError where `name` has a residual of
+        another shape. Without error feedback there is none, and a shape may change.
         """
         if not isinstance(name, str):
             raise TypeError(f"name={name!r}: expected a string")

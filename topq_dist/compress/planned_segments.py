@@ -159,14 +159,19 @@ def widest_format(dtypes: Iterable[torch.dtype]) -> str | None:
 
 
 def _most_density(q: QByLoss, numels: Sequence[int], value_format: str) -> float:
-    """Return the density that takes the budget, if every tensor has it and a frame of its own."""
+    """Return the density that takes the budget, if every tensor has it and a frame of its own.
+
+    1 where there is room for everything, and for everything but one element, whose place is told.
+    """
     filled = [numel for numel in numels if numel]
     numel, tensors = sum(filled), len(filled)
     stand_in = _STAND_IN.get(value_format, value_format)
 
     def planned_bytes(k: int) -> int:
         more = tensors * _FRAME_BYTES + (k // 8 + 1 if value_format in _STAND_IN else 0)
-        return more + max_frame_bytes(numel, k, stand_in, segments=tensors)
+        # of fewer than all, as the loss may have it, the indices are in the frame as well
+        counts = {k, k - 1} if k == numel > 0 else {k}
+        return more + max(max_frame_bytes(numel, n, stand_in, segments=tensors) for n in counts)
 
     least = planned_bytes(min(2 * tensors, numel))
     if least > q.budget_bytes:
@@ -174,10 +179,12 @@ def _most_density(q: QByLoss, numels: Sequence[int], value_format: str) -> float
             f"budget_bytes={q.budget_bytes}: expected {least} at least, for one element of each of "
             f"{tensors} tensors"
         )
-    # no k between 0 and the numel takes less than a smaller one but for the coding of all
+    # no k takes less than a smaller one
     low, high = min(2 * tensors, numel), numel
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if planned_bytes(middle) <= q.budget_bytes else (low, middle - 1)
+    if low == numel:
+        return 1.0
     # one of each tensor may be more than its share
-    return max(low - tensors, 0) / (numel or 1)
+    return (low - tensors) / numel

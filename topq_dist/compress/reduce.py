@@ -44,14 +44,25 @@ class PartReducer:
         self._residuals = residuals
         self._selectors = LayoutCache(Selector)
 
-    def reduce(self, frames: Sequence[Buffer], layout: Layout, *, part: int, parts: int) -> Reduced:
+    def reduce(
+        self,
+        frames: Sequence[Buffer],
+        layout: Layout,
+        *,
+        part: int,
+        parts: int,
+        in_segments: bool = False,
+    ) -> Reduced:
         """Return the mean of the ranks' frames of one of `parts` parts, as one frame.
 
         With residuals, which must hold `layout`, it has the largest of those that are not zero, as
         many as the frames do on average, rounded up; the update adds the rest to this rank's. With
-        none it has all that are not zero. Where a frame has segments the mean has one for each
-        tensor. It says non-finite where a frame does, or the mean is past what a residual can hold.
-        Raises FrameError for bytes that are no frame of that part.
+        none it has all that are not zero. It says non-finite where a frame does, or the mean is
+        past what a residual can hold. Raises FrameError for bytes that are no frame of that part.
+
+        in_segments: whether the ranks' values are of more than one segment, of which a frame that
+            holds values of one alone says nothing. The mean has one for each tensor then, as it has
+            where a frame lists several.
         """
         partition = BlockCyclicPartition(numel=layout.numel, count=parts)
         numel = partition.numel_of(part)
@@ -63,14 +74,15 @@ class PartReducer:
             return Reduced(encode_non_finite_frame(numel, headers[0].value_format))
         if self._residuals is None:
             indices = partition.to_global(part, mean.indices)
-            quantized = _quantize(mean.values, indices, layout, headers)
+            quantized = _quantize(mean.values, indices, layout, headers, in_segments)
             return Reduced(encode_frame(numel, mean.indices, quantized))
         rest, indices = mean.values.numpy(), partition.to_global(part, mean.indices)
         # fewer than were sent are left where ranks chose the same, and their values cancel out
         k = min(-(-sent // len(frames)), rest.size)
         selected = self._selectors.of(layout).select(mean.values, k)
         chosen = selected.indices.numpy()
-        quantized = _quantize(selected.values, _at(indices, chosen), layout, headers)
+        at = _at(indices, chosen)
+        quantized = _quantize(selected.values, at, layout, headers, in_segments)
         rest[chosen] = quantized.error(selected.values)
         # in the residual of one rank of many, and divided by their number when it is sent
         rest *= len(frames)
@@ -87,10 +99,14 @@ class PartReducer:
 
 
 def _quantize(
-    values: Tensor, indices: Tensor, layout: Layout, headers: Sequence[FrameHeader]
+    values: Tensor,
+    indices: Tensor,
+    layout: Layout,
+    headers: Sequence[FrameHeader],
+    in_segments: bool,
 ) -> Quantized:
     ks = None
-    if any(header.segment_bytes for header in headers):
+    if in_segments or any(header.segment_bytes for header in headers):
         ks = count_between(indices.numpy(), layout.edges[1:])
     return quantize(values, headers[0].value_format, segment_ks=ks)
 

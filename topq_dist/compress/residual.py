@@ -5,7 +5,6 @@ Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorith
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +18,12 @@ from topq_dist.compress.kernels import update_residual_span
 from topq_dist.compress.kernels.scratch import BLOCK_NUMEL, as_summand, blocks, spans
 from topq_dist.compress.kernels.threads import run_all
 from topq_dist.compress.layout import ChunkedVector, Layout
+from topq_dist.compress.locks import ForkSafeLock
 from topq_dist.compress.sparsify.magnitude import check_vectors
 from topq_dist.dtypes import Floats, Indices, bits_of, zeros
 
 # one for all, which can be pickled; names may come from several threads at once
-_MAKING = threading.Lock()
+_MAKING = ForkSafeLock()
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -180,7 +180,10 @@ class Residuals:
         """Return a copy of each residual by name, shaped as its gradient."""
         plain = torch.contiguous_format
         with _MAKING:
-            return {name: held.clone(memory_format=plain) for name, held in self._by_name.items()}
+            homes = dict(self._by_name)
+        # copied with the lock free, which others wait for: a name that moves meanwhile leaves its
+        # old vector as it was
+        return {name: held.clone(memory_format=plain) for name, held in homes.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace every residual by those of `state`; names it lacks start at zero again.

@@ -106,7 +106,10 @@ class Exchange(ABC):
         """Raise ValueError unless `resume` can take this up."""
 
     def resume(self, chosen: str | None, dense_steps: int) -> None:  # noqa: B027
-        """Take up what "auto" had chosen in the run that is resumed, and its dense_steps."""
+        """Take up what "auto" had chosen in the run that is resumed, and its dense_steps.
+
+        On every rank alike; residuals may be there from now on.
+        """
 
 
 class SwitchingExchange(Exchange):

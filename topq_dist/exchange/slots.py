@@ -96,13 +96,17 @@ def pack(
 ) -> None:
     """Write a slot, its head and what it holds of the frame; None says that this rank has failed.
 
+    What is behind the frame is zero.
+
     tailed: whether a frame of this rank, this one or another, does not fit its slot.
     """
     length = 0 if frame is None else frame.numel()
     write_head(row, Head(length, settings_digest, frame is None, tailed, coherence))
-    if frame is not None:
-        held = frame[: row.numel() - _HEAD.size]
-        row[_HEAD.size : _HEAD.size + held.numel()] = held
+    held = NO_FRAME if frame is None else frame[: row.numel() - _HEAD.size]
+    end = _HEAD.size + held.numel()
+    row[_HEAD.size : end] = held
+    # other ranks are to see nothing of this process's memory
+    row[end:] = 0
 
 
 def write_head(row: Tensor, head: Head) -> None:

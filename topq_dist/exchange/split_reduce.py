@@ -99,10 +99,15 @@ class SplitReduceWork:
         )
 
     def _reduce(self, frames: list[Tensor]) -> Tensor | None:
+        compressed = self._outgoing.compressed
         try:
             with self._context.meter.timed("select_s"):
                 self._reduced = self._reducer.reduce(
-                    frames, self._outgoing.layout, part=self._context.rank, parts=self._context.size
+                    frames,
+                    self._outgoing.layout,
+                    part=self._context.rank,
+                    parts=self._context.size,
+                    in_segments=compressed is not None and compressed.in_segments,
                 )
         except FrameError as error:
             # raised once the other ranks have been told

@@ -13,7 +13,8 @@ class AllReduceWhole(SwitchingExchange):
 
     So steps of which `sends_all` says that nothing is left out or rounded are `dense`'s, which
     shares the compressor. A step goes by what was so in the one before it: ranks that disagree have
-    then compared their settings in the same exchange.
+    then compared their settings in the same exchange. Behind steps of `exchange` those of `dense`
+    flush the residual in equal shares anew.
 
     all_reduces_next: whether the next step is the all-reduce's.
     """
@@ -40,6 +41,9 @@ class AllReduceWhole(SwitchingExchange):
     def begin_step(self) -> None:
         self._current = self._dense if self.all_reduces_next else self._exchange
         self.all_reduces_next = self._sends_all()
+        if self._current is not self._dense:
+            # what this step leaves is flushed from the beginning, as after a resume
+            self._dense.resume(None, 0)
         self._current.begin_step()
 
     def settings(self) -> str:

@@ -199,6 +199,8 @@ def connect(
         attach(parts, knobs, rank=context.rank)
     elif exchange.can_choose(chosen):
         exchange.resume(chosen, dense_steps)
+    else:
+        exchange.resume(None, 0)
     return Ranks(context, exchange, Pipeline(context, parts.stages, exchange, parts.layouts))
 
 

@@ -201,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def do_GET(self) -> None:
+        # what is not read would be taken for the next request
+        self.close_connection |= self._has_body()
         self._send(self._answer())
 
     do_HEAD = do_GET  # noqa: N815
@@ -219,6 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception:  # noqa: BLE001 - it is logged, and is nobody's end
             self.server.tell_failure()
             return refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "the server's log says why")
+
+    def _has_body(self) -> bool:
+        lengths = self.headers.get_all("Content-Length", [])
+        return "Transfer-Encoding" in self.headers or any(one.strip() != "0" for one in lengths)
 
     def _is_for_us(self) -> bool:
         if not self.server.only_loopback:

@@ -40,9 +40,9 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and what was given as extra=.
 
-    error: type and text of an exception beside it, traceback: where it was raised. These names are
-    the record's, whatever extra= has under them. A number that is not finite is null, and what JSON
-    cannot hold is text.
+    error: type and text of an exception beside it, traceback: where it was raised; stack: where
+    the line was logged, if stack_info= asks for it. These names are the record's, whatever extra=
+    has under them. A number that is not finite is null, and what JSON cannot hold is text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -57,6 +57,8 @@ class JsonFormatter(logging.Formatter):
             error = record.exc_info[1]
             line["error"] = f"{type(error).__name__}: {error}"
             line["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
         taken = _OWN | line.keys()
         line |= {key: value for key, value in vars(record).items() if key not in taken}
         return json.dumps({key: _for_json(value) for key, value in line.items()})

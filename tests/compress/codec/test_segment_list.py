@@ -259,6 +259,34 @@ def test_parts_and_their_means_keep_segments_apart(value_format: str) -> None:
     assert has_segments == [value_format in BLOCK_NUMELS] * 2
 
 
+def test_a_mean_keeps_segments_apart_that_no_frame_has_two_of() -> None:
+    # of its first part one rank sends values of "large" alone, the other of "small" alone
+    layout = named({"large": 1_018, "small": 1_018})
+    segments = [
+        Segment(start=0, rows=1, row_numel=1_018, k=3),
+        Segment(start=1_018, rows=1, row_numel=1_018, k=9),
+    ]
+    gradients = torch.zeros(2, 2_036)
+    for gradient, large, small in zip(gradients, (0, 509), (1_018 + 509, 1_018), strict=True):
+        gradient[large : large + 3] = torch.tensor([10.0, 20.0, 30.0])
+        gradient[small : small + 9] = 1e-6
+    compressors = [TopKCompressor(value_format="int2", error_feedback=True) for _ in range(2)]
+    compressed = [
+        one.compress(gradient, layout, segments, parts=2)
+        for one, gradient in zip(compressors, gradients, strict=True)
+    ]
+    assert all(one.in_segments for one in compressed)
+    frames = [one.frames[0] for one in compressed]
+    assert not any(peek_header(frame).segment_bytes for frame in frames)
+    mean = PartReducer(compressors[0].residuals).reduce(
+        frames, layout, part=0, parts=2, in_segments=True
+    )
+    assert peek_header(mean.frame).segment_bytes == 2
+    values = decode_frame(mean.frame, numel=1_018).values
+    # the frame of a part has half of the values on average: "small" has three of them
+    torch.testing.assert_close(values[-3:], torch.full((3,), 5e-7), rtol=0.1, atol=0)
+
+
 def test_rows_of_a_parameter_are_one_segment() -> None:
     gradient = some_values(600, 5)
     layout = named({"a": 400, "b": 200})

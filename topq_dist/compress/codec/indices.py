@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from enum import IntEnum
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -13,10 +12,11 @@ import numpy.typing as npt
 from topq_dist.compress.codec import rice, tiled
 from topq_dist.compress.codec.bits import Bytes, padding_is_zero
 from topq_dist.compress.kernels import gaps_between
+from topq_dist.compress.locks import ForkSafeLock
 
 Indices = npt.NDArray[np.int64]
 _ALL_BELOW: WeakValueDictionary[int, Indices] = WeakValueDictionary()
-_MAKING = threading.Lock()
+_MAKING = ForkSafeLock()
 
 
 class IndexCoding(IntEnum):

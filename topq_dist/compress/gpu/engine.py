@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from topq_dist.compress.codec.frame import encode_frame
 from topq_dist.compress.codec.values import quantize
 from topq_dist.compress.gpu.memory import Arena
 from topq_dist.compress.layout import ChunkedVector
+from topq_dist.compress.locks import ForkSafeLock
 from topq_dist.compress.sparsify.bounding import bounded
 from topq_dist.compress.sparsify.segments import SegmentSelector, uniform_segments
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from topq_dist.compress.gpu.select import DeviceSelector
 
 _log = logging.getLogger(__name__)
-_TRYING = threading.Lock()
+_TRYING = ForkSafeLock()
 _SETTINGS = ("", "0", "1", "interpret")
 
 
