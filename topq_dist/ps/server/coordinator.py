@@ -138,7 +138,9 @@ class Coordinator(Run):
             permit = self._membership.renew(permit)
             state = self._started()
             # the limit may have been another one when a push was applied
-            was_applied = push.applied_version > 0 or isinstance(permit.verdict, Repeat)
+            returns = self._pushes is not None and self._pushes.recovers
+            was_applied = returns and push.applied_version > 0
+            was_applied = was_applied or isinstance(permit.verdict, Repeat)
             state.central.check_push(push, max_lr=math.inf if was_applied else self.serving.max_lr)
             if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
