@@ -205,8 +205,8 @@ class TrainingConfig:
 class ServingConfig:
     """All that may change at a restart.
 
-    start_workers: the first version waits until so many have joined. min_workers: no version is
-    made of fewer live ones. max_workers: no more can join.
+    start_workers: the first version waits until so many have joined; in async mode nobody waits.
+    min_workers: no version is made of fewer live ones, in sync mode. max_workers: no more can join.
     lease_s: a worker not heard of for so long is gone. round_timeout_s: a round that waits longer
     after its first push closes without the rest, who are not waited for until they push again; None
     waits for every live worker, for ever where one is silent and renews its lease.
@@ -222,14 +222,19 @@ class ServingConfig:
     start_workers: int = field(
         default=1,
         metadata=_option(
-            "The first version waits for so many, and no more can join; later ones go on with those"
-            " that are alive.",
+            "The first version waits for so many (sync; with async nobody waits), and no more can"
+            " join; later ones go on with those that are alive.",
             option="--workers",
             derives=True,
         ),
     )
     min_workers: int = field(
-        default=1, metadata=_option("No version is made of fewer live workers.", derives=True)
+        default=1,
+        metadata=_option(
+            "sync: no version is made of fewer live workers.",
+            only_with=("mode", "sync"),
+            derives=True,
+        ),
     )
     max_workers: int = field(default=64, metadata=_option("No more can join.", derives=True))
     lease_s: float = field(
@@ -300,6 +305,9 @@ def check_together(training: TrainingConfig, serving: ServingConfig) -> None:
         lr = options.get("lr")
         if isinstance(lr, int | float) and lr > serving.max_lr:
             raise ConfigError("max_lr", serving.max_lr, f"expected at least the run's own lr {lr}")
-    given = serving.round_timeout_s not in (None, ServingConfig.round_timeout_s)
-    if training.mode != "sync" and given:
+    if training.mode == "sync":
+        return
+    if serving.round_timeout_s not in (None, ServingConfig.round_timeout_s):
         raise _idle("round_timeout_s", serving.round_timeout_s, "mode", training.mode, "sync")
+    if serving.min_workers != ServingConfig.min_workers:
+        raise _idle("min_workers", serving.min_workers, "mode", training.mode, "sync")
