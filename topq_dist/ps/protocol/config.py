@@ -89,8 +89,9 @@ class TrainingConfig:
         workers' error feedback acts as one; "optimizer" leaves it in. None: as the run began, and
         "feedback" for a new one; runs of before this could be said began with "optimizer".
     adapt_rate: with momentum "feedback" and an inner optimizer of Adam's kind, multiply its rate on
-        sparse pushes by what their coherence with the workers' residuals says. None: as the run
-        began, and True for a new one; runs of before this could be said began without.
+        sparse pushes by what their coherence with the workers' residuals says; elsewhere True is
+        refused. None: as the run began, and True for a new one; runs of before this could be said
+        began without.
     mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
     max_staleness: versions that a push may lag behind in async mode; older ones are refused.
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
@@ -177,6 +178,8 @@ class TrainingConfig:
             _check_one_of("momentum", self.momentum, Momentum, ", or None")
         if self.adapt_rate is not None and not isinstance(self.adapt_rate, bool):
             raise ConfigError("adapt_rate", self.adapt_rate, "expected True or False, or None")
+        if self.adapt_rate and self.momentum == "optimizer":
+            raise _idle("adapt_rate", self.adapt_rate, "momentum", self.momentum, "feedback")
         _check_one_of("mode", self.mode, Mode)
         _check_one_of("downlink", self.downlink, Downlink)
         _check_whole("max_staleness", self.max_staleness, 0)

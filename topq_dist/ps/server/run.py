@@ -23,7 +23,7 @@ from topq_dist.ps.state.snapshotter import Snapshotter
 from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.training.downlink import check_downlink
 from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
-from topq_dist.ps.training.inner_step import describe_momentum
+from topq_dist.ps.training.inner_step import check_adapt_rate, describe_momentum
 
 _log = logging.getLogger(__name__)
 DRAINING = "the server is shutting down: try again later"
@@ -85,6 +85,7 @@ class Run:
                 clock=clock,
             )
             self._begin(state, recovery)
+        check_adapt_rate(training)
         self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
         self._ledger = ledger
