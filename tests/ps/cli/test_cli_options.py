@@ -97,6 +97,12 @@ class TestWrongOptions:
             ("--max-staleness 3", "--max-staleness: no effect with --mode sync"),
             ("--mode async --max-staleness -1", "--max-staleness=-1: expected a whole number of"),
             ("--mode async --round-timeout-s 3", "--round-timeout-s: no effect with --mode async"),
+            ("--mode async --min-workers 2", "--min-workers: no effect with --mode async"),
+            (
+                "--momentum optimizer --adapt-rate true",
+                "--adapt-rate=True: no effect with --momentum='optimizer'",
+            ),
+            ("--adapt-rate true", "--adapt-rate=True: no effect with --inner-opt='sgd'"),
             ("--downlink-q 0.5", "--downlink-q: no effect with --downlink exact"),
             ("--downlink topq --downlink-q 2", "--downlink-q=2.0: expected a number in [0, 1]"),
             ("--downlink topq --downlink-value-format fp13", "fp13"),

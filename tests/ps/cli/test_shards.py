@@ -17,7 +17,10 @@ from server_process import quiet_port
 
 from topq_dist.cli import main
 from topq_dist.ps import ParameterServerOptimizer
+from topq_dist.ps.cli.shards import Server, split
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.security.many_addresses import in_many, in_one_name, next_addresses
+from topq_dist.ps.security.policy import ServerSecurity
 
 SGD = ("--inner-opt", "sgd", "--lr", "0.1")
 
@@ -66,6 +69,37 @@ def test_what_cannot_be_is_refused_before_anything_starts(
         (tmp_path / f"shard-{shard}").mkdir()
     assert main(["serve", "--state-dir", str(tmp_path), *SGD, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--address", "0.0.0.0:7"], ["--metrics", "nowhere:at:all"], ["--lr", "1e9"]],
+    ids=["insecure", "view", "rate"],
+)
+def test_a_refused_start_leaves_no_folder_behind(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--state-dir", str(tmp_path), *SGD, "--shards", "2", *words]) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.startswith("topq serve: error: --")
+
+
+def test_only_the_folder_of_a_shard_is_taken_for_one(tmp_path: Path) -> None:
+    for name in ("shard-0", "shard-1", "shard-1.old", "shard-notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shard-2").touch()
+    server = Server(
+        training=TrainingConfig(inner_opt="sgd"),
+        serving=ServingConfig(),
+        security=ServerSecurity(),
+        address="127.0.0.1:0",
+        state_dir=tmp_path,
+        log_level="warning",
+        log_format="text",
+    )
+    assert [one.state_dir.name for one in split(server, 2)] == ["shard-0", "shard-1"]
+    with pytest.raises(ValueError, match="has the state of 2 shards, not of 3"):
+        split(server, 3)
 
 
 def test_a_model_without_shards_is_not_split(

@@ -75,12 +75,17 @@ def test_what_has_no_effect_is_refused(
     assert getattr(config, name) == value
 
 
-def test_a_rounds_time_is_refused_where_there_are_no_rounds(tmp_path: Path) -> None:
+def test_a_rounds_time_and_its_least_workers_are_refused_where_there_are_no_rounds(
+    tmp_path: Path,
+) -> None:
     training = TrainingConfig(inner_opt="sgd", mode="async")
     expected = r"round_timeout_s=2\.0: no effect with mode='async', expected mode='sync'"
     with pytest.raises(ValueError, match=expected), StateDir(tmp_path) as folder:
         Coordinator(training, ServingConfig(round_timeout_s=2.0), folder)
-    check_together(training, ServingConfig())
+    expected = r"min_workers=2: no effect with mode='async', expected mode='sync'"
+    with pytest.raises(ValueError, match=expected):
+        check_together(training, ServingConfig(min_workers=2))
+    check_together(training, ServingConfig(start_workers=2))
     check_together(TrainingConfig(inner_opt="sgd"), ServingConfig(round_timeout_s=2.0))
 
 

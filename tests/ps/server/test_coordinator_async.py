@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from ps.bench import Make, model_of, push_of
 
+from topq_dist.ps.protocol.errors import InvalidError
 from topq_dist.ps.protocol.types import START, ModelVersion
 from topq_dist.ps.server.push_queue import PendingPush
 
@@ -146,3 +150,45 @@ def test_async_what_was_never_answered_takes_its_old_place(make: Make) -> None:
     bench.submit(push_of(a, 1, START, 1.0))
     assert bench.answer(replay).applied == two.applied
     assert bench.sha256() == sha256
+
+
+def test_async_replays_are_believed_on_the_way_back_and_no_longer(make: Make) -> None:
+    bench = make(ASYNC)
+    a, m = bench.join("a"), bench.join("m")
+    bench.save()
+    (lost,) = bench.round(1, a)
+    bench.crash()
+    m = bench.join("m", epoch=m.epoch, held=START, kept=(1, 2))
+    early = replace(push_of(m, 1, START), applied_version=9, members=("m",), lr=(1e30,))
+    waiting = bench.submit(early)
+    assert bench.look(waiting) == ("a",)
+    a = bench.join("a", epoch=a.epoch, held=lost.applied, kept=(1, 2))
+    assert bench.answer(bench.submit(push_of(a, 1, START, replay=lost))).applied == lost.applied
+    before, sha256 = bench.point, bench.sha256()
+    assert bench.answer(waiting).applied is None
+    late = replace(push_of(m, 1, before), applied_version=2, members=("m",))
+    with pytest.raises(InvalidError, match=r"lr=1e\+30: expected at most 1000"):
+        bench.submit(replace(late, lr=(1e30,)))
+    assert bench.answer(bench.submit(late)).applied is None
+    assert (bench.point, bench.sha256()) == (before, sha256)
+    assert bench.server.status().refused == {"unbelieved_replay": 2}
+    assert bench.answer(bench.submit(push_of(m, 1, before))).applied == bench.point
+
+
+def test_async_the_last_version_comes_back_though_its_worker_alone_knows_it(make: Make) -> None:
+    bench = make(ASYNC)
+    a = bench.join("a")
+    bench.save()
+    b = bench.join("b")
+    (one,) = bench.round(1, a)
+    (two,) = bench.round(1, b)
+    sha256 = bench.sha256()
+    bench.crash()
+    a = bench.join("a", epoch=a.epoch, held=one.applied, kept=(1, 2))
+    b = bench.join("b", epoch=b.epoch, held=two.applied, kept=(1, 2))
+    last = bench.submit(push_of(b, 1, one.applied or START, replay=two))
+    assert bench.answer(bench.submit(push_of(a, 1, START, replay=one))).applied == one.applied
+    bench.submit(push_of(a, 2, one.applied or START))
+    assert bench.answer(last).applied == two.applied
+    assert bench.sha256() != sha256  # the new one comes after it
+    assert bench.point.version == 3

@@ -14,6 +14,7 @@ from ps.bench import SPEC, Make, push_of
 from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.protocol.types import START, Answer, Push
 from topq_dist.ps.server.requests import JoinCall
+from topq_dist.ps.state.snapshot_file import StateError
 
 
 def test_the_model_is_brought_by_the_next_where_the_first_is_gone(make: Make) -> None:
@@ -122,6 +123,28 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(
     answer = bench.server.wait(bench.submit(push_of(a, 1, START)), 10)
     assert isinstance(answer, Answer)
     assert answer.durable_version == 1
+
+
+def test_who_waits_for_a_snapshot_is_sent_away_once_the_last_has_failed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make()
+    a = bench.join("a")
+    bench.round(1, a)
+    tried = threading.Event()
+
+    def full_save(snapshot: Any) -> None:
+        tried.set()
+        raise StateError("no space left")
+
+    monkeypatch.setattr(bench.state_dir, "save", full_save)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(bench.server.leave, a)
+        assert tried.wait(10)
+        with pytest.raises(StateError, match="no space left"):
+            bench.server.drain()
+        with pytest.raises(NotReadyError, match="shutting down"):
+            leaving.result(10)
 
 
 def test_a_snapshot_of_each_version_does_not_grow_with_the_history(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from ps.bench import NEVER, Bench, Make, push_of
 
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.protocol.types import START, Answer, ModelVersion
 from topq_dist.ps.server.requests import WorkerId
 from topq_dist.ps.state.run_state import RunState
@@ -80,3 +83,35 @@ def test_no_lease_ends_while_the_state_is_read(make: Make, monkeypatch: pytest.M
     bench.save()
     bench.server.fetch(caller, central=False)
     assert all(worker.lease_left_s > 0 for worker in bench.server.status().workers)
+
+
+def test_nobody_waits_for_a_hash_that_none_wants_any_more(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make()
+    bench.join("a")
+    hashes: list[float] = []
+
+    def slowly(state: RunState) -> str:
+        hashes.append(time.monotonic())
+        time.sleep(0.1)
+        return "0" * 64
+
+    monkeypatch.setattr(RunState, "sha256", slowly)
+    monkeypatch.setattr("topq_dist.ps.server.status._PAUSE_PER_HASH", 600)
+    here = threading.Event()
+    here.set()
+    with ThreadPoolExecutor(6) as pool:
+        hash_of = partial(bench.server.status, state_sha256=True)
+        assert pool.submit(hash_of).result(10).state_sha256  # the next turn is far
+        calls = [pool.submit(hash_of, is_active=here.is_set) for _ in range(4)]
+        stays = pool.submit(hash_of)
+        here.clear()
+        for call in calls:
+            with pytest.raises(NotReadyError, match="gone before"):
+                call.result(10)
+        assert len(hashes) == 1
+        bench.server.drain()
+        with pytest.raises(NotReadyError, match="shutting down"):
+            stays.result(10)
+    assert len(hashes) == 1

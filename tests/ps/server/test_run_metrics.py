@@ -13,8 +13,9 @@ from ps.servers import serving
 from ps.workers import backward, batch, make_model, side_by_side
 
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.protocol.config import ServingConfig
+from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.types import START
+from topq_dist.ps.server.process import ParameterServer
 from topq_dist.ps.server.run_metrics import RunMetrics
 from topq_dist.ps.server.view_addresses import check_views
 from topq_dist.telemetry import Reading
@@ -148,3 +149,11 @@ def test_an_address_that_is_none_is_refused_by_name(where: str) -> None:
         check_views(ServingConfig(http=where))
     check_views(ServingConfig(metrics="9464", http=":8080"))
     check_views(ServingConfig(metrics="[::1]:0", http="0.0.0.0:8080"))
+
+
+def test_a_view_that_is_refused_leaves_the_state_directory_alone(tmp_path: Path) -> None:
+    training, serving = TrainingConfig(inner_opt="sgd"), ServingConfig(http="nowhere")
+    state_dir = tmp_path / "state"
+    with pytest.raises(ValueError, match="http='nowhere'"):
+        ParameterServer(training, serving, state_dir=state_dir, address="127.0.0.1:0")
+    assert not state_dir.exists()

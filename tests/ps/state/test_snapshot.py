@@ -480,3 +480,13 @@ class TestALockThatIsRemoved:
                 state.save(snapshot_of(2))
             (tmp_path / "elsewhere").rename(state.path)
             state.save(snapshot_of(2))
+
+
+def test_a_directory_that_cannot_be_used_is_not_kept_locked(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "snapshot.safetensors.0.partial"
+    in_the_way.mkdir()
+    with pytest.raises(StateError, match="directory"):
+        StateDir(tmp_path)
+    in_the_way.rmdir()
+    with StateDir(tmp_path) as directory:
+        assert directory.load() is None

@@ -163,6 +163,42 @@ def test_one_worker_sets_no_step_that_is_longer_than_max_lr_or_inverts_weights(
         central.check_push(push, max_lr=0.5)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"weight_decay": 1e6}, "lr=0.1 with weight_decay=1000000.0 is a decay of 1e+06 a step"),
+        ({"momentum": 1 - 1e-9}, "at lr=0.1: expected steps no longer than this server's max_lr"),
+        ({"momentum": 1 - 2e-5}, "lr=0.1 with weight_decay=0.01 is a decay of 50 a step"),
+        ({"momentum": 0.0, "weight_decay": 5.0}, "lr=0.1 with weight_decay=5.0 is a decay of 5"),
+    ],
+)
+def test_a_low_rate_of_one_worker_excuses_nothing_beside_the_others(
+    numbers: dict[str, float], message: str
+) -> None:
+    central = central_of()
+    (push,) = pushes(central, lr=[(0.0,)], **{name: [(one,)] for name, one in numbers.items()})
+    with pytest.raises(InvalidError, match=re.escape(message)):
+        central.check_push(push, max_lr=1000.0)
+
+
+def test_no_push_is_refused_for_what_another_worker_has_sent() -> None:
+    central = central_of(options={"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01})
+    # as replays are taken, whose limit may have been another one
+    central.apply(pushes(central, lr=[(0.0,)], momentum=[(1 - 1e-9,)], weight_decay=[(1e6,)]))
+    honest: dict[str, float]
+    for honest in (
+        {"lr": 0.1},
+        {"lr": 0.05, "momentum": 0.5},
+        {"weight_decay": 0.01},
+        {"momentum": 0.4},
+    ):
+        (push,) = pushes(central, **{name: [(number,)] for name, number in honest.items()})
+        central.check_push(push, max_lr=1000.0)
+    (push,) = pushes(central, lr=[(0.2,)])
+    with pytest.raises(InvalidError, match=r"lr=0.2"):
+        central.check_push(push, max_lr=1000.0)
+
+
 def test_an_optimizer_without_weight_decay_takes_none() -> None:
     central = central_of(inner_opt="rprop", options={"lr": 0.1})
     (push,) = pushes(central, weight_decay=[(0.1,)])

@@ -20,7 +20,7 @@ from ps.training.test_central import SINGLE, random_model, spec_of
 from ps.workers import make_model
 
 from topq_dist.ps.model.flat import FlatModel
-from topq_dist.ps.protocol.config import GroupRule, ServingConfig, TrainingConfig
+from topq_dist.ps.protocol.config import ConfigError, GroupRule, ServingConfig, TrainingConfig
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.state.run_state import RunState
 from topq_dist.ps.state.snapshot_file import StateError
@@ -40,6 +40,15 @@ class TestSnapshots:
     def old_folder(tmp_path: Path) -> Path:
         shutil.copy(OLD_SNAPSHOT, tmp_path / "snapshot.safetensors")
         return tmp_path
+
+    def test_of_before_adapt_no_rate_and_say_so(self, tmp_path: Path) -> None:
+        training = TrainingConfig(**OF_BEFORE, adapt_rate=True)
+        expected = "adapt_rate=True: no effect with momentum='optimizer'"
+        with (
+            StateDir(self.old_folder(tmp_path)) as folder,
+            pytest.raises(ConfigError, match=expected),
+        ):
+            RunState.load(folder, training, history_bytes=0)
 
     @pytest.mark.parametrize("momentum", [None, "optimizer"])
     def test_of_before_go_on_as_they_were(self, tmp_path: Path, momentum: Any) -> None:

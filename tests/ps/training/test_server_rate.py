@@ -149,9 +149,24 @@ def test_kept_pushes_go_round_with_their_coherence() -> None:
     assert old.digest == push_digest((0.1,), [memoryview(b"frame")])
 
 
-def test_the_option_is_checked() -> None:
+def test_the_option_is_checked_and_refused_where_it_has_no_effect() -> None:
     with pytest.raises(ConfigError, match="adapt_rate=1: expected True or False"):
         central_of(adapt_rate=1)
+    with pytest.raises(ConfigError, match="adapt_rate=True: no effect with momentum='optimizer'"):
+        central_of(adapt_rate=True, momentum="optimizer")
+    central_of(adapt_rate=False, momentum="optimizer")
+
+
+def test_a_rate_that_nothing_would_adapt_is_not_asked_for(tmp_path: Path) -> None:
+    sgd = {"inner_opt": "sgd", "options": {"lr": 0.1}}
+    expected = "adapt_rate=True: no effect with inner_opt='sgd', expected one of Adam's kind"
+    with (
+        pytest.raises(ConfigError, match=expected),
+        serving(tmp_path / "sgd", {**sgd, "adapt_rate": True}),
+    ):
+        raise AssertionError("it started")
+    with serving(tmp_path / "sgd", sgd) as server:
+        assert server.coordinator.training.adapt_rate  # as any new run has it
 
 
 def train(address: object, between: Any = lambda worker, step: None) -> list[Tensor]:

@@ -83,6 +83,7 @@ def serve(**given: Any) -> None:
     One line on stdout says where it listens, and one each where one may look on.
     """
     from topq_dist.ps.cli.shards import Server, run_shards, split
+    from topq_dist.ps.protocol.config import check_together
     from topq_dist.ps.server.view_addresses import check_views
 
     server = Server(
@@ -94,6 +95,7 @@ def serve(**given: Any) -> None:
     with usage_errors():
         servers = split(server, given["shards"])
         for one in servers:
+            check_together(one.training, one.serving)
             one.security.check(one.address)
             check_views(one.serving)
     if len(servers) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from topq_dist.telemetry.logs import LogFormat, formatter
 _log = logging.getLogger(__name__)
 # what a shard tells of, beside its views
 _ADDRESS, _ERROR, _WRONG = "address", "error", "wrong"
+_SHARD = re.compile("shard-[0-9]+")
 Tell = Callable[[str, str], None]
 
 
@@ -77,10 +79,12 @@ class Server:
 def split(server: Server, shards: int) -> list[Server]:
     """Return the servers that share a model: ports, and those of the views, one after the other.
 
-    Each has its state in shard-0, shard-1, ... of `server.state_dir`, which are made. Raises
-    ValueError for an address of no port, and a folder with the state of another number of shards.
+    Each has its state in shard-0, shard-1, ... of `server.state_dir`, which `run_shards` makes.
+    Raises ValueError for an address of no port, and a folder with the state of another number of
+    shards.
     """
-    found = len(list(server.state_dir.glob("shard-*")))
+    folders = server.state_dir.glob("shard-*")
+    found = sum(_SHARD.fullmatch(path.name) is not None and path.is_dir() for path in folders)
     if found not in (0, shards) or (shards == 1 and found) or _has_own_state(server, shards):
         raise ValueError(
             f"state_dir={str(server.state_dir)!r}: has the state of {found or 1} shards, not of"
@@ -92,7 +96,6 @@ def split(server: Server, shards: int) -> list[Server]:
     made = []
     for shard, address in enumerate(next_addresses(server.address, shards)):
         state_dir = server.state_dir / f"shard-{shard}"
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         made.append(
             replace(
                 server,
@@ -124,9 +127,13 @@ def _beside(name: str, text: str | None, shard: int) -> str | None:
 def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
     """Run several servers until told to stop, or until one has ended, which ends the others.
 
+    Makes their state directories first, all of them: they say how many shards the run has.
+
     say: told on one line where they listen once all do, and then of each view. For the main thread.
     Raises click.UsageError and click.ClickException, which name the shard.
     """
+    for server in servers:
+        server.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     pipes: list[Connection] = []

@@ -89,8 +89,9 @@ class TrainingConfig:
         workers' error feedback acts as one; "optimizer" leaves it in. None: as the run began, and
         "feedback" for a new one; runs of before this could be said began with "optimizer".
     adapt_rate: with momentum "feedback" and an inner optimizer of Adam's kind, multiply its rate on
-        sparse pushes by what their coherence with the workers' residuals says. None: as the run
-        began, and True for a new one; runs of before this could be said began without.
+        sparse pushes by what their coherence with the workers' residuals says; elsewhere True is
+        refused. None: as the run began, and True for a new one; runs of before this could be said
+        began without.
     mode: "sync" averages one push of each live worker a version; "async" applies each as it comes.
     max_staleness: versions that a push may lag behind in async mode; older ones are refused.
     downlink: "exact" sends each element that changed, "topq" the top-Q part (q) of what workers
@@ -177,6 +178,8 @@ class TrainingConfig:
             _check_one_of("momentum", self.momentum, Momentum, ", or None")
         if self.adapt_rate is not None and not isinstance(self.adapt_rate, bool):
             raise ConfigError("adapt_rate", self.adapt_rate, "expected True or False, or None")
+        if self.adapt_rate and self.momentum == "optimizer":
+            raise _idle("adapt_rate", self.adapt_rate, "momentum", self.momentum, "feedback")
         _check_one_of("mode", self.mode, Mode)
         _check_one_of("downlink", self.downlink, Downlink)
         _check_whole("max_staleness", self.max_staleness, 0)
@@ -205,8 +208,8 @@ class TrainingConfig:
 class ServingConfig:
     """All that may change at a restart.
 
-    start_workers: the first version waits until so many have joined. min_workers: no version is
-    made of fewer live ones. max_workers: no more can join.
+    start_workers: the first version waits until so many have joined; in async mode nobody waits.
+    min_workers: no version is made of fewer live ones, in sync mode. max_workers: no more can join.
     lease_s: a worker not heard of for so long is gone. round_timeout_s: a round that waits longer
     after its first push closes without the rest, who are not waited for until they push again; None
     waits for every live worker, for ever where one is silent and renews its lease.
@@ -222,14 +225,19 @@ class ServingConfig:
     start_workers: int = field(
         default=1,
         metadata=_option(
-            "The first version waits for so many, and no more can join; later ones go on with those"
-            " that are alive.",
+            "The first version waits for so many (sync; with async nobody waits), and no more can"
+            " join; later ones go on with those that are alive.",
             option="--workers",
             derives=True,
         ),
     )
     min_workers: int = field(
-        default=1, metadata=_option("No version is made of fewer live workers.", derives=True)
+        default=1,
+        metadata=_option(
+            "sync: no version is made of fewer live workers.",
+            only_with=("mode", "sync"),
+            derives=True,
+        ),
     )
     max_workers: int = field(default=64, metadata=_option("No more can join.", derives=True))
     lease_s: float = field(
@@ -300,6 +308,9 @@ def check_together(training: TrainingConfig, serving: ServingConfig) -> None:
         lr = options.get("lr")
         if isinstance(lr, int | float) and lr > serving.max_lr:
             raise ConfigError("max_lr", serving.max_lr, f"expected at least the run's own lr {lr}")
-    given = serving.round_timeout_s not in (None, ServingConfig.round_timeout_s)
-    if training.mode != "sync" and given:
+    if training.mode == "sync":
+        return
+    if serving.round_timeout_s not in (None, ServingConfig.round_timeout_s):
         raise _idle("round_timeout_s", serving.round_timeout_s, "mode", training.mode, "sync")
+    if serving.min_workers != ServingConfig.min_workers:
+        raise _idle("min_workers", serving.min_workers, "mode", training.mode, "sync")

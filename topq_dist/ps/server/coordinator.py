@@ -138,7 +138,9 @@ class Coordinator(Run):
             permit = self._membership.renew(permit)
             state = self._started()
             # the limit may have been another one when a push was applied
-            was_applied = push.applied_version > 0 or isinstance(permit.verdict, Repeat)
+            returns = self._pushes is not None and self._pushes.recovers
+            was_applied = returns and push.applied_version > 0
+            was_applied = was_applied or isinstance(permit.verdict, Repeat)
             state.central.check_push(push, max_lr=math.inf if was_applied else self.serving.max_lr)
             if isinstance(permit.verdict, Repeat):
                 pending = PendingPush(push=push, arrived_s=self._clock())
@@ -247,11 +249,24 @@ class Coordinator(Run):
                 self._snapshotter.wait(point.version)
             return point
 
-    def status(self, *, state_sha256: bool = False) -> Status:
-        """Return how the run is doing; with `state_sha256` the whole state is read."""
+    def status(
+        self, *, state_sha256: bool = False, is_active: Callable[[], bool] = lambda: True
+    ) -> Status:
+        """Return how the run is doing; with `state_sha256` the whole state is read.
+
+        That is done for one caller after the other. Raises NotReadyError for one that `is_active`
+        says is gone, and where the server is shutting down.
+        """
         if not state_sha256:
             return self._status(state_sha256=False)
-        with self._hash_turns.turn():
+
+        def check() -> None:
+            if self._draining:
+                raise NotReadyError(DRAINING)
+            if not is_active():
+                raise NotReadyError("the caller has gone before it had its turn at a hash")
+
+        with self._hash_turns.turn(check):
             return self._status(state_sha256=True)
 
     def _status(self, *, state_sha256: bool) -> Status:

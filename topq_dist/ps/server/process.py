@@ -102,11 +102,11 @@ class ParameterServer:
         security = security or ServerSecurity()
         security.check(address)
         authenticator = security.authenticator()
+        check_views(serving)
         self._state_dir = StateDir(state_dir)
         self._coordinator: Coordinator | None = None
         self._interceptor: AuthInterceptor | None = None
         self._views: Views | None = None
-        check_views(serving)
         try:
             calls = 2 * serving.max_workers + _SPARE_CALLS
             clock = RunningClock()

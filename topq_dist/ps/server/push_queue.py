@@ -24,7 +24,15 @@ from topq_dist.ps.protocol.errors import (
 from topq_dist.ps.protocol.types import Answer, ModelVersion, Push
 from topq_dist.ps.server.leases import Leases
 from topq_dist.ps.server.recovery import Recovery
-from topq_dist.ps.server.rounds import Apply, AsyncPolicy, Decision, RoundView, SyncPolicy, Wait
+from topq_dist.ps.server.rounds import (
+    Apply,
+    AsyncPolicy,
+    Decision,
+    RoundView,
+    SyncPolicy,
+    Wait,
+    replays_of_next,
+)
 from topq_dist.ps.server.run_counters import RunCounters
 from topq_dist.ps.state.run_state import RunState
 from topq_dist.ps.training.step_guard import NonFiniteStepError
@@ -132,7 +140,7 @@ class PushQueue:
         if self._is_unusual(push):
             self._unusual.add(push.worker)
         self._passed_over.discard(push.worker)
-        if self._recovers() and push.applied_version > self._state.point.version:
+        if self.recovers and push.applied_version > self._state.point.version:
             self._leases.expect(push.members, self._clock())
         return pending
 
@@ -151,7 +159,9 @@ class PushQueue:
             self._returned_s = self._clock()
         self._recovery.look(self._state.point.version)
 
-    def _recovers(self) -> bool:
+    @property
+    def recovers(self) -> bool:
+        """Whether the run is on its way back after a restart, and replays are believed."""
         return self._recovery is not None and not self._recovery.is_over
 
     def advance(self) -> None:
@@ -224,7 +234,7 @@ class PushQueue:
 
     def _view(self) -> RoundView:
         state, now_s = self._state, self._clock()
-        recovery = self._recovery if self._recovers() else None
+        recovery = self._recovery if self.recovers else None
         arrivals = [
             pending.arrived_s
             for pending in self._pending.values()
@@ -251,7 +261,10 @@ class PushQueue:
             return self._sync_policy.decide(view)
         recovery = self._recovery
         if recovery is not None and not recovery.has_ended:
-            if view.returning or view.point.version < recovery.reached_version:
+            reached = recovery.reached_version
+            if replays_of_next(view):  # one may have been answered where the others were not
+                reached += 1
+            if view.returning or view.point.version < reached:
                 if recovery.is_late:
                     # who only renews the lease would hold up everybody for ever
                     view = replace(view, live=frozenset(), returning=frozenset())

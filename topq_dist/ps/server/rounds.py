@@ -212,6 +212,10 @@ class AsyncPolicy:
 
     def decide(self, view: RoundView) -> Decision:
         """Return what is to be done next, where nothing is being recovered."""
+        # taken in while they were believed, at rates that were not looked at
+        unbelieved = [worker for worker, push in view.pending.items() if push.applied_version > 0]
+        if unbelieved:
+            return Refuse(tuple(unbelieved), UNBELIEVED)
         for worker, push in view.pending.items():
             return self._take(view, worker, push)
         return Wait(())

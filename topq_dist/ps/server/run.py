@@ -23,7 +23,7 @@ from topq_dist.ps.state.snapshotter import Snapshotter
 from topq_dist.ps.state.state_dir import StateDir
 from topq_dist.ps.training.downlink import check_downlink
 from topq_dist.ps.training.inner_optimizer import check_inner_optimizer
-from topq_dist.ps.training.inner_step import describe_momentum
+from topq_dist.ps.training.inner_step import check_adapt_rate, describe_momentum
 
 _log = logging.getLogger(__name__)
 DRAINING = "the server is shutting down: try again later"
@@ -57,6 +57,8 @@ class Run:
         self.counters = RunCounters(observed=looked_at)
         self._hash_turns = HashTurns()
         self._draining = False
+        # whether the last snapshot was written, or could not be
+        self._drained = False
         self._state: RunState | None = None
         self._pushes: PushQueue | None = None
         self._snapshotter = Snapshotter(
@@ -64,7 +66,7 @@ class Run:
             self._changed,
             every=serving.snapshot_every,
             snapshot=self._snapshot,
-            check_alive=self._check_alive,
+            check_alive=self._check_saving,
         )
         loaded = RunState.load(state_dir, training, history_bytes=serving.history_bytes)
         self.training = training.begun() if loaded is None else loaded[0].training
@@ -83,6 +85,7 @@ class Run:
                 clock=clock,
             )
             self._begin(state, recovery)
+        check_adapt_rate(training)
         self.momentum_text, warned = describe_momentum(self.training)
         self.run = run
         self._ledger = ledger
@@ -130,8 +133,12 @@ class Run:
             unsaved = (
                 self._state is not None and self._snapshotter.version < self._state.point.version
             )
-            if unsaved and not self.failed:
-                self._snapshotter.save()
+            try:
+                if unsaved and not self.failed:
+                    self._snapshotter.save()
+            finally:
+                self._drained = True
+                self._changed.notify_all()
 
     def counted(self) -> tuple[RunCounters, Snapshotter]:
         """Return what counts the run and its snapshots; to be read under `locked`."""
@@ -153,6 +160,11 @@ class Run:
     def _check_alive(self) -> None:
         if self.failed:
             raise NotReadyError(FAILED)
+
+    def _check_saving(self) -> None:
+        self._check_alive()
+        if self._drained:
+            raise NotReadyError(DRAINING)
 
     def _started(self) -> RunState:
         if self._state is None or self._snapshotter.version < 0:

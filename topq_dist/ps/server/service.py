@@ -216,7 +216,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         """Say how the run is doing."""
         self._authenticate(context, None)
-        status = self._coordinator.status(state_sha256=request.state_sha256)
+        status = self._coordinator.status(
+            state_sha256=request.state_sha256, is_active=context.is_active
+        )
         training = self._coordinator.training
         return pb.StatusResponse(
             run=status.run,

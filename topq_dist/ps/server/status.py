@@ -16,6 +16,7 @@ from topq_dist.ps.state.ledger import Ledger
 from topq_dist.ps.state.run_state import RunState
 
 _PAUSE_PER_HASH = 4.0
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +162,21 @@ class HashTurns:
         self._next_s = 0.0
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a turn, and have it while the block runs."""
-        with self._lock:
-            time.sleep(max(0.0, self._next_s - time.monotonic()))
+    def turn(self, check: Callable[[], None]) -> Iterator[None]:
+        """Wait for a turn, and have it while the block runs.
+
+        check: raises where there is nothing to wait for any more; called now and then.
+        """
+        while not self._lock.acquire(timeout=_LOOK_S):
+            check()
+        try:
+            while (left_s := self._next_s - time.monotonic()) > 0:
+                check()
+                time.sleep(min(left_s, _LOOK_S))
+            check()
             started_s = time.monotonic()
             yield
             ended_s = time.monotonic()
             self._next_s = ended_s + _PAUSE_PER_HASH * (ended_s - started_s)
+        finally:
+            self._lock.release()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topq_dist.ps.model.flat import FlatModel, copy_of
 from topq_dist.ps.model.spec import ModelSpec
-from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.config import ConfigError, TrainingConfig
 from topq_dist.ps.protocol.errors import ExpiredError, InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import (
     START,
@@ -105,7 +105,8 @@ class RunState:
     ) -> tuple[RunState, tuple[str, ...]] | None:
         """Return the run of the latest snapshot and whose leases ran then; None without one.
 
-        Raises StateError for a snapshot that is damaged, hostile or of another configuration.
+        Raises StateError for a snapshot that is damaged, hostile or of another configuration, and
+        ConfigError for an option without effect beside what the run began with.
         """
         snapshot = state_dir.load()
         if snapshot is None:
@@ -133,6 +134,8 @@ class RunState:
         except StateError:
             raise
         except Exception as error:  # a file with a fitting digest may hold anything
+            if isinstance(error, ConfigError) and error.field == "adapt_rate":  # not of the file
+                raise
             raise state_dir.unusable(error) from error
         return state, tuple(snapshot.workers)
 

@@ -50,12 +50,18 @@ class StateDir:
                 self.path.mkdir(mode=0o700, parents=True)
                 _sync_directory(self.path.parent)
             self._lock = DirectoryLock(self.path)
+        except OSError as error:
+            raise StateError(f"state directory {self.path}: {error}") from error
+        try:
             for partial in self.path.glob(_PARTIAL_NAMES):
                 _log.info("removing %s, which was not finished", partial)
                 partial.unlink(missing_ok=True)
             self._saved_stamp = _stamp(self.snapshot_path)
-        except OSError as error:
-            raise StateError(f"state directory {self.path}: {error}") from error
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, OSError):
+                raise StateError(f"state directory {self.path}: {error}") from error
+            raise
 
     @property
     def snapshot_path(self) -> Path:

@@ -45,20 +45,11 @@ class GroupNumbers:
         self._check_given("lr", push.lr, there=True)
         self._check_given("momentum", push.momentum, there=self._have_momentum)
         self._check_given("weight_decay", push.weight_decay, there=self.have_weight_decay)
-        if math.isfinite(max_lr) and (push.lr or push.momentum or push.weight_decay):
+        if math.isfinite(max_lr):
+            _check_highest(push.lr, max_lr)
             for place, own in enumerate(self._own):
-                _check_reach(self._with_given(push, place), own, max_lr)
-
-    def _with_given(self, push: Push, place: int) -> dict[str, Any]:
-        """Return a group as it would be if the push's numbers counted."""
-        group = dict(self._inner.param_groups[place])
-        if push.lr:
-            group["lr"] = push.lr[place]
-        if push.momentum:
-            set_group_momentum(group, push.momentum[place])
-        if push.weight_decay:
-            group["weight_decay"] = push.weight_decay[place]
-        return group
+                now = self._inner.param_groups[place]
+                _check_reach(_with_given(now, push, place), now, own, max_lr)
 
     def _check_given(self, name: str, given: Numbers, *, there: bool) -> None:
         if not given:
@@ -128,30 +119,72 @@ class GroupNumbers:
         return tuple(float(group[name]) for group in groups)
 
 
-def _check_reach(group: Mapping[str, Any], own: Mapping[str, Any], max_lr: float) -> None:
-    """Raise InvalidError for a step longer than `max_lr` makes it, or one that inverts weights."""
-    lr = group["lr"]
-    if lr > max_lr:
-        raise InvalidError(f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr")
-    rate, own_rate = _summed_rate(group), _summed_rate(own)
-    momentum, own_momentum = group.get("momentum", 0.0), own.get("momentum", 0.0)
-    if momentum > own_momentum and rate * (1.0 - own_momentum) > max_lr:
+def _with_given(group: Mapping[str, Any], push: Push, place: int) -> dict[str, Any]:
+    """Return a group as it would be if the push's numbers counted."""
+    given = dict(group)
+    if push.lr:
+        given["lr"] = push.lr[place]
+    if push.momentum:
+        set_group_momentum(given, push.momentum[place])
+    if push.weight_decay:
+        given["weight_decay"] = push.weight_decay[place]
+    return given
+
+
+def _check_highest(rates: Numbers, max_lr: float) -> None:
+    for lr in rates:
+        if lr > max_lr:
+            raise InvalidError(
+                f"lr={lr!r}: expected at most {max_lr:g}, which is this server's max_lr"
+            )
+
+
+def _check_reach(
+    given: Mapping[str, Any], now: Mapping[str, Any], own: Mapping[str, Any], max_lr: float
+) -> None:
+    """Raise InvalidError for a step longer than `max_lr` makes it, or one that inverts weights.
+
+    given: the group with a push's numbers. now: without. own: as the run began. The other workers'
+    medians may put a number beside their own rates, so that a low one of the push excuses nothing;
+    and what is no higher than it was is nothing that the push has brought.
+    """
+    before, groups = (now, own), (given, now, own)
+    momentum, own_momentum = _momentum(given), _momentum(own)
+    brings_lr = given["lr"] > max(group["lr"] for group in before)
+    brings_momentum = momentum > max(map(_momentum, before))
+    most_lr = max(group["lr"] for group in groups)
+    rate = most_lr / (1.0 - momentum)
+    moves_further = momentum > own_momentum and (brings_lr or brings_momentum)
+    if moves_further and rate * (1.0 - own_momentum) > max_lr:
         raise InvalidError(
-            f"momentum={momentum!r} at lr={lr!r}: expected steps no longer than this server's "
+            f"momentum={momentum!r} at lr={most_lr!r}: expected steps no longer than this server's "
             f"max_lr={max_lr:g} makes them with momentum={own_momentum:g}, as its run began"
         )
-    decay = group.get("weight_decay", 0.0)
-    most = max(1.0, own_rate * own.get("weight_decay", 0.0))
-    if rate * decay > most:
+    lr = most_lr
+    if not brings_momentum:
+        fastest = max(groups, key=_summed_rate)
+        lr, rate = fastest["lr"], _summed_rate(fastest)
+    decay = _decay(given)
+    brings_decay = decay > max(map(_decay, before))
+    most = max(1.0, _summed_rate(own) * _decay(own))
+    if (brings_lr or brings_momentum or brings_decay) and rate * decay > most:
         raise InvalidError(
             f"lr={lr!r} with weight_decay={decay!r} is a decay of {rate * decay:g} a step: "
             f"expected at most {most:g}, beyond which a step turns weights round"
         )
 
 
+def _momentum(group: Mapping[str, Any]) -> float:
+    return float(group.get("momentum", 0.0))
+
+
+def _decay(group: Mapping[str, Any]) -> float:
+    return float(group.get("weight_decay", 0.0))
+
+
 def _summed_rate(group: Mapping[str, Any]) -> float:
     """Return how far a gradient comes to move the parameters, momentum included."""
-    return float(group["lr"] / (1.0 - group.get("momentum", 0.0)))
+    return float(group["lr"] / (1.0 - _momentum(group)))
 
 
 def medians(given: Sequence[Numbers]) -> Numbers:

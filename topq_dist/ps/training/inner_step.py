@@ -29,7 +29,7 @@ from topq_dist.optim.momentum_rules import (
 from topq_dist.ps.model.flat import FlatModel, picked, put
 from topq_dist.ps.model.spec import ModelSpec
 from topq_dist.ps.model.update import SparseDelta
-from topq_dist.ps.protocol.config import TrainingConfig
+from topq_dist.ps.protocol.config import ConfigError, TrainingConfig
 from topq_dist.ps.protocol.types import group_momentum
 from topq_dist.ps.training.inner_optimizer import example_optimizers
 from topq_dist.ps.training.round_mean import GradientSum
@@ -193,6 +193,19 @@ def density(pushes: Sequence[Sequence[Frame]], numels: Sequence[int] = ()) -> fl
         for frames, numel in zip(pushes, numels, strict=True)
     ]
     return sum(shares) / len(shares)
+
+
+def check_adapt_rate(config: TrainingConfig) -> None:
+    """Raise ConfigError where `adapt_rate` is asked for, and no step of the optimizer follows it.
+
+    config: as it was given: where it is left open, a run has it, with effect or without.
+    """
+    if config.adapt_rate and not divides_by_mean_square(example_optimizers(config)[""]):
+        raise ConfigError(
+            "adapt_rate",
+            config.adapt_rate,
+            f"no effect with inner_opt={config.inner_opt!r}, expected one of Adam's kind",
+        )
 
 
 def describe_momentum(config: TrainingConfig) -> tuple[str, bool]:
