@@ -162,7 +162,7 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
     [
         ({"lr": 2000.0}, r"lr=2000.0: expected at most 20"),
         ({"lr": 21.0}, r"lr=21.0: expected at most 20"),
-        ({"lr": 0.01, "weight_decay": 150.0}, "is a decay of 1.5 a step"),
+        ({"lr": 0.01, "weight_decay": 150.0}, "is a decay of 15 a step"),
     ],
     ids=["far", "a little", "below"],
 )
