@@ -16,8 +16,14 @@ from hook_cases import loss_of, small_model
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import Elastic, TopQState, register_topq_hook
+from topq_dist import (
+    Elastic,
+    TopQGradientOptimizer,
+    TopQState,
+    register_topq_hook,
+)
 from topq_dist.elastic.store import serve
+from topq_dist.optim import GradientTransformerOptimizer
 
 pytestmark = [pytest.mark.gloo, pytest.mark.usefixtures("one_thread")]
 OPTIONS: dict[str, Any] = {"q": 0.8, "exchange": "allgather"}
@@ -139,12 +145,16 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
     model = small_model()
     ddp = DistributedDataParallel(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    paired = TopQGradientOptimizer(None, own, q=0.5, param_ndim=None)
+    within = GradientTransformerOptimizer(None, paired, param_ndim=None)
     good: dict[str, Any] = {**OPTIONS, "elastic": place}
     for words, optimizer, options in (
         ("exchange='auto'", sgd, {"exchange": "auto"}),
         ("momentum='corrected'", sgd, {"momentum": "corrected"}),
         ("scope='bucket'", sgd, {"scope": "bucket"}),
         ("optimizer is a NoneType", None, {}),
+        ("optimizer is or has a TopQGradientOptimizer", within, {"q": None}),
     ):
         with pytest.raises(ValueError, match=words):
             register_topq_hook(ddp, optimizer, **(good | options))

@@ -27,7 +27,7 @@ from topq_dist.exchange.handed_state import check_travels, from_texts, to_texts
 from topq_dist.exchange.registry import check_ranks, make_exchange
 from topq_dist.hook.parts import HookParts, Knobs, Ranks, attach
 from topq_dist.hook.pipeline import Pipeline, future_of
-from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.optim.momentum_rules import sparsifier
 
 _EXCHANGES = ("allgather", "hierarchical")
 _METHODS = ("feedback", "optimizer")
@@ -163,9 +163,11 @@ def _checked(
             "expected one without, since it asks no other rank whether one has used a parameter, "
             "and ranks would step apart"
         )
-    if optimizer is None or isinstance(optimizer, TopQGradientOptimizer):
+    found = sparsifier(optimizer)
+    if optimizer is None or found is not None:
+        said = "is a NoneType" if found is None else f"is or has a {type(found).__name__}"
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__} with elastic: expected the torch optimizer "
+            f"optimizer {said} with elastic: expected the torch optimizer "
             "that steps the model, whose state a rank takes that comes in"
         )
     if knobs.exchange not in _EXCHANGES:

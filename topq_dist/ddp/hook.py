@@ -29,10 +29,9 @@ from topq_dist.exchange.shards import telling_of_failures
 from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.parts import Knobs, Ranks, agree_on_loaded, connect
-from topq_dist.hook.sparsity_policy import PlannedSparsity
+from topq_dist.hook.sparsity_policy import OptimizerSparsity, PlannedSparsity
 from topq_dist.hook.state import HookState
 from topq_dist.module_names import unwrapped
-from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.q_policies import QPolicy
 from topq_dist.telemetry.stats import Meter
 
@@ -42,8 +41,9 @@ class TopQState(HookState):
 
     Knobs, in the order in which one tunes them:
         optimizer: the torch optimizer that steps the model, whose momentum is then the hook's (see
-            `momentum`). Of a TopQGradientOptimizer the groups' q, dq and param_ndim are read live,
-            and it leaves the hook's parameters unsparsified. None: set the momentum by hand, for
+            `momentum`). Of a TopQGradientOptimizer, which may be within others, the groups' q, dq
+            and param_ndim are read live, and it leaves the hook's parameters unsparsified; one in
+            a ChainedParamTransformingOptimizer is refused. None: set the momentum by hand, for
             SGD momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
         q: fraction of each gradient that is not sent, in [0, 1]; DEFAULT_Q where None. Or a policy:
             QSchedule changes it with the steps, QByTensor from parameter to parameter, and QByLoss
@@ -297,8 +297,8 @@ class TopQState(HookState):
         if first:
             ranks.pipeline.watch = self._watch
         future = ranks.pipeline.push(flat, parameters, first=first, last=last)
-        if last and isinstance(self._optimizer, TopQGradientOptimizer):
-            self._optimizer.sparsified_until_step(self._parts.names)
+        if last and isinstance(self._parts.stages.sparsity, OptimizerSparsity):
+            self._parts.stages.sparsity.leave_to_hook()
         return future
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
