@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -241,10 +241,13 @@ class TopQState(HookState):
         model, optimizer, knobs = state["made_of"]
         vars(self).update(vars(TopQState(model, optimizer, **vars(knobs))))
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         # only where there is no such attribute
         if name.startswith("__"):
             raise AttributeError(name)
+        if "_parts" in vars(self):
+            # which says what it is: a property's own error has come here as well
+            return object.__getattribute__(self, name)
         raise RuntimeError(
             "this TopQState is a copy and belongs to no process group: save state_dict() instead, "
             "and register a hook on a model that is made anew"

@@ -1,0 +1,47 @@
+"""A state by itself: what it is asked for and set to before its ranks are known, and its copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hook_cases import loss_of, small_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook, topq_hook
+
+pytestmark = pytest.mark.usefixtures("alone")
+OPTIONS: dict[str, Any] = {"q": 0.9, "exchange": "allgather", "momentum": "optimizer"}
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=0.1)
+
+
+def paired(model: nn.Module) -> Optimizer:
+    return TopQGradientOptimizer(model.parameters(), SGD, q=0.5, param_ndim=None, lr=0.1)
+
+
+def wrapped(state: TopQState, module: nn.Module) -> DistributedDataParallel:
+    model = DistributedDataParallel(module)
+    model.register_comm_hook(state, topq_hook)
+    return model
+
+
+def step_of(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    optimizer.zero_grad()
+    loss_of(model, step, 0).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def test_q_in_the_groups_of_an_optimizer_is_an_attribute_error() -> None:
+    module = small_model()
+    state = register_topq_hook(DistributedDataParallel(module), paired(module))
+    with pytest.raises(AttributeError, match="q lives in the optimizer's groups"):
+        state.q  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        state.nothing  # noqa: B018
+    assert getattr(state, "q", None) is None
+    assert not hasattr(state, "q")
