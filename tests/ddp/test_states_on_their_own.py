@@ -45,3 +45,15 @@ def test_q_in_the_groups_of_an_optimizer_is_an_attribute_error() -> None:
         state.nothing  # noqa: B018
     assert getattr(state, "q", None) is None
     assert not hasattr(state, "q")
+
+
+def test_an_optimizer_set_later_leaves_q_as_it_was_set() -> None:
+    module = small_model()
+    state = TopQState(module, **OPTIONS)
+    state.q = 0.5
+    state.optimizer = sgd(module)
+    assert state.q == 0.5
+    with pytest.raises(ValueError, match=r"q=0\.5 with a TopQGradientOptimizer"):
+        state.optimizer = paired(module)
+    default = TopQState(module, exchange="allgather")
+    default.optimizer = paired(module)

@@ -225,6 +225,8 @@ class TopQState(HookState):
     @q.setter
     def q(self, value: float | QPolicy) -> None:
         self._planned_sparsity().q = value
+        # of which an optimizer that is set later, and a copy, make theirs
+        self._knobs = replace(self._knobs, q=value)
 
     def _planned_sparsity(self) -> PlannedSparsity:
         sparsity = self._parts.stages.sparsity
