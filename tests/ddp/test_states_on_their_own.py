@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from topq_dist import TopQGradientOptimizer, TopQState, register_topq_hook, topq_hook
+from topq_dist import Elastic, TopQGradientOptimizer, TopQState, register_topq_hook, topq_hook
 
 pytestmark = pytest.mark.usefixtures("alone")
 OPTIONS: dict[str, Any] = {"q": 0.9, "exchange": "allgather", "momentum": "optimizer"}
@@ -57,3 +58,30 @@ def test_an_optimizer_set_later_leaves_q_as_it_was_set() -> None:
         state.optimizer = paired(module)
     default = TopQState(module, exchange="allgather")
     default.optimizer = paired(module)
+
+
+def said_in_steps(model: nn.Module, optimizers: list[Optimizer]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            for optimizer in optimizers:
+                step_of(model, optimizer, step)
+    return [str(one.message) for one in caught]
+
+
+def test_an_optimizer_that_another_has_replaced_is_not_watched() -> None:
+    module = small_model()
+    first, second = sgd(module), sgd(module)
+    state = TopQState(module, first, **OPTIONS)
+    state.optimizer = second
+    assert said_in_steps(wrapped(state, module), [second, first]) == []
+
+
+def test_an_optimizer_that_was_refused_is_not_watched() -> None:
+    module = small_model()
+    model = DistributedDataParallel(module, find_unused_parameters=True)
+    optimizer = sgd(module)
+    place = Elastic(store="localhost:1", name="0", ranks=1)
+    with pytest.raises(ValueError, match="find_unused_parameters"):
+        TopQState(model, optimizer, elastic=place, **OPTIONS)
+    assert said_in_steps(model, [optimizer]) == []

@@ -176,12 +176,13 @@ class TopQState(HookState):
         context = CommContext(group=model.process_group, device=device, meter=self._meter)
         with telling_of_failures(context):
             self._parts = make_parts(self._knobs, model, optimizer)
-        self._calls = CallWatch(optimizer)
         if place is not None:
             self._elastic = ElasticHook(model, optimizer, self._parts, self._knobs, place, context)
             self._ranks = self._elastic.ranks
-            return
-        self._ranks = connect(self._parts, self._knobs, context)
+        else:
+            self._ranks = connect(self._parts, self._knobs, context)
+        # last: an optimizer that is refused is left as it was
+        self._calls = CallWatch(optimizer)
 
     def _bind(self, device: torch.device) -> Ranks:
         """Return the ranks of the first backward pass; a collective of theirs."""
@@ -215,6 +216,7 @@ class TopQState(HookState):
             )
         self._parts = make_parts(self._knobs, self._model, optimizer)
         self._optimizer = optimizer
+        self._calls.close()
         self._calls = CallWatch(optimizer)
 
     @property
