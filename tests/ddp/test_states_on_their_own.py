@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -15,6 +17,10 @@ from topq_dist import Elastic, TopQGradientOptimizer, TopQState, register_topq_h
 
 pytestmark = pytest.mark.usefixtures("alone")
 OPTIONS: dict[str, Any] = {"q": 0.9, "exchange": "allgather", "momentum": "optimizer"}
+
+
+class Loaded(dict[str, Any]):
+    """A state to load that can be seen to go."""
 
 
 def sgd(model: nn.Module) -> Optimizer:
@@ -85,3 +91,19 @@ def test_an_optimizer_that_was_refused_is_not_watched() -> None:
     with pytest.raises(ValueError, match="find_unused_parameters"):
         TopQState(model, optimizer, elastic=place, **OPTIONS)
     assert said_in_steps(model, [optimizer]) == []
+
+
+def test_a_loaded_state_is_let_go_once_it_was_taken_up() -> None:
+    module = small_model()
+    state = TopQState(module, **OPTIONS)
+    step_of(wrapped(state, module), sgd(module), 0)
+    saved = Loaded(state.state_dict())
+    again = small_model()
+    resumed = TopQState(again, **OPTIONS)
+    resumed.load_state_dict(saved)
+    held = weakref.ref(saved)
+    del saved
+    step_of(wrapped(resumed, again), sgd(again), 1)
+    gc.collect()
+    assert held() is None
+    assert resumed.stats().steps == 2

@@ -196,6 +196,8 @@ class TopQState(HookState):
             if self._loaded is not None:
                 self.load_state_dict(self._loaded)
         agree_on_loaded(self._loaded, context)
+        # which may hold the residuals of every rank
+        self._loaded = None
         return self._ranks
 
     @property
