@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from hook_cases import loss_of, small_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from topq_dist import Elastic, TopQGradientOptimizer, TopQState, register_topq_hook, topq_hook
+from topq_dist.telemetry.catalog import RESIDUAL_RATIO
 
 pytestmark = pytest.mark.usefixtures("alone")
 OPTIONS: dict[str, Any] = {"q": 0.9, "exchange": "allgather", "momentum": "optimizer"}
@@ -107,3 +111,31 @@ def test_a_loaded_state_is_let_go_once_it_was_taken_up() -> None:
     gc.collect()
     assert held() is None
     assert resumed.stats().steps == 2
+
+
+def pickled(one: Any) -> Any:
+    return pickle.loads(pickle.dumps(one))  # noqa: S301 - its own bytes
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
+def test_a_copy_before_the_ranks_are_known_has_all_that_was_set(how: Any) -> None:
+    module = small_model()
+    first = TopQState(module, **OPTIONS)
+    step_of(wrapped(first, module), sgd(module), 0)
+    again = small_model()
+    state = TopQState(again, **OPTIONS)
+    state.q = 0.5
+    state.load_state_dict(first.state_dict())
+    state.observe()
+    copied_module, copied = how((again, state))
+    assert copied.q == 0.5
+    step_of(wrapped(copied, copied_module), sgd(copied_module), 1)
+    assert copied.stats().steps == 2
+    assert any(one.metric is RESIDUAL_RATIO for one in copied.readings())
+
+
+def test_a_copy_of_a_state_with_a_process_group_is_an_error() -> None:
+    group = dist.new_group([0])
+    state = TopQState(small_model(), process_group=group, **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"process_group.*cannot be copied"):
+        copy.deepcopy(state)

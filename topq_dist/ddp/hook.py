@@ -240,12 +240,27 @@ class TopQState(HookState):
 
     def __getstate__(self) -> dict[str, Any]:
         # so that a model that has the hook can be copied: a process group cannot
-        made_of = self._model, self._optimizer, self._knobs
-        return {} if self._model is None else {"made_of": made_of}
+        if self._model is None:
+            return {}
+        if self._group is not None:
+            raise RuntimeError(
+                "process_group of a TopQState cannot be copied: expected a copy of one in the "
+                "default group, or a state that is made anew"
+            )
+        return {
+            "made_of": (self._model, self._optimizer, self._knobs),
+            "loaded": self._loaded,
+            "observes": self._watch is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model, optimizer, knobs = state["made_of"]
-        vars(self).update(vars(TopQState(model, optimizer, **vars(knobs))))
+        made = TopQState(model, optimizer, **vars(knobs))
+        # of before they lack both
+        made._loaded = state.get("loaded")
+        if state.get("observes"):
+            made.observe()
+        vars(self).update(vars(made))
 
     def __getattr__(self, name: str) -> Any:
         # only where there is no such attribute
