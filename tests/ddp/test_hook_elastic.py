@@ -77,6 +77,50 @@ def test_an_elastic_run_that_loses_nobody_ends_in_the_same_bits(tmp_path: Path) 
     assert run_ranks(2, both_ways, tmp_path, store.port) == [[True, True]] * 2
 
 
+class WithBuffer(torch.nn.Module):
+    """A model with a buffer that no state_dict has, and that has grown by now."""
+
+    known: torch.Tensor
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.inner = small_model(seed=rank)
+        self.register_buffer("known", torch.full((3,), float(rank)), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.inner(inputs)
+
+
+def with_buffers(rank: int, port: int) -> list[float]:
+    group = dist.new_group([rank], use_local_synchronization=True)
+    model = WithBuffer(rank)
+    ddp = DistributedDataParallel(model, process_group=group)
+    place = Elastic(store=f"127.0.0.1:{port}", name=str(rank), ranks=2)
+    optimizer = optimizer_of("sgd", model)
+    state = register_topq_hook(ddp, optimizer, elastic=place, **OPTIONS)
+    hook = state._elastic_hook()
+    known: list[float] = model.known.tolist()
+    # as a peer would hand it that has run for longer
+    theirs = hook.state_for_peer()
+    theirs["tensors"] |= {"known": torch.full((5,), 7.0)}
+    hook.take_state(theirs)
+    known += model.known.tolist()
+    state.close()
+    return known
+
+
+def test_buffers_that_no_state_dict_has_are_handed_over(tmp_path: Path) -> None:
+    store = serve("127.0.0.1:0")
+    first, second = run_ranks(2, with_buffers, tmp_path, store.port)
+    assert first == second
+    assert first[3:] == [7.0] * 5
+
+
+class WithExtraState(torch.nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 1}
+
+
 def rank_main(folder: Path, place: Elastic, dies_at: int, options: dict[str, Any]) -> None:
     """Train among ranks of which one dies in its backward pass, and keep what each step ends in."""
     torch.set_num_threads(1)
@@ -162,6 +206,9 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
     for unfit in modes:
         with pytest.raises(ValueError, match="ranks would step apart"):
             register_topq_hook(DistributedDataParallel(model, **unfit), sgd, **good)
+    extra = DistributedDataParallel(torch.nn.Sequential(WithExtraState(4, 4)))
+    with pytest.raises(ValueError, match=r"get_extra_state\(\) of 0, which cannot be handed"):
+        register_topq_hook(extra, torch.optim.SGD(extra.parameters(), lr=0.1), **good)
     with pytest.raises(ValueError, match="wrapped later"):
         TopQState(model, sgd, **good)
     state = register_topq_hook(ddp, sgd, **good)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -69,7 +69,8 @@ class ElasticHook:
         self.epochs.begin()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._model.state_dict(keep_vars=True))
+        # not of its state_dict, which lacks buffers that are not persistent
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
 
     def push(
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
@@ -129,7 +130,11 @@ class ElasticHook:
         """Take what `state_for_peer` has returned on a rank that is in the run."""
         stages = self._parts.stages
         for name, tensor in self._tensors().items():
-            tensor.detach().copy_(state["tensors"][name])
+            theirs = state["tensors"][name]
+            if tensor.shape != theirs.shape:
+                # a buffer that grows with what a run has seen
+                tensor.resize_(theirs.shape)
+            tensor.detach().copy_(theirs)
         self._optimizer.load_state_dict(
             from_texts(state["optimizer"], self._optimizer.state_dict())
         )
@@ -162,6 +167,16 @@ def _checked(
             "elastic with a DistributedDataParallel of find_unused_parameters or static_graph: "
             "expected one without, since it asks no other rank whether one has used a parameter, "
             "and ranks would step apart"
+        )
+    own = [
+        name or "the model"
+        for name, module in model.module.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+    if own:
+        raise ValueError(
+            f"elastic with get_extra_state() of {', '.join(own)}, which cannot be handed to a rank "
+            "that comes in: expected parameters and buffers alone"
         )
     found = sparsifier(optimizer)
     if optimizer is None or found is not None:
