@@ -90,5 +90,8 @@ class AllReduceWork:
         # without a hook
         return self._update is None or bool(torch.isfinite(self._bucket).all())
 
+    def exceeds(self, limit: float) -> bool:
+        return self._update is not None and bool((self._bucket.abs() > limit).any())
+
     def deliver(self) -> None:
         self._residuals.apply(self._update)
