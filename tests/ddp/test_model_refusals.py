@@ -153,7 +153,7 @@ def test_a_tied_weight_is_exchanged_unless_it_is_ignored_by_all_of_its_names(
     by_module: bool,
 ) -> None:
     module = Tied(by_module=by_module)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["first.weight"])
+    module._ddp_params_and_buffers_to_ignore = ["first.weight"]  # type: ignore[assignment]
     model = DistributedDataParallel(module)
     state = register_topq_hook(model, q=0.5, exchange="allgather", momentum="optimizer")
     for _ in range(3):
