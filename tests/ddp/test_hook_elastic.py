@@ -16,8 +16,14 @@ from hook_cases import loss_of, small_model
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import Elastic, TopQState, register_topq_hook
+from topq_dist import (
+    Elastic,
+    TopQGradientOptimizer,
+    TopQState,
+    register_topq_hook,
+)
 from topq_dist.elastic.store import serve
+from topq_dist.optim import GradientTransformerOptimizer
 
 pytestmark = [pytest.mark.gloo, pytest.mark.usefixtures("one_thread")]
 OPTIONS: dict[str, Any] = {"q": 0.8, "exchange": "allgather"}
@@ -69,6 +75,50 @@ def both_ways(rank: int, port: int) -> list[bool]:
 def test_an_elastic_run_that_loses_nobody_ends_in_the_same_bits(tmp_path: Path) -> None:
     store = serve("127.0.0.1:0")
     assert run_ranks(2, both_ways, tmp_path, store.port) == [[True, True]] * 2
+
+
+class WithBuffer(torch.nn.Module):
+    """A model with a buffer that no state_dict has, and that has grown by now."""
+
+    known: torch.Tensor
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.inner = small_model(seed=rank)
+        self.register_buffer("known", torch.full((3,), float(rank)), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.inner(inputs)
+
+
+def with_buffers(rank: int, port: int) -> list[float]:
+    group = dist.new_group([rank], use_local_synchronization=True)
+    model = WithBuffer(rank)
+    ddp = DistributedDataParallel(model, process_group=group)
+    place = Elastic(store=f"127.0.0.1:{port}", name=str(rank), ranks=2)
+    optimizer = optimizer_of("sgd", model)
+    state = register_topq_hook(ddp, optimizer, elastic=place, **OPTIONS)
+    hook = state._elastic_hook()
+    known: list[float] = model.known.tolist()
+    # as a peer would hand it that has run for longer
+    theirs = hook.state_for_peer()
+    theirs["tensors"] |= {"known": torch.full((5,), 7.0)}
+    hook.take_state(theirs)
+    known += model.known.tolist()
+    state.close()
+    return known
+
+
+def test_buffers_that_no_state_dict_has_are_handed_over(tmp_path: Path) -> None:
+    store = serve("127.0.0.1:0")
+    first, second = run_ranks(2, with_buffers, tmp_path, store.port)
+    assert first == second
+    assert first[3:] == [7.0] * 5
+
+
+class WithExtraState(torch.nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 1}
 
 
 def rank_main(folder: Path, place: Elastic, dies_at: int, options: dict[str, Any]) -> None:
@@ -139,12 +189,16 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
     model = small_model()
     ddp = DistributedDataParallel(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    paired = TopQGradientOptimizer(None, own, q=0.5, param_ndim=None)
+    within = GradientTransformerOptimizer(None, paired, param_ndim=None)
     good: dict[str, Any] = {**OPTIONS, "elastic": place}
     for words, optimizer, options in (
         ("exchange='auto'", sgd, {"exchange": "auto"}),
         ("momentum='corrected'", sgd, {"momentum": "corrected"}),
         ("scope='bucket'", sgd, {"scope": "bucket"}),
         ("optimizer is a NoneType", None, {}),
+        ("optimizer is or has a TopQGradientOptimizer", within, {"q": None}),
     ):
         with pytest.raises(ValueError, match=words):
             register_topq_hook(ddp, optimizer, **(good | options))
@@ -152,6 +206,9 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
     for unfit in modes:
         with pytest.raises(ValueError, match="ranks would step apart"):
             register_topq_hook(DistributedDataParallel(model, **unfit), sgd, **good)
+    extra = DistributedDataParallel(torch.nn.Sequential(WithExtraState(4, 4)))
+    with pytest.raises(ValueError, match=r"get_extra_state\(\) of 0, which cannot be handed"):
+        register_topq_hook(extra, torch.optim.SGD(extra.parameters(), lr=0.1), **good)
     with pytest.raises(ValueError, match="wrapped later"):
         TopQState(model, sgd, **good)
     state = register_topq_hook(ddp, sgd, **good)

@@ -136,6 +136,32 @@ def test_dtypes_without_a_frame_and_parameters_without_a_shape_are_named() -> No
             check_parameters(nn.Module(), {weight: "w"})
 
 
+class Tied(nn.Module):
+    def __init__(self, *, by_module: bool) -> None:
+        super().__init__()
+        self.first, self.between = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.last = self.first if by_module else nn.Linear(4, 4, bias=False)
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.last(self.between(self.first(inputs)))
+
+
+@alone
+@pytest.mark.parametrize("by_module", [False, True])
+def test_a_tied_weight_is_exchanged_unless_it_is_ignored_by_all_of_its_names(
+    by_module: bool,
+) -> None:
+    module = Tied(by_module=by_module)
+    module._ddp_params_and_buffers_to_ignore = ["first.weight"]  # type: ignore[assignment]
+    model = DistributedDataParallel(module)
+    state = register_topq_hook(model, q=0.5, exchange="allgather", momentum="optimizer")
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+    expected = {"between.weight", "between.bias"} | (set() if by_module else {"last.weight"})
+    assert state.state_dict()["residuals"].keys() == expected
+
+
 def compiled(rank: int) -> list[bool]:
     """The hook on a model that is compiled after it, before it, and on one that is not."""
     ends = []

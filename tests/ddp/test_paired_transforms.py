@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from typing import Any
 
@@ -12,7 +13,11 @@ from rai_toolbox.optim import L1qNormedGradientOptim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import TopQGradientOptimizer, register_topq_hook
+from topq_dist import (
+    ChainedParamTransformingOptimizer,
+    TopQGradientOptimizer,
+    register_topq_hook,
+)
 
 pytestmark = pytest.mark.usefixtures("alone")
 OPTIONS: dict[str, Any] = {"error_feedback": False, "exchange": "allgather", "value_format": None}
@@ -124,3 +129,65 @@ def test_the_word_of_the_hook_holds_through_a_closure_and_not_in_copies() -> Non
     # what the hook sent, q = 0.5 of rows of 8, and not half of that
     assert nonzeros(model) == 32
     assert optimizer.__getstate__().keys().isdisjoint({"_sparsified_once", "_is_sparsified"})
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As Accelerate's: it holds another, whose groups are its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_within_others_is_as_if_it_had_been_given(times: int) -> None:
+    ends = []
+    for wraps in (0, times):
+        module = net()
+        optimizer = make(TopQGradientOptimizer, module)
+        for _ in range(wraps):
+            optimizer = Wrapping(optimizer)
+        model = DistributedDataParallel(module)
+        # the average has 32 elements, of which a second selection would leave 16
+        state = register_topq_hook(model, optimizer, exchange="allgather", bound=None)
+        for seed in range(3):
+            step(model, optimizer, seed)
+            assert nonzeros(module) == 32
+        with pytest.raises(ValueError, match=r"q=0\.5 with a TopQGradientOptimizer"):
+            register_topq_hook(DistributedDataParallel(net()), optimizer, q=0.5)
+        ends.append((module.weight.detach(), state.state_dict()["residuals"]["weight"]))
+    (plain, kept), (wrapped, also_kept) = ends
+    assert torch.equal(plain, wrapped)
+    assert torch.equal(kept, also_kept)
+
+
+def test_one_in_a_chain_and_one_of_two_are_refused_with_what_to_give() -> None:
+    module = net()
+    top_q = functools.partial(TopQGradientOptimizer, q=0.5)
+    params = list(module.parameters())
+    chain = functools.partial(ChainedParamTransformingOptimizer, params=params, param_ndim=1, lr=1)
+    for chained in (chain(top_q), Wrapping(chain(top_q))):
+        with pytest.raises(ValueError, match=r"in a Chained\w+.*expected it around the others"):
+            register_topq_hook(DistributedDataParallel(module), chained, **OPTIONS)
+    twice = TopQGradientOptimizer(None, make(TopQGradientOptimizer, module), q=0.5)
+    with pytest.raises(ValueError, match="has 2 TopQGradientOptimizers"):
+        register_topq_hook(DistributedDataParallel(module), twice, **OPTIONS)
+    # what the error says to give
+    around = TopQGradientOptimizer(None, chain(), q=0.5)
+    model = DistributedDataParallel(module)
+    register_topq_hook(model, around, **OPTIONS)
+    step(model, around)
+    assert nonzeros(module) == 32

@@ -42,6 +42,9 @@ class CostingWork:
         self._of.meter.add(wire_bytes=self._of.wire_bytes)
         return True
 
+    def exceeds(self, limit: float) -> bool:
+        return False
+
     def deliver(self) -> None:
         self._bucket.mul_(math.nan if self._of.sparse else 2.0)
 

@@ -22,7 +22,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from topq_dist import ExchangeError, QByTensor, TopQGradientOptimizer, register_topq_hook
+from topq_dist import (
+    ExchangeError,
+    GradientTransformerOptimizer,
+    QByTensor,
+    TopQGradientOptimizer,
+    register_topq_hook,
+)
 
 HERE = "tests/fsdp/test_fsdp_errors.py"
 
@@ -94,7 +100,8 @@ def with_knobs(**knobs: Any) -> Callable[[], object]:
 def paired() -> None:
     model = small_model()
     optimizer = TopQGradientOptimizer(model.parameters(), torch.optim.SGD, q=0.9, lr=0.1)
-    hooked(plain(alone_mesh()["shard"]), alone_mesh(), optimizer)
+    within = GradientTransformerOptimizer(None, optimizer, param_ndim=None)
+    hooked(plain(alone_mesh()["shard"]), alone_mesh(), within)
 
 
 def anothers_optimizer() -> None:

@@ -53,6 +53,29 @@ def test_a_grad_scaler_in_use_is_named_once(given: bool, clips: bool) -> None:
     assert "grad_scaler=" in said
 
 
+class WithOneMore(nn.Module):
+    """A model with a parameter smaller than all others, whose gradient is zeros."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.inner, self.more = small_model(), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.inner(inputs) + 0 * self.more.sum()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2,)])
+def test_one_in_use_is_seen_where_the_smallest_parameter_shows_nothing(
+    shape: tuple[int, ...],
+) -> None:
+    model = DistributedDataParallel(WithOneMore(*shape))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    register_topq_hook(model, optimizer, exchange="allgather")
+    scaler = torch.amp.GradScaler("cpu")
+    (said,) = said_by(lambda: by_a_scaler(model, optimizer, scaler, clips=False))
+    assert "a GradScaler is in use" in said
+
+
 def test_one_that_unscales_in_a_fused_kernel_as_well() -> None:
     model = DistributedDataParallel(small_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)

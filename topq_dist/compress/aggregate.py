@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -108,6 +109,21 @@ def write_sum(frames: Sequence[Frame], *, divisor: int, out: Tensor) -> Tensor:
     if total is not flat:
         flat.copy_(total)
     return out
+
+
+def sum_exceeds(frames: Sequence[Frame], *, divisor: float, limit: float) -> bool:
+    """Return whether an element of what `write_sum` makes of finite frames is beyond `limit`.
+
+    The frames are left as they are.
+    """
+    largest = [float(frame.values.abs().max()) for frame in frames if frame.values.numel()]
+    if sum(largest) <= limit * divisor:
+        # no need to add them up, as a rule
+        return False
+    copies = [replace(frame, values=frame.values.clone()) for frame in frames]
+    dtype = max((frame.values.dtype for frame in frames), key=lambda dtype: dtype.itemsize)
+    total = write_sum(copies, divisor=1, out=torch.empty(frames[0].numel, dtype=dtype))
+    return bool((total.abs() > limit * divisor).any())
 
 
 def check_out(out: Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -27,7 +27,7 @@ from topq_dist.exchange.handed_state import check_travels, from_texts, to_texts
 from topq_dist.exchange.registry import check_ranks, make_exchange
 from topq_dist.hook.parts import HookParts, Knobs, Ranks, attach
 from topq_dist.hook.pipeline import Pipeline, future_of
-from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.optim.momentum_rules import sparsifier
 
 _EXCHANGES = ("allgather", "hierarchical")
 _METHODS = ("feedback", "optimizer")
@@ -69,7 +69,8 @@ class ElasticHook:
         self.epochs.begin()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._model.state_dict(keep_vars=True))
+        # not of its state_dict, which lacks buffers that are not persistent
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
 
     def push(
         self, flat: Tensor, parameters: Sequence[Tensor], *, first: bool, last: bool
@@ -129,7 +130,11 @@ class ElasticHook:
         """Take what `state_for_peer` has returned on a rank that is in the run."""
         stages = self._parts.stages
         for name, tensor in self._tensors().items():
-            tensor.detach().copy_(state["tensors"][name])
+            theirs = state["tensors"][name]
+            if tensor.shape != theirs.shape:
+                # a buffer that grows with what a run has seen
+                tensor.resize_(theirs.shape)
+            tensor.detach().copy_(theirs)
         self._optimizer.load_state_dict(
             from_texts(state["optimizer"], self._optimizer.state_dict())
         )
@@ -163,9 +168,21 @@ def _checked(
             "expected one without, since it asks no other rank whether one has used a parameter, "
             "and ranks would step apart"
         )
-    if optimizer is None or isinstance(optimizer, TopQGradientOptimizer):
+    own = [
+        name or "the model"
+        for name, module in model.module.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+    if own:
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__} with elastic: expected the torch optimizer "
+            f"elastic with get_extra_state() of {', '.join(own)}, which cannot be handed to a rank "
+            "that comes in: expected parameters and buffers alone"
+        )
+    found = sparsifier(optimizer)
+    if optimizer is None or found is not None:
+        said = "is a NoneType" if found is None else f"is or has a {type(found).__name__}"
+        raise ValueError(
+            f"optimizer {said} with elastic: expected the torch optimizer "
             "that steps the model, whose state a rank takes that comes in"
         )
     if knobs.exchange not in _EXCHANGES:

@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,9 @@ from topq_dist.exchange.shards import telling_of_failures
 from topq_dist.hook.call_watch import CallWatch
 from topq_dist.hook.momentum import MomentumName
 from topq_dist.hook.parts import Knobs, Ranks, agree_on_loaded, connect
-from topq_dist.hook.sparsity_policy import PlannedSparsity
+from topq_dist.hook.sparsity_policy import OptimizerSparsity, PlannedSparsity
 from topq_dist.hook.state import HookState
 from topq_dist.module_names import unwrapped
-from topq_dist.optim import TopQGradientOptimizer
 from topq_dist.q_policies import QPolicy
 from topq_dist.telemetry.stats import Meter
 
@@ -42,8 +41,9 @@ class TopQState(HookState):
 
     Knobs, in the order in which one tunes them:
         optimizer: the torch optimizer that steps the model, whose momentum is then the hook's (see
-            `momentum`). Of a TopQGradientOptimizer the groups' q, dq and param_ndim are read live,
-            and it leaves the hook's parameters unsparsified. None: set the momentum by hand, for
+            `momentum`). Of a TopQGradientOptimizer, which may be within others, the groups' q, dq
+            and param_ndim are read live, and it leaves the hook's parameters unsparsified; one in
+            a ChainedParamTransformingOptimizer is refused. None: set the momentum by hand, for
             SGD momentum 0 and the rate divided by 1 - momentum, for Adam and its kind beta1 = 0.
         q: fraction of each gradient that is not sent, in [0, 1]; DEFAULT_Q where None. Or a policy:
             QSchedule changes it with the steps, QByTensor from parameter to parameter, and QByLoss
@@ -80,7 +80,9 @@ class TopQState(HookState):
             TopQGradientOptimizer.
         clip_norm: scale this rank's gradient down to this norm before it is compressed. Its
             buckets then wait for the end of the backward pass, which knows the norm.
-        grad_scaler: the GradScaler in use, so that the residual is in unscaled units.
+        grad_scaler: the GradScaler in use, so that the residual is in unscaled units. Gradients of
+            float16 are then exchanged as fp32, without the scale; a step whose average is too large
+            for float16 with it is void, after which the scale must fall, as a GradScaler's does.
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.
@@ -176,12 +178,13 @@ class TopQState(HookState):
         context = CommContext(group=model.process_group, device=device, meter=self._meter)
         with telling_of_failures(context):
             self._parts = make_parts(self._knobs, model, optimizer)
-        self._calls = CallWatch(optimizer)
         if place is not None:
             self._elastic = ElasticHook(model, optimizer, self._parts, self._knobs, place, context)
             self._ranks = self._elastic.ranks
-            return
-        self._ranks = connect(self._parts, self._knobs, context)
+        else:
+            self._ranks = connect(self._parts, self._knobs, context)
+        # last: an optimizer that is refused is left as it was
+        self._calls = CallWatch(optimizer)
 
     def _bind(self, device: torch.device) -> Ranks:
         """Return the ranks of the first backward pass; a collective of theirs."""
@@ -195,6 +198,8 @@ class TopQState(HookState):
             if self._loaded is not None:
                 self.load_state_dict(self._loaded)
         agree_on_loaded(self._loaded, context)
+        # which may hold the residuals of every rank
+        self._loaded = None
         return self._ranks
 
     @property
@@ -215,6 +220,7 @@ class TopQState(HookState):
             )
         self._parts = make_parts(self._knobs, self._model, optimizer)
         self._optimizer = optimizer
+        self._calls.close()
         self._calls = CallWatch(optimizer)
 
     @property
@@ -225,6 +231,8 @@ class TopQState(HookState):
     @q.setter
     def q(self, value: float | QPolicy) -> None:
         self._planned_sparsity().q = value
+        # of which an optimizer that is set later, and a copy, make theirs
+        self._knobs = replace(self._knobs, q=value)
 
     def _planned_sparsity(self) -> PlannedSparsity:
         sparsity = self._parts.stages.sparsity
@@ -234,17 +242,35 @@ class TopQState(HookState):
 
     def __getstate__(self) -> dict[str, Any]:
         # so that a model that has the hook can be copied: a process group cannot
-        made_of = self._model, self._optimizer, self._knobs
-        return {} if self._model is None else {"made_of": made_of}
+        if self._model is None:
+            return {}
+        if self._group is not None:
+            raise RuntimeError(
+                "process_group of a TopQState cannot be copied: expected a copy of one in the "
+                "default group, or a state that is made anew"
+            )
+        return {
+            "made_of": (self._model, self._optimizer, self._knobs),
+            "loaded": self._loaded,
+            "observes": self._watch is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model, optimizer, knobs = state["made_of"]
-        vars(self).update(vars(TopQState(model, optimizer, **vars(knobs))))
+        made = TopQState(model, optimizer, **vars(knobs))
+        # of before they lack both
+        made._loaded = state.get("loaded")
+        if state.get("observes"):
+            made.observe()
+        vars(self).update(vars(made))
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         # only where there is no such attribute
         if name.startswith("__"):
             raise AttributeError(name)
+        if "_parts" in vars(self):
+            # which says what it is: a property's own error has come here as well
+            return object.__getattribute__(self, name)
         raise RuntimeError(
             "this TopQState is a copy and belongs to no process group: save state_dict() instead, "
             "and register a hook on a model that is made anew"
@@ -297,8 +323,8 @@ class TopQState(HookState):
         if first:
             ranks.pipeline.watch = self._watch
         future = ranks.pipeline.push(flat, parameters, first=first, last=last)
-        if last and isinstance(self._optimizer, TopQGradientOptimizer):
-            self._optimizer.sparsified_until_step(self._parts.names)
+        if last and isinstance(self._parts.stages.sparsity, OptimizerSparsity):
+            self._parts.stages.sparsity.leave_to_hook()
         return future
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:

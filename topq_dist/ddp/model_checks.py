@@ -93,11 +93,14 @@ def exchanged_names(model: nn.Module) -> dict[Tensor, str]:
         module, ignored = model.module, set(model.parameters_to_ignore)
     else:
         module, ignored = model, set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    return {
-        parameter: plain_name(name)
-        for name, parameter in module.named_parameters()
-        if name not in ignored
-    }
+    names: dict[Tensor, str] = {}
+    # module by module, as DistributedDataParallel goes: a tied weight is left out by all its names
+    for prefix, child in module.named_modules():
+        for own_name, parameter in child.named_parameters(recurse=False):
+            name = f"{prefix}.{own_name}" if prefix else own_name
+            if name not in ignored:
+                names.setdefault(parameter, plain_name(name))
+    return names
 
 
 def trainable_names(model: nn.Module) -> dict[Tensor, str]:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from topq_dist.compress.planned_segments import widest_format
 from topq_dist.ddp.bucket_layouts import BucketLayouts
 from topq_dist.ddp.model_checks import check_parameters, exchanged_names
 from topq_dist.ddp.model_facts import ModelFacts
@@ -22,14 +23,19 @@ def make_parts(knobs: Knobs, model: nn.Module, optimizer: Optimizer | None) -> H
     trainable = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
     check_parameters(model if ddp_model is None else ddp_model.module, trainable)
     per_node = check_exchange(knobs.exchange, knobs.ranks_per_node)
+    half = frozenset(name for one, name in names.items() if one.dtype == torch.float16)
+    value_format = knobs.value_format
+    if value_format is None and half and knobs.grad_scaler is not None:
+        # unscaled they travel as fp32, which a budget must know
+        value_format = widest_format([torch.float32, *(one.dtype for one in names)])
     sparsity = make_sparsity_policy(
-        names, optimizer, q=knobs.q, scope=knobs.scope, value_format=knobs.value_format
+        names, optimizer, q=knobs.q, scope=knobs.scope, value_format=value_format
     )
     wrapped = WrappedModel(
         names,
         ModelFacts(ddp_model, names, knobs.scope),
         sparsity,
         BucketLayouts(names, sparsity),
-        frozenset(name for one, name in names.items() if one.dtype == torch.float16),
+        half,
     )
     return assemble(knobs, wrapped, optimizer, per_node)

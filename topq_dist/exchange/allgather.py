@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from topq_dist.compress.aggregate import sum_exceeds
 from topq_dist.compress.codec.frame import Frame, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE
 from topq_dist.compress.compressor import TopKCompressor
@@ -62,6 +63,9 @@ class AllGatherWork:
             for rank, frame in enumerate(self.frames)
         ]
         return all(frame.finite for frame in self._decoded)
+
+    def exceeds(self, limit: float) -> bool:
+        return sum_exceeds(self._decoded, divisor=len(self._decoded), limit=limit)
 
     def deliver(self) -> None:
         if self._compressed is None:

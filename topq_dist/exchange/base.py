@@ -43,7 +43,7 @@ class Outgoing(NamedTuple):
 
 
 class ExchangeWork(Protocol):
-    """A bucket on its way; every method is called once, on every rank in the same order."""
+    """A bucket on its way; each method is called once at most, on every rank in the same order."""
 
     @property
     def coherence(self) -> Coherence:
@@ -56,6 +56,12 @@ class ExchangeWork(Protocol):
         """Wait for the other ranks, and return whether the average is finite.
 
         Raises ExchangeError on every rank or on none.
+        """
+
+    def exceeds(self, limit: float) -> bool:
+        """Return whether a finite average has an element beyond `limit`; alike on every rank.
+
+        Once received, and only where somebody asks.
         """
 
     def deliver(self) -> None:

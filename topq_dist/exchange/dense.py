@@ -109,6 +109,9 @@ class AllReduceWork:
         # it does without a hook
         return not self._may_flush or _is_finite(self._bucket)
 
+    def exceeds(self, limit: float) -> bool:
+        return self._may_flush and bool((self._bucket.abs() > limit).any())
+
     def deliver(self) -> None:
         self._residuals.apply(self._update)
 

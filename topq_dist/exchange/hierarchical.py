@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topq_dist.compress.aggregate import write_sum
+from topq_dist.compress.aggregate import sum_exceeds, write_sum
 from topq_dist.compress.codec.frame import Frame, FrameError, decode_frame
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import TopKCompressor
@@ -113,6 +113,13 @@ class HierarchicalWork:
             on_device = message.to(self._inside.device)
             dist.broadcast(on_device, self._leader, group=self._inside.group)
             return on_device.cpu()
+
+    def exceeds(self, limit: float) -> bool:
+        # of sums over a node
+        limit *= self._per_node
+        if self._gather is not None:
+            return self._gather.exceeds(limit)
+        return sum_exceeds(self._frames, divisor=self._nodes, limit=limit)
 
     def deliver(self) -> None:
         if self._gather is not None:

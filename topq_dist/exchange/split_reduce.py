@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from topq_dist.compress.aggregate import decode_partition
+from topq_dist.compress.aggregate import decode_partition, sum_exceeds
 from topq_dist.compress.codec.frame import Frame, FrameError
 from topq_dist.compress.coherence import NO_COHERENCE, Coherence
 from topq_dist.compress.compressor import TopKCompressor
@@ -126,6 +126,9 @@ class SplitReduceWork:
             raise self._failure or error from None
         self._decoded = decode_partition(frames, numel=self._outgoing.bucket.numel())
         return all(frame.finite for frame in self._decoded)
+
+    def exceeds(self, limit: float) -> bool:
+        return sum_exceeds(self._decoded, divisor=1, limit=limit)
 
     def deliver(self) -> None:
         compressed = self._outgoing.compressed

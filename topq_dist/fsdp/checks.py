@@ -17,7 +17,7 @@ from topq_dist.exchange.collectives import CommContext
 from topq_dist.fsdp.sharded import shard_group
 from topq_dist.fsdp.torch_side import check_known, groups_of, sharded_modules
 from topq_dist.hook.parts import Knobs
-from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.optim.momentum_rules import sparsifier
 from topq_dist.q_policies import QPolicy
 from topq_dist.validation import warn_caller
 
@@ -129,10 +129,11 @@ def check_replicate_group(
 
 def check_knobs(knobs: Knobs, optimizer: Optimizer | None) -> None:
     """Raise ValueError for a knob that has no meaning for shards."""
-    if isinstance(optimizer, TopQGradientOptimizer):
+    found = sparsifier(optimizer)
+    if found is not None:
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__}, which takes no DTensor: give the hook the "
-            "optimizer without it, and q"
+            f"optimizer is or has a {type(found).__name__}, which takes no DTensor: give the hook "
+            "the optimizer without it, and q"
         )
     if isinstance(knobs.q, QPolicy):
         raise ValueError(

@@ -52,6 +52,7 @@ class ShardedTopQState(HookState):
     parameter's shard for itself. Knobs are those of `topq_dist.TopQState`; `scope="bucket"`,
     `exchange="hierarchical"` and a TopQGradientOptimizer are refused. With q = 0 and values as they
     are the exchange is an all-reduce, to the bits of fully_shard on a 2-D mesh (HSDP).
+    Made with q = 0 and the default value_format, values stay as they are, whatever q is set to.
 
     A step in which a gradient of any rank is not finite is void: all gradients of all ranks are
     NaN, and no residual has changed. After an error in backward() the model and its hook are to be

@@ -37,7 +37,8 @@ class LossScaleWatch:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
-        self._place, self._where = 0, slice(0)
+        # from the smallest parameter on, those of no element left out
+        self._places: list[tuple[int, slice]] = []
         self._parameter: Tensor | None = None
         self._largest = self._factor = 0.0
         self._passes = 0
@@ -54,17 +55,20 @@ class LossScaleWatch:
             self._parameter = None
             return
         if layout is not self._layout:
-            slices = layout.slices()
             self._layout = layout
-            self._place = min(range(len(slices)), key=lambda at: slices[at].stop - slices[at].start)
-            self._where = slices[self._place]
-        self._parameter = parameters[self._place]
-        self._largest = _largest(flat[self._where])
+            sized = [(place, one) for place, one in enumerate(layout.slices()) if _numel(one)]
+            self._places = sorted(sized, key=lambda held: _numel(held[1]))
+        self._parameter = None
+        for place, where in self._places:
+            self._largest = _largest(flat[where])
+            if self._largest:
+                self._parameter = parameters[place]
+                return
 
     def look_at(self, optimizer: Optimizer) -> None:
         """Compare with what an optimizer is about to step on."""
         parameter = self._parameter
-        if parameter is None or parameter.grad is None or not self._largest:
+        if parameter is None or parameter.grad is None:
             return
         if self._passes <= _FIRST_STEPS and _is_scaled(optimizer) and _holds(optimizer, parameter):
             self._warn("a GradScaler is in use")
@@ -102,6 +106,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return
     for watch in list(_watching):
         watch.look_at(optimizer)
+
+
+def _numel(where: slice) -> int:
+    return int(where.stop - where.start)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -148,6 +148,7 @@ def assemble(
         momentum=momentum,
         clip_norm=check_positive("clip_norm", knobs.clip_norm),
         grad_scaler=check_grad_scaler(knobs.grad_scaler),
+        scales_half=bool(model.half) and knobs.grad_scaler is not None,
         scale_watch=LossScaleWatch() if watches else None,
     )
     return HookParts(optimizer, names, per_node, method, stages, model.layouts)
@@ -208,7 +209,8 @@ def _on_device(parts: HookParts, knobs: Knobs, context: CommContext) -> DeviceOp
     """Return how frames are exchanged on the device, None where they go through the host.
 
     They do where something of a step is the host's: parameters that may be unused, momentum before
-    the selection, rows of parameters, a q by the loss, values in a format that no kernel writes.
+    the selection, rows of parameters, a q by the loss, values in a format that no kernel writes,
+    averages that must fit float16 with a loss scale.
     """
     stages = parts.stages
     value_format = stages.compressor.value_format
@@ -220,6 +222,7 @@ def _on_device(parts: HookParts, knobs: Knobs, context: CommContext) -> DeviceOp
         or parts.method not in ("feedback", "optimizer")
         or stages.model.may_be_unused
         or stages.compressor.residual_decay != 1.0
+        or stages.scales_half
         or not (value_format is None or value_format in FORMATS)
         or not engine.runs_on(context.device)
     ):

@@ -40,14 +40,18 @@ from topq_dist.exchange.slots import NO_FRAME
 from topq_dist.hook.stages import Layouts, Stages
 from topq_dist.profiling import labelled
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 class Bucket(NamedTuple):
     """What is needed of a bucket; `flat` is 1-D and takes the average.
 
+    given: what the caller has given, and looks at; `flat` itself unless that is a copy in fp32.
     out_of_rows: what is brought into rows for as long as it is on its way.
     """
 
     flat: Tensor
+    given: Tensor
     layout: Layout
     out_of_rows: Sequence[OutOfRows]
     parameters: Sequence[Tensor]
@@ -94,11 +98,11 @@ class Pipeline:
         """
         if first:
             self._begin()
-        bucket = Bucket(flat, *self._layouts.of(parameters), parameters, future_of(flat))
-        for out_of_rows in bucket.out_of_rows:
-            out_of_rows.to_rows(flat)
-        if self._stages.grad_scaler is not None:
-            flat.mul_(1.0 / self._scale)
+        layout, out_of_rows = self._layouts.of(parameters)
+        for one in out_of_rows:
+            one.to_rows(flat)
+        unscaled = self._unscaled(flat, parameters)
+        bucket = Bucket(unscaled, flat, layout, out_of_rows, parameters, future_of(flat))
         if self._stages.clip_norm is None:
             self._launch(bucket)
         else:
@@ -111,6 +115,24 @@ class Pipeline:
         if last:
             self._finish()
         return bucket.future
+
+    def _unscaled(self, flat: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Return a bucket without the loss scale: itself, or a copy where it is of float16."""
+        if self._stages.grad_scaler is None:
+            return flat
+        if flat.dtype != torch.float16:
+            return flat.mul_(1.0 / self._scale)
+        # without names it is all-reduced as it is, scale and all, as fully_shard would
+        return flat.float().mul_(1.0 / self._scale) if parameters else flat
+
+    def _scale_again(self, bucket: Bucket) -> None:
+        """Have what the caller has given hold the average, with the loss scale."""
+        if self._stages.grad_scaler is None:
+            return
+        if bucket.flat is not bucket.given:
+            bucket.given.copy_(bucket.flat.mul_(self._scale))
+        elif bucket.flat.dtype != torch.float16:
+            bucket.flat.mul_(self._scale)
 
     def _begin(self) -> None:
         # what an aborted backward pass left behind is of no use to anyone
@@ -142,7 +164,9 @@ class Pipeline:
             self._check_announced()
 
     def _settings(self) -> str:
-        return f"{self._stages.settings()}\n{self._exchange.settings()}"
+        settings = f"{self._stages.settings()}\n{self._exchange.settings()}"
+        # by which ranks find the same averages too large
+        return f"{settings}\nscale={self._scale}" if self._stages.scales_half else settings
 
     def _announce(self) -> FrameAllGather:
         """Tell every rank of this one's settings and failure, where no frame of its will."""
@@ -159,7 +183,7 @@ class Pipeline:
         work = self._exchange.launch(
             Outgoing(bucket.flat, bucket.layout, compressed, self._settings_digest)
         )
-        self._context.meter.add(dense_bytes=bucket.flat.nbytes)
+        self._context.meter.add(dense_bytes=bucket.given.nbytes)
         if self._in_flight:
             self._in_flight[-1][1].advance()
         self._in_flight.append((bucket, work))
@@ -199,7 +223,7 @@ class Pipeline:
         meter = self._context.meter
         began_s, before = time.perf_counter(), meter.stats
         with labelled("wait and decode"):
-            mine = self._receive([work for _, work in in_flight])
+            mine = self._receive(in_flight)
             outcome = agree_on_outcome(mine, self._settings, self._context)
             if self._commit is not None:
                 self._commit()
@@ -209,14 +233,13 @@ class Pipeline:
         with labelled("average and update residuals"):
             for bucket, work in in_flight:
                 if not outcome.finite:
-                    bucket.flat.fill_(torch.nan)
+                    bucket.given.fill_(torch.nan)
                 else:
                     work.deliver()
-                    if self._stages.grad_scaler is not None:
-                        bucket.flat.mul_(self._scale)
+                    self._scale_again(bucket)
                     for out_of_rows in bucket.out_of_rows:
-                        out_of_rows.to_memory(bucket.flat)
-                bucket.future.set_result(bucket.flat)
+                        out_of_rows.to_memory(bucket.given)
+                bucket.future.set_result(bucket.given)
         self._stages.model.end_step(self._layouts.seen)
         if self._stages.scale_watch is not None and bucket.parameters:
             self._stages.scale_watch.saw(bucket.flat, bucket.layout, bucket.parameters)
@@ -239,13 +262,22 @@ class Pipeline:
             self.watch.void()
         self._watched = []
 
-    def _receive(self, works: Sequence[ExchangeWork]) -> Outcome:
+    def _receive(self, in_flight: Sequence[tuple[Bucket, ExchangeWork]]) -> Outcome:
         """Wait for the other ranks of the exchange, and return what has come of the step there."""
+        works = [work for _, work in in_flight]
         self._check_announced()
         with self._telling_of_errors():
             works[-1].advance()
             finite = [work.receive() for work in works]
-        return Outcome(all(finite), total(work.coherence for work in works))
+            counts = all(finite) and not self._overflows(in_flight)
+        return Outcome(counts, total(work.coherence for work in works))
+
+    def _overflows(self, in_flight: Sequence[tuple[Bucket, ExchangeWork]]) -> bool:
+        """Return whether an average is too large for float16 once it has the loss scale again."""
+        limit = _LARGEST_HALF / self._scale
+        return any(
+            work.exceeds(limit) for bucket, work in in_flight if bucket.flat is not bucket.given
+        )
 
     def _check_announced(self) -> None:
         """Wait for what the other ranks have announced, if that is still to come."""

@@ -12,6 +12,7 @@ from topq_dist.compress.defaults import DEFAULT_Q
 from topq_dist.compress.planned_segments import PlannedSegments, widest_format
 from topq_dist.compress.sparsify.segments import Scope, Segment
 from topq_dist.optim import TopQGradientOptimizer
+from topq_dist.optim.momentum_rules import sparsifier
 from topq_dist.q_policies import QPolicy
 from topq_dist.sparsity import draw_q, k_from_q, row_shape, rows_lie_apart
 from topq_dist.validation import warn_caller
@@ -57,14 +58,15 @@ def make_sparsity_policy(
     value_format: str | None = None,
 ) -> SparsityPolicy:
     """Return where a hook's q comes from; raises TypeError or ValueError where that is unclear."""
-    if not isinstance(optimizer, TopQGradientOptimizer):
+    found = sparsifier(optimizer)
+    if found is None:
         return PlannedSparsity(DEFAULT_Q if q is None else q, scope, names, value_format)
-    kind = type(optimizer).__name__
+    kind = type(found).__name__
     if q is not None:
         raise ValueError(f"q={q!r} with a {kind}: expected None, since its groups hold q")
     if scope != "parameter":
         raise ValueError(f"scope={scope!r} with a {kind}: expected 'parameter'")
-    return OptimizerSparsity(optimizer, names)
+    return OptimizerSparsity(found, names)
 
 
 class PlannedSparsity:
@@ -153,6 +155,10 @@ class OptimizerSparsity:
                 "expected every trainable parameter of the model"
             )
         self._warn_of_the_unmoving()
+
+    def leave_to_hook(self) -> None:
+        """Have the optimizer take the gradients of a backward pass as sparsified already."""
+        self._optimizer.sparsified_until_step(self._names)
 
     def begin_step(self) -> None:
         step_q: dict[Tensor, float] = {}

@@ -54,7 +54,11 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Everything that a bucket goes through before it is exchanged."""
+    """Everything that a bucket goes through before it is exchanged.
+
+    scales_half: whether there are gradients of float16 with a loss scale. They are unscaled into
+        fp32, since they may be too small for float16 without it.
+    """
 
     model: ModelFacts
     sparsity: SparsityPolicy
@@ -62,6 +66,7 @@ class Stages:
     momentum: Momentum
     clip_norm: float | None
     grad_scaler: GradScaler | None
+    scales_half: bool
     scale_watch: LossScaleWatch | None
 
     def sends_all(self) -> bool:

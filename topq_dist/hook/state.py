@@ -35,7 +35,9 @@ class HookState:
     def detach(self) -> None:
         """Hand the optimizer its momentum back for good; a second call does nothing.
 
-        The hook itself goes on, as with momentum="optimizer".
+        The hook itself goes on, as with momentum="optimizer". What waits in the residual is sent
+        with later gradients; but with momentum="adam" it is dropped, since a sum of directions
+        cannot be sent with gradients.
         """
         self._parts.stages.momentum.detach()
 

@@ -63,7 +63,8 @@ class LocalTopQ:
     q: fraction of each parameter's change that is not sent, a number in [0, 1]; may be set anew
         between rounds, on every rank alike. Policies for q are the hook's and the server's alone.
     value_format: how what is sent travels: "fp32", "fp16", "bf16", "int8", "int4", "int2", "fp64",
-        "ec2", "ec1", "ecfp16", "ecbf16"; None is lossless, and the default where q is 0.
+        "ec2", "ec1", "ecfp16", "ecbf16"; None is lossless, and the default where q is 0. Decided
+        once: made with q=0, values travel in full whatever q is set to later, unless it is given.
     residual_decay: what a residual is multiplied by in each round, in [0, 1].
     bound: clip what is sent to so many times the mean magnitude of what is sent of the same
         parameter, and keep what is clipped; None does not.

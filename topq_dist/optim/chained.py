@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import SGD
 
+from topq_dist.optim.gradient_transforming import TopQGradientOptimizer
 from topq_dist.optim.groups import ParamGroup, Params
 from topq_dist.optim.param_transforming import InnerOptimizer, ParamTransformingOptimizer
 
@@ -66,6 +67,11 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             make(params, InnerOpt=self.inner_opt, defaults=self.defaults)
             for make in transforming_optimizers
         )
+
+    @property
+    def sparsifies(self) -> bool:
+        """Whether a TopQGradientOptimizer is among those chained."""
+        return any(isinstance(one, TopQGradientOptimizer) for one in self._chain)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)

@@ -11,13 +11,15 @@ Source: "SparseLoCo" (arXiv:2508.15706), whose error accumulator stands in for o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from topq_dist.optim.chained import ChainedParamTransformingOptimizer
+from topq_dist.optim.gradient_transforming import TopQGradientOptimizer
 from topq_dist.optim.groups import ParamGroup, decays_decoupled
 from topq_dist.optim.step_switch import StepSwitch
 
@@ -75,13 +77,48 @@ def stepping(optimizer: Optimizer) -> Optimizer:
     TopQGradientOptimizer and its bases, ZeroRedundancyOptimizer, Accelerate's, SAM and others of
     the kind hold it under one of four names. A class with a rule of its own is itself.
     """
-    while _known_of(type(optimizer)) is None:
-        held = (getattr(optimizer, name, None) for name in _INNER_NAMES)
-        inner = next((one for one in held if isinstance(one, Optimizer)), None)
-        if inner is None:
+    found = optimizer
+    for found in _levels(optimizer):
+        if _known_of(type(found)) is not None:
             break
-        optimizer = inner
-    return optimizer
+    return found
+
+
+def sparsifier(optimizer: Optimizer | None) -> TopQGradientOptimizer | None:
+    """Return the TopQGradientOptimizer that is `optimizer`, or is within it; None without one.
+
+    Looks where `stepping` does. Raises ValueError, saying what to give, for one that a hook cannot
+    take the sparsifying from: one in a chain, and one of several.
+    """
+    if optimizer is None:
+        return None
+    levels = list(_levels(optimizer))
+    for level in levels:
+        if isinstance(level, ChainedParamTransformingOptimizer) and level.sparsifies:
+            raise ValueError(
+                f"optimizer has a TopQGradientOptimizer in a {type(level).__name__}, which would "
+                "sparsify the average once more: expected it around the others, "
+                "TopQGradientOptimizer(None, chain_of_the_others, q=...), or no such optimizer, "
+                "and q given to the hook"
+            )
+    found = [level for level in levels if isinstance(level, TopQGradientOptimizer)]
+    if len(found) > 1:
+        raise ValueError(
+            f"optimizer has {len(found)} TopQGradientOptimizers, one within another, of which the "
+            "hook can sparsify for one alone: expected one at most"
+        )
+    return found[0] if found else None
+
+
+def _levels(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield an optimizer, then the one that it wraps, and so on."""
+    seen: set[int] = set()
+    level: Optimizer | None = optimizer
+    while level is not None and id(level) not in seen:
+        yield level
+        seen.add(id(level))
+        held = [getattr(level, name, None) for name in _INNER_NAMES]
+        level = next((one for one in held if isinstance(one, Optimizer)), None)
 
 
 def momentum_rule(optimizer: Optimizer) -> MomentumRule | None:
