@@ -25,6 +25,8 @@ _LOWEST = 0.05
 # into them, and step too short for as long as it does. A gradient of half precision might overflow
 # by any
 _SUDDEN = 1.5
+# a rate below is none: parts of it, and what is divided by them, are numbers no more
+_NOUGHT = 1e-300
 
 
 class _Counted(NamedTuple):
@@ -45,7 +47,7 @@ class _Counted(NamedTuple):
         """
         highest = max(self.highest, rate)
         rate = max(rate, _LOWEST * highest)
-        if self.rate == 0 or rate == 0:
+        if self.rate == 0:
             # what came in at nought has never counted
             return _Counted(rate, rate, highest), _LOWEST if rate else 1.0
         fall = self.rate / rate
@@ -97,6 +99,7 @@ class ResidualRates:
             if rate is None:
                 self._counted.pop(name, None)
                 continue
+            rate = 0.0 if rate < _NOUGHT else rate
             if name not in self._counted:
                 self._counted[name] = _Counted(rate, rate, rate)
                 continue
@@ -115,12 +118,15 @@ class ResidualRates:
         """Let the rates that were last followed stay."""
         self._before, self._copies = None, []
 
-    def take_back(self) -> None:
-        """Undo the last `follow`, unless it was accepted, for what waited before it alone."""
+    def take_back(self, decay: float) -> None:
+        """Undo the last `follow`, unless it was accepted, for what waited before it alone.
+
+        decay: what residuals have been multiplied by since.
+        """
         if self._before is None:
             return
         for factor, copies in self._copies:
-            self._residuals.add(copies, 1.0 - factor)
+            self._residuals.add(copies, decay * (1.0 - factor))
         self._counted, self._rates = self._before, {}
         self.accept()
 
@@ -183,4 +189,4 @@ def _read(numbers: Sequence[float]) -> _Counted:
 def _can_be(counted: _Counted) -> bool:
     rate, at, highest = counted
     # beyond, what a residual is multiplied by would have no bound
-    return rate <= at <= highest < math.inf and (rate > 0 or rate == highest == 0)
+    return rate <= at <= highest < math.inf and (rate >= _LOWEST * _NOUGHT or rate == highest == 0)

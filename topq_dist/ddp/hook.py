@@ -81,8 +81,9 @@ class TopQState(HookState):
         clip_norm: scale this rank's gradient down to this norm before it is compressed. Its
             buckets then wait for the end of the backward pass, which knows the norm.
         grad_scaler: the GradScaler in use, so that the residual is in unscaled units. Gradients of
-            float16 are then exchanged as fp32, without the scale; a step whose average is too large
-            for float16 with it is void, after which the scale must fall, as a GradScaler's does.
+            float16 are then exchanged as fp32, without the scale, by "dense" at twice the bytes; a
+            step whose average is too large for float16 with it is void, after which the scale must
+            fall, as a GradScaler's does.
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.

@@ -33,7 +33,7 @@ _KEPT: dict[MomentumName, tuple[str, ...]] = {
     "corrected": ("velocity",),
     "adam": ("first", "second"),
 }
-_NO_RATES = [0.0, 0.0, 0.0]
+_NO_RATES = [-1.0, -1.0, -1.0]
 _REMEDY = "give the hook's state load_checkpoint(), which takes any number of replicas"
 
 
@@ -80,7 +80,7 @@ def save(parts: HookParts, ranks: Ranks, of: Sequence[Kept]) -> dict[str, Any]:
         "dense_steps": torch.tensor(ranks.exchange.dense_steps),
         "unit": torch.tensor(_UNITS.index(momentum["unit"])),
         "coherence": torch.tensor(momentum.get("coherence", [0.0, 0.0]), dtype=torch.float64),
-        # a residual that is counted at none has noughts
+        # a residual that is counted at none has numbers below nought; in two of before, noughts
         "rates": {
             one.name: torch.tensor(rates.get(one.name, _NO_RATES), dtype=torch.float64)
             for one in of
@@ -219,7 +219,11 @@ def _rates(common: Mapping[str, Any], of: Sequence[Kept]) -> dict[str, list[floa
         if not isinstance(numbers, Tensor) or tuple(numbers.shape) not in ((2,), (3,)):
             raise ValueError(f"state has rates[{name!r}]={numbers!r}: expected a tensor of three")
     held = {name: [float(one) for one in numbers] for name, numbers in rates.items()}
-    return {name: numbers for name, numbers in held.items() if any(numbers)}
+    return {
+        name: numbers
+        for name, numbers in held.items()
+        if min(numbers) >= 0 and (len(numbers) == 3 or any(numbers))
+    }
 
 
 def chosen_in(loaded: Loaded) -> str | None:

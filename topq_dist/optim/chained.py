@@ -71,7 +71,11 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     @property
     def sparsifies(self) -> bool:
         """Whether a TopQGradientOptimizer is among those chained."""
-        return any(isinstance(one, TopQGradientOptimizer) for one in self._chain)
+        return any(
+            isinstance(one, TopQGradientOptimizer)
+            or (isinstance(one, ChainedParamTransformingOptimizer) and one.sparsifies)
+            for one in self._chain
+        )
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)

@@ -157,6 +157,7 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
             assert not optimizer.state_dict()["topq"]["servers"][0]["rates"]
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -167,12 +168,12 @@ def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path:
     ids=["far", "a little", "below"],
 )
 def test_a_refused_rate_loses_nothing_of_what_waits(
-    tmp_path: Path, wrong: dict[str, float], said: str
+    tmp_path: Path, wrong: dict[str, float], said: str, decay: float
 ) -> None:
     training = {"inner_opt": "sgd", "options": {"lr": 0.1}}
     with serving(tmp_path, training, max_lr=20.0) as server:
         model = make_model()
-        with connect(model, server, **SPARSELY) as optimizer:
+        with connect(model, server, **SPARSELY, residual_decay=decay) as optimizer:
             for number in range(3):
                 step(model, optimizer, number)
             waits = residuals(optimizer)
@@ -186,14 +187,14 @@ def test_a_refused_rate_loses_nothing_of_what_waits(
             refused = residuals(optimizer)
             assert refused.keys() == waits.keys()
             for name, waited in waits.items():
-                torch.testing.assert_close(refused[name], waited, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(refused[name], decay * waited, rtol=1e-5, atol=1e-6)
             group.update(right)
             optimizer.step()
             rates = optimizer.state_dict()["topq"]["servers"][0]["rates"]
             assert set(map(tuple, rates.values())) == {(0.1, 0.1, 0.1)}
             for name, left in residuals(optimizer).items():
                 kept = left != 0
-                torch.testing.assert_close(left[kept], refused[name][kept])
+                torch.testing.assert_close(left[kept], decay * refused[name][kept])
 
 
 def test_a_push_that_is_taken_back_counts_at_the_rate_it_was_made_at() -> None:

@@ -82,9 +82,7 @@ class AllServers:
             for push in outcome.taken_back:
                 shard.restore_residual(push)
             if outcome.refused:
-                shard.rates.take_back()
-            elif client.pushes.pending is None:
-                shard.rates.accept()
+                shard.rates.take_back(shard.compressor.residual_decay)
             if not self._steps_alone:
                 shard.write_back(outcome.changed)
             elif outcome.changed is None or outcome.changed:

@@ -293,6 +293,9 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
             self._servers.absorb()
             self._meter.decode_s += time.perf_counter() - began_s
             self._step.undecided = self._servers.under_way
+            if not self._step.open:
+                for shard in self._shards:
+                    shard.rates.accept()
 
     def _raw_bytes(self) -> int:
         return sum(shard.raw_bytes for shard in self._shards)

@@ -393,7 +393,16 @@ class ServerClient:
 
     def _replay(self, push: PushRecord, deadline: RetryDeadline) -> bool:
         """Send an applied push again; return whether it is where it was, and the model with it."""
-        answer = self._send(push, deadline)
+        try:
+            answer = self._send(push, deadline)
+        except InvalidError as error:
+            if isinstance(error, DamagedError):
+                raise
+            self._fetch_model(deadline)
+            self._take_back(
+                self._server_next, f"the server takes a push no more that it had ({error})"
+            )
+            return False
         if answer.applied is not None:
             self._server_next = push.sequence + 1
         if answer.applied == push.applied:
