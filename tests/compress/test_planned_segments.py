@@ -193,7 +193,11 @@ def test_as_few_as_the_loss_allows(
 def test_no_step_takes_more_than_its_budget(value_format: str, budget_bytes: int) -> None:
     policy = QByLoss(energy=1.0, budget_bytes=budget_bytes)
     planned = PlannedSegments(policy, "parameter", SHAPES, value_format)
+    # of 1,621 values all fit the others
+    fits = budget_bytes == 4_000 or value_format in ("int2", "ec2", "ec1")
+    sends_all = fits and budget_bytes > 700 and value_format != "fp32"
     assert 0.0 < planned.sent_fraction() <= 1.0
+    assert (planned.sent_fraction() == 1.0) == sends_all
     compressor = TopKCompressor(value_format=value_format, error_feedback=True)
     alone = [Layout(names=(name,), shapes=(shape,)) for name, shape in SHAPES.items()]
     for step in range(3):

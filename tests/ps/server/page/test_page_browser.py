@@ -22,7 +22,9 @@ from topq_dist.ps.server.requests import WorkerId
 from topq_dist.ps.server.run_counters import WorkerReport
 
 WORKERS = 64
-LOAD_S = 10.0  # one held request is longer; a quiet machine takes a third of a second
+LOAD_S = 1.0
+# for a load that other tests do not slow down
+MOST_LOADS = 40
 VERSION = "() => document.querySelector('.tile dd').firstChild.data === '{}'"
 PILL = "() => document.querySelector('.pill').classList.contains('{}')"
 PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True}
@@ -82,10 +84,22 @@ def keep(tab: Tab, name: str, *, full: bool = False) -> None:
         tab.shot(Path(folder) / f"{name}.png", full=full)
 
 
-def test_it_is_there_soon_and_follows_by_itself(browser: Any, job: Job) -> None:
+def soonest_s(browser: Any, job: Job, tabs: list[Tab]) -> float:
+    """Return the shortest load of these tabs, and of more of them where all took too long."""
+    soonest = min(one.loaded_s() for one in tabs)
+    for _ in range(MOST_LOADS):
+        if soonest < LOAD_S:
+            break
+        tab = Tab(browser, job.url, viewport={"width": 1280, "height": 900})
+        soonest = min(soonest, tab.loaded_s())
+        tab.close()
+    return soonest
+
+
+def test_it_is_there_within_a_second_and_follows_by_itself(browser: Any, job: Job) -> None:
     tabs = [Tab(browser, job.url, viewport={"width": 1280, "height": 900}) for _ in range(3)]
     tab = tabs[0]
-    assert min(one.loaded_s() for one in tabs) < LOAD_S
+    assert soonest_s(browser, job, tabs) < LOAD_S
     assert tab.page.locator("#workers tbody tr").count() == WORKERS
     assert tab.page.locator("canvas").count() == 4
     assert not tab.overflows()
