@@ -30,7 +30,15 @@ static int64_t NAMED(update)(FLOAT *residual, FLOAT *gradient, int64_t numel, in
     for (int64_t start = 0; start < numel; start += UPDATED) {
         const int64_t size = MIN(numel - start, UPDATED);
         FLOAT *restrict here = residual + start, *restrict more = gradient + start;
-        for (int64_t at = 0; at < size; at++)
+        int64_t at = 0;
+        for (const int64_t line = LINE_BYTES / sizeof(FLOAT); at + line <= size; at += line) {
+            /* or memory would stand still while terms are added */
+            __builtin_prefetch(here + at + UPDATED, 1);
+            __builtin_prefetch(more + at + UPDATED, 1);
+            for (int64_t place = at; place < at + line; place++)
+                here[place] += more[place];
+        }
+        for (; at < size; at++)
             here[at] += more[at];
         for (; written < count; written++) {
             const uint64_t place = (uint64_t)indices[written] - (uint64_t)(begin + start);

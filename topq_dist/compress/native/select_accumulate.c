@@ -6,6 +6,8 @@
 
 /* counts that stay in a core's first cache, and how few elements are not worth them */
 enum { COUNTS = 1024, FEW = 256 };
+/* how far memory is read ahead */
+enum { AHEAD_BYTES = 2048 };
 
 /* Past the caches, or each line would be read first: that costs as much as to read a gradient. */
 #if defined(__clang__)
@@ -40,6 +42,14 @@ typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES), may_alias));
 #define EVEN_BYTES(a, b)                                                                           \
     __builtin_shuffle(a, b, (Bytes){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30})
 #endif
+
+/* Have so many bytes, of what lies a little further on, brought nearer: memory would stand still
+ * while candidates are listed. Past the end that does nothing. */
+static inline void prefetch(const void *here, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += LINE_BYTES)
+        __builtin_prefetch((const char *)here + AHEAD_BYTES + at);
+}
 
 /* Bit i of the word says whether mask i, of TOPQ_LANES of a width, is all ones; others are zero. */
 static inline uint64_t word_of(Bytes *masks, int width)

@@ -77,6 +77,9 @@ static int64_t NAMED(find)(const KEY *vector, void *residual, int64_t numel, SIG
         const int count = (int)MIN(numel - block, TOPQ_LANES);
         const KEY *bits = vector + block;
         uint64_t word;
+        prefetch(vector + block, sizeof(KEY) * TOPQ_LANES);
+        if (residual != NULL)
+            prefetch((const KEY *)residual + block, sizeof(KEY) * TOPQ_LANES);
 #ifdef FLOAT
         FLOAT scratch[TOPQ_LANES];
         if (residual != NULL) {

@@ -46,6 +46,8 @@ TOPQ_API int64_t topq_abi(void);
 #define TOPQ_LANES 64
 /* What divides the address of memory that is written past the caches. */
 #define TOPQ_STREAM_ALIGNMENT 64
+/* A line of nearly every machine's caches. */
+#define LINE_BYTES 64
 
 /* ---- select_accumulate.c -------------------------------------------------------------------- */
 
