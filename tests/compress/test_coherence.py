@@ -135,9 +135,13 @@ def test_workers_that_differ_as_batches_do_are_added_up_as_they_are() -> None:
     assert bounded_total(given) == total(given)
     assert bounded_total([Coherence(1e308, 0.0)]) == Coherence(1e308, 0.0)
     assert bounded_total([]) == Coherence()
-    usual = Coherence(0.0, 1.0)
-    assert bounded_total([Coherence(1e300, 1e300)], usual=usual) == pytest.approx((4.0, 4.0))
-    assert bounded_total(given[:1], usual=usual) == given[0]
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-3, 1.0, 1e308])
+def test_in_size_one_only_the_direction_is_left(size: float) -> None:
+    assert Coherence(-size, 0.0).of_size_one == Coherence(-1.0, 0.0)
+    assert Coherence(size, size).of_size_one == Coherence(1.0, 1.0)
+    assert NO_COHERENCE.of_size_one == NO_COHERENCE
 
 
 @pytest.mark.parametrize("numels", [(8_000, 7_000, 40_000), (5, 0, 9_000), (20_000, 20_000, 3)])

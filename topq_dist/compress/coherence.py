@@ -51,6 +51,12 @@ class Coherence(NamedTuple):
         """The weight that it has beside others, where all are added up."""
         return max(abs(self.aligned), self.energy)
 
+    @property
+    def of_size_one(self) -> Coherence:
+        """The same direction in size 1; nothing stays nothing."""
+        size = self.size
+        return Coherence(self.aligned / size, self.energy / size) if size else self
+
 
 NO_COHERENCE = Coherence()
 
@@ -64,13 +70,10 @@ def total(coherences: Iterable[Coherence]) -> Coherence:
     return Coherence(aligned, energy)
 
 
-def bounded_total(coherences: Iterable[Coherence], *, usual: Coherence = NO_COHERENCE) -> Coherence:
-    """Return the sums over several workers, of which none weighs over four times the median one.
-
-    usual: counts as one more worker for the median, but not in the sums.
-    """
+def bounded_total(coherences: Iterable[Coherence]) -> Coherence:
+    """Return the sums over several workers, of which none weighs over four times the median one."""
     given = list(coherences)
-    sizes = sorted(one.size for one in (*given, usual) if one.size > 0.0)
+    sizes = sorted(one.size for one in given if one.size > 0.0)
     limit = _MOST_WEIGHT * sizes[(len(sizes) - 1) // 2] if sizes else 0.0
     return total(
         Coherence(one.aligned * (limit / one.size), one.energy * (limit / one.size))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ps.servers import Options, serving
@@ -115,6 +116,16 @@ def test_one_worker_cannot_raise_the_rate_past_that_of_dense_gradients() -> None
         assert group["lr"] <= 0.01 / DENSITY**0.5 * (1 + 1e-9)
 
 
+def test_in_async_mode_ever_larger_claims_raise_the_rate_no_further() -> None:
+    """They let the mean grow with them, until the others' were nothing beside it."""
+    central = central_of(mode="async")
+    for claimed in np.logspace(0, 300, 60):
+        for coherence in ((-0.1, 1.0), (-0.1, 1.0), (float(claimed), 1.0)):
+            central.apply(pushes(0, coherence))
+    aligned, energy = central._momentum._coherence.sums
+    assert energy > 0.5 * aligned
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_one_worker_does_not_rule_the_mean_for_long(mode: str) -> None:
     """Without a bound its one push counted more than thousands of the others' after it."""
@@ -128,7 +139,7 @@ def test_one_worker_does_not_rule_the_mean_for_long(mode: str) -> None:
                 central.apply(version)
     rates = []
     for central in (spoilt, plain):
-        aligned, energy = central._momentum.coherence
+        aligned, energy = central._momentum._coherence.sums
         rates.append(aligned / energy)
     assert rates[0] == pytest.approx(rates[1], rel=0.05)
 

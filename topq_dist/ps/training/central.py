@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from topq_dist.compress.coherence import NO_COHERENCE, Coherence, bounded_total
+from topq_dist.compress.coherence import Coherence, bounded_total, total
 from topq_dist.optim.momentum_rules import remembers_squares, sums_momentum
 from topq_dist.ps.model.flat import FlatModel, copy_of, raw_view
 from topq_dist.ps.model.spec import ModelSpec
@@ -170,9 +170,13 @@ class CentralModel:
     ) -> tuple[UpdateKind, tuple[memoryview, ...]]:
         self.disagreement = self._group_numbers.take(pushes)
         frames = [push.frames for push in counted]
-        # alone in its version, a push is compared with those before
-        usual = self._momentum.coherence if self._mode == "async" else NO_COHERENCE
-        coherence = bounded_total((Coherence(*push.coherence) for push in counted), usual=usual)
+        given = [Coherence(*push.coherence) for push in counted]
+        if self._mode == "async":
+            # a push is alone in its version: it weighs what every other one does, or one worker
+            # that claims ever larger sums would soon be all that is heard
+            coherence = total(one.of_size_one for one in given)
+        else:
+            coherence = bounded_total(given)
         unused, numels = self._without_gradient(counted)
         with self._momentum.stepping(frames, coherence, numels), self._skipped(unused):
             touched = self._sparse_step.take(self._params, self._gradient)

@@ -56,11 +56,6 @@ class MomentumOut:
         self.takes_coherence = enabled and adapt_rate and divides_by_mean_square(inner)
         self._coherence = CoherenceMean()
 
-    @property
-    def coherence(self) -> Coherence:
-        """The mean over recent steps."""
-        return self._coherence.sums
-
     @contextmanager
     def stepping(
         self,
