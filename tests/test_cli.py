@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from leak_report import without_leak_report
 from ps.certificates import Authority
 from served import START_S, TOPQ, Served, environment, serving
+from server_process import quiet_port
 
 import topq_dist
 from topq_dist.cli import main
@@ -296,6 +298,34 @@ class TestOverMutualTlsWithTokens:
             named = variables | {"TOPQ_TLS_SERVER_NAME": "localhost"}
             assert run("health", **named) == (0, "", "")
             assert served.stop(signal.SIGINT) == (0, "", "")
+
+
+@pytest.mark.parametrize(("first", "shards"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+def test_further_signals_change_nothing_and_the_end_is_quiet(
+    tmp_path: Path, first: signal.Signals, shards: str
+) -> None:
+    """Another one killed it, and bindings called what is never collected leaked."""
+    words = ["serve", "--state-dir", str(tmp_path), "--address", f"127.0.0.1:{quiet_port()}"]
+    served = subprocess.Popen(
+        [*TOPQ, *words, *SGD, "--shards", shards],
+        env=environment({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # an ordinary process's, whatever has started the tests
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert served.stdout is not None
+        assert served.stdout.readline().startswith("listening on ")
+        for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            served.send_signal(number)
+            time.sleep(0.05)
+        assert served.communicate(timeout=START_S) == ("", "")
+        assert served.returncode == 0
+    finally:
+        served.kill()
+        served.wait()
 
 
 class TestWithoutTheExtra:

@@ -7,6 +7,7 @@ Free of torch until a server starts or steps are measured. Exit codes: 0; 1 wher
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem is error:
             raise
         return _do_without(sys.argv[1:] if arguments is None else arguments, problem)
+    finally:
+        if arguments is None:
+            # the process ends: another signal, or the next key, is to change neither how nor why
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -86,6 +86,7 @@ def test_a_factory_on_a_given_link_as_text(folder: Path) -> None:
         ((), "expected one of --model and --parameters"),
         (("--parameters", "1M"), "no link to measure: expected torchrun, or --bandwidth"),
         (("--parameters", "10", *ALONE), "--parameters=10: expected a thousand at least"),
+        (("--parameters", "1000T", *ALONE), "expected a model that this machine has memory for"),
         (("--model", "advised_factory", *ALONE), "expected MODULE:FACTORY"),
         (("--model", "advised_factory:absent", *ALONE), "absent"),
         (

@@ -130,6 +130,12 @@ def _training(given: dict[str, Any]) -> Training:
             shapes = GptShapes(given["parameters"])
         except ValueError as error:
             raise click.UsageError(f"--{error}") from error
+        except RuntimeError as error:
+            # torch's own word for no memory
+            raise click.ClickException(
+                f"--parameters={given['parameters']}: expected a model that this machine has memory"
+                " for"
+            ) from error
         optimizer: Any = torch.optim.SGD(shapes.parameters(), lr=1e-3)
         return Training(model=shapes, loss=lambda model: model(), optimizer=optimizer)
     made = _factory(given["model"])()

@@ -24,7 +24,7 @@ from topq_dist.ps.client.param_groups import ServerGroups
 from topq_dist.ps.client.replay_log import ReplayLog
 from topq_dist.ps.client.shard import Shard, frames_of
 from topq_dist.ps.client.worker_state import read_state
-from topq_dist.ps.protocol.errors import InvalidError
+from topq_dist.ps.protocol.errors import InvalidError, NonFiniteError
 from topq_dist.ps.protocol.types import START, GroupView, NewPush
 from topq_dist.ps.server.process import ParameterServer
 
@@ -145,6 +145,35 @@ def residuals(optimizer: ParameterServerOptimizer) -> dict[str, torch.Tensor]:
         for server in optimizer.state_dict()["topq"]["servers"]
         for name, held in server["residuals"].items()
     }
+
+
+@pytest.mark.parametrize("lr", [100.0, 2000.0, 1e-3])
+def test_a_step_that_ends_before_anything_is_sent_leaves_what_waits_as_it_was(
+    tmp_path: Path, lr: float
+) -> None:
+    """Residuals were counted at its rate from then on, though nothing ever ran at it."""
+    model = make_model()
+    with (
+        serving(tmp_path, {**SGD, "options": {"lr": 0.1}}) as server,
+        connect(model, server, **SPARSELY) as optimizer,
+    ):
+        for number in range(3):
+            step(model, optimizer, number)
+        (shard,) = optimizer._shards
+        before, counted = residuals(optimizer), shard.rates.state()
+        (group,) = optimizer.param_groups
+        group["lr"] = lr
+        weight = next(model.parameters())
+        assert weight.grad is not None
+        weight.grad.fill_(torch.nan)
+        with pytest.raises(NonFiniteError):
+            optimizer.step()
+        assert shard.rates.state() == counted
+        group["lr"] = 0.1
+        for name, held in residuals(optimizer).items():
+            torch.testing.assert_close(held, before[name])
+        step(model, optimizer, 3)
+        assert shard.rates.state() == counted
 
 
 def test_rates_are_not_carried_through_a_run_that_does_not_follow_them(tmp_path: Path) -> None:

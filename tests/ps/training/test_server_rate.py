@@ -117,7 +117,7 @@ def test_one_worker_cannot_raise_the_rate_past_that_of_dense_gradients() -> None
 
 
 def test_in_async_mode_ever_larger_claims_raise_the_rate_no_further() -> None:
-    """They let the mean grow with them, until the others' were nothing beside it."""
+    """Such claims let the mean grow, until the others' were nothing beside it."""
     central = central_of(mode="async")
     for claimed in np.logspace(0, 300, 60):
         for coherence in ((-0.1, 1.0), (-0.1, 1.0), (float(claimed), 1.0)):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
-from topq_dist.ps.cli.option_types import Parsed, parse_group, parse_named, parse_size
+from topq_dist.ps.cli.option_types import (
+    FilePath,
+    Parsed,
+    Seconds,
+    parse_group,
+    parse_named,
+    parse_size,
+)
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig, option_of
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_FILE = click.Path(path_type=Path)
+_FILE = FilePath()
 _PARSERS = {
     "options": Parsed("NAME=VALUE", parse_named),
     "groups": Parsed("PATTERN:NAME=VALUE,...", parse_group),
@@ -135,7 +141,7 @@ client_options = _all(
     ),
     option(
         "--timeout-s",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(),
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
         help="Wait no longer for the answer.",

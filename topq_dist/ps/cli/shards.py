@@ -151,10 +151,11 @@ def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        with signals_ignored():
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
     if ended.kind == _WRONG:
         raise click.UsageError(f"shard {ended.shard}: {ended.text}", click.get_current_context())
     if ended.kind == _ERROR:
@@ -225,6 +226,22 @@ def _ending(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         return f"was killed by {signal.Signals(-exit_code).name}, and the others were ended"
     return f"ended with exit code {exit_code}"
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Let the block, which ends what has been told to end, run to its own end.
+
+    A supervisor may say so again, and takes the rest with it once this process is gone.
+    """
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

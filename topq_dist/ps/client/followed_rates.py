@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from topq_dist.optim.momentum_rules import summed
 from topq_dist.ps.client.param_groups import Group, ServerGroups
@@ -22,6 +22,23 @@ class FollowedRates:
         self._shards = shards
         self._groups = groups
         self._enabled = enabled
+
+    @contextlib.contextmanager
+    def at_rates_of(
+        self, param_groups: Sequence[Group], elsewhere: Collection[Shard]
+    ) -> Iterator[None]:
+        """Have the residuals be counted at these groups' rates, but for those of `elsewhere`.
+
+        Where the block, which makes a step's pushes, raises, they are counted as they were before.
+        """
+        try:
+            self.follow(param_groups, elsewhere)
+            yield
+        except BaseException:
+            for shard in self._shards:
+                # nothing has been sent: no update has been applied since
+                shard.rates.take_back(1.0)
+            raise
 
     def follow(self, param_groups: Sequence[Group], elsewhere: Collection[Shard]) -> None:
         """Have the residuals be counted at these groups' rates, but for those of `elsewhere`."""

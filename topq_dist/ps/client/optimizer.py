@@ -320,8 +320,7 @@ class ParameterServerOptimizer(torch.optim.Optimizer):
         ]
         if self._looked_on.asked:
             self.observe()
-        with ctrl_c_later():
-            self._followed.follow(self.param_groups, elsewhere)
+        with ctrl_c_later(), self._followed.at_rates_of(self.param_groups, elsewhere):
             with self._meter.timed("select_s"), labelled("select and encode"), self._changes():
                 made = [
                     []
