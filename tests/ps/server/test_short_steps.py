@@ -196,7 +196,7 @@ def test_an_answer_to_nobody_is_not_counted_as_sent(
     pair: Pair, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coordinator, worker = pair.server.coordinator, pair.workers[0]
-    calls: list[grpc.Future] = []
+    calls: list[Any] = []
     noted = threading.Event()
 
     def wait_and_lose(pending: PendingPush, *times: float, is_active: Callable[[], bool]) -> object:
