@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from server_process import quiet_port
 
 from topq_dist.cli import main
 from topq_dist.ps import ParameterServerOptimizer
-from topq_dist.ps.cli.shards import Server, split
+from topq_dist.ps.cli.shards import Server, _remove_unused, split
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.security.many_addresses import in_many, in_one_name, next_addresses
 from topq_dist.ps.security.policy import ServerSecurity
+from topq_dist.ps.state.directory_lock import DirectoryLock
 
 SGD = ("--inner-opt", "sgd", "--lr", "0.1")
 
@@ -82,6 +84,51 @@ def test_a_refused_start_leaves_no_folder_behind(
     assert main(["serve", "--state-dir", str(tmp_path), *SGD, "--shards", "2", *words]) == 2
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err.startswith("topq serve: error: --")
+
+
+def busy_start(state_dir: Path) -> int:
+    """Return the exit code of a start of two shards, the second of which has no port."""
+    port = quiet_ports()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + 1))
+        taken.listen()
+        address = f"127.0.0.1:{port}"
+        words = ["--address", address, "--state-dir", str(state_dir), *SGD, "--shards", "2"]
+        return main(["serve", *words])
+
+
+@pytest.mark.timeout(200)
+def test_a_start_that_fails_in_a_shard_leaves_nothing_that_it_has_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert busy_start(tmp_path / "made" / "here") == 1
+    assert "shard 1: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(200)
+def test_a_start_that_fails_in_a_shard_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "shard-0").mkdir()
+    (tmp_path / "shard-1").mkdir()
+    (tmp_path / "shard-0" / "snapshot.safetensors").write_text("damaged")
+    assert busy_start(tmp_path) == 1
+    assert (tmp_path / "shard-0" / "snapshot.safetensors").read_text() == "damaged"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0", "shard-1"]
+
+
+def test_folders_go_only_where_no_shard_has_state_and_nobody_has_them(tmp_path: Path) -> None:
+    folders = [tmp_path / "shard-0", tmp_path / "shard-1"]
+    for folder in folders:
+        folder.mkdir()
+    with closing(DirectoryLock(folders[1])):
+        _remove_unused(folders, folders)
+        assert all(folder.exists() for folder in folders)
+    (folders[1] / "snapshot.safetensors").touch()
+    _remove_unused(folders, folders)
+    assert all(folder.exists() for folder in folders)
+    (folders[1] / "snapshot.safetensors").unlink()
+    _remove_unused(folders, folders)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_folder_of_a_shard_is_taken_for_one(tmp_path: Path) -> None:

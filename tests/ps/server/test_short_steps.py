@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -27,7 +29,10 @@ from topq_dist.ps.protocol.types import (
     UpdateKind,
 )
 from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.process import ParameterServer
+from topq_dist.ps.server.push_queue import PendingPush
+from topq_dist.ps.server.service import ParameterServerService
 from topq_dist.ps.wire import steps
 from topq_dist.v1 import parameter_server_pb2 as pb
 
@@ -180,7 +185,50 @@ def test_an_answer_too_long_for_a_message_comes_as_a_stream_and_is_applied_once(
     worker.take(nothing, answer)
     assert sorted(ways(pair.calls)) == ["ShortStep", "Step", "Step"]
     assert pair.held(0) == pair.held(1) == -3.0
-    assert pair.server.coordinator.status().point.version == 1
+    status = pair.server.coordinator.status()
+    assert status.point.version == 1
+    assert status.sent_bytes == 2 * worker.spec.raw_bytes  # the one that was too long did not go
+
+
+@pytest.mark.parametrize("way", ["Step", "ShortStep"])
+@pytest.mark.parametrize("pair", [(DENSE, 4)], indirect=True)
+def test_an_answer_to_nobody_is_not_counted_as_sent(
+    pair: Pair, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator, worker = pair.server.coordinator, pair.workers[0]
+    calls: list[Any] = []
+    noted = threading.Event()
+
+    def wait_and_lose(pending: PendingPush, *times: float, is_active: Callable[[], bool]) -> object:
+        answer = Coordinator.wait(coordinator, pending, *times, is_active=is_active)
+        if pending.push.worker == "a" and isinstance(answer, Answer):
+            calls[0].cancel()
+            while is_active():
+                time.sleep(0.01)
+        return answer
+
+    note_sent = ParameterServerService._note_sent
+
+    def note_and_say(service: ParameterServerService, name: str, *words: Any) -> None:
+        note_sent(service, name, *words)
+        if name == "a":
+            noted.set()
+
+    monkeypatch.setattr(coordinator, "wait", wait_and_lose)
+    monkeypatch.setattr(ParameterServerService, "_note_sent", note_and_say)
+    push = worker.push_of([torch.ones(4)])
+    if way == "Step":
+        calls.append(worker.stub.Step(steps.step_requests(worker.id, push.record())))
+    else:
+        calls.append(
+            worker.stub.ShortStep.future(steps.short_step_request(worker.id, push.record()))
+        )
+    pair.step(1, 3.0)
+    assert noted.wait(CALL_S)
+    status = coordinator.status()
+    assert [one.version for one in status.workers] == [0, 1]
+    assert [one.sent_bytes for one in status.workers] == [0, worker.spec.raw_bytes]
+    assert status.sent_bytes == coordinator.totals.sent_dense_bytes == worker.spec.raw_bytes
 
 
 @pytest.mark.parametrize("pair", [(PLAIN, 4)], indirect=True)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,26 @@ class TestNames:
         held.join("d", bytes(16), 0, 0)
         assert Ledger.from_json(held.to_json()).workers == ("a", "b", "d")
 
+    def test_one_that_says_that_it_has_pushed_elsewhere_is_forgotten_as_well(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ledger, "MOST_WORKERS", 3)
+        held = Ledger()
+        held.join("a", b"a" * 16, 1, 1)
+        held.join("b", b"b" * 16, 1, 7)
+        held.join("c", b"c" * 16, 1, 7)
+        held.record(1, [self.push("a"), replace(self.push("b"), sequence=7)])
+        held = Ledger.from_json(held.to_json())
+        held.make_room([])
+        assert held.workers == ("a", "b")
+        tree = held.to_json()
+        tree["workers"]["b"]["first_sequence"] = 8
+        with pytest.raises(ValueError, match="for numbers from 8 on before 8"):
+            Ledger.from_json(tree)
+
+    @pytest.mark.parametrize("next_sequence", [0, 2])
     def test_a_flood_of_them_takes_no_honest_workers_place(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, next_sequence: int
     ) -> None:
         monkeypatch.setattr(ledger, "MOST_WORKERS", 20)
         with server_of(tmp_path, tokens=False, max_workers=4) as server:
@@ -289,7 +308,10 @@ class TestNames:
             for number in range(50):
                 joined = alice.stub.Join(
                     pb.JoinRequest(
-                        worker=f"x{number}", instance=secrets.token_bytes(16), model=spec
+                        worker=f"x{number}",
+                        instance=secrets.token_bytes(16),
+                        next_sequence=next_sequence,
+                        model=spec,
                     ),
                     timeout=10,
                 )

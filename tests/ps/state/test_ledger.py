@@ -69,7 +69,8 @@ def test_of_two_processes_in_one_epoch_the_one_in_the_ledger_has_the_name() -> N
 def test_a_ledger_from_before_a_worker_joined_takes_its_epoch_and_number() -> None:
     ledger = of_two_versions()
     assert ledger.join("a", B, 4, 9) == Entry(worker="a", instance=B, epoch=4, next_sequence=3)
-    assert ledger.join("c", C, 3, 5) == Entry(worker="c", instance=C, epoch=3, next_sequence=5)
+    entry = Entry(worker="c", instance=C, epoch=3, next_sequence=5, first_sequence=5)
+    assert ledger.join("c", C, 3, 5) == entry
 
 
 def test_an_epoch_never_given_must_join_again() -> None:

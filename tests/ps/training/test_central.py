@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -325,3 +326,23 @@ def test_what_apply_cannot_take_is_named() -> None:
 def test_values_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="another model"):
         CentralModel(TrainingConfig(inner_opt="sgd"), spec_of(SINGLE), random_model(MIXED))
+
+
+@pytest.mark.parametrize("inner_opt", ["adafactor", "muon", "adamw", "sgd"])
+def test_a_tensor_without_elements_trains_beside_the_others(inner_opt: str) -> None:
+    shapes = (("a", (4, 3), torch.float32), ("none", (3, 0), torch.float32))
+    config = TrainingConfig(inner_opt=inner_opt)
+    with_it, without = random_model(shapes), random_model(shapes[:1])
+    models = [CentralModel(config, model.spec, model) for model in (with_it, without)]
+    generator = torch.Generator().manual_seed(3)
+    for step in range(3):
+        gradients = random_gradients(without, generator)
+        for central, model in zip(models, (with_it, without), strict=True):
+            push = push_of(model, gradients)
+            if model is with_it and step == 1:  # as a worker says that has no gradient of it
+                push = replace(push, no_gradient=model.spec.no_gradient([False, True]))
+            central.apply([push])
+    assert same_bits(with_it.flats[0], without.flats[0])
+    loaded = CentralModel(config, with_it.spec, FlatModel(with_it.spec))
+    loaded.load_state(*models[0].state())
+    assert loaded.sha256() == models[0].sha256()

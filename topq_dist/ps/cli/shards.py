@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -30,6 +31,8 @@ from topq_dist.telemetry.logs import LogFormat, formatter
 _log = logging.getLogger(__name__)
 # what a shard tells of, beside its views
 _ADDRESS, _ERROR, _WRONG = "address", "error", "wrong"
+# as state/directory_lock.py names it, which imports torch
+_LOCK = "lock"
 _SHARD = re.compile("shard-[0-9]+")
 Tell = Callable[[str, str], None]
 
@@ -127,19 +130,21 @@ def _beside(name: str, text: str | None, shard: int) -> str | None:
 def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
     """Run several servers until told to stop, or until one has ended, which ends the others.
 
-    Makes their state directories first, all of them: they say how many shards the run has.
+    Makes their state directories first, all of them: they say how many shards the run has. Where
+    none of them came to hold any state, those that it made go again at the end.
 
     say: told on one line where they listen once all do, and then of each view. For the main thread.
     Raises click.UsageError and click.ClickException, which name the shard.
     """
-    for server in servers:
-        server.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     pipes: list[Connection] = []
     ended = _NOTHING
+    made: list[Path] = []
     try:
         with exit_on_sigterm():
+            for server in servers:
+                made += _make(server.state_dir)
             for server in servers:
                 receiving, sending = context.Pipe(duplex=False)
                 process = context.Process(target=_run_shard, args=(server, sending))
@@ -156,6 +161,7 @@ def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
                 process.terminate()
             for process in processes:
                 process.join()
+            _remove_unused(made, [server.state_dir for server in servers])
     if ended.kind == _WRONG:
         raise click.UsageError(f"shard {ended.shard}: {ended.text}", click.get_current_context())
     if ended.kind == _ERROR:
@@ -164,6 +170,31 @@ def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
         # one that was told to end before it could listen to that has nothing to save
         if process.exitcode not in (0, -signal.SIGTERM):
             raise click.ClickException(f"shard {shard} {_ending(process.exitcode)}")
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and its parents where they are missing; return those, the outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return missing[::-1]
+
+
+def _remove_unused(made: Sequence[Path], state_dirs: Sequence[Path]) -> None:
+    """Remove what this start has made, unless any shard has state: all of them belong to it."""
+    with ExitStack() as held:
+        try:
+            for folder in state_dirs:
+                if any(path.name != _LOCK for path in folder.iterdir()):
+                    return
+                if (folder / _LOCK).exists():
+                    # another start may have found the folder, and have it now
+                    lock = held.enter_context((folder / _LOCK).open("r+b"))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in reversed(made):
+                (folder / _LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        except OSError as error:
+            _log.debug("the folders of %d shards are left: %s", len(state_dirs), error)
 
 
 class _Told(NamedTuple):

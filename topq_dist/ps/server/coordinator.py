@@ -187,10 +187,12 @@ class Coordinator(Run):
             raise pending.outcome
         if not self._may_answer(pending.outcome, end_s, is_active):
             return ()
-        state = self._state
-        dense_bytes = 0 if state is None else state.spec.raw_bytes
-        self.totals.send(pending.push.worker, pending.outcome, dense_bytes)
         return replace(pending.outcome, durable_version=self._snapshotter.acknowledged_version)
+
+    def note_sent(self, worker: str, answer: Answer) -> None:
+        """Count an answer that goes out; takes no lock."""
+        state = self._state
+        self.totals.send(worker, answer, 0 if state is None else state.spec.raw_bytes)
 
     def wake(self, pending: PendingPush) -> None:
         """Have those who wait for this push look at whether they are active; never blocks."""

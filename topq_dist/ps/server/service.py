@@ -165,6 +165,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             while context.is_active():
                 answer = self._decided(pending, context)
                 if isinstance(answer, Answer):
+                    self._note_sent(caller.worker, answer, context)
                     yield from self._messages_of(answer)
                     return
                 yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
@@ -186,7 +187,10 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             self._take_report(request)
             answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
-                return short_answer_to_wire(answer)
+                response = short_answer_to_wire(answer)
+                if response.HasField("answer"):
+                    self._note_sent(caller.worker, answer, context)
+                return response
             return pb.ShortStepResponse(waiting=pb.Waiting(workers=answer))
 
     def Fetch(  # type: ignore[override] # the interceptor writes chunks
@@ -274,6 +278,11 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             gone = silent_s >= _SIGN_OF_LIFE_S or not context.is_active()
             if isinstance(answer, Answer) or gone:
                 return answer
+
+    def _note_sent(self, worker: str, answer: Answer, context: grpc.ServicerContext) -> None:
+        # before it goes out: who has it already and asks for the status finds it counted
+        if context.is_active():
+            self._coordinator.note_sent(worker, answer)
 
     def _messages_of(self, answer: Answer) -> Iterator[pb.StepResponse | memoryview | bytes]:
         if self._shared is None or answer.payload_bytes <= CHUNK_BYTES:

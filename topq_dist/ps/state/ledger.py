@@ -33,12 +33,16 @@ MOST_WORKERS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A worker's place: which process holds its name, and the number of its next push."""
+    """A worker's place: which process holds its name, and the number of its next push.
+
+    first_sequence: of its first push here; above 1 where it had pushed to a server before this one.
+    """
 
     worker: str
     instance: bytes
     epoch: int
     next_sequence: int
+    first_sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,14 @@ class Ledger:
         return len(self._entries)
 
     def make_room(self, present: Collection[str]) -> None:
-        """Forget those that never pushed, but for `present`, where no more workers can join.
+        """Forget those that never pushed here, but for `present`, where no more workers can join.
 
         Others cannot be forgotten: what they pushed could be applied again.
         """
         if len(self._entries) >= MOST_WORKERS:
             for worker in list(self._entries.keys() - set(present)):
-                if self._entries[worker].next_sequence == 1:
+                entry = self._entries[worker]
+                if entry.next_sequence == entry.first_sequence:
                     del self._entries[worker], self._applied[worker]
 
     def entry(self, worker: str) -> Entry:
@@ -136,6 +141,7 @@ class Ledger:
                 instance=instance,
                 epoch=max(epoch, 1),
                 next_sequence=max(next_sequence, 1),
+                first_sequence=max(next_sequence, 1),
             )
             self._applied[worker] = bytearray()
         elif epoch > known.epoch:
@@ -232,6 +238,7 @@ class Ledger:
                 "next_sequence": entry.next_sequence,
                 "applied": self._applied[worker].hex(),
             }
+            | ({"first_sequence": entry.first_sequence} if entry.first_sequence > 1 else {})
             for worker, entry in sorted(self._entries.items())
         }
         return {"version": self._version, "workers": workers}
@@ -248,6 +255,8 @@ class Ledger:
                     instance=bytes.fromhex(row["instance"]),
                     epoch=_check_count("epoch", row["epoch"], 1),
                     next_sequence=_check_count("next_sequence", row["next_sequence"], 1),
+                    # states of before it was kept have none
+                    first_sequence=_check_count("first_sequence", row.get("first_sequence", 1), 1),
                 )
                 applied = bytearray.fromhex(row["applied"])
                 _check_row(entry, applied, ledger._version)
@@ -261,10 +270,12 @@ class Ledger:
 def _check_row(entry: Entry, applied: bytearray, version: int) -> None:
     if len(entry.instance) != INSTANCE_BYTES:
         raise ValueError(f"instance of {entry.worker!r}: expected {INSTANCE_BYTES} bytes")
-    if len(applied) % _APPLIED.size or len(applied) // _APPLIED.size >= entry.next_sequence:
+    count = entry.next_sequence - entry.first_sequence
+    if len(applied) % _APPLIED.size or len(applied) // _APPLIED.size > count:
         raise ValueError(
             f"{len(applied)} bytes of applied pushes of {entry.worker!r}: expected "
-            f"{_APPLIED.size} each, for numbers before {entry.next_sequence}"
+            f"{_APPLIED.size} each, for numbers from {entry.first_sequence} on before "
+            f"{entry.next_sequence}"
         )
     versions = [made for made, _ in _APPLIED.iter_unpack(applied)]
     if any(made >= later for made, later in pairwise([*versions, version + 1])):

@@ -199,18 +199,20 @@ class RunState:
         """Return the answer to a push that was applied in `version`: the same as then.
 
         Its updates go no further than then, so that a worker that goes back in time walks the same
-        way again. Raises ExpiredError where they are not kept any more.
+        way again. Raises ExpiredError where they are not kept any more, or are more than the first
+        answer can have been: the base is the caller's word.
         """
         made = self.update_log.at(version)
         if made is not None:
             if version == self.point.version:
                 return self._answer(push.base, *made)
-            updates = self.update_log.updates(push.base, version)
-            if updates is not None:
+            updates = self._updates(push.base, version)
+            if updates is not None and _bytes_of(updates) <= self._most_repeated_bytes():
                 return Answer(applied=made[0], members=made[1], updates=updates, durable_version=0)
         raise ExpiredError(
             f"push {push.sequence} of {push.worker!r} was applied in version {version}, and the "
-            f"updates from version {push.base.version} on are not kept any more"
+            f"updates from version {push.base.version} on are not kept any more, or too many to be "
+            "sent again"
         )
 
     def stale(self, push: Push) -> Answer:
@@ -241,14 +243,27 @@ class RunState:
         self, base: ModelVersion, applied: ModelVersion | None, members: tuple[str, ...]
     ) -> Answer:
         """Return an answer that ends at the present point."""
-        updates = self.update_log.updates(base, self.point.version)
-        if (
-            updates is None
-            or len(updates) > _MOST_UPDATES
-            or sum(update.payload_bytes for update in updates) > self.spec.raw_bytes
-        ):
+        updates = self._updates(base, self.point.version)
+        if updates is None or _bytes_of(updates) > self.spec.raw_bytes:
             updates = (self.full(),)
         return Answer(applied=applied, members=members, updates=updates, durable_version=0)
+
+    def _updates(self, base: ModelVersion, version: int) -> tuple[Update, ...] | None:
+        """Return what brings a worker from `base` to `version`; None where that is not to be sent.
+
+        It is so across very many versions, which to look through takes time as well.
+        """
+        if version - base.version > _MOST_UPDATES:
+            return None
+        return self.update_log.updates(base, version)
+
+    def _most_repeated_bytes(self) -> int:
+        lag = self.training.max_staleness if self.training.mode == "async" else 0
+        return (lag + 1) * max(self.spec.raw_bytes, self.spec.max_frame_bytes)
+
+
+def _bytes_of(updates: Sequence[Update]) -> int:
+    return sum(update.payload_bytes for update in updates)
 
 
 def _check_sizes(snapshot: Snapshot) -> None:

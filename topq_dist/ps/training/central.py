@@ -68,7 +68,9 @@ class CentralModel:
         self._gradient = GradientSum(spec)
         self._named = values.tensors()
         self._inner, self._group_names = make_inner_optimizer(config, self._named)
-        self._gradients = self._gradient.model.tensors()
+        # some optimizers divide by the elements of a tensor: one without any has no gradient
+        gradients = self._gradient.model.tensors()
+        self._gradients = {name: tensor for name, tensor in gradients.items() if tensor.numel()}
         for name, gradient in self._gradients.items():
             self._named[name].grad = gradient
         self._group_numbers = GroupNumbers(self._inner)
@@ -211,7 +213,7 @@ class CentralModel:
             yield
         finally:
             for name in names:
-                self._named[name].grad = self._gradients[name]
+                self._named[name].grad = self._gradients.get(name)
 
     def groups(self) -> tuple[GroupView, ...]:
         """Return the parameter groups: betas, and lr first, every hyperparameter that is a number.
