@@ -14,6 +14,7 @@ import torch.distributed as dist
 from forked import FORKED
 from hook_cases import loss_of, small_model
 from ranks import run_ranks
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from topq_dist import (
@@ -211,6 +212,10 @@ def test_what_cannot_be_elastic_is_refused(alone: dist.ProcessGroup) -> None:
         register_topq_hook(extra, torch.optim.SGD(extra.parameters(), lr=0.1), **good)
     with pytest.raises(ValueError, match="wrapped later"):
         TopQState(model, sgd, **good)
+    half = DistributedDataParallel(small_model(dtype=torch.float16))
+    plain = torch.optim.SGD(half.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="grad_scaler with elastic and parameters of float16"):
+        register_topq_hook(half, plain, grad_scaler=GradScaler("cpu"), **good)
     state = register_topq_hook(ddp, sgd, **good)
     trained(ddp, sgd, 0, 0)
     assert (state.steps_taken, state.members) == (1, ("0",))

@@ -151,6 +151,33 @@ def test_a_sum_past_what_a_residual_can_hold_voids_the_step_on_every_rank(tmp_pa
     assert all(run_ranks(2, near_the_largest, tmp_path))
 
 
+def large_averages(rank: int) -> list[float]:
+    """Return the largest elements of float16 averages of which node sums are larger than it has."""
+    model = DistributedDataParallel(nn.Linear(8, 8, bias=False).half())
+    register_topq_hook(
+        model,
+        q=0.5,
+        exchange="hierarchical",
+        ranks_per_node=2,
+        momentum="optimizer",
+        value_format="fp32",
+        bound=None,
+    )
+    (weight,) = model.parameters()
+    largest = []
+    for _ in range(2):
+        model.zero_grad()
+        # twice that in a node's sum, and four times with what has waited for a step
+        (model(torch.eye(8).half()).float() * 20_000.0).sum().backward()
+        assert weight.grad is not None
+        largest.append(float(weight.grad.max()))
+    return largest
+
+
+def test_an_average_that_float16_holds_is_no_infinity_where_a_nodes_sum_is(tmp_path: Path) -> None:
+    assert run_ranks(4, large_averages, tmp_path) == [[20_000.0, 40_000.0]] * 4
+
+
 def dense_is_ddp(rank: int) -> bool:
     plain = DistributedDataParallel(small_model())
     model, state, _ = hooked("dense")

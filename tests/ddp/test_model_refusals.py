@@ -162,6 +162,32 @@ def test_a_tied_weight_is_exchanged_unless_it_is_ignored_by_all_of_its_names(
     assert state.state_dict()["residuals"].keys() == expected
 
 
+class OwnWeight(nn.Module):
+    """A model with a parameter of its own, whose name has no dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.last = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.last(inputs * self.own)
+
+
+@alone
+@pytest.mark.parametrize(("ignored", "exchanged"), [(".own", False), ("own", True)])
+def test_a_parameter_of_the_model_itself_is_ignored_by_the_name_that_torch_goes_by(
+    ignored: str, exchanged: bool
+) -> None:
+    module = OwnWeight()
+    module._ddp_params_and_buffers_to_ignore = [ignored]  # type: ignore[assignment]
+    model = DistributedDataParallel(module)
+    state = register_topq_hook(model, q=0.5, exchange="allgather", momentum="optimizer")
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+    residuals = state.state_dict()["residuals"].keys()
+    assert residuals == {"last.weight", "last.bias"} | ({"own"} if exchanged else set())
+
+
 def compiled(rank: int) -> list[bool]:
     """The hook on a model that is compiled after it, before it, and on one that is not."""
     ends = []

@@ -131,16 +131,22 @@ class ResidualRates:
         self.accept()
 
     def counted_at(self, names: Iterable[str]) -> list[float]:
-        """Return the rate that the residual of each parameter is counted at, 0 where at none."""
-        return [self._counted[name].at if name in self._counted else 0.0 for name in names]
+        """Return the rate that the residual of each parameter is counted at, 0 where at none.
+
+        A rate of nought is 1e-300, to be told from none.
+        """
+        return [
+            max(self._counted[name].at, _NOUGHT) if name in self._counted else 0.0 for name in names
+        ]
 
     def factors_since(self, names: Iterable[str], counted_at: Iterable[float]) -> list[float]:
         """Return what brings values that were counted at such rates to what counts now.
 
-        counted_at: of each parameter, as `counted_at` has returned it. 1 where either is not known.
+        counted_at: of each parameter, as `counted_at` has returned it. 1 where either is not known,
+        or nothing counts now.
         """
         return [
-            min(max(then / now, _LOWEST), 1 / _LOWEST) if then and now else 1.0
+            min(max(then / now, _LOWEST), 1 / _LOWEST) if then and now > _NOUGHT else 1.0
             for then, now in zip(counted_at, self.counted_at(names), strict=True)
         ]
 

@@ -196,6 +196,12 @@ def _checked(
         )
     if knobs.scope != "parameter":
         raise ValueError(f"scope={knobs.scope!r} with elastic: expected 'parameter'")
+    if parts.stages.scales_half:
+        raise ValueError(
+            "grad_scaler with elastic and parameters of float16, for which every rank must have "
+            "the same loss scale: a rank that comes in has its own. Expected parameters of float32 "
+            "(under torch.autocast) or bfloat16, or no GradScaler"
+        )
     kinds = {(one.dtype, one.device) for one in parts.names if one.requires_grad}
     if len(kinds) > 1:
         raise ValueError(

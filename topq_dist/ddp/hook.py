@@ -83,7 +83,8 @@ class TopQState(HookState):
         grad_scaler: the GradScaler in use, so that the residual is in unscaled units. Gradients of
             float16 are then exchanged as fp32, without the scale, by "dense" at twice the bytes; a
             step whose average is too large for float16 with it is void, after which the scale must
-            fall, as a GradScaler's does.
+            fall, as a GradScaler's does. Without one such an average is infinity on every rank, and
+            what was sent of it is gone from the residuals, whether or not the step is skipped.
         ranks_per_node: for "hierarchical"; None is torchrun's LOCAL_WORLD_SIZE.
         mask_velocity: for momentum="corrected": forget the velocity of what has been sent. Only
             without it may more than half be sent that way.

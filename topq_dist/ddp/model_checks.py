@@ -97,8 +97,9 @@ def exchanged_names(model: nn.Module) -> dict[Tensor, str]:
     # module by module, as DistributedDataParallel goes: a tied weight is left out by all its names
     for prefix, child in module.named_modules():
         for own_name, parameter in child.named_parameters(recurse=False):
-            name = f"{prefix}.{own_name}" if prefix else own_name
-            if name not in ignored:
+            # torch compares with the dot, also of the model's own parameters
+            if f"{prefix}.{own_name}" not in ignored:
+                name = f"{prefix}.{own_name}" if prefix else own_name
                 names.setdefault(parameter, plain_name(name))
     return names
 

@@ -54,10 +54,13 @@ class ModelFacts:
             self.may_be_unused = _may_be_unused(ddp_model, self._scope)
         if self._left_out and any(map(_requires_grad, self._left_out)):
             names = [self._names[one] for one in self._left_out if one.requires_grad]
+            # as torch compares them
+            listed = [name if "." in name else f".{name}" for name in names]
             raise ValueError(
                 f"{', '.join(names)} was frozen when DistributedDataParallel was made, which does "
                 "not average its gradient, and is trainable now: make DistributedDataParallel and "
-                "the hook anew, or name it in _ddp_params_and_buffers_to_ignore of the model"
+                "the hook anew, or have _ddp_params_and_buffers_to_ignore of the model hold "
+                f"{', '.join(listed)}"
             )
 
     def settings(self) -> str:

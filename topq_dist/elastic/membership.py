@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from topq_dist.elastic.errors import MemberLostError, RefusedError, store_lost
-from topq_dist.elastic.pulse import Pulse
+from topq_dist.elastic.pulse import Pulse, beats_key
 from topq_dist.elastic.settings import Elastic
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,10 @@ class Member(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Members by rank. lost: names that were in the epoch before and are not in this one."""
+    """Members by rank.
+
+    lost: names that were in the run with the epoch before, and are not in this one.
+    """
 
     number: int
     members: tuple[Member, ...]
@@ -79,6 +82,8 @@ class Membership:
         self._members: tuple[Member, ...] = ()
         self._announced = 0
         self._has_state = False
+        # signs of life of each that claims a name, when all those that do were first seen
+        self._beats: dict[tuple[str, ...], int] = {}
         self._round = 0
         self._closed_epoch = 0
         self._left = False
@@ -134,6 +139,8 @@ class Membership:
         prefix = f"epoch/{self._seen}/round"
         key = f"{prefix}/{self._round}"
         if self._store.add(f"{key}/received", 1) == len(self._members):
+            if self._round == 1:
+                self._store.set(f"epoch/{self._seen}/begun", "")
             counts = _COUNTS_AND_ENDS if self.somebody_waits else _COUNTS
             decision = self._decided(key, counts)
             # all have read the decision before
@@ -209,8 +216,11 @@ class Membership:
     def _enter(self, before: Sequence[Member], rank: int) -> Epoch:
         names = [member.name for member in self._members]
         tokens = {member.token for member in self._members}
-        lost = tuple(member.name for member in before if member.token not in tokens)
-        self._pulse.forget(member.token for member in before if member.token not in tokens)
+        gone = [member for member in before if member.token not in tokens]
+        begun = self._had_begun(self._seen - 1)
+        # another has never been in the run, and has left nothing
+        lost = tuple(member.name for member in gone if member.has_state or begun)
+        self._pulse.forget(member.token for member in gone)
         self._round = 0
         number = self._seen
 
@@ -253,16 +263,38 @@ class Membership:
         lost = self._pulse.lost()
         here = [member for member in announced if member.token not in lost]
         tokens = {member.token for member in here}
-        if all(old.token in tokens or old.token in lost for old in self._members):
+        if not self._is_contested(here) and all(
+            old.token in tokens or old.token in lost for old in self._members
+        ):
             members = self._accepted(here)
             stateful = any(member.has_state for member in members)
             if stateful or len(members) >= self._elastic.ranks:
-                if self._members and not stateful:
+                if not stateful and self._had_begun(number - 1):
                     _log.warning("no rank is left that holds the run's state: it begins anew")
                 self._decided(
                     f"members/{number}", json.dumps([one._replace(settings="") for one in members])
                 )
         return [member.name for member in here]
+
+    def _had_begun(self, number: int) -> bool:
+        """Return whether an exchange of this epoch has counted, or may have."""
+        return self._store.check([f"epoch/{number}/begun"])
+
+    def _is_contested(self, here: Sequence[Member]) -> bool:
+        """Return whether a name is that of several, of which one may be dead by now.
+
+        Another has then taken its place within the lease, after which alone that is known.
+        """
+        claims: dict[str, list[str]] = {}
+        for member in here:
+            claims.setdefault(member.name, []).append(member.token)
+        contested = False
+        for member in here:
+            tokens = claims[member.name]
+            if len(tokens) > 1:
+                beats = self._store.add(beats_key(member.token), 0)
+                contested |= beats <= self._beats.setdefault((member.token, *tokens), beats)
+        return contested
 
     def _accepted(self, here: Sequence[Member]) -> list[Member]:
         """Return who of those announced can be in, by rank; tell the others why not."""

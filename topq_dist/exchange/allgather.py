@@ -67,9 +67,10 @@ class AllGatherWork:
     def exceeds(self, limit: float) -> bool:
         return sum_exceeds(self._decoded, divisor=len(self._decoded), limit=limit)
 
-    def deliver(self) -> None:
+    def deliver(self, *, per_frame: int = 1) -> None:
+        """Write the average, of sums over so many ranks each, and update the residual."""
         if self._compressed is None:
             raise RuntimeError("a rank that has failed has nothing to deliver")
         self._compressor.update_and_write(
-            self._compressed, self._decoded, divisor=len(self._decoded)
+            self._compressed, self._decoded, divisor=len(self._decoded) * per_frame
         )

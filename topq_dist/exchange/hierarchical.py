@@ -122,12 +122,15 @@ class HierarchicalWork:
         return sum_exceeds(self._frames, divisor=self._nodes, limit=limit)
 
     def deliver(self) -> None:
+        # the frames hold sums over a node, so that residuals are in the same unit as without; one
+        # may be too large for float16 where the average is not
+        at_once = self._per_node if self._bucket.dtype == torch.float16 else 1
         if self._gather is not None:
-            self._gather.deliver()
+            self._gather.deliver(per_frame=at_once)
         else:
-            write_sum(self._frames, divisor=self._nodes, out=self._bucket)
-        # the frames hold sums over a node, so that residuals are in the same unit as without
-        self._bucket.div_(self._per_node)
+            write_sum(self._frames, divisor=self._nodes * at_once, out=self._bucket)
+        if at_once == 1:
+            self._bucket.div_(self._per_node)
 
 
 def _context_among(ranks: list[int], context: CommContext) -> CommContext:

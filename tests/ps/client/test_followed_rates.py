@@ -247,6 +247,32 @@ def test_a_push_that_is_taken_back_counts_at_the_rate_it_was_made_at() -> None:
     assert worker.residuals.state_dict()["a"].tolist() == [12.0, 6.0, 4.0, 2.0]
 
 
+def test_a_push_made_at_a_rate_of_nought_counts_as_what_waited_then() -> None:
+    worker = Worker(numbers={"lr": 0.0})
+    (shard,) = worker.shards
+    for parameter in worker.named.values():
+        parameter.grad = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    made = shard.compress(PlannedSegments(0.75, "parameter", {"a": (4,), "b": (4,)}, "fp32"))
+    log = ReplayLog()
+    counted_at = tuple(shard.rates.counted_at(shard.names))
+    log.begin(START, NewPush(frames=frames_of(made), counted_at=counted_at))
+    pending = ReplayLog.from_state(log.state_dict()).pending
+    assert pending is not None
+    for one in made:
+        worker.residuals.apply(one.update)
+    # of what came in at nought a twentieth counts; a second group stays there
+    worker.step(lr=1.0)
+    shard.restore_residual(pending)
+    held = worker.residuals.state_dict()
+    torch.testing.assert_close(held["a"], 0.05 * torch.tensor([5.0, 4.0, 3.0, 2.0]))
+    assert held["b"].tolist() == [5.0, 4.0, 3.0, 2.0]
+    # a state of before has 0 there, which says no more than that it may not be known
+    shard.restore_residual(replace(pending, counted_at=(0.0, 0.0)))
+    torch.testing.assert_close(
+        worker.residuals.state_dict()["a"], held["a"] + torch.tensor([5.0, 0.0, 0.0, 0.0])
+    )
+
+
 def test_a_state_of_before_is_taken_up_and_rates_that_are_none_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, SGD) as server:
         model = make_model()

@@ -98,7 +98,8 @@ class NewPush:
 
     frames: one for each vector, or none. lr, momentum, weight_decay: of each group, or none.
     coherence: its numbers, or none. no_gradient: says which tensors have none. counted_at: the rate
-    that the residual of each tensor is counted at, which is not sent; empty: not known.
+    that the residual of each tensor is counted at, as ResidualRates tells it, which is not sent;
+    empty: not known.
     """
 
     frames: tuple[memoryview, ...] = ()
