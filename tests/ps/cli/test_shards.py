@@ -149,6 +149,17 @@ def test_only_the_folder_of_a_shard_is_taken_for_one(tmp_path: Path) -> None:
         split(server, 3)
 
 
+def test_folders_that_cannot_be_made_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["--state-dir", str(tmp_path / "file" / "run"), *SGD, "--shards", "2"]
+    assert main(["serve", *words]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"topq: error: state directory {tmp_path}/file/run")
+    assert errors.count("\n") == 1
+
+
 def test_a_model_without_shards_is_not_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

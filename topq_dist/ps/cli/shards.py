@@ -175,7 +175,10 @@ def run_shards(servers: Sequence[Server], say: Callable[[str], None]) -> None:
 def _make(folder: Path) -> list[Path]:
     """Make a folder and its parents where they are missing; return those, the outermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"state directory {folder}: {error}") from error
     return missing[::-1]
 
 
