@@ -25,7 +25,7 @@ for task in "${tasks[@]}"; do wait "$task" || failed=1; done
 exit $failed
 """
 SCONTROL = """#!/bin/bash
-[ "$*" = "show hostnames node[1-2]" ] && printf '127.0.0.1\\nnode2\\n'
+[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && sleep 0.3 && echo node2
 """
 JOB = """
 import sys
