@@ -181,6 +181,38 @@ def test_a_low_rate_of_one_worker_excuses_nothing_beside_the_others(
         central.check_push(push, max_lr=1000.0)
 
 
+@pytest.mark.parametrize("inner_opt", ["adam", "adamw", "adamax", "radam"])
+def test_one_worker_sets_no_beta1_that_lengthens_a_step_beyond_max_lr(inner_opt: str) -> None:
+    central = central_of(inner_opt=inner_opt, options={"lr": 0.1})
+    (high,) = pushes(central, lr=[(0.1,)], momentum=[(1 - 2.0**-53,)])
+    central.check_push(high, max_lr=1000.0)  # the first step has no average yet
+    (low,) = pushes(central, lr=[(0.1,)], momentum=[(0.0,)])
+    central.check_push(low, max_lr=1000.0)
+    central.apply([low])
+    for lr in (0.1, 0.0):  # the others' rates count beside it
+        (push,) = pushes(central, lr=[(lr,)], momentum=[(1 - 2.0**-53,)])
+        with pytest.raises(InvalidError, match=r"beta1=0.999.* at lr=0.1 and step 2: expected"):
+            central.check_push(push, max_lr=1000.0)
+    (cycled,) = pushes(central, lr=[(0.1,)], momentum=[(0.999,)])
+    central.check_push(cycled, max_lr=1000.0)
+
+
+def test_no_beta1_is_refused_late_in_a_run_nor_for_what_another_worker_has_sent() -> None:
+    central = central_of(inner_opt="adamw", options={"lr": 0.1})
+    (high,) = pushes(central, lr=[(0.1,)], momentum=[(0.999,)])
+    for _ in range(3):
+        central.apply([high])
+    (again,) = pushes(central, lr=[(0.1,)], momentum=[(0.999,)])
+    central.check_push(again, max_lr=0.11)
+    (raised,) = pushes(central, lr=[(0.1,)], momentum=[(0.9991,)])
+    with pytest.raises(InvalidError, match=r"beta1=0.9991 at lr=0.1 and step 4"):
+        central.check_push(raised, max_lr=0.11)
+    for _ in range(200):
+        central.apply([high])
+    (late,) = pushes(central, lr=[(0.1,)], momentum=[(0.95,)])
+    central.check_push(late, max_lr=0.11)
+
+
 def test_no_push_is_refused_for_what_another_worker_has_sent() -> None:
     central = central_of(options={"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01})
     # as replays are taken, whose limit may have been another one

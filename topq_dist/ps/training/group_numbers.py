@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _MOST_NAMED = 4
 _PLURALS = {"lr": "learning rates", "momentum": "momenta", "weight_decay": "weight decays"}
 Numbers = tuple[float, ...]
+Group = Mapping[str, Any]
 
 
 class GroupNumbers:
@@ -49,7 +50,39 @@ class GroupNumbers:
             _check_highest(push.lr, max_lr)
             for place, own in enumerate(self._own):
                 now = self._inner.param_groups[place]
-                _check_reach(_with_given(now, push, place), now, own, max_lr)
+                given = _with_given(now, push, place)
+                _check_reach(given, now, own, max_lr)
+                self._check_correction(given, now, own, max_lr)
+
+    def _check_correction(self, given: Group, now: Group, own: Group, max_lr: float) -> None:
+        """Raise InvalidError for a beta1 that lengthens a step of Adam's kind beyond `max_lr`.
+
+        Its average is divided by 1 - beta1 ** steps as though each step had had the beta1 of this
+        one: after a low one, 1 - 1e-9 divides by next to nothing (Kingma and Ba 2015, section 3).
+        The groups are those of `_check_reach`.
+        """
+        if "betas" not in given:
+            return
+        beta, own_beta = given["betas"][0], own["betas"][0]
+        most_lr = max(group["lr"] for group in (given, now, own))
+        # at the first step, where the two differ the most
+        if beta <= own_beta or most_lr / (1.0 - beta) * (1.0 - own_beta) <= max_lr:
+            return
+        if beta <= now["betas"][0] and given["lr"] <= max(now["lr"], own["lr"]):
+            return  # nothing that the push has brought
+        steps = self._fewest_steps(now["params"])
+        # a tensor that has gone through none has no average yet that another beta1 has made
+        if steps and most_lr / (1.0 - beta**steps) * (1.0 - own_beta**steps) > max_lr:
+            raise InvalidError(
+                f"beta1={beta!r} at lr={most_lr!r} and step {steps}: expected a step no longer "
+                f"than this server's max_lr={max_lr:g} makes it with beta1={own_beta:g}, as its "
+                "run began"
+            )
+
+    def _fewest_steps(self, params: Iterable[torch.Tensor]) -> int:
+        """Return the fewest steps that the next is of any tensor with a state; 0 where none has."""
+        states = [self._inner.state[param] for param in params if param in self._inner.state]
+        return min((int(state["step"]) + 1 for state in states if "step" in state), default=0)
 
     def _check_given(self, name: str, given: Numbers, *, there: bool) -> None:
         if not given:
@@ -119,7 +152,7 @@ class GroupNumbers:
         return tuple(float(group[name]) for group in groups)
 
 
-def _with_given(group: Mapping[str, Any], push: Push, place: int) -> dict[str, Any]:
+def _with_given(group: Group, push: Push, place: int) -> dict[str, Any]:
     """Return a group as it would be if the push's numbers counted."""
     given = dict(group)
     if push.lr:
@@ -139,9 +172,7 @@ def _check_highest(rates: Numbers, max_lr: float) -> None:
             )
 
 
-def _check_reach(
-    given: Mapping[str, Any], now: Mapping[str, Any], own: Mapping[str, Any], max_lr: float
-) -> None:
+def _check_reach(given: Group, now: Group, own: Group, max_lr: float) -> None:
     """Raise InvalidError for a step longer than `max_lr` makes it, or one that inverts weights.
 
     given: the group with a push's numbers. now: without. own: as the run began. The other workers'
@@ -174,15 +205,15 @@ def _check_reach(
         )
 
 
-def _momentum(group: Mapping[str, Any]) -> float:
+def _momentum(group: Group) -> float:
     return float(group.get("momentum", 0.0))
 
 
-def _decay(group: Mapping[str, Any]) -> float:
+def _decay(group: Group) -> float:
     return float(group.get("weight_decay", 0.0))
 
 
-def _summed_rate(group: Mapping[str, Any]) -> float:
+def _summed_rate(group: Group) -> float:
     """Return how far a gradient comes to move the parameters, momentum included."""
     return float(group["lr"] / (1.0 - _momentum(group)))
 
