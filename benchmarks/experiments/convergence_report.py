@@ -60,10 +60,12 @@ python benchmarks/convergence.py --report    # this page from the runs there are
 - Quality is that of the test part, at the last step; nothing was chosen on it. The mean of three
   seeds is followed by the seeds themselves. Differences are to dense and of the seeds that both
   have: points of accuracy, per cent of loss in nats.
-- A row with {earlier} has runs of an earlier version: without `keep_rate`, as the rows that say so
-  are, and some of them without `adapt_rate`, which changes little where gradients are mostly noise.
-- Curves are of 1,000 samples of the validation part, and means of the seeds.
+{earlier}- Curves are of 1,000 samples of the validation part, and means of the seeds.
 - Times fewer: dense's fp32 bytes over those of one rank's frames, all steps counted.
+"""
+_EARLIER = f"""\
+- A row with {EARLIER} has runs of an earlier version: without `keep_rate`, as the rows that say so
+  are, and some of them without `adapt_rate`, which changes little where gradients are mostly noise.
 """
 _FRONTIER = """\
 ## The frontier
@@ -106,11 +108,12 @@ def _to_draw(groups: Sequence[Group]) -> Iterator[Group]:
 
 def _text(groups: Sequence[Group], pictures: dict[str, str]) -> str:
     default = METHODS["top-Q"]
+    is_any_earlier = any(group.is_earlier(method) for group in groups for method in group.runs)
     about = _ABOUT.format(
         q=default.q,
         value_format=default.value_format,
         momentum=default.momentum,
-        earlier=EARLIER,
+        earlier=_EARLIER * is_any_earlier,
         outer_lr=METHODS["local, H=5"].outer_lr,
         ec1_q=METHODS["local, H=4, ec1"].q,
         sgd_outer_lr=METHODS["local with momentum, H=5"].outer_lr,

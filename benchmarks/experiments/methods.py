@@ -173,6 +173,7 @@ PLAN: list[dict[str, Any]] = [
     _rows("gpt-moby", 1000, ["local, H=4, ec1"]),
     _rows("gpt-moby", 3000, ["local, H=4, ec1"]),
     _rows("cifar10-sgd", 1500, ["top-Q, q=0.99", "top-Q, q=0.9985"]),
+    _rows("cifar10-adamw", 1500, ["top-Q, q=0.9985"]),
     _rows("gpt-moby", 1000, [*_FRONTIER, "local, H=8, ec1", "top-Q, q=0.9"], seeds=(0,)),
     _rows("cifar10-sgd", 1500, _FRONTIER, seeds=(0,)),
     *_long(1),
