@@ -16,6 +16,7 @@ from ps.bench import NEVER, Bench, Make, push_of
 from topq_dist.ps.protocol.config import ServingConfig, TrainingConfig
 from topq_dist.ps.protocol.errors import NotReadyError
 from topq_dist.ps.protocol.types import START, Answer, ModelVersion
+from topq_dist.ps.server.push_queue import Waiters
 from topq_dist.ps.server.requests import WorkerId
 from topq_dist.ps.state.run_state import RunState
 
@@ -115,3 +116,41 @@ def test_nobody_waits_for_a_hash_that_none_wants_any_more(
         with pytest.raises(NotReadyError, match="shutting down"):
             stays.result(10)
     assert len(hashes) == 1
+
+
+def test_to_wake_lets_all_who_wait_look_once() -> None:
+    waiters = Waiters()
+    with ThreadPoolExecutor(4) as pool:
+        waits = [pool.submit(waiters.add().acquire, timeout=30.0) for _ in range(4)]
+        time.sleep(0.05)
+        assert not any(wait.done() for wait in waits)
+        waiters.wake()
+        assert all(wait.result(10) for wait in waits)
+    before = waiters.add()
+    waiters.wake()
+    assert before.acquire(timeout=0)  # woken between the look and the wait
+    waiters.wake()
+    assert not waiters.add().acquire(timeout=0.01)  # and nobody for what came before
+
+
+def test_nobody_misses_what_several_threads_wake_for() -> None:
+    waiters, last, threads = Waiters(), 3000, 3
+    said = [0] * threads
+
+    def say(place: int) -> None:
+        for number in range(1, last + 1):
+            said[place] = number
+            waiters.wake()
+
+    def listen() -> None:
+        while True:
+            woken = waiters.add()
+            if min(said) == last:
+                return
+            assert woken.acquire(timeout=20.0), said
+
+    with ThreadPoolExecutor(2 * threads) as pool:
+        work = [pool.submit(listen) for _ in range(threads)]
+        work += [pool.submit(say, place) for place in range(threads)]
+        for one in work:
+            one.result(60)

@@ -29,6 +29,7 @@ from topq_dist.ps.protocol.types import (
     UpdateKind,
 )
 from topq_dist.ps.security.policy import ClientSecurity
+from topq_dist.ps.server.bounded_calls import SharedAnswers
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.process import ParameterServer
 from topq_dist.ps.server.push_queue import PendingPush
@@ -56,6 +57,19 @@ def test_an_answer_goes_through_unless_it_is_too_long() -> None:
     for count, fits in ((MAX_CHUNK_BYTES, True), (MAX_CHUNK_BYTES + 1, False)):
         message = steps.short_answer_to_wire(full(bytes(count)))
         assert message.HasField("answer") is fits
+
+
+def test_a_rounds_answer_is_made_once() -> None:
+    shared = SharedAnswers()
+    first, other = full(b"12345678"), full(b"abcdefgh")
+    made = [shared.short(answer) for answer in (first, replace(first), other, first)]
+    assert made[0] is made[1]
+    for answer, raw in zip((first, first, other, first), made, strict=True):
+        assert raw == steps.short_answer_to_wire(answer).SerializeToString()
+    later = shared.short(replace(first, durable_version=4))
+    assert pb.ShortStepResponse.FromString(later).answer.durable_version == 4
+    too_long = full(bytes(MAX_CHUNK_BYTES + 1))
+    assert pb.ShortStepResponse.FromString(shared.short(too_long)) == pb.ShortStepResponse()
 
 
 def test_an_answer_that_is_none_is_refused() -> None:
@@ -201,7 +215,7 @@ def test_an_answer_to_nobody_is_not_counted_as_sent(
 
     def wait_and_lose(pending: PendingPush, *times: float, is_active: Callable[[], bool]) -> object:
         answer = Coordinator.wait(coordinator, pending, *times, is_active=is_active)
-        if pending.push.worker == "a" and isinstance(answer, Answer):
+        if pending.worker == "a" and isinstance(answer, Answer):
             calls[0].cancel()
             while is_active():
                 time.sleep(0.01)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from unittest.mock import create_autospec
@@ -302,3 +305,73 @@ class TestDamage:
                 steps.check_header(other)
             other.ClearField("header_digest")  # as older workers have it
             steps.check_header(other)
+
+
+def _behind_length(raw: bytes) -> bytes:
+    return struct.pack("<Q", len(raw)) + raw
+
+
+_TEXTS = st.text(max_size=12)
+_COUNTS = st.integers(0, 2**64 - 1)
+_POINTS = st.builds(pb.Point, version=_COUNTS, chain=st.binary(max_size=40))
+
+
+@given(
+    worker=st.builds(pb.WorkerId, run=_TEXTS, worker=_TEXTS, epoch=_COUNTS),
+    sequence=_COUNTS,
+    base=_POINTS,
+    frame_bytes=st.lists(_COUNTS, max_size=3),
+    digest=st.binary(max_size=40),
+    members=st.lists(_TEXTS, max_size=3),
+)
+def test_a_headers_digest_is_what_older_releases_make(
+    worker: pb.WorkerId,
+    sequence: int,
+    base: pb.Point,
+    frame_bytes: list[int],
+    digest: bytes,
+    members: list[str],
+) -> None:
+    parts = [
+        *map(_behind_length, (worker.run.encode(), worker.worker.encode())),
+        struct.pack("<3Q", worker.epoch, sequence, base.version),
+        _behind_length(base.chain),
+        struct.pack(f"<{len(frame_bytes) + 1}Q", len(frame_bytes), *frame_bytes),
+        _behind_length(digest),
+        struct.pack("<2Q", 5, len(members)),
+        *(_behind_length(member.encode()) for member in members),
+    ]
+    header = pb.StepHeader(
+        id=worker,
+        sequence=sequence,
+        base=base,
+        frame_bytes=frame_bytes,
+        digest=digest,
+        applied_version=5,
+        members=members,
+    )
+    assert steps.header_digest(header) == hashlib.sha256(b"".join(parts)).digest()
+
+
+@given(point=_POINTS, members=st.lists(_TEXTS, max_size=3), sizes=st.lists(_COUNTS, max_size=3))
+def test_an_answers_checksum_is_what_older_releases_make(
+    point: pb.Point, members: list[str], sizes: list[int]
+) -> None:
+    update = pb.Update(
+        kind=pb.Update.KIND_ADD, point=point, payload_bytes=sizes, checksum=2**32 - 1
+    )
+    message = pb.StepAnswer(
+        outcome=pb.StepAnswer.OUTCOME_APPLIED,
+        applied_version=7,
+        applied_point=point,
+        members=members,
+        durable_version=6,
+        updates=[update, update],
+    )
+    packed_point = struct.pack("<Q", point.version) + _behind_length(point.chain)
+    packed_update = struct.pack("<Q", update.kind) + packed_point
+    packed_update += struct.pack(f"<{2 + len(sizes)}Q", 2**32 - 1, len(sizes), *sizes)
+    parts = [struct.pack("<QQQ", message.outcome, 7, len(members))]
+    parts += [_behind_length(member.encode()) for member in members]
+    parts += [packed_point, struct.pack("<QQ", 6, 2), packed_update, packed_update]
+    assert steps.answer_checksum(message) == zlib.crc32(b"".join(parts))

@@ -140,7 +140,7 @@ class ModelSpec:
         """Elements of the model."""
         return sum(vector.numel for vector in self.vectors)
 
-    @property
+    @cached_property
     def raw_bytes(self) -> int:
         """Bytes of the model's numbers as they are."""
         return sum(vector.raw_bytes for vector in self.vectors)

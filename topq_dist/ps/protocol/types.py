@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from topq_dist.ps.protocol.errors import InvalidError
@@ -171,7 +172,7 @@ class Update:
         checksum = raw_checksum(payloads) if kind is UpdateKind.FULL else None
         return cls(kind=kind, point=point, payloads=payloads, checksum=checksum)
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of all payloads together."""
         return sum(payload.nbytes for payload in self.payloads)
@@ -192,7 +193,7 @@ class Answer:
     durable_version: int
     disagreement: str = ""
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of the payloads of all updates together."""
         return sum(update.payload_bytes for update in self.updates)

@@ -9,20 +9,31 @@ from contextlib import contextmanager
 
 import grpc
 
-from topq_dist.ps.protocol.types import Update
+from topq_dist.ps.protocol.types import Answer, Update
 from topq_dist.ps.wire.messages import STEP_RESPONSES, chunks
+from topq_dist.ps.wire.steps import short_answer_to_wire
 
 # one, and one that repeats it on a new connection before the old one is missed
 _CALLS_OF_A_WORKER = 2
 
 
-class SharedUpdates:
-    """The chunks of the updates that were last asked for, as they go over the wire."""
+class SharedAnswers:
+    """What was last asked for, as it goes over the wire: a short answer, the chunks of updates."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._answer: Answer | None = None
+        self._short = b""
         self._updates: tuple[Update, ...] = ()
         self._messages: list[bytes] = []
+
+    def short(self, answer: Answer) -> bytes:
+        """Return the message of `short_answer_to_wire`."""
+        with self._lock:
+            if answer != self._answer:
+                self._short = short_answer_to_wire(answer).SerializeToString()
+                self._answer = answer
+            return self._short
 
     def messages_of(self, updates: tuple[Update, ...]) -> list[bytes]:
         """Return the messages that bring the payloads of `updates`; not to be changed."""

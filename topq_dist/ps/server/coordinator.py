@@ -8,6 +8,7 @@ sender is gone stays pending, and whoever comes next decides on it.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -126,14 +127,14 @@ class Coordinator(Run):
 
         Raises RefusedError for a push that is refused for its sender or its number.
         """
-        with self._changed:
+        with self._lock:
             self._check_serving()
             has_model = self._state is not None and self._snapshotter.version >= 0
             return self._membership.admit(caller, sequence, digest, has_model=has_model)
 
     def submit(self, permit: PushPermit, push: Push) -> PendingPush:
         """Take in the push of a permit; `wait` says what became of it. Raises RefusedError."""
-        with self._changed:
+        with self._lock:
             self._check_serving()
             permit = self._membership.renew(permit)
             state = self._started()
@@ -143,7 +144,7 @@ class Coordinator(Run):
             was_applied = was_applied or isinstance(permit.verdict, Repeat)
             state.central.check_push(push, max_lr=math.inf if was_applied else self.serving.max_lr)
             if isinstance(permit.verdict, Repeat):
-                pending = PendingPush(push=push, arrived_s=self._clock())
+                pending = PendingPush(worker=push.worker, push=push, arrived_s=self._clock())
                 pending.resolve(state.repeat(push, permit.verdict.version))
                 self.counters.pushes["repeated"] += 1
                 return pending
@@ -166,10 +167,10 @@ class Coordinator(Run):
         it is not, it returns early. Raises RefusedError.
         """
         end_s = time.monotonic() + timeout_s
-        self.hear(pending.push.worker)
+        self.hear(pending.worker)
         while pending.outcome is None:
             with self._lock:
-                pending.look.clear()
+                woken = pending.waiters.add()
                 self._check_alive()
                 self._advance()
                 if pending.outcome is not None:
@@ -182,12 +183,15 @@ class Coordinator(Run):
                     return () if pushes is None else pushes.waiting_for
                 left_s = max(0.0, min(left_s, pushes.next_event_s()))
             # without the lock: a round wakes all its workers at once
-            pending.look.wait(left_s)
+            woken.acquire(timeout=min(left_s, threading.TIMEOUT_MAX))
         if isinstance(pending.outcome, RefusedError):
             raise pending.outcome
         if not self._may_answer(pending.outcome, end_s, is_active):
             return ()
-        return replace(pending.outcome, durable_version=self._snapshotter.acknowledged_version)
+        durable_version = self._snapshotter.acknowledged_version
+        if pending.outcome.durable_version == durable_version:
+            return pending.outcome
+        return replace(pending.outcome, durable_version=durable_version)
 
     def note_sent(self, worker: str, answer: Answer) -> None:
         """Count an answer that goes out; takes no lock."""
@@ -196,7 +200,7 @@ class Coordinator(Run):
 
     def wake(self, pending: PendingPush) -> None:
         """Have those who wait for this push look at whether they are active; never blocks."""
-        pending.look.set()
+        pending.waiters.wake()
 
     # everything else that workers ask for
 

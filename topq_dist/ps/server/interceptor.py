@@ -77,29 +77,14 @@ class CallWatchdog:
         self._closed.set()
         self._thread.join()
 
-    def _walk(self) -> None:
-        while not self._closed.wait(_LOOK_S):
-            now_s = self.clock()
-            with self._lock:
-                late = [watch for watch in self._watches if watch.end_s <= now_s]
-                self._watches.difference_update(late)
-            for watch in late:
-                self._end(watch)
-
-    def _end(self, watch: _Watch) -> None:
-        watch.late = True
-        watch.context.cancel()
-        self._on_late()
-
-    @contextmanager
-    def watch(
-        self, context: grpc.ServicerContext, limit_s: float, crowd: Crowd | None = None
-    ) -> Iterator[_Watch]:
-        """Cancel the call if the block lasts longer than `limit_s`; `late` says whether it did.
+    def begin(
+        self, context: grpc.ServicerContext, end_s: float, crowd: Crowd | None = None
+    ) -> _Watch:
+        """Cancel the call at `end_s` unless `end` comes first; `late` says whether that was done.
 
         crowd: may end it sooner, as too late as well.
         """
-        watch = _Watch(context=context, end_s=self.clock() + limit_s)
+        watch = _Watch(context=context, end_s=end_s)
         surplus = None
         with self._lock:
             self._watches.add(watch)
@@ -109,14 +94,29 @@ class CallWatchdog:
                     surplus = crowd.watches.popleft()
                     self._watches.discard(surplus)
         if surplus is not None:
-            self._end(surplus)
-        try:
-            yield watch
-        finally:
+            self._cancel(surplus)
+        return watch
+
+    def end(self, watch: _Watch, crowd: Crowd | None = None) -> None:
+        """Leave the call alone from here on."""
+        with self._lock:
+            self._watches.discard(watch)
+            if crowd is not None and watch in crowd.watches:
+                crowd.watches.remove(watch)
+
+    def _walk(self) -> None:
+        while not self._closed.wait(_LOOK_S):
+            now_s = self.clock()
             with self._lock:
-                self._watches.discard(watch)
-                if crowd is not None and watch in crowd.watches:
-                    crowd.watches.remove(watch)
+                late = [watch for watch in self._watches if watch.end_s <= now_s]
+                self._watches.difference_update(late)
+            for watch in late:
+                self._cancel(watch)
+
+    def _cancel(self, watch: _Watch) -> None:
+        watch.late = True
+        watch.context.cancel()
+        self._on_late()
 
 
 class ThroughputLimit:
@@ -143,8 +143,11 @@ class ThroughputLimit:
     def waiting(self, crowd: Crowd | None = None) -> Iterator[None]:
         """Count the time that the block takes, as one of a crowd."""
         started_s = self._watchdog.clock()
-        with self._watchdog.watch(self._context, self._left_s, crowd) as watch:
+        watch = self._watchdog.begin(self._context, started_s + self._left_s, crowd)
+        try:
             yield
+        finally:
+            self._watchdog.end(watch, crowd)
         self.late = watch.late
         self._left_s -= self._watchdog.clock() - started_s
 
@@ -179,6 +182,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
         self._count_refused = count_refused
         self._watchdog = CallWatchdog(self._note_late, clock)
         self._lock = threading.Lock()
+        self._handlers: dict[str, _Handler] = {}
         self._calls_of: Counter[str] = Counter()
         self._strangers = Crowd(most=CALLS_OF_STRANGERS)
         # where nobody has to show a token, the half of all threads is left to those who speak
@@ -194,11 +198,19 @@ class AuthInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Return a handler that lets what is behind it see a call only once it may pass."""
-        behind = continuation(handler_call_details)
-        if behind is None:
-            return None
+        method = handler_call_details.method
+        handler = self._handlers.get(method)
+        if handler is None:
+            behind = continuation(handler_call_details)
+            if behind is None:
+                return None
+            # of methods that there are, so that no stranger makes it grow
+            handler = self._handlers[method] = self._handler(method, behind)
+        return handler
+
+    def _handler(self, method: str, behind: _Handler) -> _Handler:
         # all as streams: the one message of the others would be waited for out of our reach
-        answer = _Answerer(self, behind, handler_call_details.method)
+        answer = _Answerer(self, behind, method)
         if behind.response_streaming:
             return grpc.stream_stream_rpc_method_handler(answer.many)
         return grpc.stream_unary_rpc_method_handler(answer.one, response_serializer=answer.write)

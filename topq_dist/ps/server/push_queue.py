@@ -41,23 +41,49 @@ _log = logging.getLogger(__name__)
 FAILED = "the server has failed: it has to be started again"
 
 
+class Waiters:
+    """The threads that wait for something: a lock each, free once its thread is to look again.
+
+    A threading.Event does the same for three times the processor time, once for every push.
+    """
+
+    def __init__(self) -> None:
+        self._locks: list[threading.Lock] = []
+
+    def add(self) -> threading.Lock:
+        """Return what to wait on: look after this, then acquire it; no `wake` is missed between."""
+        lock = threading.Lock()
+        lock.acquire()
+        self._locks.append(lock)
+        return lock
+
+    def wake(self) -> None:
+        """Have all look again; takes no lock that another holds."""
+        try:
+            while self._locks:
+                self._locks.pop().release()
+        except IndexError:
+            pass  # another that wakes was quicker
+
+
 @dataclass(eq=False, kw_only=True)
 class PendingPush:
     """A push that was taken in: `outcome` is set once it is decided.
 
-    look: set when those who wait for the push are to look at it again.
+    waiters: those who wait for the outcome, or for what else ends their wait.
     """
 
-    push: Push
+    worker: str
+    push: Push  # until it is decided
     arrived_s: float
-    look: threading.Event = field(default_factory=threading.Event)
+    waiters: Waiters = field(default_factory=Waiters)
     outcome: Answer | RefusedError | None = None
 
     def resolve(self, outcome: Answer | RefusedError) -> None:
-        """Set the outcome, and free the gradient."""
+        """Set the outcome, and let go of the push, gradient and all."""
         self.outcome = outcome
-        self.push = replace(self.push, frames=())
-        self.look.set()
+        del self.push
+        self.waiters.wake()
 
 
 class PushQueue:
@@ -122,7 +148,7 @@ class PushQueue:
     def wake_all(self) -> None:
         """Have all who wait for a decision look again."""
         for pending in self._pending.values():
-            pending.look.set()
+            pending.waiters.wake()
 
     def add(self, push: Push) -> PendingPush:
         """Take a push in that the ledger calls next; one that is there already is not doubled.
@@ -132,7 +158,7 @@ class PushQueue:
         """
         if self._recovery is None:
             _check_not_ahead(push, self._state.point.version)
-        pending = PendingPush(push=push, arrived_s=self._clock())
+        pending = PendingPush(worker=push.worker, push=push, arrived_s=self._clock())
         held = self._pending.setdefault(push.worker, pending)
         if held is not pending:
             _check_same(held.push, push)
@@ -224,8 +250,9 @@ class PushQueue:
         """Return the seconds until a lease or a round's time ends; infinity where none runs."""
         now_s = self._clock()
         end_s = self._leases.next_end_s(now_s)
-        if self._pending and self._closing_s() > now_s:
-            end_s = min(end_s, self._closing_s())
+        closing_s = self._closing_s() if self._pending else now_s
+        if closing_s > now_s:
+            end_s = min(end_s, closing_s)
         return end_s - now_s
 
     def round_workers(self) -> int:

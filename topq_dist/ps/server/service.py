@@ -14,8 +14,8 @@ import grpc
 
 from topq_dist.profiling import labelled
 from topq_dist.ps.protocol.errors import DamagedError, InvalidError, NotReadyError
-from topq_dist.ps.protocol.types import CHUNK_BYTES, Answer, check_worker_name
-from topq_dist.ps.server.bounded_calls import FewCalls, SharedUpdates
+from topq_dist.ps.protocol.types import CHUNK_BYTES, MAX_CHUNK_BYTES, Answer, check_worker_name
+from topq_dist.ps.server.bounded_calls import FewCalls, SharedAnswers
 from topq_dist.ps.server.coordinator import Coordinator
 from topq_dist.ps.server.interceptor import Authenticates
 from topq_dist.ps.server.push_queue import PendingPush
@@ -71,7 +71,7 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
         self._long_join = threading.Lock()
         self._pool = BufferPool()
         # the workers of a round are sent the same
-        self._shared = SharedUpdates() if coordinator.training.mode == "sync" else None
+        self._shared = SharedAnswers() if coordinator.training.mode == "sync" else None
         self._look_s = min(_LOOK_S, coordinator.serving.lease_s / 4)
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
@@ -170,9 +170,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
                     return
                 yield pb.StepResponse(waiting=pb.Waiting(workers=answer))
 
-    def ShortStep(
+    def ShortStep(  # type: ignore[override] # the interceptor writes bytes
         self, request: pb.ShortStepRequest, context: grpc.ServicerContext
-    ) -> pb.ShortStepResponse:
+    ) -> pb.ShortStepResponse | bytes:
         """Do the same with a push in one message, where the answer is there soon."""
         if not request.HasField("header"):
             raise DamagedError("a short step without its header")
@@ -187,10 +187,11 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             self._take_report(request)
             answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
-                response = short_answer_to_wire(answer)
-                if response.HasField("answer"):
+                if answer.payload_bytes <= MAX_CHUNK_BYTES:  # or Step brings it
                     self._note_sent(caller.worker, answer, context)
-                return response
+                if self._shared is None:
+                    return short_answer_to_wire(answer)
+                return self._shared.short(answer)
             return pb.ShortStepResponse(waiting=pb.Waiting(workers=answer))
 
     def Fetch(  # type: ignore[override] # the interceptor writes chunks

@@ -44,6 +44,16 @@ class Entry:
     next_sequence: int
     first_sequence: int = 1
 
+    def after(self, sequence: int) -> Entry:
+        """Return the entry once this push was applied; `replace` takes four times as long."""
+        return Entry(
+            worker=self.worker,
+            instance=self.instance,
+            epoch=self.epoch,
+            next_sequence=sequence + 1,
+            first_sequence=self.first_sequence,
+        )
+
 
 @dataclass(frozen=True)
 class Next:
@@ -217,8 +227,7 @@ class Ledger:
                 )
         for push in pushes:
             self._applied[push.worker] += _APPLIED.pack(version, push.digest)
-            entry = self._entries[push.worker]
-            self._entries[push.worker] = replace(entry, next_sequence=push.sequence + 1)
+            self._entries[push.worker] = self._entries[push.worker].after(push.sequence)
         self._version = version
 
     def forget_before(self, version: int) -> None:

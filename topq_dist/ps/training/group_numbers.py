@@ -46,7 +46,7 @@ class GroupNumbers:
         self._check_given("lr", push.lr, there=True)
         self._check_given("momentum", push.momentum, there=self._have_momentum)
         self._check_given("weight_decay", push.weight_decay, there=self.have_weight_decay)
-        if math.isfinite(max_lr):
+        if math.isfinite(max_lr) and (push.lr or push.momentum or push.weight_decay):
             _check_highest(push.lr, max_lr)
             for place, own in enumerate(self._own):
                 now = self._inner.param_groups[place]
@@ -180,9 +180,12 @@ def _check_reach(given: Group, now: Group, own: Group, max_lr: float) -> None:
     and what is no higher than it was is nothing that the push has brought.
     """
     before, groups = (now, own), (given, now, own)
-    momentum, own_momentum = _momentum(given), _momentum(own)
-    brings_lr = given["lr"] > max(group["lr"] for group in before)
-    brings_momentum = momentum > max(map(_momentum, before))
+    momentum, own_momentum, decay = _momentum(given), _momentum(own), _decay(given)
+    brings_lr = given["lr"] > max(now["lr"], own["lr"])
+    brings_momentum = momentum > max(_momentum(now), own_momentum)
+    brings_decay = decay > max(map(_decay, before))
+    if not (brings_lr or brings_momentum or brings_decay):
+        return
     most_lr = max(group["lr"] for group in groups)
     rate = most_lr / (1.0 - momentum)
     moves_further = momentum > own_momentum and (brings_lr or brings_momentum)
@@ -195,10 +198,8 @@ def _check_reach(given: Group, now: Group, own: Group, max_lr: float) -> None:
     if not brings_momentum:
         fastest = max(groups, key=_summed_rate)
         lr, rate = fastest["lr"], _summed_rate(fastest)
-    decay = _decay(given)
-    brings_decay = decay > max(map(_decay, before))
     most = max(1.0, _summed_rate(own) * _decay(own))
-    if (brings_lr or brings_momentum or brings_decay) and rate * decay > most:
+    if rate * decay > most:
         raise InvalidError(
             f"lr={lr!r} with weight_decay={decay!r} is a decay of {rate * decay:g} a step: "
             f"expected at most {most:g}, beyond which a step turns weights round"

@@ -193,6 +193,11 @@ def _varint(number: int) -> bytes:
     return bytes(groups)
 
 
+def _to_bytes(message: Message | bytes) -> bytes:
+    """Return what goes over the wire; bytes are that already."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
 STEP_REQUESTS: Final = ChunkedMessages(pb.StepRequest)
 STEP_RESPONSES: Final = ChunkedMessages(pb.StepResponse)
 UPLOAD_REQUESTS: Final = ChunkedMessages(pb.UploadRequest)
@@ -203,6 +208,7 @@ _JOIN: Final = f"{_SERVICE}/Join"
 _RENEW: Final = f"{_SERVICE}/Renew"
 _LEAVE: Final = f"{_SERVICE}/Leave"
 _STEP: Final = f"{_SERVICE}/Step"
+_SHORT_STEP: Final = f"{_SERVICE}/ShortStep"
 _UPLOAD: Final = f"{_SERVICE}/Upload"
 _FETCH: Final = f"{_SERVICE}/Fetch"
 _LONG_JOIN: Final = f"{_SERVICE}/LongJoin"
@@ -222,6 +228,7 @@ WRITERS: Final[Mapping[str, Callable[[Any], bytes]]] = {
     _RENEW: with_checksum,
     _LEAVE: with_checksum,
     _STEP: STEP_RESPONSES.to_bytes,
+    _SHORT_STEP: _to_bytes,
     _FETCH: FETCH_RESPONSES.to_bytes,
     _LONG_JOIN: JOIN_PARTS.to_bytes,
 }

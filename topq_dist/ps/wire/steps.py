@@ -9,6 +9,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,21 +63,31 @@ def step_header(worker: pb.WorkerId, push: PushRecord) -> pb.StepHeader:
 
 def header_digest(header: pb.StepHeader) -> bytes:
     """Return the SHA-256 of what the digest of a push's contents leaves out of its header."""
-    frame_bytes, base = header.frame_bytes, header.base
-    parts = [
-        *map(_behind_length, (header.id.run.encode(), header.id.worker.encode())),
-        struct.pack("<3Q", header.id.epoch, header.sequence, base.version),
-        _behind_length(base.chain),
-        struct.pack(f"<{len(frame_bytes) + 1}Q", len(frame_bytes), *frame_bytes),
-        _behind_length(header.digest),
-        struct.pack("<2Q", header.applied_version, len(header.members)),
-        *(_behind_length(member.encode()) for member in header.members),
-    ]
-    return hashlib.sha256(b"".join(parts)).digest()
+    sender, base, frame_bytes = header.id, header.base, header.frame_bytes
+    run, worker, chain, digest = (
+        sender.run.encode(),
+        sender.worker.encode(),
+        base.chain,
+        header.digest,
+    )
+    # in one go, since it is made of every push: each part that varies behind its length
+    packed = struct.pack(
+        f"<Q{len(run)}sQ{len(worker)}s3QQ{len(chain)}s{len(frame_bytes) + 1}QQ{len(digest)}s2Q",
+        *(len(run), run, len(worker), worker),
+        *(sender.epoch, header.sequence, base.version, len(chain), chain),
+        *(len(frame_bytes), *frame_bytes, len(digest), digest),
+        *(header.applied_version, len(header.members)),
+    )
+    return hashlib.sha256(packed + _behind_lengths(header.members)).digest()
 
 
-def _behind_length(raw: bytes) -> bytes:
-    return struct.pack("<Q", len(raw)) + raw
+def _behind_lengths(texts: Iterable[str]) -> bytes:
+    """Return each text's UTF-8 behind its length."""
+    return b"".join(len(raw).to_bytes(8, "little") + raw for raw in map(str.encode, texts))
+
+
+# of the members of a version, who are as a rule those of the one before
+_kept_behind_lengths = lru_cache(maxsize=4)(_behind_lengths)
 
 
 def check_header(header: pb.StepHeader) -> None:
@@ -192,8 +203,7 @@ def answer_checksum(message: pb.StepAnswer) -> int:
     """Return the CRC-32 of what an answer says before its payloads, which bring their own."""
     outcome = message.outcome & _LARGEST  # a damaged one may be negative
     parts = [struct.pack("<QQQ", outcome, message.applied_version, len(message.members))]
-    parts += [_behind_length(worker.encode()) for worker in message.members]
-    parts += [_packed_point(message.applied_point)]
+    parts += [_kept_behind_lengths(tuple(message.members)), _packed_point(message.applied_point)]
     parts += [struct.pack("<QQ", message.durable_version, len(message.updates))]
     for update in message.updates:
         sizes = update.payload_bytes
@@ -203,7 +213,8 @@ def answer_checksum(message: pb.StepAnswer) -> int:
 
 
 def _packed_point(point: pb.Point) -> bytes:
-    return struct.pack("<Q", point.version) + _behind_length(point.chain)
+    chain = point.chain
+    return struct.pack(f"<2Q{len(chain)}s", point.version, len(chain), chain)
 
 
 def payloads_of(answer: Answer) -> list[memoryview]:
