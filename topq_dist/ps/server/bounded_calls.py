@@ -18,7 +18,7 @@ _CALLS_OF_A_WORKER = 2
 
 
 class SharedAnswers:
-    """What was last asked for, as it goes over the wire: a short answer, the chunks of updates."""
+    """The answer and the updates that were last asked for, as they go over the wire."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
