@@ -118,19 +118,24 @@ def test_nobody_waits_for_a_hash_that_none_wants_any_more(
     assert len(hashes) == 1
 
 
-def test_to_wake_lets_all_who_wait_look_once() -> None:
+def test_to_wake_lets_all_who_wait_look_again() -> None:
     waiters = Waiters()
+    turns = [waiters.add() for _ in range(4)]
+    for turn in turns:
+        turn.acquire()
     with ThreadPoolExecutor(4) as pool:
-        waits = [pool.submit(waiters.add().acquire, timeout=30.0) for _ in range(4)]
+        waits = [pool.submit(turn.acquire, timeout=30.0) for turn in turns]
         time.sleep(0.05)
         assert not any(wait.done() for wait in waits)
         waiters.wake()
+        waiters.wake()
         assert all(wait.result(10) for wait in waits)
-    before = waiters.add()
+    for turn in turns[1:]:
+        waiters.drop(turn)
     waiters.wake()
-    assert before.acquire(timeout=0)  # woken between the look and the wait
-    waiters.wake()
-    assert not waiters.add().acquire(timeout=0.01)  # and nobody for what came before
+    assert turns[0].acquire(timeout=0)  # woken between its look and its wait
+    assert not turns[0].acquire(timeout=0.01)  # and not twice
+    assert not turns[1].acquire(timeout=0)  # nor is who has gone
 
 
 def test_nobody_misses_what_several_threads_wake_for() -> None:
@@ -143,14 +148,25 @@ def test_nobody_misses_what_several_threads_wake_for() -> None:
             waiters.wake()
 
     def listen() -> None:
+        turn = waiters.add()
         while True:
-            woken = waiters.add()
+            turn.acquire(blocking=False)
             if min(said) == last:
-                return
-            assert woken.acquire(timeout=20.0), said
+                break
+            assert turn.acquire(timeout=20.0), said
+        waiters.drop(turn)
 
     with ThreadPoolExecutor(2 * threads) as pool:
         work = [pool.submit(listen) for _ in range(threads)]
         work += [pool.submit(say, place) for place in range(threads)]
         for one in work:
             one.result(60)
+
+
+def test_a_push_that_waits_for_long_gathers_nothing(make: Make) -> None:
+    bench = make({"options": {"lr": 1.0}}, start_workers=2)
+    a, _ = bench.join("a"), bench.join("b")
+    pending = bench.submit(push_of(a, 1, START))
+    for _ in range(20):
+        assert bench.server.wait(pending, 0.001) == ("b",)
+    assert pending.waiters._locks == []

@@ -168,22 +168,26 @@ class Coordinator(Run):
         """
         end_s = time.monotonic() + timeout_s
         self.hear(pending.worker)
-        while pending.outcome is None:
-            with self._lock:
-                woken = pending.waiters.add()
-                self._check_alive()
-                self._advance()
-                if pending.outcome is not None:
-                    break
-                if self._draining:
-                    raise NotReadyError(DRAINING)
-                left_s = end_s - time.monotonic()
-                pushes = self._pushes
-                if left_s <= 0 or pushes is None or not is_active():
-                    return () if pushes is None else pushes.waiting_for
-                left_s = max(0.0, min(left_s, pushes.next_event_s()))
-            # without the lock: a round wakes all its workers at once
-            woken.acquire(timeout=min(left_s, threading.TIMEOUT_MAX))
+        turn = pending.waiters.add()
+        try:
+            while pending.outcome is None:
+                with self._lock:
+                    turn.acquire(blocking=False)
+                    self._check_alive()
+                    self._advance()
+                    if pending.outcome is not None:
+                        break
+                    if self._draining:
+                        raise NotReadyError(DRAINING)
+                    left_s = end_s - time.monotonic()
+                    pushes = self._pushes
+                    if left_s <= 0 or pushes is None or not is_active():
+                        return () if pushes is None else pushes.waiting_for
+                    left_s = max(0.0, min(left_s, pushes.next_event_s()))
+                # without the lock: a round wakes all its workers at once
+                turn.acquire(timeout=min(left_s, threading.TIMEOUT_MAX))
+        finally:
+            pending.waiters.drop(turn)
         if isinstance(pending.outcome, RefusedError):
             raise pending.outcome
         if not self._may_answer(pending.outcome, end_s, is_active):

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from topq_dist.profiling import labelled
@@ -51,19 +52,20 @@ class Waiters:
         self._locks: list[threading.Lock] = []
 
     def add(self) -> threading.Lock:
-        """Return what to wait on: look after this, then acquire it; no `wake` is missed between."""
+        """Return a lock for the calling thread: acquire it before each look, and to wait."""
         lock = threading.Lock()
-        lock.acquire()
         self._locks.append(lock)
         return lock
 
+    def drop(self, lock: threading.Lock) -> None:
+        """Forget a thread that waits no more."""
+        self._locks.remove(lock)
+
     def wake(self) -> None:
-        """Have all look again; takes no lock that another holds."""
-        try:
-            while self._locks:
-                self._locks.pop().release()
-        except IndexError:
-            pass  # another that wakes was quicker
+        """Have all look again, also those between a look and their wait; never blocks."""
+        for lock in tuple(self._locks):
+            with suppress(RuntimeError):  # it is free already
+                lock.release()
 
 
 @dataclass(eq=False, kw_only=True)
