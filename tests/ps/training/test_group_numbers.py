@@ -185,7 +185,8 @@ def test_a_low_rate_of_one_worker_excuses_nothing_beside_the_others(
 def test_one_worker_sets_no_beta1_that_lengthens_a_step_beyond_max_lr(inner_opt: str) -> None:
     central = central_of(inner_opt=inner_opt, options={"lr": 0.1})
     (high,) = pushes(central, lr=[(0.1,)], momentum=[(1 - 2.0**-53,)])
-    central.check_push(high, max_lr=1000.0)  # the first step has no average yet
+    with pytest.raises(InvalidError, match="and step 2"):
+        central.check_push(high, max_lr=1000.0)  # a low one may be applied before it
     (low,) = pushes(central, lr=[(0.1,)], momentum=[(0.0,)])
     central.check_push(low, max_lr=1000.0)
     central.apply([low])
@@ -209,8 +210,22 @@ def test_no_beta1_is_refused_late_in_a_run_nor_for_what_another_worker_has_sent(
         central.check_push(raised, max_lr=0.11)
     for _ in range(200):
         central.apply([high])
-    (late,) = pushes(central, lr=[(0.1,)], momentum=[(0.95,)])
-    central.check_push(late, max_lr=0.11)
+    (late,) = pushes(central, lr=[(0.1,)], momentum=[(0.9995,)])
+    central.check_push(late, max_lr=2.0)
+
+
+@pytest.mark.parametrize("steps", [10, 300])
+def test_no_schedule_that_cycles_beta1_is_refused_at_the_highest_rate(steps: int) -> None:
+    central = central_of(inner_opt="adamw", options={"lr": 0.01})
+    own = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(own, max_lr=0.01, total_steps=steps)
+    for _ in range(steps - 1):
+        (group,) = own.param_groups
+        (push,) = pushes(central, lr=[(group["lr"],)], momentum=[(group["betas"][0],)])
+        central.check_push(push, max_lr=0.01)
+        central.apply([push])
+        own.step()
+        schedule.step()
 
 
 def test_no_push_is_refused_for_what_another_worker_has_sent() -> None:

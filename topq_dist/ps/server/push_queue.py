@@ -76,7 +76,7 @@ class PendingPush:
     """
 
     worker: str
-    push: Push  # until it is decided
+    push: Push = field(repr=False)  # until it is decided
     arrived_s: float
     waiters: Waiters = field(default_factory=Waiters)
     outcome: Answer | RefusedError | None = None

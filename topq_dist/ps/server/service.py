@@ -187,8 +187,9 @@ class ParameterServerService(pb_grpc.ParameterServerServicer):
             self._take_report(request)
             answer = self._decided(self._submit(header, receiver, permit, context), context)
             if isinstance(answer, Answer):
-                if answer.payload_bytes <= MAX_CHUNK_BYTES:  # or Step brings it
-                    self._note_sent(caller.worker, answer, context)
+                if answer.payload_bytes > MAX_CHUNK_BYTES:
+                    return pb.ShortStepResponse()  # Step brings it
+                self._note_sent(caller.worker, answer, context)
                 if self._shared is None:
                     return short_answer_to_wire(answer)
                 return self._shared.short(answer)

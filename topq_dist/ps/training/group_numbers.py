@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 # of the workers that a message names
 _MOST_NAMED = 4
 _PLURALS = {"lr": "learning rates", "momentum": "momenta", "weight_decay": "weight decays"}
+_HIGHEST_USUAL_BETA = 0.99
 Numbers = tuple[float, ...]
 Group = Mapping[str, Any]
 
@@ -55,28 +56,25 @@ class GroupNumbers:
                 self._check_correction(given, now, own, max_lr)
 
     def _check_correction(self, given: Group, now: Group, own: Group, max_lr: float) -> None:
-        """Raise InvalidError for a beta1 that lengthens a step of Adam's kind beyond `max_lr`.
+        """Raise InvalidError for a beta1 that lengthens a step of Adam's kind far beyond `max_lr`.
 
         Its average is divided by 1 - beta1 ** steps as though each step had had the beta1 of this
         one: after a low one, 1 - 1e-9 divides by next to nothing (Kingma and Ba 2015, section 3).
-        The groups are those of `_check_reach`.
+        The groups are those of `_check_reach`. What a usual schedule of beta1 does is let be.
         """
         if "betas" not in given:
             return
-        beta, own_beta = given["betas"][0], own["betas"][0]
-        most_lr = max(group["lr"] for group in (given, now, own))
-        # at the first step, where the two differ the most
-        if beta <= own_beta or most_lr / (1.0 - beta) * (1.0 - own_beta) <= max_lr:
+        beta, usual = given["betas"][0], max(own["betas"][0], _HIGHEST_USUAL_BETA)
+        brings = beta > now["betas"][0] or given["lr"] > max(now["lr"], own["lr"])
+        if not brings or beta <= usual:
             return
-        if beta <= now["betas"][0] and given["lr"] <= max(now["lr"], own["lr"]):
-            return  # nothing that the push has brought
-        steps = self._fewest_steps(now["params"])
-        # a tensor that has gone through none has no average yet that another beta1 has made
-        if steps and most_lr / (1.0 - beta**steps) * (1.0 - own_beta**steps) > max_lr:
+        most_lr = max(group["lr"] for group in (given, now, own))
+        # where no step has been taken yet, one may come before this push is applied
+        steps = max(2, self._fewest_steps(now["params"]))
+        if most_lr / (1.0 - beta**steps) > max_lr / (1.0 - usual**2):
             raise InvalidError(
                 f"beta1={beta!r} at lr={most_lr!r} and step {steps}: expected a step no longer "
-                f"than this server's max_lr={max_lr:g} makes it with beta1={own_beta:g}, as its "
-                "run began"
+                f"than this server's max_lr={max_lr:g} makes it with beta1={usual:g} at step 2"
             )
 
     def _fewest_steps(self, params: Iterable[torch.Tensor]) -> int:
