@@ -321,7 +321,10 @@ def test_further_signals_change_nothing_and_the_end_is_quiet(
         for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             served.send_signal(number)
             time.sleep(0.05)
-        assert served.communicate(timeout=START_S) == ("", "")
+        said, logged = served.communicate(timeout=START_S)
+        # gRPC's poller may find its own file closed as the process ends, whatever GRPC_VERBOSITY is
+        ours = [line for line in logged.splitlines() if "ev_epoll1_linux.cc" not in line]
+        assert (said, ours) == ("", [])
         assert served.returncode == 0
     finally:
         served.kill()
