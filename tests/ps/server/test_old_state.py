@@ -15,6 +15,8 @@ from ps.workers import side_by_side
 from torch import Tensor
 
 SAVED = Path(__file__).parents[2] / "data" / "old_state"
+# of the same state where `elsewhere` is what AdamW's step comes to
+SHA256_ELSEWHERE = "1cceeb1201ee7aa67405d4c4378295c243df2552023d61d9eb5baad68ad2ad0f"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -31,11 +33,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, exactl
             torch.testing.assert_close(found[name], tensor)
 
 
-def are_to_the_bit(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Return whether they are, and if not, that no number is further off than a few last bits."""
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=2.0**-21, atol=0.0)
-    return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+def elsewhere(central: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `central` as processors come to whose AdamW rounds three last bits downwards."""
+    weight = central["weight"].clone()
+    for place in ((1, 3), (6, 7), (11, 11)):
+        weight[place] = torch.nextafter(weight[place], torch.tensor(-torch.inf))
+    return central | {"weight": weight}
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -59,11 +62,13 @@ def test_server_and_workers_go_on_to_where_they_came_then(tmp_path: Path) -> Non
         take(models, optimizers, range(CHECKPOINT_STEP, LAST_STEP))
         status = server.coordinator.status(state_sha256=True)
         assert status.point.version == LAST_STEP
-        central = optimizers["w0"].fetch_central()
-        assert_same(central, then["central"], exactly=False)
+        central, state_sha256 = then["central"], then["state_sha256"]
+        found = optimizers["w0"].fetch_central()
+        if not torch.equal(found["weight"], central["weight"]):
+            central, state_sha256 = elsewhere(central), SHA256_ELSEWHERE
+        assert_same(found, central, exactly=exactly)
         for worker in WORKERS:
             assert_same(dict(models[worker].state_dict()), then["models"][worker], exactly=exactly)
-        # nor is its step the same on all processors with these instructions
-        if exactly and are_to_the_bit(central, then["central"]):
-            assert status.state_sha256 == then["state_sha256"]
+        if exactly:
+            assert status.state_sha256 == state_sha256
         side_by_side(len(WORKERS), lambda place: optimizers[WORKERS[place]].close())
